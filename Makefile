@@ -1,0 +1,33 @@
+# Two commands set everything up: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+DONE := .venv/installed
+
+.PHONY: demo test soak check bench docs clean
+
+demo: $(DONE)
+	$(BIN)/python examples/demo.py
+
+test: $(DONE)
+	$(BIN)/python -m pytest
+
+soak: $(DONE)
+	$(BIN)/python -m pytest -m soak
+
+check: $(DONE)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(DONE)
+	$(BIN)/python docs/generate.py
+
+$(DONE): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("featx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[timm,parquet]" --group dev
+	touch $(DONE)
+
+clean:
+	rm -rf .venv demo build *.egg-info

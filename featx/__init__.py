@@ -1,0 +1,31 @@
+"""Extract once. Retrain heads in milliseconds. Ship one ONNX file that behaves like what was measured."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module; imported when first used, so that `import featx` loads no torch, h5py or scikit-learn
+_PUBLIC = {
+    "FeatxError": "errors",
+    "ImageFeatures": "estimators",
+    "evaluate": "evaluation",
+    "export": "exporting",
+    "extract": "extraction",
+    "fit": "fitting",
+    "load": "classifier",
+    "predict": "prediction",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'featx' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"featx.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

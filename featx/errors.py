@@ -1,0 +1,56 @@
+"""Every error that featx raises on purpose: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FeatxError(ValueError):
+    """The base of all of them; the command line prints its text and exits with 1."""
+
+
+class SourceError(FeatxError):
+    """A data set that cannot be listed: a missing folder, a manifest without its columns."""
+
+
+class ImageError(FeatxError):
+    """One image that cannot be used. A run counts it, names it, skips it and goes on."""
+
+
+class BackboneError(FeatxError):
+    """An unknown backbone, layer or factory."""
+
+
+class WeightsError(BackboneError):
+    """Weights that are not at hand, or are another network's."""
+
+
+class StoreError(FeatxError):
+    """A feature cache that cannot be read or written as asked."""
+
+
+class DamageError(StoreError):
+    """Bytes in a cache that are not the ones once committed, or never could have been."""
+
+
+class HeadError(FeatxError):
+    """A head that cannot be fitted or read: one class, NaN features, an unknown setting."""
+
+
+class RunError(FeatxError):
+    """A run folder that is missing, unfinished, or would be overwritten."""
+
+
+class ExportError(FeatxError):
+    """An ONNX file that could not be made, or is not what was measured."""
+
+
+class ParityError(ExportError):
+    """An exported file that answers differently from the classifier it came from."""
+
+
+def near(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Name what `name` may have meant, as the end of a message: ` Did you mean a, b?`, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f" Did you mean {', '.join(matches)}?" if matches else ""

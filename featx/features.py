@@ -1,0 +1,160 @@
+"""Owns what a feature is: its identity (`FeatureSpec`, content keys), its table (`Features`), its splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from featx.errors import FeatxError
+from featx.preprocess import Preprocess
+
+FORMAT_VERSION = 1
+VALIDATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """All that changes a feature, and nothing else. Two specs with one digest have the same features."""
+
+    backbone: str
+    """`torchvision/resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `custom/package.module:factory`."""
+    weights: str
+    """SHA-256, in hex, of the network's tensors (`featx.backbones.tensors_digest`)."""
+    layer: str = "features"
+    """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    view: str = "center"
+    """`center`, or a seeded augmented view such as `crop-flip/seed=0/3`."""
+    precision: str = "fp32"
+    """Arithmetic of the forward pass: `fp32`, `bf16` or `fp16`."""
+    dtype: str = "float32"
+    """What is stored: `float32`, or `float16`, which refuses what it cannot hold."""
+    version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float16"):
+            raise FeatxError(f"features are stored as float32 or float16, not {self.dtype!r}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise FeatxError(f"precision is fp32, bf16 or fp16, not {self.precision!r}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the spec's canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
+        return cls(**{**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
+
+
+def content_key(data: bytes) -> bytes:
+    """A row's key: the SHA-256 of the image file's bytes, 32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The features of one data set, joined with the labels and splits its source gives today.
+
+    Only images with a feature are in it; `report` names the others.
+    """
+
+    X: np.ndarray
+    """`float32 | float16 [N, D]`, in the source's order."""
+    y: np.ndarray
+    """`int64 [N]`, index into `class_names`; -1 where the source gives no label."""
+    ids: list[str]
+    """Paths under the source's root, with `/`; unique."""
+    class_names: list[str]
+    """Sorted."""
+    splits: np.ndarray
+    """`str [N]`: `train`, `val`, `test`, or an empty string where there are no labels to split for."""
+    keys: np.ndarray
+    """`uint8 [N, 32]`: `content_key` of each image."""
+    spec: FeatureSpec
+    report: dict[str, Any] = field(default_factory=dict)
+    """found / ignored / cached / extracted / duplicate / skipped, timings, and the names behind them."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, name: str) -> Features:
+        """The rows of one split."""
+        return self.take(np.flatnonzero(self.splits == name))
+
+    def take(self, rows: np.ndarray) -> Features:
+        """The rows with these numbers, `int [M]`."""
+        return replace(
+            self,
+            X=self.X[rows],
+            y=self.y[rows],
+            ids=[self.ids[i] for i in rows],
+            splits=self.splits[rows],
+            keys=self.keys[rows],
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what was learned from: keys, labels, splits and class names; not file names."""
+        labels = [self.class_names[i] if i >= 0 else "" for i in self.y]
+        rows = sorted(zip(map(bytes, self.keys), labels, self.splits.tolist(), strict=True))
+        text = json.dumps([self.class_names, [(k.hex(), label, split) for k, label, split in rows]])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def groups(keys: np.ndarray) -> np.ndarray:
+    """`int64 [N]`: rows with equal keys (`uint8 [N, 32]`) share a number: no fold parts duplicates."""
+    flat = np.ascontiguousarray(keys).view("V32").ravel()
+    return np.unique(flat, return_inverse=True)[1].astype(np.int64)
+
+
+def hash_fraction(keys: np.ndarray) -> np.ndarray:
+    """`float64 [N]` in [0, 1): the first 8 bytes of each key (`uint8 [N, 32]`), big-endian, over 2**64."""
+    first = np.ascontiguousarray(keys[:, :8]).view(">u8").ravel()
+    return np.minimum(first.astype(np.float64) / 2.0**64, np.nextafter(1.0, 0.0))
+
+
+def assign_splits(
+    keys: np.ndarray, y: np.ndarray, given: np.ndarray, class_names: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Fill in the splits that a source does not give, from the images' content alone.
+
+    An image is validation where its `hash_fraction` is below 0.2, so the answer never changes when
+    other files come, go, or are renamed, and duplicates never straddle it. A class left empty on one
+    side borrows its image with the hash nearest to 0.2 from the other side.
+
+    keys: `uint8 [N, 32]`; y: `int64 [N]`, -1 for no label; given: `str [N]`, empty where unknown.
+    Where the source gives a `val` split, its rows without one become `train`; where it gives `train`
+    but no `val`, validation is taken out of `train`. Returns the splits, `str [N]`, and one sentence
+    for each class that had to borrow or could not.
+    """
+    splits = given.astype("U5")
+    if (splits == "val").any():
+        splits[(splits == "") & (y >= 0)] = "train"
+        return splits, []
+    pool = np.isin(splits, ["", "train"]) & (y >= 0)
+    fraction = hash_fraction(keys)
+    splits[pool] = np.where(fraction[pool] < VALIDATION_SHARE, "val", "train")
+    notes = []
+    for label in np.unique(y[pool]):
+        mine = np.flatnonzero(pool & (y == label))
+        sides = set(splits[mine])
+        if len(sides) == 2:
+            continue
+        (full,) = sides
+        empty = "train" if full == "val" else "val"
+        name = class_names[label]
+        if len(np.unique(fraction[mine])) == 1:
+            notes.append(f"class {name!r} has one distinct image, in {full}: its {empty} side stays empty")
+            continue
+        nearest = fraction[mine[np.argmin(np.abs(fraction[mine] - VALIDATION_SHARE))]]
+        splits[pool & (fraction == nearest)] = empty  # its duplicates too, whatever their label
+        notes.append(f"class {name!r} had no image in {empty} and borrows its nearest hash from {full}")
+    return splits, notes

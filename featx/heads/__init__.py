@@ -1,0 +1,108 @@
+"""Owns `Head`, the one affine map that every head comes to be, and finds the file that fits one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from featx.errors import HeadError, near
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """`logits = X @ weight.T + bias`; a scaler, a temperature and binary classes are folded in."""
+
+    weight: np.ndarray
+    """`float32 [C, D]`."""
+    bias: np.ndarray
+    """`float32 [C]`."""
+    class_names: tuple[str, ...]
+    """C names, in the order of the rows."""
+    activation: str = "softmax"
+    """`softmax` (one class per image) or `sigmoid` (any number of classes per image)."""
+    threshold: float | None = None
+    """An answer whose highest probability is below this is rejected; None accepts all. In [0, 1]."""
+
+    def __post_init__(self) -> None:
+        shape = (len(self.class_names), self.weight.shape[-1])
+        if self.weight.shape != shape or self.bias.shape != shape[:1]:
+            raise HeadError(
+                f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} are no affine map "
+                f"to {len(self.class_names)} classes"
+            )
+        if self.activation not in ("softmax", "sigmoid"):
+            raise HeadError(f"activation is softmax or sigmoid, not {self.activation!r}")
+        if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
+            raise HeadError("the head holds NaN or infinite weights; its fit did not converge")
+
+    def __call__(self, X: np.ndarray) -> np.ndarray:
+        """Features `[N, D]` -> logits `float32 [N, C]`."""
+        if X.ndim != 2 or X.shape[1] != self.weight.shape[1]:
+            raise HeadError(f"expected features [N, {self.weight.shape[1]}], got {list(X.shape)}")
+        return np.asarray(X, np.float32) @ self.weight.T + self.bias
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
+        z = np.asarray(logits, np.float64)
+        if self.activation == "sigmoid":
+            return (0.5 * (1.0 + np.tanh(0.5 * z))).astype(np.float32)
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def save(self, path: Path) -> None:
+        """Write `path` (safetensors: `weight`, `bias`; names, activation and threshold as metadata)."""
+        from safetensors.numpy import save
+
+        metadata = {
+            "class_names": json.dumps(list(self.class_names)),
+            "activation": self.activation,
+            "threshold": json.dumps(self.threshold),
+        }
+        tensors = {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)}
+        path.write_bytes(save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> Head:
+        """Read what `save` wrote. Raises `HeadError` for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                return cls(
+                    weight=file.get_tensor("weight"),
+                    bias=file.get_tensor("bias"),
+                    class_names=tuple(json.loads(metadata["class_names"])),
+                    activation=metadata["activation"],
+                    threshold=json.loads(metadata["threshold"]),
+                )
+        except (SafetensorError, KeyError, OSError) as error:
+            raise HeadError(f"{path} holds no head that featx wrote ({error})") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What fitting gives: the head, and what is worth knowing about how it came to be."""
+
+    head: Head
+    info: dict[str, Any] = field(default_factory=dict)
+    """JSON values: the strength chosen, cross-validated losses, whether the solver converged, seconds."""
+
+
+def names() -> list[str]:
+    """The heads there are: the names of the files in this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def module(name: str) -> ModuleType:
+    """The file that fits `name`. Raises `HeadError` for an unknown one, with near matches."""
+    if name not in names():
+        raise HeadError(f"unknown head {name!r}; there are {', '.join(names())}.{near(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")

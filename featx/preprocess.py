@@ -1,0 +1,134 @@
+"""Owns the way from an image file's bytes to the `uint8 [3, crop, crop]` pixels a backbone sees."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from featx.errors import FeatxError, ImageError
+
+# What people use for photographs, out of the 40 parsers that Pillow would otherwise sniff for.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "MPO")
+# Pillow's own limit for an error; checked from the header, before a pixel is allocated.
+MAX_PIXELS = 178_956_970
+RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize the short side, crop the centre, and (inside the model) scale and normalise.
+
+    The same arithmetic as torchvision's `ImageClassification` preset on a Pillow image, except that
+    only the crop's box is resampled; the pixels differ from the whole image's by at most 1 level.
+    """
+
+    resize: int = 256
+    """Short side after resizing, in pixels; the long side is `int(resize * long / short)`."""
+    crop: int = 224
+    """Side of the centre crop, in pixels."""
+    interpolation: str = "bilinear"
+    """`bilinear` or `bicubic`, always antialiased."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Subtracted from RGB in [0, 1]; applied by the model's first layer, not here."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Divides after `mean`; applied by the model's first layer, not here."""
+    pixels: str = "pillow/1"
+    """The decoder's name and our own revision, raised only when golden pixels change."""
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in RESAMPLE:
+            raise FeatxError(f"interpolation {self.interpolation!r} is not one of {', '.join(RESAMPLE)}")
+        if not 0 < self.crop <= self.resize:
+            raise FeatxError(f"a crop of {self.crop} px does not fit into a short side of {self.resize} px")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise FeatxError(f"mean and std need three numbers, std above 0; got {self.mean} and {self.std}")
+
+    def __call__(self, data: bytes | Image.Image | np.ndarray) -> np.ndarray:
+        """Bytes of an image file, a Pillow image or `uint8 [H, W, 3]` -> `uint8 [3, crop, crop]`, RGB.
+
+        Raises `ImageError` for what is not a readable image.
+        """
+        return np.ascontiguousarray(self.square(decode(data), self.crop).transpose(2, 0, 1))
+
+    def square(self, image: Image.Image, side: int) -> np.ndarray:
+        """The `uint8 [side, side, 3]` around the crop, `crop <= side <= resize`, after resizing.
+
+        Its centre `crop` holds the same pixels for every `side`, to at most 1 level (Pillow keeps the
+        box in single precision). An exported model that resizes by itself leaves a square of side
+        `resize` as it is, so images of many sizes can share a batch.
+        """
+        assert self.crop <= side <= self.resize
+        width, height = self.resized(*image.size)
+        margin = round((side - self.crop) / 2)
+        left = round((width - self.crop) / 2) - margin
+        top = round((height - self.crop) / 2) - margin
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        # rounding may put the far edge one ulp outside the image, which Pillow refuses
+        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+        return np.asarray(image.resize((side, side), RESAMPLE[self.interpolation], box=box))
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after the resize, in pixels, rounded as torchvision rounds them."""
+        if width <= height:
+            return self.resize, int(self.resize * height / width)
+        return int(self.resize * width / height), self.resize
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+def decode(data: bytes | Image.Image | np.ndarray) -> Image.Image:
+    """An upright 8-bit RGB Pillow image. GIF and other films: the first frame.
+
+    EXIF orientation is applied, alpha is dropped as `Image.convert("RGB")` drops it, 16-bit grey is
+    scaled to 8 bits (Pillow alone would clip it). Raises `ImageError`.
+    """
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
+            raise ImageError(f"expected uint8 [H, W, 3] RGB, got {data.dtype} {list(data.shape)}")
+        return Image.fromarray(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own notes on size, EXIF and palettes
+            image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(
+                    f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that featx "
+                    "decodes; scale the image down if you trust it"
+                )
+            return _rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{error}; scale the image down if you trust it") from None
+    except Image.UnidentifiedImageError:
+        what = "an empty file" if not data else f"no image in a format of {', '.join(FORMATS)}"
+        raise ImageError(f"{what}") from None
+    except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error ...
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"an image of {image.width} x {image.height} pixels")
+    if image.mode.startswith("I") and (image.mode != "I" or image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.uint32)  # 16 bits, whatever the mode is called
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"32-bit pixels (mode {image.mode}) have no agreed white; convert to 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
