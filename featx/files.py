@@ -1,0 +1,146 @@
+"""Owns how a file comes to be: written aside, fsynced, renamed into place, its folder fsynced."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+# A leftover of another machine is swept when it is older than this; writing a shard takes seconds.
+FOREIGN_AGE = 24 * 3600.0
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, or leave it as it was: a crash at any moment gives one or the other.
+
+    Missing folders are made. Raises `OSError`; the file aside is then removed.
+    """
+    make_folder(path.parent)
+    write_chunks(path.parent, [data], lambda: path.name)
+
+
+def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:
+    """Write `chunks` aside in `folder`, make them durable, then rename them to `name()`.
+
+    `name` is asked after the last chunk, so that a file can be called by the hash of its content.
+    """
+    aside = folder / aside_name()
+    try:
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                while view:
+                    view = view[os.write(handle, view[: 1 << 30]) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        path = folder / name()
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+    sync_folder(folder)
+    return path
+
+
+def make_folder(folder: Path) -> None:
+    """`mkdir -p`, durable: the entry of every folder made is fsynced."""
+    made = []
+    while not folder.is_dir():
+        made.append(folder)
+        folder = folder.parent
+    for new in reversed(made):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable. Windows has no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def aside_name() -> str:
+    """A name for what is not finished: `.~host~process~start~random.tmp`. Never read, swept when its writer died."""
+    pid = os.getpid()
+    return f".~{_host()}~{pid}~{_started(pid) or 0}~{secrets.token_hex(6)}.tmp"
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove what dead writers left aside in `folder`, and say what; what live ones are writing stays.
+
+    A writer on this machine is dead when no process has its number and start time. Of other machines
+    nothing is known but the age of the file: a day.
+    """
+    swept = []
+    with os.scandir(folder) as entries:
+        leftovers = [
+            entry for entry in entries if entry.name.startswith(".~") and entry.name.endswith(".tmp")
+        ]
+    for entry in leftovers:
+        parts = entry.name.removesuffix(".tmp").split("~")
+        if len(parts) != 5 or not (parts[2].isdecimal() and parts[3].isdecimal()):
+            continue
+        try:
+            if parts[1] == _host():
+                dead = not _alive(int(parts[2]), int(parts[3]))
+            else:
+                dead = time.time() - entry.stat(follow_symlinks=False).st_mtime > FOREIGN_AGE
+            if not dead:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+        except OSError:
+            continue  # another writer swept it, or it is not ours to remove
+        swept.append(entry.name)
+    return swept
+
+
+@functools.cache
+def _host() -> str:
+    """This machine, this boot and this process namespace: where a process number means one process."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    readable = re.sub(r"[^A-Za-z0-9.-]", "-", parts[0])[:40]
+    return f"{readable}-{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:8]}"
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since the boot; None where that cannot be read."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _alive(pid: int, started: int) -> bool:
+    if os.name == "nt":
+        return True  # os.kill would end it; leftovers stay there until removed by hand
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    now = _started(pid)
+    return now is None or started == 0 or now == started
