@@ -1,0 +1,149 @@
+"""Owns `Source`, the list of a data set's images, and finds the file that can make one."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from featx.errors import ImageError, SourceError, near
+
+# more than any image within `preprocess.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
+MAX_BYTES = 2**31
+# what people call their splits, as a folder or in a manifest's `split` column, in any case
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+NO_STAT = (-1, 0, 0, 0)
+_INT64 = 0x7FFF_FFFF_FFFF_FFFF
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set as columns, not as an object per image: a million images must list fast.
+
+    Listing reads no image. One that has vanished or cannot be read since shows when it is read.
+    """
+
+    uri: str
+    """What the user gave."""
+    root: Path
+    """The folder that `ids` are relative to; a manifest's own folder."""
+    ids: list[str]
+    """Paths under `root`, with `/`, unique. Bytes that are no UTF-8 are kept as lone surrogates: show
+    ids to people through `printable`. A manifest may name files elsewhere: `../x.jpg`, `/data/x.jpg`."""
+    labels: list[str] | None = None
+    """One per image, empty for an image without one; None where no image has one."""
+    splits: list[str] | None = None
+    """`train`, `val`, `test` or empty; None where no image has one."""
+    stats: np.ndarray | None = None
+    """`int64 [N, 4]`: size in bytes, mtime and ctime in ns, inode; size -1 where there is no such file."""
+    ignored: list[str] = field(default_factory=list)
+    """Files under a folder that are not images, hidden ones among them, and hidden folders (`.git/`)."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences that the user should read."""
+    multilabel: bool = False
+    """A label is several names joined by `|` (`cat|indoor`); a lone `|` says that no class applies."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def path(self, i: int) -> Path:
+        """Where image `i` lies."""
+        return self.root / self.ids[i]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image `i`. Raises `ImageError` where they cannot be had."""
+        name, path = printable(self.ids[i]), os.path.join(self.root, self.ids[i])
+        try:
+            # looked at before it is opened: opening a pipe would wait for ever
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise ImageError(f"{name} is a {_kind(found.st_mode)}, not a file")
+            if found.st_size > MAX_BYTES:
+                raise ImageError(
+                    f"{name} has {found.st_size:,} bytes, more than the {MAX_BYTES:,} of an image"
+                )
+            with open(path, "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            gone = "is a link to nothing" if os.path.islink(path) else "is not there"
+            raise ImageError(f"{name} {gone}") from None
+        except PermissionError:
+            raise ImageError(f"{name} may not be read by this user; try `chmod +r`") from None
+        except OSError as error:
+            raise ImageError(f"{name} cannot be read ({error.strerror or error})") from error
+
+
+def open_source(uri: str | Path) -> Source:
+    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest.
+
+    Folders: `root/class/**/*.jpg`, `root/{train,val,test}/class/**/*.jpg`, or images without labels
+    directly in `root`. docs/data.md shows each. Raises `SourceError` for what is none of these.
+    """
+    path = os.fspath(uri)
+    if os.path.isdir(path):
+        from featx.sources import folder
+
+        return folder.open_folder(path)
+    suffix = os.path.splitext(path)[1].lower()
+    if not os.path.lexists(path):
+        raise SourceError(f"there is no {printable(path)}.{_neighbours(path)}")
+    if not os.path.exists(path):
+        raise SourceError(f"{printable(path)} is a link to nothing")
+    from featx.sources import manifest
+
+    if suffix not in manifest.READERS:
+        raise SourceError(
+            f"{printable(path)} is neither a folder of images nor a manifest "
+            f"({', '.join(manifest.READERS)}); to use one image, give the folder it lies in"
+        )
+    return manifest.open_manifest(path)
+
+
+def printable(name: str) -> str:
+    """`name` as text that any UTF-8 terminal or file takes: bytes that are no UTF-8 and control
+    characters are written as escapes, `caf\\udce9.jpg`, `two\\x0alines.jpg`."""
+    if name.isprintable():
+        return name
+    return "".join(
+        c.encode("ascii", "backslashreplace").decode()
+        if (kind := unicodedata.category(c)) == "Cs"
+        else f"\\x{ord(c):02x}"
+        if kind == "Cc"
+        else c
+        for c in name
+    )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names, for a message: `a, b, c and 7 more`."""
+    text = ", ".join(printable(name) for name in names[:most])
+    return f"{text} and {len(names) - most:,} more" if len(names) > most else text
+
+
+def stat_row(found: os.stat_result) -> tuple[int, int, int, int]:
+    """A file's row of `Source.stats`; an inode of more than 63 bits (ReFS) loses the rest."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64
+
+
+def _kind(mode: int) -> str:
+    return "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+
+
+def _neighbours(path: str) -> str:
+    try:
+        return near(os.path.basename(os.path.normpath(path)), os.listdir(os.path.dirname(path) or "."))
+    except OSError:
+        return f" Nor is there a folder {printable(os.path.dirname(path))}."
