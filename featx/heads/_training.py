@@ -1,0 +1,311 @@
+"""Owns what every trained head shares: checked input, scaling, folds, calibration, the reject threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from featx import metrics
+from featx.errors import HeadError
+from featx.heads import Head
+
+BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
+# A column whose spread is below this share of its mean is rounding noise, not information.
+CONSTANT = 1e-6
+
+
+class Rows(Protocol):
+    """What a fit reads features from: an array, a memory map, an HDF5 dataset; `[N, D]`, sliced by rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+def blocks(X: Rows, columns: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+    """Row ranges and their features as `float32 [B, D]`, small enough for `columns` results per row too."""
+    size = max(64, BLOCK // max(X.shape[1], columns, 1))
+    for start in range(0, X.shape[0], size):
+        rows = slice(start, min(start + size, X.shape[0]))
+        yield rows, np.asarray(X[rows], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Checked training data."""
+
+    X: Rows
+    y: np.ndarray
+    """`int64 [N]` in [0, C); for several labels per image `float32 [N, C]` of 0 and 1."""
+    class_names: tuple[str, ...]
+    """C names; those without a training image are left out and in `notes`."""
+    mean: np.ndarray
+    """`float64 [D]`."""
+    scale: np.ndarray
+    """`float64 [D]`: the standard deviation (of N), 1 for constant columns."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def several(self) -> bool:
+        """Whether an image has any number of labels."""
+        return self.y.ndim == 2
+
+    @property
+    def activation(self) -> str:
+        return "sigmoid" if self.several else "softmax"
+
+    def standard(self) -> np.ndarray:
+        """All features, standardised, `float32 [N, D]`, in memory."""
+        out = np.empty(self.X.shape, np.float32)
+        for rows, part in blocks(self.X):
+            out[rows] = (part - self.mean) / self.scale
+        return out
+
+    def one_hot(self) -> np.ndarray:
+        """Targets, `float32 [N, C]`."""
+        if self.several:
+            return self.y.astype(np.float32)
+        return np.eye(len(self.class_names), dtype=np.float32)[self.y]
+
+    def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
+        """The head for features as they come, of `[C, D]` and `[C]` fitted on standardised ones."""
+        weight = np.asarray(weight, np.float64) / self.scale
+        bias = np.asarray(bias, np.float64) - weight @ self.mean
+        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, self.activation)
+
+
+def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
+    """Check training data and measure its columns, in one pass over X.
+
+    X: float `[N, D]`; y: `int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image.
+    Raises `HeadError` for shapes that do not fit, NaN or infinite features (the first such row is named),
+    fewer than two classes with images, and features that are all constant.
+    """
+    y, names, notes = np.asarray(y), list(class_names), []
+    if len(X.shape) != 2 or not X.shape[0] or not X.shape[1]:
+        raise HeadError(f"expected features [N, D] with rows and columns, got {list(X.shape)}")
+    if len(y) != X.shape[0]:
+        raise HeadError(f"{X.shape[0]} rows of features and {len(y)} labels do not match")
+    if y.ndim == 2:
+        if y.shape[1] != len(names) or not np.isin(y, (0, 1)).all():
+            raise HeadError(f"several labels per image need 0/1 targets [N, {len(names)}], got {list(y.shape)}")
+        count = y.sum(axis=0)
+        kept = np.flatnonzero((count > 0) & (count < len(y)))
+        if not len(kept):
+            raise HeadError("every label is on all images or on none; there is nothing to tell apart")
+        y = y[:, kept].astype(np.float32)
+    else:
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= len(names):
+            raise HeadError(f"expected labels as int [N] in [0, {len(names)}), got {y.dtype} {list(y.shape)}")
+        kept, y = np.unique(y, return_inverse=True)
+        if len(kept) < 2:
+            raise HeadError(f"all {len(y)} training images are {names[kept[0]]!r}; a head needs at least two classes")
+        if len(kept) > len(y) // 2:
+            notes.append(f"{len(kept)} classes for {len(y)} training images: expect little")
+    left_out = sorted(set(range(len(names))) - set(kept.tolist()))
+    if left_out:
+        some = ", ".join(repr(names[i]) for i in left_out[:5])
+        notes.append(f"{len(left_out)} classes cannot be learned from these training images: {some}")
+
+    mean, scale, constant = _columns(X)
+    if constant.all():
+        raise HeadError("all features are constant: every image looks the same to this backbone and layer")
+    if constant.any():
+        notes.append(f"{int(constant.sum())} of {len(constant)} feature columns are constant and get no weight")
+    return Task(X, y, tuple(names[i] for i in kept), mean, scale, notes)
+
+
+def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and constancy of each column; sums around the first row, so nothing cancels."""
+    first = np.asarray(X[0:1], np.float64)
+    total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    for rows, part in blocks(X):
+        centred = part - first
+        block = centred.sum(axis=0)
+        if not np.isfinite(block).all():
+            bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+            where = f"row {rows.start + bad[0]}" if len(bad) else f"rows {rows.start} to {rows.stop}"
+            raise HeadError(
+                f"the features hold NaN, infinity or numbers beyond float32 ({where}); extract these images "
+                "again, in fp32"
+            )
+        total += block
+        squares += np.einsum("nd,nd->d", centred, centred)
+    offset = total / X.shape[0]
+    mean = first[0] + offset
+    scale = np.sqrt(np.maximum(squares / X.shape[0] - offset**2, 0.0))
+    constant = scale <= CONSTANT * np.abs(mean)
+    return mean, np.where(constant, 1.0, scale), constant
+
+
+def folds(
+    y: np.ndarray, count: int, *, groups: np.ndarray | None = None, seed: int = 0
+) -> tuple[np.ndarray, list[str]]:
+    """Stratified cross-validation folds that part no group.
+
+    y: `int [N]`, or 0/1 `[N, C]` (stratified by each row's rarest label); groups: `int [N]` or None.
+    Returns `int64 [N]`, the fold in which a row is held out, -1 for never: a class with a single group is
+    always trained on, since no fold could both learn and measure it. Empty folds do not occur; there may
+    be fewer than `count`, or none (all -1). The second value says so in sentences.
+    """
+    if y.ndim == 2:
+        rarity = np.argsort(np.argsort(y.sum(axis=0), kind="stable"))
+        y = np.where(y.any(axis=1), np.where(y > 0, rarity, y.shape[1]).min(axis=1), y.shape[1])
+    _, unit, size = (
+        (None, np.arange(len(y)), np.ones(len(y), np.int64))
+        if groups is None
+        else np.unique(groups, return_inverse=True, return_counts=True)
+    )
+    first = np.full(len(size), -1)
+    first[unit[::-1]] = np.arange(len(y))[::-1]
+    label = y[first]  # a group's class is its first row's
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(size))
+    order = order[np.lexsort((-size[order], label[order]))]  # class by class, large groups first
+    _, inverse, many = np.unique(label[order], return_inverse=True, return_counts=True)
+    notes = []
+    alone = many[inverse] == 1
+    if alone.any():
+        notes.append(
+            f"{int(alone.sum())} classes have one distinct training image: always trained on, never "
+            "measured in cross-validation"
+        )
+    used = min(count, int((~alone).sum()))
+    if used < 2 or many.max() < 2:
+        return np.full(len(y), -1), [*notes, "too few images to cross-validate"]
+    fold_of = np.full(len(size), -1)
+    held = order[~alone]
+    if (size == 1).all():
+        fold_of[held] = np.arange(len(held)) % used  # dealt round, class after class
+    else:
+        per_class, load = np.zeros((len(many), used), np.int64), np.zeros(used, np.int64)
+        for group, c in zip(held, inverse[~alone], strict=True):
+            # the fold with fewest of this class, then the emptiest
+            fold = int(np.lexsort((load, per_class[c]))[0])
+            fold_of[group] = fold
+            per_class[c, fold] += size[group]
+            load[fold] += size[group]
+        used = len(np.unique(fold_of[held]))
+        fold_of[held] = np.unique(fold_of[held], return_inverse=True)[1]
+    if used < count:
+        notes.append(f"cross-validated with {used} folds instead of {count}: there are too few images")
+    return fold_of[unit], notes
+
+
+def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
+    """Row weights `float64 [N]` with mean 1, None for all 1. `balanced`: N / (C * images of the class)."""
+    if class_weight is None:
+        return None
+    if class_weight != "balanced":
+        raise HeadError(f"class_weight is None or 'balanced', not {class_weight!r}")
+    if task.several:
+        raise HeadError("class_weight='balanced' needs one label per image")
+    counts = np.bincount(task.y)
+    return (len(task.y) / (len(counts) * counts))[task.y]
+
+
+def finish(
+    head: Head,
+    task: Task,
+    info: dict[str, Any],
+    held_out: np.ndarray | None,
+    rows: np.ndarray,
+    *,
+    calibrate: bool,
+    threshold: float | None,
+    reject: float | None,
+) -> Head:
+    """Apply what is measured on held-out rows: a calibration temperature, then a reject threshold.
+
+    held_out: logits `[M, C]` that folds gave to rows `int [M]` which they had not seen, None without folds.
+    threshold: a probability to reject below; reject: an accuracy in (0, 1), and the lowest threshold whose
+    answers are that accurate on held-out rows is taken. Writes its figures to `info`.
+    """
+    if threshold is not None and reject is not None:
+        raise HeadError("give threshold (a probability) or reject (an accuracy to reach), not both")
+    if not (calibrate or threshold is not None or reject is not None):
+        return head
+    if task.several and reject is not None:
+        raise HeadError("reject needs one label per image")
+    if held_out is None or not len(rows):
+        if calibrate or reject is not None:
+            raise HeadError("calibration and reject need held-out folds; there are too few training images")
+        return _with(head, 1.0, threshold)
+    y = task.y[rows]
+    temperature = 1.0
+    if calibrate:
+        temperature = _temperature(held_out, y)
+        info["calibration"] = {
+            "temperature": temperature,
+            "ece_before": _ece(head, held_out, y),
+            "ece_after": _ece(head, held_out / temperature, y),
+            "measured_on": "held-out folds of the training images",
+        }
+    if not task.several and (threshold is not None or reject is not None):
+        probabilities = head.probabilities(held_out / temperature)
+        confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
+        if reject is not None:
+            threshold = _threshold(confidence, right, reject)
+        answered = confidence >= threshold
+        info["rejection"] = {
+            "threshold": threshold,
+            "coverage": float(answered.mean()),
+            "accuracy": float(right[answered].mean()) if answered.any() else 0.0,
+            "accuracy_without": float(right.mean()),
+            "measured_on": "held-out folds of the training images",
+        }
+    return _with(head, temperature, threshold)
+
+
+def _with(head: Head, temperature: float, threshold: float | None) -> Head:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise HeadError(f"a threshold is a probability in [0, 1], not {threshold}")
+    weight, bias = head.weight / np.float32(temperature), head.bias / np.float32(temperature)
+    return Head(weight, bias, head.class_names, head.activation, threshold)
+
+
+def _ece(head: Head, logits: np.ndarray, y: np.ndarray) -> float:
+    p = head.probabilities(logits)
+    if y.ndim == 2:
+        said = p >= 0.5
+        return metrics.calibration_error(np.where(said, p, 1 - p).ravel(), (said == (y > 0)).ravel())
+    return metrics.calibration_error(p.max(axis=1), p.argmax(axis=1) == y)
+
+
+def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
+    """The temperature in [1/20, 20] with the least log-loss, by golden-section search over its logarithm."""
+    each = metrics.binary_losses if y.ndim == 2 else metrics.losses
+
+    def loss(t: float) -> float:
+        return float(each(logits / np.exp(t), y).mean())
+
+    low, high, ratio = -np.log(20.0), np.log(20.0), (5**0.5 - 1) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    fa, fb = loss(a), loss(b)
+    while high - low > 1e-4:
+        if fa < fb:
+            high, b, fb = b, a, fa
+            a = high - ratio * (high - low)
+            fa = loss(a)
+        else:
+            low, a, fa = a, b, fb
+            b = low + ratio * (high - low)
+            fb = loss(b)
+    return float(np.exp((low + high) / 2))
+
+
+def _threshold(confidence: np.ndarray, right: np.ndarray, accuracy: float) -> float:
+    """The lowest confidence from which on the answers reach `accuracy`; HeadError where none does."""
+    if not 0 < accuracy < 1:
+        raise HeadError(f"reject is an accuracy to reach, in (0, 1), not {accuracy}")
+    order = np.argsort(-confidence, kind="stable")
+    reached = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
+    last = np.append(np.diff(confidence[order]) != 0, True)  # equal confidences are answered together
+    good = np.flatnonzero((reached >= accuracy) & last)
+    if not len(good):
+        raise HeadError(f"no threshold reaches an accuracy of {accuracy:.3g} on held-out images")
+    return float(confidence[order[good[-1]]])

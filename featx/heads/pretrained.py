@@ -1,0 +1,122 @@
+"""Owns the network's own classifier as a head: its classes matched to the data's labels, nothing trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from featx.errors import HeadError, near
+from featx.heads import Fitted, Head
+
+
+def fit(
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    network_classes: Sequence[str],
+    labels: Sequence[str],
+    *,
+    mapping: Mapping[str, str | int] | None = None,
+    restrict: bool = False,
+) -> Fitted:
+    """The network's classifier, with the class that each label stands for renamed to the label.
+
+    weight `[K, D]`, bias `[K]`: the last Linear; both None where the classifier is not affine in the
+    features: X is then the cached logits (`layer=logits`), D = K, and the head passes them on.
+    network_classes: K names. labels: the data's. mapping: label -> network class (a name or its number),
+    for labels that do not match by themselves. All K logits are kept, so that the answer is free to be a
+    class no label stands for; with `restrict` only the labels' are, in the order of `labels`.
+    `info["classes"]` maps each label to the network's class. Raises `HeadError` for a label that matches no
+    class or several (candidates are listed), and for two labels that match one.
+    """
+    names = [str(name) for name in network_classes]
+    if not labels:
+        raise HeadError("there is no label to match with the network's classes")
+    if (weight is None) != (bias is None):
+        raise HeadError("the network's classifier needs weight and bias both, or neither (cached logits)")
+    if weight is None or bias is None:
+        weight, bias = np.eye(len(names)), np.zeros(len(names))
+    weight, bias = np.asarray(weight, np.float32), np.asarray(bias, np.float32)
+    if len(weight) != len(names):
+        raise HeadError(f"{len(names)} class names for a classifier with {len(weight)} classes")
+    mapping = dict(mapping or {})
+    unknown = [label for label in mapping if label not in labels]
+    if unknown:
+        raise HeadError(f"the mapping names {unknown[0]!r}, which is no label here.{near(unknown[0], labels)}")
+    index = {label: _named(label, mapping[label], names) for label in mapping}
+    index |= {label: match(label, names) for label in labels if label not in mapping}
+    taken: dict[int, str] = {}
+    for label, i in index.items():
+        if i in taken:
+            raise HeadError(
+                f"labels {taken[i]!r} and {label!r} both match the network's class {names[i]!r} ({i}); "
+                "say with a mapping which is which"
+            )
+        taken[i] = label
+    classes = {label: names[index[label]] for label in labels}
+    if restrict:
+        rows = [index[label] for label in labels]
+        head = Head(weight[rows], bias[rows], tuple(labels))
+    else:
+        # a class that happens to be called like a label, but is another, or is there twice, gets its number
+        counts = {name: names.count(name) for name in names}
+        renamed = (
+            taken.get(i, name if counts[name] == 1 and name not in index else f"{name} ({i})")
+            for i, name in enumerate(names)
+        )
+        head = Head(weight, bias, tuple(renamed))
+    return Fitted(head, {"classes": classes, "restrict": restrict, "notes": []})
+
+
+def match(label: str, names: Sequence[str]) -> int:
+    """The number of the one class that `label` names: exactly, else but for case, `_` and `-`, else but
+    for a plural. Raises `HeadError` with candidates where there is none, or more than one.
+    """
+    sames = (lambda a, b: a == b, lambda a, b: _plain(a) == _plain(b), lambda a, b: _stem(a) == _stem(b))
+    for same in sames:
+        found = [i for i, name in enumerate(names) if any(same(label, part) for part in _synonyms(name))]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = ", ".join(f"{names[i]!r} ({i})" for i in found)
+            raise HeadError(
+                f"label {label!r} could be any of the network's classes {listed}; choose with a mapping, "
+                f"such as {label}={found[0]}"
+            )
+    word = _stem(label)
+    holding = [name for name in names if word in map(_stem, _plain(name).split())]
+    hint = f" Did you mean {', '.join(holding[:5])}?" if holding else near(_plain(label), names)
+    raise HeadError(
+        f"label {label!r} matches none of the network's {len(names)} classes.{hint} "
+        f"Name one with a mapping, such as {label}=CLASS"
+    )
+
+
+def _named(label: str, wanted: str | int, names: Sequence[str]) -> int:
+    number = int(wanted) if isinstance(wanted, int) or str(wanted).isdecimal() else None
+    if number is None:
+        return match(str(wanted), names)
+    if not 0 <= number < len(names):
+        raise HeadError(f"{label}={number}: the network's classes are numbered 0 to {len(names) - 1}")
+    return number
+
+
+def _synonyms(name: str) -> list[str]:
+    """The name, and the parts of one such as `tench, Tinca tinca`."""
+    return [name, *(part.strip() for part in name.split(","))] if "," in name else [name]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+
+
+def _stem(name: str) -> str:
+    """The plain name with its last word in the singular, as far as English spelling tells."""
+    word = _plain(name)
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("sses", "shes", "ches", "xes", "zes")):
+        return word[:-2]
+    if word.endswith("s") and not word.endswith("ss") and len(word) > 2:
+        return word[:-1]
+    return word

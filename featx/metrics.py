@@ -1,0 +1,97 @@
+"""Owns the numbers that say how good answers are, and their intervals; numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+# Below this a log-loss would say infinity for one image; scikit-learn clips float64 at its epsilon too.
+SMALLEST = float(np.finfo(np.float64).eps)
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion, `right` of `count` (E. B. Wilson, 1927).
+
+    Unlike `p +- 1.96 s`, it stays inside [0, 1] and has a width at 0 and 1.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    p, z2 = right / count, Z95**2
+    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 / (1 + z2 / count) * np.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Each row's cross-entropy, `float64 [N]`, in nats; logits `[N, C]`, y `int [N]` in [0, C)."""
+    z = np.asarray(logits, np.float64)
+    z = z - z.max(axis=1, keepdims=True)
+    picked = z[np.arange(len(y)), y]
+    return np.minimum(np.log(np.exp(z).sum(axis=1)) - picked, -np.log(SMALLEST))
+
+
+def binary_losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Each row's and label's cross-entropy, `float64 [N, C]`, in nats; logits and 0/1 targets `[N, C]`."""
+    z = np.asarray(logits, np.float64)
+    return np.minimum(np.logaddexp(0.0, z) - z * y, -np.log(SMALLEST))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
+    """What a reliability diagram shows: for each non-empty of 15 equal bins of confidence, its mean
+    `confidence`, its `accuracy` and its `count`. confidence: `[N]` in [0, 1]; right: `bool [N]`.
+    """
+    index = np.minimum((np.asarray(confidence, np.float64) * BINS).astype(np.int64), BINS - 1)
+    count = np.bincount(index, minlength=BINS)
+    sure = np.bincount(index, weights=confidence, minlength=BINS)
+    hits = np.bincount(index, weights=np.asarray(right, np.float64), minlength=BINS)
+    return [
+        {"confidence": float(s / n), "accuracy": float(h / n), "count": int(n)}
+        for n, s, h in zip(count, sure, hits, strict=True)
+        if n
+    ]
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error in [0, 1]: the mean distance of accuracy from confidence over 15
+    equal bins, weighted by their counts (Guo et al. 2017). 0 for no rows.
+    """
+    bins = reliability(confidence, right)
+    total = sum(b["count"] for b in bins)
+    return sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / max(1, total)
+
+
+def confusion(y: np.ndarray, answers: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """`int64 [rows, columns]`: how often class i was answered as j."""
+    flat = np.bincount(y * columns + answers, minlength=rows * columns)
+    return flat.reshape(rows, columns).astype(np.int64)
+
+
+def precision_recall_f1(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per class, `float64 [..., L]` each, of confusions `[..., L, L or more columns]`; 0 where undefined."""
+    size = table.shape[-2]
+    hits = np.diagonal(table[..., :size], axis1=-2, axis2=-1).astype(np.float64)
+    answered, support = table[..., :size].sum(axis=-2), table.sum(axis=-1)
+    precision = hits / np.maximum(answered, 1)
+    recall = hits / np.maximum(support, 1)
+    return precision, recall, 2 * hits / np.maximum(answered + support, 1)
+
+
+def average_precision(scores: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the precision-recall steps, as scikit-learn's `average_precision_score`, `float64 [B]`.
+
+    scores `[N]`; y `0/1 [N]`; weights `[B, N]`, how often each row counts (default once, B = 1).
+    NaN where no positive row counts.
+    """
+    order = np.argsort(-scores, kind="stable")
+    counts = np.ones((1, len(y))) if weights is None else weights[:, order].astype(np.float64)
+    if weights is not None:
+        assert weights.shape[1] == len(y)
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(y) - 1)  # ties count together
+    hits = np.cumsum(counts * y[order], axis=1)[:, last]
+    seen = np.cumsum(counts, axis=1)[:, last]
+    precision = hits / np.maximum(seen, 1e-300)
+    steps = np.diff(hits, axis=1, prepend=0.0)
+    total = hits[:, -1]
+    with np.errstate(invalid="ignore"):
+        return (precision * steps).sum(axis=1) / np.where(total > 0, total, np.nan)
