@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 # A leftover of another machine is swept when it is older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
@@ -25,6 +27,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     make_folder(path.parent)
     write_chunks(path.parent, [data], lambda: path.name)
+
+
+def to_json(values: Any) -> str:
+    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
+    (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:
@@ -76,7 +85,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def aside_name() -> str:
-    """A name for what is not finished: `.~host~process~start~random.tmp`. Never read, swept when its writer died."""
+    """A name for what is unfinished: `.~host~process~start~random.tmp`; swept when its writer died."""
     pid = os.getpid()
     return f".~{_host()}~{pid}~{_started(pid) or 0}~{secrets.token_hex(6)}.tmp"
 
@@ -89,9 +98,7 @@ def sweep(folder: Path) -> list[str]:
     """
     swept = []
     with os.scandir(folder) as entries:
-        leftovers = [
-            entry for entry in entries if entry.name.startswith(".~") and entry.name.endswith(".tmp")
-        ]
+        leftovers = [entry for entry in entries if entry.name.startswith(".~") and entry.name.endswith(".tmp")]
     for entry in leftovers:
         parts = entry.name.removesuffix(".tmp").split("~")
         if len(parts) != 5 or not (parts[2].isdecimal() and parts[3].isdecimal()):

@@ -1,0 +1,124 @@
+"""Owns the stat memo: which content key a file had when it was last read, so that it is not read again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import time
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from featx.errors import StoreError
+from featx.files import write_atomic
+
+MAGIC = b"featx memo 1\n"
+# A file that changed this shortly before it was listed can change again without another timestamp
+# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
+CLOCK_NS = 2_000_000_000
+
+
+class KeyMemo:
+    """Keys of the files under one root, by path, size, mtime, ctime and inode.
+
+    One file, `cache/memo/<hash of the root>`; it can be deleted at any time: files are then read again.
+    A damaged one counts as deleted. Of several writers the last one wins.
+    """
+
+    def __init__(self, cache: Path, root: Path) -> None:
+        root = Path(os.path.abspath(root))
+        self.path = Path(cache) / "memo" / hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
+        # what is recorded may be read from any moment after this
+        self._opened = time.time_ns()
+        self._names = b""
+        self._stats = np.zeros((0, 4), np.int64)
+        self._keys = np.zeros((0, 32), np.uint8)
+        self._load()
+
+    def lookup(self, ids: list[str], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys `uint8 [N, 32]` of files, and which of them are known, `bool [N]`; the others' are zeros.
+
+        ids: paths under the root, with `/`; stats: `int64 [N, 4]`, size, mtime_ns, ctime_ns, inode.
+        """
+        count = len(ids)
+        at = self._find(ids)
+        if at is None:  # the same paths as last time, maybe with others behind them
+            saved, keys, known = self._stats[:count], self._keys[:count].copy(), np.ones(count, bool)
+        else:
+            known = at >= 0
+            at[~known] = 0
+            empty = np.zeros((count, 4), np.int64), np.zeros((count, 32), np.uint8)
+            saved, keys = (self._stats[at], self._keys[at]) if len(self._stats) else empty
+        known &= (saved == stats).all(axis=1)
+        keys[~known] = 0
+        return keys, known
+
+    def record(self, ids: list[str], stats: np.ndarray, keys: np.ndarray, known: np.ndarray) -> None:
+        """Remember `keys` (`uint8 [N, 32]`) where `known` (`bool [N]`); stats are those listed before reading.
+
+        Files changed within 2 s before this memo was opened, or after, are left out: they could have
+        changed again unseen. On a read-only cache nothing is remembered. Raises `StoreError` on a full disk.
+        """
+        changed = stats[:, 2] if os.name != "nt" else stats[:, 1:3].max(axis=1)  # there ctime is the birth
+        keep = known & (changed < self._opened - CLOCK_NS)
+        at = self._find(ids)
+        if at is None and len(ids) == len(self._stats):
+            same = (self._stats == stats).all(axis=1) & (self._keys == keys).all(axis=1)
+            if (same == keep).all() and keep.all():
+                return
+        chosen = np.flatnonzero(keep)
+        names = ids if keep.all() else [ids[i] for i in chosen.tolist()]
+        # files of another data set under the same root, as long as they are not many
+        others = np.ones(len(self._stats), bool)
+        others[slice(len(ids)) if at is None else at[at >= 0]] = False
+        other = np.flatnonzero(others)[: 4 * len(ids) + 100_000]
+        old = self._names.split(b"\0") if len(other) else []
+        blob = b"\0".join([_joined(names), *(old[i] for i in other.tolist())] if names or len(other) else [])
+        if not names:
+            blob = blob[1:]
+        stats = np.concatenate([stats[chosen], self._stats[other]]).astype("<i8")
+        keys = np.concatenate([keys[chosen], self._keys[other]])
+        if blob.count(b"\0") + (len(stats) > 0) != len(stats):
+            return  # a path with a NUL in it, which no file system has
+        body = b"".join([len(stats).to_bytes(8, "little"), stats.tobytes(), keys.tobytes(), blob])
+        try:
+            write_atomic(self.path, MAGIC + hashlib.sha256(body).digest() + body)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise StoreError(
+                    f"cannot write {self.path} ({error.strerror}): make room and run the same command again"
+                ) from error
+            return
+        self._names, self._stats, self._keys = blob, stats, keys
+
+    def _find(self, ids: list[str]) -> np.ndarray | None:
+        """Where each path is in the memo, -1 where it is not; None where they are its first, in order."""
+        joined = _joined(ids)
+        if ids and self._names.startswith(joined) and self._names[len(joined) : len(joined) + 1] in (b"", b"\0"):
+            return None
+        names = self._names.split(b"\0") if len(self._stats) else []
+        index = dict(zip(names, range(len(names)), strict=True))
+        encoded = joined.split(b"\0") if ids else []
+        if len(encoded) != len(ids):
+            return np.full(len(ids), -1, np.int64)
+        return np.fromiter(map(index.get, encoded, repeat(-1)), np.int64, len(ids))
+
+    def _load(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            data = self.path.read_bytes()
+            start = len(MAGIC) + 32
+            body = memoryview(data)[start:]
+            if data[: len(MAGIC)] != MAGIC or hashlib.sha256(body).digest() != data[len(MAGIC) : start]:
+                return
+            count = int.from_bytes(body[:8], "little")
+            keys_at = 8 + 32 * count
+            self._stats = np.frombuffer(body[8:keys_at], "<i8").reshape(count, 4)
+            self._keys = np.frombuffer(body[keys_at : keys_at + 32 * count], np.uint8).reshape(count, 32)
+            self._names = bytes(body[keys_at + 32 * count :])
+
+
+def _joined(ids: list[str]) -> bytes:
+    return "\0".join(ids).encode("utf-8", "surrogatepass")

@@ -1,0 +1,526 @@
+"""Owns the feature cache: rows under content keys, in immutable shards, one folder for each spec."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx import shards
+from featx.errors import DamageError, StoreError
+from featx.features import FeatureSpec
+from featx.files import aside_name, make_folder, sweep, sync_folder, write_atomic
+from featx.shards import KEY_BYTES, Form, Shard, StaleError
+
+# What a killed run loses at most: so many bytes of rows, or so many seconds of work.
+SHARD_BYTES = 16 << 20
+SHARD_SECONDS = 20.0
+# A file that changed this shortly before it was looked at can change again without another timestamp.
+CLOCK_NS = 2_000_000_000
+# Keys looked up at a time, so that a million of them need little memory beside themselves.
+LOOKUP = 1 << 16
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class FeatureStore:
+    """The rows of one `FeatureSpec`, at `cache/features/<name>-<digest>/`.
+
+    Any number of processes, on any number of machines, may write to one folder at once: nothing that
+    is there is ever changed, so there are no locks. Killed at any moment, it keeps every committed shard.
+    What is damaged is moved to `damaged/`, said in `notes`, and missing from then on.
+
+    cache: the cache's folder. engine: what computes the rows that will be appended; the first writer's
+    is recorded. Opening reads, and creates nothing before the first `append`. shard_bytes, shard_seconds:
+    commit when so many bytes of rows are buffered, or when the first of them has waited so long.
+    Raises `StoreError` where the folder's rows came from another engine.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        spec: FeatureSpec,
+        *,
+        engine: str | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        shard_seconds: float = SHARD_SECONDS,
+    ) -> None:
+        self.spec = spec
+        self.folder = Path(cache) / "features" / folder_name(spec)
+        self.notes: list[str] = []
+        """Sentences about what was found damaged or left behind, for the user."""
+        self._asked = engine
+        self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
+        self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
+        self._buffered, self._since = 0, 0.0
+        self._swept = False
+        self._form: Form | None = None
+        self._shards: dict[str, Shard] = {}
+        self._keys: list[np.ndarray] = []
+        self._sorted: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._maps: dict[str, np.ndarray] = {}
+        self.refresh()
+        self._check_engine()
+
+    @property
+    def row_shape(self) -> tuple[int, ...] | None:
+        """The shape of one row; None before the first append."""
+        return self._form.row_shape if self._form else None
+
+    @property
+    def engine(self) -> str | None:
+        """What computed the rows, as the folder records it; None before the first append."""
+        return self._form.engine if self._form else None
+
+    def computed_by(self, engine: str) -> None:
+        """Say what computes the rows to come. Raises `StoreError` where those there are another engine's."""
+        self._asked = engine
+        self._check_engine()
+
+    def __len__(self) -> int:
+        """The number of distinct keys committed."""
+        keys, prefix, order = self._index()
+        same = prefix[1:] == prefix[:-1]
+        if not same.any():
+            return len(keys)
+        near = np.zeros(len(keys), bool)
+        near[1:], near[:-1] = same, near[:-1] | same
+        return int(len(keys) - near.sum() + len(np.unique(_opaque(keys[order[near]]))))
+
+    def keys(self) -> np.ndarray:
+        """The keys of all committed rows, `uint8 [N, 32]`, in the order they are stored; maybe with repeats."""
+        return self._index()[0]
+
+    # --- writing
+
+    def append(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Take in keys `uint8 [B, 32]` and rows `[B, *row_shape]`; they are safe once `commit` returns.
+
+        Commits by itself once the buffer is full or old. Rows under keys that are there are dropped.
+        Raises `StoreError` for another row shape, another engine, rows that float16 cannot hold, and a
+        folder that cannot be written; the rows then stay buffered.
+        """
+        keys, rows = _as_keys(keys), np.asarray(rows)
+        if len(keys) != len(rows) or rows.dtype.kind != "f":
+            raise StoreError(f"expected {len(keys)} rows of floats, got {rows.dtype} {list(rows.shape)}")
+        if len(keys) == 0:
+            return
+        form = self._claim(rows.shape[1:])
+        if not self._buffer:
+            self._since = time.monotonic()
+        self._buffer.append((keys.copy(), _held(rows, form.dtype)))
+        self._buffered += rows.size * form.dtype.itemsize
+        if self._buffered >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what is buffered as one shard, durably. Raises `StoreError`; the rows then stay buffered."""
+        if not self._buffer:
+            return
+        taken = len(self._buffer)
+        keys = np.concatenate([k for k, _ in self._buffer[:taken]])
+        first = np.sort(np.unique(_opaque(keys), return_index=True)[1])
+        first = first[~self.contains(keys[first])]
+        if len(first):
+            assert self._form is not None
+            rows = np.concatenate([r for _, r in self._buffer[:taken]])
+            with self._writing():
+                shard = shards.write(self.folder, self._form, keys[first], [rows[first]])
+            self._add(shard, keys[first])
+        # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
+        del self._buffer[:taken]
+        self._buffered = sum(r.nbytes for _, r in self._buffer)
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # also when interrupted: what was computed is kept
+        self.commit()
+
+    def _claim(self, row_shape: tuple[int, ...]) -> Form:
+        """Make the folder, or join it; the first of several writers names the engine and the row shape."""
+        if self._form is None:
+            self._form = Form(self.spec, self._asked or "unnamed", tuple(row_shape))
+            with self._writing():
+                create(self.folder, self._form)
+            self._form = self._read_form()
+            assert self._form is not None
+        self._check_engine()
+        if tuple(row_shape) != self._form.row_shape:
+            raise StoreError(
+                f"rows of shape {list(row_shape)} do not belong to {self.folder.name}, whose rows have shape "
+                f"{list(self._form.row_shape)}; remove it (featx cache remove) if the backbone was changed by hand"
+            )
+        if not self._swept:
+            self._swept = True
+            with self._writing():
+                sweep(self.folder)
+                sweep(self.folder.parent)
+        return self._form
+
+    def _check_engine(self) -> None:
+        if self._form and self._asked and self._asked != self._form.engine:
+            raise StoreError(
+                f"the features in {self.folder} come from the engine {self._form.engine!r}, not "
+                f"{self._asked!r}, and two engines differ in the last bits of a row; use that engine, another "
+                "--cache, or remove these features first (featx cache remove)"
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = "it is read-only; give --cache a folder you can write to"
+            if error.errno not in READ_ONLY:
+                what = "all that was committed before is kept; make room and run the same command again"
+            raise StoreError(f"cannot write to the cache {self.folder} ({error.strerror}): {what}") from error
+
+    # --- reading
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row."""
+        return self._locate(_as_keys(keys)) >= 0
+
+    def read(self, keys: np.ndarray) -> np.ndarray:
+        """The rows of `keys`, `uint8 [N, 32]`, in that order, with repeats: `[N, *row_shape]` as stored.
+
+        A read-only `numpy.memmap` where the rows lie in one run in one file (as after a compact in this
+        order), else an array. Raises `StoreError` with the number of keys that have no row.
+        """
+        keys = _as_keys(keys)
+        return self._again(keys, lambda at: self._mapped(at) if len(at) else self._gather(at))
+
+    def batches(
+        self, keys: np.ndarray, size: int, *, seed: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Stream (indices into `keys` `int64 [B]`, rows `[B, *row_shape]`), B = `size` but for the last.
+
+        Only one batch is in memory at a time. In order, or shuffled: the same `seed` gives the same
+        order, however the rows are stored.
+        """
+        keys = _as_keys(keys)
+        order = np.arange(len(keys)) if seed is None else np.random.default_rng(seed).permutation(len(keys))
+        self._again(keys, lambda at: at)  # name all that is missing before the first batch
+        for start in range(0, len(keys), size):
+            chosen = order[start : start + size]
+            yield chosen, self._again(keys[chosen], self._gather)
+
+    def _again(self, keys: np.ndarray, use: Any) -> Any:
+        """`use(locations of keys)`, listing the folder again where another process changed it meanwhile."""
+        for attempt in range(4):
+            at = self._locate(keys)
+            missing = int((at < 0).sum())
+            try:
+                if not missing:
+                    return use(at)
+                if attempt:
+                    break
+            except StaleError:
+                pass
+            self.refresh()
+        raise StoreError(
+            f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
+        )
+
+    def _mapped(self, at: np.ndarray) -> np.ndarray:
+        name, starts = self._starts()
+        shard = int(np.searchsorted(starts, at[0], "right")) - 1
+        one_run = at[-1] < starts[shard + 1] and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all()
+        if not one_run:
+            return self._gather(at)
+        first = int(at[0] - starts[shard])
+        return self._map(name[shard])[first : first + len(at)]
+
+    def _gather(self, at: np.ndarray) -> np.ndarray:
+        """Copy the rows at these locations: whole runs straight from the file, scattered rows from its map."""
+        if self._form is None:
+            return np.zeros((0,), self.spec.dtype)
+        out = np.empty((len(at), *self._form.row_shape), self._form.dtype)
+        names, starts = self._starts()
+        of = np.searchsorted(starts, at, "right") - 1
+        order = None if (of[1:] >= of[:-1]).all() else np.argsort(of, kind="stable")
+        ordered = of if order is None else of[order]
+        edges = np.flatnonzero(np.diff(ordered, prepend=-1, append=len(names)))
+        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            shard = int(ordered[a])
+            to = np.arange(a, b) if order is None else order[a:b]
+            self._copy(names[shard], at[to] - starts[shard], to, out)
+        return out
+
+    def _copy(self, name: str, source: np.ndarray, to: np.ndarray, out: np.ndarray) -> None:
+        assert self._form is not None
+        breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(to) != 1)) + 1
+        if len(breaks) > len(source) // 64:
+            if to[-1] - to[0] == len(to) - 1:  # ascending, so one run: no second copy
+                np.take(self._map(name), source, axis=0, out=out[to[0] : to[-1] + 1], mode="clip")
+            else:
+                out[to] = self._map(name)[source]
+            return
+        shard = self._shards[name]
+        with shard.open(self.folder) as file:
+            for a, b in zip([0, *breaks.tolist()], [*breaks.tolist(), len(source)], strict=True):
+                target = out[int(to[a]) : int(to[a]) + b - a]
+                if target.nbytes:
+                    offset = shard.rows_at + int(source[a]) * self._form.row_bytes
+                    shards.read_into(file, offset, target.data.cast("B"))
+
+    def _map(self, name: str) -> np.ndarray:
+        if name not in self._maps:
+            assert self._form is not None
+            shard = self._shards[name]
+            shape = (shard.count, *self._form.row_shape)
+            with shard.open(self.folder) as file:
+                self._maps[name] = np.memmap(file, self._form.dtype, "r", shard.rows_at, shape)
+        return self._maps[name]
+
+    def _starts(self) -> tuple[list[str], np.ndarray]:
+        counts = [shard.count for shard in self._shards.values()]
+        return list(self._shards), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    # --- the index
+
+    def _locate(self, keys: np.ndarray) -> np.ndarray:
+        """Where the row of each key is, counting through all shards; -1 where there is none. `int64 [N]`."""
+        known, prefix, order = self._index()
+        found = np.full(len(keys), -1, np.int64)
+        words = known.view(np.uint64)
+        for start in range(0, len(keys) if len(known) else 0, LOOKUP):
+            asked = keys[start : start + LOOKUP].view(np.uint64)
+            at = np.searchsorted(prefix, asked[:, 0])
+            rest = np.arange(len(asked))
+            while len(rest):  # once, but for keys that share their first 8 bytes
+                rest = rest[at[rest] < len(prefix)]
+                rest = rest[prefix[at[rest]] == asked[rest, 0]]
+                candidate = order[at[rest]]
+                hit = (words[candidate] == asked[rest]).all(axis=1)
+                found[start + rest[hit]] = candidate[hit]
+                rest = rest[~hit]
+                at[rest] += 1
+        return found
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All keys as stored, their first 8 bytes sorted, and the permutation that sorts them."""
+        if self._sorted is None:
+            keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *self._keys])
+            self._keys = [keys]
+            first = keys.view(np.uint64)[:, 0]
+            order = np.argsort(first, kind="stable")
+            self._sorted = keys, first[order], order
+        return self._sorted
+
+    def _add(self, shard: Shard, keys: np.ndarray) -> None:
+        self._shards[shard.name] = shard
+        self._keys.append(keys)
+        self._sorted = None
+
+    def refresh(self) -> None:
+        """List the folder again: other processes' shards are found, damaged ones set aside."""
+        for _ in range(4):
+            try:
+                self._form = self._read_form() if self.folder.is_dir() else None
+                if self._form is not None:
+                    self._load()
+                return
+            except StaleError:
+                continue  # a shard went between listing and reading: another process compacts
+            except OSError as error:
+                raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
+        raise StoreError(f"{self.folder} changes faster than it can be read; try again")
+
+    def _load(self) -> None:
+        assert self._form is not None
+        self._shards, self._keys, self._sorted, self._maps = {}, [], None, {}
+        trusted = _read_verified(self.folder)
+        kept: dict[str, Shard] = {}
+        for name, status in list_shards(self.folder):
+            shard = trusted.get(name)
+            if shard is None or shard.stat != status:
+                now = time.time_ns()
+                try:
+                    shard, _ = shards.check(self.folder, name, self._form)
+                except DamageError as error:
+                    self.notes.append(self.set_aside(name, str(error)))
+                    continue
+                if shard.stat[2] > now - CLOCK_NS:
+                    self._take(shard)
+                    continue
+            kept[name] = shard
+            self._take(shard)
+        if kept != trusted:
+            _write_verified(self.folder, kept)
+
+    def _take(self, shard: Shard) -> None:
+        keys = np.empty((shard.count, KEY_BYTES), np.uint8)
+        with shard.open(self.folder) as file:
+            shards.read_into(file, shard.keys_at, keys.data.cast("B"))
+        self._add(shard, keys)
+
+    def set_aside(self, name: str, reason: str) -> str:
+        """Move a damaged shard to `damaged/`, keeping its intact rows in a new one; a sentence about it."""
+        assert self._form is not None
+        where = f"{self.folder.name}/{name}"
+        try:
+            parts = list(shards.intact_rows(self.folder, name, self._form))
+            saved = sum(len(keys) for keys, _ in parts)
+            if saved:
+                keys = np.concatenate([keys for keys, _ in parts])
+                self._take(shards.write(self.folder, self._form, keys, (rows for _, rows in parts)))
+            make_folder(self.folder / "damaged")
+            os.replace(self.folder / name, self.folder / "damaged" / name)
+            sync_folder(self.folder)
+        except (OSError, StaleError) as error:
+            return f"the shard {where} is damaged ({reason}) and left out; it cannot be set aside ({error})"
+        kept = f"; {saved} intact rows of it are kept" if saved else ""
+        return f"the shard {where} was damaged ({reason}) and is set aside in damaged/{kept}"
+
+    def _read_form(self) -> Form | None:
+        """What `spec.json` says; where it is lost or damaged, what an intact shard says, written anew."""
+        path = self.folder / "spec.json"
+        try:
+            form = read_form(path)
+            if form.spec == self.spec:
+                return form
+            reason = "it is another spec's"
+        except StaleError:
+            reason = "it is missing"
+        except DamageError as error:
+            reason = str(error)
+        for name, _ in list_shards(self.folder):
+            with contextlib.suppress(DamageError, StaleError):
+                _, form = shards.check(self.folder, name, None)
+                if form.spec == self.spec:
+                    with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
+                        write_atomic(path, _sealed(_form_dict(form)))
+                    self.notes.append(f"{path} was lost ({reason}) and is written anew from a shard")
+                    return form
+        with contextlib.suppress(OSError):  # nothing depends on it; the next writer makes a new one
+            os.unlink(path)
+        return None
+
+
+def folder_name(spec: FeatureSpec) -> str:
+    """`resnet18-0123456789abcdef`: the backbone's own name, for people, and the start of the spec's digest."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", spec.backbone.rpartition("/")[2])[:60].lstrip(".")
+    return f"{name}-{spec.digest[:16]}"
+
+
+def list_shards(folder: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Names and stats of the shards in a folder, in the order of their commits."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if shards.NAME.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.name, shards.stat_of(os.lstat(entry.path))))
+    return sorted(found)
+
+
+def create(folder: Path, form: Form) -> None:
+    """Make a spec's folder with its `spec.json` in it, in one step; where one exists it stays as it is."""
+    make_folder(folder.parent)
+    aside = folder.parent / aside_name()
+    aside.mkdir()
+    write_atomic(aside / "spec.json", _sealed(_form_dict(form)))
+    try:
+        os.rename(aside, folder)  # fails where another writer's folder is
+        sync_folder(folder.parent)
+    except OSError:
+        os.unlink(aside / "spec.json")
+        os.rmdir(aside)
+        if not folder.is_dir():
+            raise
+        if not (folder / "spec.json").exists():
+            write_atomic(folder / "spec.json", _sealed(_form_dict(form)))
+
+
+def read_form(path: Path) -> Form:
+    """What a `spec.json` says. Raises `DamageError`, `OSError`."""
+    values = _unsealed(path)
+    try:
+        shape = tuple(int(size) for size in values["row_shape"])
+        form = Form(FeatureSpec.from_dict(values["spec"]), str(values["engine"]), shape)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamageError(f"{path} holds no spec ({error})") from None
+    if values.get("kind") != shards.KIND or min(shape, default=1) < 0:
+        raise DamageError(f"{path} is of another kind ({values.get('kind')})")
+    return form
+
+
+def _form_dict(form: Form) -> dict[str, Any]:
+    return {
+        "kind": shards.KIND,
+        "spec": form.spec.to_dict(),
+        "engine": form.engine,
+        "row_shape": list(form.row_shape),
+    }
+
+
+def _read_verified(folder: Path) -> dict[str, Shard]:
+    """The shards whose bytes were checked before. Empty where that is not known: then they are checked again."""
+    try:
+        values = _unsealed(folder / "verified.json")["shards"]
+        return {name: Shard(name, tuple(v[:4]), v[4], v[5], v[6]) for name, v in values.items()}
+    except (OSError, StaleError, DamageError, KeyError, TypeError, IndexError, AttributeError):
+        return {}
+
+
+def _write_verified(folder: Path, verified: dict[str, Shard]) -> None:
+    values = {s.name: [*s.stat, s.count, s.keys_at, s.rows_at] for s in verified.values()}
+    with contextlib.suppress(OSError):  # read-only or full: the next opening checks the bytes again
+        write_atomic(folder / "verified.json", _sealed({"shards": values}))
+
+
+def _sealed(values: dict[str, Any]) -> bytes:
+    """JSON with its own SHA-256 in it."""
+    text = json.dumps(values, sort_keys=True)
+    return json.dumps({**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode()
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    with shards.open_regular(path) as file:
+        data = file.read(1 << 26)
+    try:
+        values = json.loads(data or b"")
+        seal = values.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamageError(f"{path} cannot be read ({error})") from None
+    if hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest() != seal:
+        raise DamageError(f"{path} does not have the SHA-256 it was written with")
+    return values
+
+
+def _as_keys(keys: np.ndarray) -> np.ndarray:
+    keys = np.ascontiguousarray(keys)
+    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
+        raise StoreError(f"keys are uint8 [N, {KEY_BYTES}], not {keys.dtype} {list(keys.shape)}")
+    return keys
+
+
+def _opaque(keys: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").ravel()
+
+
+def _held(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """A copy of rows as `dtype`, or a `StoreError` where float16 cannot hold them to 1 part in 1,000."""
+    with np.errstate(over="ignore", under="ignore"):
+        held = np.array(rows, dtype, order="C")
+    if dtype.itemsize < rows.dtype.itemsize and held.size:
+        exact = np.asarray(rows, np.float64).reshape(len(rows), -1)
+        error = np.linalg.norm(held.reshape(len(rows), -1) - exact, axis=1)
+        bad = ~(error <= 1e-3 * np.linalg.norm(exact, axis=1))
+        if dtype.itemsize == 2 and bad.any():
+            raise StoreError(
+                f"float16 cannot hold {int(bad.sum())} of {len(rows)} rows (largest value "
+                f"{np.abs(exact[bad]).max():.4g}, float16 holds 65504 and loses small ones); store float32"
+            )
+    return held
