@@ -1,0 +1,175 @@
+"""Owns the choice of what runs a backbone, and how far two engines' rows may lie apart; imports no torch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from featx.backbones import BackboneInfo, BackboneRequest, load_backbone
+from featx.errors import FeatxError
+
+# What `difference` may be between any two engines' rows of the same image, or two batch sizes of one
+# engine, at each precision. fp32 is held to torch's eager fp32 on the CPU, the others to that as well.
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+ENGINES = ("onnxruntime", "torch-cpu", "torch-cuda")
+CPU_BATCH = 32
+
+
+class Engine(Protocol):
+    """A backbone, ready to run. Rows do not depend on what else is in the batch."""
+
+    name: str
+    """One of `ENGINES`; a store records it."""
+    batch_size: int
+    """The most images of one call, and the best number."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [B, 3, crop, crop]`, 0 < B <= batch_size -> `float32 [B, *row_shape]`."""
+        ...
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Start on a batch; what is returned waits for its rows. `images` may be reused after this returns.
+
+        A CPU engine is done when this returns. The CUDA engine keeps two batches in flight: call `submit`
+        for the next batch before asking for the rows of the last.
+        """
+        ...
+
+
+def difference(rows: np.ndarray, reference: np.ndarray) -> float:
+    """The worst image's largest deviation, relative to the largest entry of its reference row; `[N, ...]` each."""
+    if rows.shape != reference.shape or not len(rows):
+        raise FeatxError(f"rows {list(rows.shape)} cannot be compared with {list(reference.shape)}")
+    a, b = (np.asarray(x, np.float64).reshape(len(rows), -1) for x in (rows, reference))
+    scale = np.maximum(np.abs(b).max(axis=1), np.finfo(np.float32).tiny)
+    return float((np.abs(a - b).max(axis=1) / scale).max())
+
+
+def open_engine(
+    request: BackboneRequest,
+    info: BackboneInfo,
+    *,
+    cache: Path,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch_size: int | None = None,
+    engine: str | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Open what runs this backbone here: a rule, not a measurement, since it decides a row's last bits.
+
+    On a GPU torch; on a CPU onnxruntime for fp32, torch for bf16 and where the export fails.
+
+    device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, or
+    `fp16` on a GPU. batch_size: 32 on a CPU; on a GPU the largest of 256, 128, ... that fits its memory.
+    engine: one of `ENGINES` to keep to, such as the one that filled a store; where it cannot run here
+    another does, with a warning. threads: of the arithmetic on a CPU, by default one a core.
+    """
+    if precision not in TOLERANCE:
+        raise FeatxError(f"precision is one of {', '.join(TOLERANCE)}, not {precision!r}")
+    if engine is not None and engine not in ENGINES:
+        raise FeatxError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
+    if batch_size is not None and batch_size < 1:
+        raise FeatxError(f"a batch has at least one image, not {batch_size}")
+    place = _device(device, engine)
+    if place != "cpu":
+        from featx.engines.torch import CudaEngine
+
+        opened: Engine = CudaEngine(_loaded(request, info), place, precision, batch_size)
+    elif precision == "fp16":
+        raise FeatxError("fp16 is for GPUs and slow on a CPU; use bf16 or fp32")
+    elif precision == "bf16" or engine == "torch-cpu":
+        from featx.engines.torch import CpuEngine
+
+        opened = CpuEngine(_loaded(request, info), precision, batch_size or CPU_BATCH, threads)
+    else:
+        opened = _onnx_or_torch(request, info, cache, batch_size or CPU_BATCH, threads)
+    if engine is not None and opened.name != engine:
+        warnings.warn(
+            f"{engine} cannot run here; {opened.name} does, whose rows differ by up to "
+            f"{TOLERANCE[precision]:g} of their largest entry",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return opened
+
+
+def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
+    """The exported backbone, in `cache/engines/`: made when it is not there, and then without torch.
+
+    Input `images`, `uint8 [N, 3, crop, crop]`; output `features`, `float32 [N, *row_shape]`; opset 18, one
+    file, any N. Raises `ExportError` where the network cannot be exported.
+    """
+    from featx.engines.onnx import exported
+
+    return exported(request, info, Path(cache))
+
+
+def available_threads() -> int:
+    """The cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _onnx_or_torch(
+    request: BackboneRequest, info: BackboneInfo, cache: Path, batch_size: int, threads: int | None
+) -> Engine:
+    from featx.engines.onnx import OnnxEngine
+    from featx.errors import ExportError
+
+    try:
+        return OnnxEngine(backbone_onnx(request, info, cache), batch_size, threads)
+    except ExportError as error:
+        warnings.warn(f"{error}; torch runs it instead, slower", RuntimeWarning, stacklevel=3)
+    from featx.engines.torch import CpuEngine
+
+    return CpuEngine(_loaded(request, info), "fp32", batch_size, threads)
+
+
+def _loaded(request: BackboneRequest, info: BackboneInfo):  # type: ignore[no-untyped-def]
+    """The backbone, held to what it was resolved as."""
+    backbone = load_backbone(request)
+    if backbone.info != info:
+        raise FeatxError(
+            f"the weights of {info.name} changed while featx was running: {info.weights_note} was "
+            f"{info.weights_digest[:12]} and is {backbone.info.weights_digest[:12]}; start again"
+        )
+    return backbone
+
+
+def _device(device: str, engine: str | None) -> str:
+    """`cpu`, or a CUDA device that is there."""
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
+    if kind == "cpu" or (kind == "auto" and (not _has_cuda() or engine in ("onnxruntime", "torch-cpu"))):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        place = "cuda:0" if kind == "auto" else device
+        number = int(place.partition(":")[2] or 0)
+        if number < torch.cuda.device_count():
+            return place
+        raise FeatxError(f"there is no device {device}; this machine has {torch.cuda.device_count()} GPUs")
+    if kind == "cuda":
+        raise FeatxError(f"device {device!r} was asked for, but torch finds no CUDA GPU; use --device cpu")
+    return "cpu"
+
+
+def _has_cuda() -> bool:
+    """Whether the NVIDIA driver sees a GPU; asked without torch, whose import takes seconds."""
+    import ctypes
+    import sys
+
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        count = ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False

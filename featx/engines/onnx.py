@@ -1,0 +1,148 @@
+"""Owns the exported backbone and the onnxruntime session that runs it; torch only where it is not exported yet."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx.backbones import BackboneInfo, BackboneRequest, load_backbone
+from featx.engines import TOLERANCE, available_threads, difference
+from featx.errors import ExportError
+from featx.files import write_atomic
+
+OPSET = 18
+EXPORT_VERSION = 1  # raised when the exported graph changes
+
+
+class OnnxEngine:
+    """onnxruntime on the CPU. Rows do not depend on the batch they are in."""
+
+    name = "onnxruntime"
+
+    def __init__(self, model: Path, batch_size: int, threads: int | None = None) -> None:
+        self.batch_size = batch_size
+        self.session = session(model, threads)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [B, 3, crop, crop]` -> `float32 [B, *row_shape]`."""
+        rows: np.ndarray = self.session.run(None, {"images": images})[0]
+        return rows
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Run the batch at once."""
+        rows = self(images)
+        return lambda: rows
+
+
+def session(model: Path | bytes, threads: int | None = None) -> Any:
+    """An onnxruntime session on the CPU; `threads` does the arithmetic, by default one a core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or available_threads()
+    options.log_severity_level = 3
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
+    """See `featx.engines.backbone_onnx`. What failed once is remembered until a library changes."""
+    graph = {
+        "backbone": info.name,
+        "weights": info.weights_digest,
+        "layer": info.layer,
+        "crop": info.preprocess.crop,
+        "mean": info.preprocess.mean,
+        "std": info.preprocess.std,
+        "opset": OPSET,
+        "version": EXPORT_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()
+    path = cache / "engines" / f"{digest}.onnx"
+    if path.exists():
+        return path
+    libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "onnxscript", "onnxruntime")}
+    refusal = path.with_suffix(".failed.json")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(refusal.read_text())
+        if known["libraries"] == libraries:
+            raise ExportError(known["error"])
+    try:
+        data = to_onnx(load_backbone(request).module, info)
+    except ExportError as error:
+        write_atomic(refusal, json.dumps({"error": str(error), "libraries": libraries}).encode())
+        raise
+    write_atomic(path, data)
+    return path
+
+
+def to_onnx(module: Any, info: BackboneInfo) -> bytes:
+    """Export a backbone's `module` and hold it to torch on two images of noise. Raises `ExportError`."""
+    import torch
+
+    crop = info.preprocess.crop
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, crop, crop), dtype=np.uint8)
+    images = torch.from_numpy(noise)
+    with torch.inference_mode():
+        reference = module(images).numpy()
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (images,),
+                dynamo=True,
+                opset_version=OPSET,
+                external_data=False,
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+                verbose=False,
+            )
+            assert program is not None  # only dynamo=False gives None
+            model = program.model_proto
+    except Exception as error:  # the exporter lets through what any of its stages raises
+        reason = str(error).strip().splitlines()
+        raise ExportError(
+            f"{info.name} cannot be exported to ONNX ({reason[0] if reason else type(error).__name__})"
+        ) from error
+    strip(model)
+    data: bytes = model.SerializeToString()
+    rows = session(data).run(None, {"images": noise})[0]
+    apart = difference(rows, reference)
+    if not apart <= TOLERANCE["fp32"]:
+        raise ExportError(f"{info.name} as ONNX differs from torch by {apart:.1e}, more than {TOLERANCE['fp32']:g}")
+    return data
+
+
+def strip(model: Any) -> None:
+    """Remove what the exporter noted about its own machine and code: stack traces, class names, paths."""
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        value.ClearField("metadata_props")
+        value.ClearField("doc_string")
+    del model.graph.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress, advice and deprecation notes off the terminal."""
+    import logging
+    import warnings
+
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,194 @@
+"""Owns running a backbone by torch itself: on the CPU in bf16 or where an export fails, and on CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from featx.backbones._module import Backbone, Trunk
+from featx.engines import available_threads
+from featx.errors import FeatxError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CUDA_BATCH = 256
+
+
+class CpuEngine:
+    """torch on the CPU, channels-last, batch norm folded into the convolutions.
+
+    Every batch is padded to `batch_size`: torch's rows change in their last bits with the size of a batch.
+    """
+
+    name = "torch-cpu"
+
+    def __init__(self, backbone: Backbone, precision: str, batch_size: int, threads: int | None = None) -> None:
+        self.batch_size = batch_size
+        self.threads = threads or available_threads()
+        self.module = prepared(backbone.module, DTYPES[precision], torch.device("cpu"))
+        crop = backbone.info.preprocess.crop
+        self.images = torch.zeros((batch_size, 3, crop, crop), dtype=torch.uint8)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [B, 3, crop, crop]`, B <= batch_size -> `float32 [B, *row_shape]`."""
+        checked(images, self.images)
+        self.images[: len(images)].copy_(torch.from_numpy(images))
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                rows = self.module(self.images)
+        finally:
+            torch.set_num_threads(before)
+        return np.array(rows[: len(images)].numpy())
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Run the batch at once."""
+        rows = self(images)
+        return lambda: rows
+
+
+class CudaEngine:
+    """torch on one CUDA device: 16-bit weights where asked, batch norm folded, one CUDA graph at a fixed batch.
+
+    Copies to the GPU run on a stream of their own from pinned memory, two batches deep, and nothing
+    waits for the GPU but the call that wants a batch's rows. fp32 runs without TF32. Written without a
+    GPU at hand: its speed is not measured.
+    """
+
+    name = "torch-cuda"
+
+    def __init__(self, backbone: Backbone, device: str, precision: str, batch_size: int | None = None) -> None:
+        self.device = torch.device(device)
+        self.info = backbone.info
+        self.module = prepared(backbone.module, DTYPES[precision], self.device)
+        self.copying = torch.cuda.Stream(self.device)
+        self.computing = torch.cuda.Stream(self.device)
+        size = batch_size or CUDA_BATCH
+        while not self._captured(size):
+            size //= 2
+        self.batch_size = size
+        self.slots = [_Slot(self.images, self.rows) for _ in range(2)]
+        self.turn = 0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [B, 3, crop, crop]`, B <= batch_size -> `float32 [B, *row_shape]`."""
+        return self.submit(images)()
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Queue the batch; the result waits for its rows, and stays valid whatever is submitted after it."""
+        checked(images, self.images)
+        slot = self.slots[self.turn % len(self.slots)]
+        self.turn += 1
+        if slot.pending is not None:
+            slot.pending()  # its buffers are needed now
+        slot.pinned_images[: len(images)].copy_(torch.from_numpy(images))
+        with torch.cuda.stream(self.copying):
+            slot.images.copy_(slot.pinned_images, non_blocking=True)
+            slot.copied.record(self.copying)
+        with torch.cuda.stream(self.computing):
+            self.computing.wait_event(slot.copied)
+            self.images.copy_(slot.images)
+            self.graph.replay()
+            slot.pinned_rows.copy_(self.rows, non_blocking=True)
+            slot.done.record(self.computing)
+        slot.pending = _Pending(slot, len(images))
+        return slot.pending
+
+    def _captured(self, size: int) -> bool:
+        """Make the graph for `size` images; False where the GPU's memory does not hold it."""
+        try:
+            self.images, self.rows, self.graph = self._record(size)
+            return True
+        except torch.cuda.OutOfMemoryError as error:
+            if size == 1:
+                raise FeatxError(f"{self.device} has too little memory for {self.info.name}") from error
+        torch.cuda.empty_cache()  # here, where the failed try's frame and tensors are gone
+        return False
+
+    def _record(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]:
+        """Record the forward pass of `size` images: its input, its output, and the CUDA graph between."""
+        crop = self.info.preprocess.crop
+        with torch.cuda.device(self.device), torch.inference_mode(), exact_fp32():
+            images = torch.zeros((size, 3, crop, crop), dtype=torch.uint8, device=self.device)
+            self.computing.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.computing):
+                for _ in range(3):  # cuDNN chooses its algorithms before the capture
+                    self.module(images)
+            self.computing.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.computing):
+                rows = self.module(images)
+            self.computing.synchronize()
+        return images, rows, graph
+
+
+class _Slot:
+    """One batch's buffers on their way to the GPU and back."""
+
+    def __init__(self, images: torch.Tensor, rows: torch.Tensor) -> None:
+        self.images = torch.empty_like(images)
+        self.pinned_images = torch.zeros(images.shape, dtype=images.dtype, pin_memory=True)
+        self.pinned_rows = torch.zeros(rows.shape, dtype=rows.dtype, pin_memory=True)
+        self.copied, self.done = torch.cuda.Event(), torch.cuda.Event()
+        self.pending: _Pending | None = None
+
+
+class _Pending:
+    """A batch in flight; calling it waits, once, and keeps the rows."""
+
+    def __init__(self, slot: _Slot, size: int) -> None:
+        self.slot, self.size = slot, size
+        self.rows: np.ndarray | None = None
+
+    def __call__(self) -> np.ndarray:
+        if self.rows is None:
+            self.slot.done.synchronize()
+            self.rows = np.array(self.slot.pinned_rows[: self.size].numpy())
+            self.slot.pending = None
+        return self.rows
+
+
+@contextlib.contextmanager
+def exact_fp32() -> Iterator[None]:
+    """TF32 off while a graph is captured: it keeps 10 bits of 23, a thousand times the fp32 tolerance."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def prepared(module: Trunk, dtype: torch.dtype, device: torch.device) -> Trunk:
+    """A copy for inference: batch norm folded where the network can be traced, cast, moved, channels-last."""
+    trunk = copy.deepcopy(module).eval().requires_grad_(False)
+    if trunk.tap is None:
+        trunk.network = folded(trunk.network)
+    trunk.network.to(dtype)
+    trunk.dtype = dtype
+    return trunk.to(device).to(memory_format=torch.channels_last)
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """The network with batch norm folded into its convolutions, in fp32; itself where fx cannot trace it."""
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        return fuse(network, inplace=True)
+    except Exception:  # tracing fails in many ways; an unfolded network gives the same rows, slower
+        return network
+
+
+def checked(images: np.ndarray, batch: torch.Tensor) -> None:
+    """Raise `FeatxError` for what does not fit into a batch."""
+    size, *shape = batch.shape
+    if images.dtype != np.uint8 or list(images.shape[1:]) != shape or not 0 < len(images) <= size:
+        raise FeatxError(
+            f"expected uint8 [B, {', '.join(map(str, shape))}] with 1 to {size} images, "
+            f"got {images.dtype} {list(images.shape)}"
+        )
