@@ -72,9 +72,7 @@ class Source:
             if not stat.S_ISREG(found.st_mode):
                 raise ImageError(f"{name} is a {_kind(found.st_mode)}, not a file")
             if found.st_size > MAX_BYTES:
-                raise ImageError(
-                    f"{name} has {found.st_size:,} bytes, more than the {MAX_BYTES:,} of an image"
-                )
+                raise ImageError(f"{name} has {found.st_size:,} bytes, more than the {MAX_BYTES:,} of an image")
             with open(path, "rb") as file:
                 return file.read()
         except FileNotFoundError:
@@ -93,21 +91,25 @@ def open_source(uri: str | Path) -> Source:
     directly in `root`. docs/data.md shows each. Raises `SourceError` for what is none of these.
     """
     path = os.fspath(uri)
-    if os.path.isdir(path):
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise SourceError(f"{printable(path)} is a link to nothing") from None
+        raise SourceError(f"there is no {printable(path) or 'data set with an empty name'}.{_near(path)}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"{printable(path)} cannot be opened ({reason})") from error
+    if stat.S_ISDIR(found.st_mode):
         from featx.sources import folder
 
         return folder.open_folder(path)
-    suffix = os.path.splitext(path)[1].lower()
-    if not os.path.lexists(path):
-        raise SourceError(f"there is no {printable(path)}.{_neighbours(path)}")
-    if not os.path.exists(path):
-        raise SourceError(f"{printable(path)} is a link to nothing")
     from featx.sources import manifest
 
-    if suffix not in manifest.READERS:
+    if os.path.splitext(path)[1].lower() not in manifest.READERS or not stat.S_ISREG(found.st_mode):
         raise SourceError(
             f"{printable(path)} is neither a folder of images nor a manifest "
-            f"({', '.join(manifest.READERS)}); to use one image, give the folder it lies in"
+            f"({', '.join(manifest.READERS)}); for one image, give the folder it lies in"
         )
     return manifest.open_manifest(path)
 
@@ -142,8 +144,9 @@ def _kind(mode: int) -> str:
     return "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
 
 
-def _neighbours(path: str) -> str:
+def _near(path: str) -> str:
+    above, name = os.path.split(os.path.abspath(path))
     try:
-        return near(os.path.basename(os.path.normpath(path)), os.listdir(os.path.dirname(path) or "."))
+        return near(name, os.listdir(above))
     except OSError:
-        return f" Nor is there a folder {printable(os.path.dirname(path))}."
+        return f" Nor is there a folder {printable(above)}."

@@ -94,6 +94,11 @@ def open_folder(path: str) -> Source:
             listing.notes.append(f"{some(tables)} is ignored; give its own path to use the labels in it")
     if named:
         _compare_splits(listing)
+    elif len(full) == 1 and len(inner := _inner(trees[full[0]], full[0])) > 1:
+        listing.notes.append(
+            f"all images have one class, {printable(full[0])!r}, the only folder with images; if its "
+            f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, full[0]))}"
+        )
     return Source(
         uri=path,
         root=Path(path),
@@ -109,24 +114,22 @@ def open_folder(path: str) -> Source:
 def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:
     """Add one split's folder: class folders, or images without labels (as a test set may be)."""
     split = SPLITS[name.lower()]
-    deeper: dict[str, bool] = {}  # class folder -> does it hold an image
-    for below, found in tree.items():
-        if below != name:
-            child = below.split("/")[1]
-            deeper[child] = deeper.get(child, False) or bool(found.images)
-    if tree[name].images and any(deeper.values()):
-        full = [child for child, images in deeper.items() if images]
+    full = _inner(tree, name)
+    if tree[name].images and full:
         raise SourceError(_both(os.path.join(listing.root, name), tree[name].images, full))
     if tree[name].images:
         listing.notes.append(f"the {len(tree[name].images):,} images directly in {name}/ have no label")
-    for child, images in deeper.items():
-        if not images:
-            listing.notes.append(
-                f"folder {printable(f'{name}/{child}')!r} holds no image and counts for nothing"
-            )
+    for child in tree[name].folders:
+        if child not in full:
+            listing.notes.append(f"folder {printable(f'{name}/{child}')!r} holds no image and counts for nothing")
     for below, found in tree.items():
         label = "" if below == name else printable(below.split("/")[1])
         listing.add(f"{below}/", found, label, split)
+
+
+def _inner(tree: dict[str, _Folder], name: str) -> list[str]:
+    """The folders directly in `name` that hold an image at any depth."""
+    return sorted({below.split("/")[1] for below, found in tree.items() if found.images and below != name})
 
 
 def _compare_splits(listing: _Listing) -> None:
@@ -155,7 +158,10 @@ def _tree(listing: _Listing, name: str, above: list[str]) -> dict[str, _Folder]:
         # links last, so that a folder keeps its own name rather than a link's
         below = waiting.pop() if waiting else links.pop()
         path = os.path.join(listing.root, below)
-        identity = _identity(path)
+        try:
+            identity = _identity(path)
+        except OSError as error:
+            raise _unlisted(path, error) from error
         if identity in seen:
             listing.notes.append(f"folder {printable(below)!r} leads back to one that is listed already")
             continue
@@ -180,15 +186,16 @@ def _scan(path: str) -> _Folder:
             for entry in entries:
                 name = entry.name
                 hidden = name[0] == "."
-                if entry.is_dir():
-                    if hidden:
-                        found.others.append(f"{name}/")
-                    else:
-                        found.folders.append(name)
-                        if entry.is_symlink():
-                            found.links.add(name)
-                elif hidden or not name.lower().endswith(EXTENSIONS):
-                    found.others.append(name)
+                try:
+                    inner = entry.is_dir()
+                except OSError:  # a link to itself, or into a closed folder
+                    inner = False
+                if inner and not hidden:
+                    found.folders.append(name)
+                    if entry.is_symlink():
+                        found.links.add(name)
+                elif inner or hidden or not name.lower().endswith(EXTENSIONS):
+                    found.others.append(f"{name}/" if inner else name)
                 else:
                     try:
                         status = entry.stat()
@@ -200,16 +207,20 @@ def _scan(path: str) -> _Folder:
                     else:
                         found.others.append(name)
     except OSError as error:
-        raise SourceError(
-            f"the folder {printable(path)} cannot be listed ({error.strerror}); "
-            "make it readable (`chmod +rx`), or move it elsewhere"
-        ) from error
+        raise _unlisted(path, error) from error
     rows.sort()
     found.images = [name for name, _ in rows]
     found.stats = [row for _, row in rows]
     found.folders.sort()
     found.others.sort()
     return found
+
+
+def _unlisted(path: str, error: OSError) -> SourceError:
+    return SourceError(
+        f"the folder {printable(path)} cannot be listed ({error.strerror}); "
+        "make it readable (`chmod +rx`), or move it elsewhere"
+    )
 
 
 def _both(path: str, images: list[str], folders: list[str]) -> str:

@@ -43,7 +43,7 @@ def open_manifest(path: str) -> Source:
     for number, name, label, split in READERS[os.path.splitext(path)[1].lower()](path):
         where = f"{shown}, row {number}"
         identity = _identity(name, root, where)
-        text, several = _label(label, where)
+        text, joined = _label(label, where)
         part = _split(split, where)
         if (place := first.setdefault(identity, len(ids))) < len(ids):
             if (labels[place], splits[place]) != (text, part):
@@ -55,7 +55,7 @@ def open_manifest(path: str) -> Source:
                 )
             repeated.append(identity)
             continue
-        multilabel |= several
+        multilabel |= joined
         ids.append(identity)
         labels.append(text)
         splits.append(part)
@@ -79,11 +79,12 @@ def open_manifest(path: str) -> Source:
         )
     notes = []
     if missing:
-        notes.append(
-            f"{len(missing):,} of {len(ids):,} files are not there and will be skipped: {some(missing)}"
-        )
+        notes.append(f"{len(missing):,} of {len(ids):,} files are not there and will be skipped: {some(missing)}")
     if repeated:
         notes.append(f"{len(repeated):,} rows repeat another and count once: {some(repeated)}")
+    if multilabel:
+        example = max(labels, key=lambda text: text.count(SEPARATOR))
+        notes.append(f"images may have several labels each, parted by {SEPARATOR!r}, as in {example!r}")
     return Source(
         uri=path,
         root=Path(root),
@@ -118,9 +119,7 @@ def _label(value: Any, where: str) -> tuple[str, bool]:
     if isinstance(value, (list, tuple)):
         parts = [_label(part, where) for part in value]
         if any(several or not text for text, several in parts):
-            raise SourceError(
-                f"{where}: labels in a list are non-empty texts without {SEPARATOR!r}; got {value!r}"
-            )
+            raise SourceError(f"{where}: labels in a list are non-empty texts without {SEPARATOR!r}; got {value!r}")
         return SEPARATOR.join(dict.fromkeys(text for text, _ in parts)) or SEPARATOR, True
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "", False
@@ -203,9 +202,7 @@ def _read_jsonl(path: str) -> Iterator[Row]:
                         '{"path": "a.jpg", "label": "ant"}'
                     ) from error
                 if not isinstance(row, dict):
-                    raise SourceError(
-                        f"{printable(path)}, row {number}: {line.strip()[:40]} is not a JSON object"
-                    )
+                    raise SourceError(f"{printable(path)}, row {number}: {line.strip()[:40]} is not a JSON object")
                 name, label, split = _columns(list(row), f"{path}, row {number}")
                 yield number, row[name], row[label], row[split] if split else None
     except UnicodeDecodeError as error:
@@ -225,9 +222,7 @@ def _read_parquet(path: str) -> Iterator[Row]:
             name, label, split = _columns(file.schema_arrow.names, path)
             number = 0
             for batch in file.iter_batches(columns=[c for c in (name, label, split) if c]):
-                columns = [
-                    batch.column(c).to_pylist() if c else [None] * len(batch) for c in (name, label, split)
-                ]
+                columns = [batch.column(c).to_pylist() if c else [None] * len(batch) for c in (name, label, split)]
                 for cells in zip(*columns, strict=True):
                     number += 1
                     yield number, *cells

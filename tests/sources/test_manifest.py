@@ -1,0 +1,264 @@
+"""Manifests: what their cells may hold, and that every mistake in one is named with its row."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featx.errors import ImageError, SourceError
+from featx.sources import Source, open_source
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with three files to name."""
+    for name in ("a.jpg", "b.jpg", "sub/c.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def write(root: Path, text: str | bytes, name: str = "list.csv") -> Path:
+    (root / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return root / name
+
+
+def opened(root: Path, text: str | bytes, name: str = "list.csv") -> Source:
+    return open_source(write(root, text, name))
+
+
+def jsonl(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pa = pytest.importorskip("pyarrow", reason="pip install featx[parquet]")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_rows_keep_their_order_and_name_any_file(root: Path) -> None:
+    source = opened(root, "path,label,split\nsub/c.gif,bee,test\na.jpg,ant,train\nb.jpg,,\n")
+    assert source.ids == ["sub/c.gif", "a.jpg", "b.jpg"]
+    assert source.labels == ["bee", "ant", ""] and source.splits == ["test", "train", ""]
+    assert source.read(0) == b"sub/c.gif"
+    assert source.root == root and source.notes == []
+
+
+@pytest.mark.parametrize("column", ["path", "file_name", "image", " Path ", "FILE_NAME"])
+def test_the_path_column_has_three_names(root: Path, column: str) -> None:
+    source = opened(root, f"Label,extra,{column}\nant,1,a.jpg\n")
+    assert (source.ids, source.labels, source.splits) == (["a.jpg"], ["ant"], None)
+
+
+def test_spreadsheets_write_a_byte_order_mark_carriage_returns_and_quotes(root: Path) -> None:
+    (root / "a, b.jpg").write_bytes(b"x")
+    source = opened(root, b'\xef\xbb\xbfpath,label\r\n"a, b.jpg","ant, red"\r\n\r\na.jpg, b\xc3\xa9e \r\n')
+    assert source.ids == ["a, b.jpg", "a.jpg"] and source.labels == ["ant, red", "bée"]
+
+
+@pytest.mark.parametrize(
+    ("written", "split"),
+    [
+        *(("train", "train"), ("Training", "train"), ("VALID", "val"), ("validation", "val"), ("dev", "val")),
+        *(("val", "val"), ("test", "test"), ("testing", "test"), (" test ", "test"), ("", None)),
+    ],
+)
+def test_splits_go_by_the_usual_names(root: Path, written: str, split: str | None) -> None:
+    source = opened(root, f"path,label,split\na.jpg,ant,{written}\n")
+    assert source.splits == ([split] if split else None)
+
+
+def test_an_unknown_split_is_an_error_that_names_row_and_choices(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"row 3: the split 'trian' is none of train, .*Did you mean train"):
+        opened(root, "path,label,split\na.jpg,x,train\nb.jpg,x,trian\n")
+
+
+def test_a_missing_column_is_an_error_that_lists_the_columns_found(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"no column `path`, .*mean pth\? Its columns: 'pth', 'label'"):
+        opened(root, "pth,label\na.jpg,x\n")
+    with pytest.raises(SourceError, match=r"no column `label`; add one.*mean labels\? Its columns: 'path', 'labels'"):
+        opened(root, "path,labels\na.jpg,x\n")
+    with pytest.raises(SourceError, match=r"Its columns: 'path;label'. Separate its cells with commas"):
+        opened(root, "path;label\na.jpg;x\n")
+    with pytest.raises(SourceError, match=r"several columns for the path, path and image; keep one"):
+        opened(root, "path,image,label\na.jpg,b.jpg,x\n")
+    with pytest.raises(SourceError, match=r"row 2 has no column `label`.* Its columns: 'path'"):
+        opened(root, jsonl({"path": "a.jpg", "label": 1}, {"path": "b.jpg"}), "list.jsonl")
+    with pytest.raises(SourceError, match=r"no column `path`.* Its columns: 'img', 'label'"):
+        open_source(parquet(root / "list.parquet", {"img": ["a.jpg"], "label": ["x"]}))
+
+
+@pytest.mark.parametrize("text", ["", "\n", "path,label\n", "path,label\n\n"])
+def test_an_empty_manifest_is_an_error(root: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=r"has no rows; give one row per image|no column `path`"):
+        opened(root, text)
+    with pytest.raises(SourceError, match=r"list.jsonl has no rows"):
+        opened(root, "", "list.jsonl")
+    with pytest.raises(SourceError, match=r"list.parquet has no rows"):
+        open_source(parquet(root / "list.parquet", {"path": [], "label": []}))
+
+
+@pytest.mark.parametrize("cell", ["", "   "])
+def test_an_empty_path_is_an_error_that_names_the_row(root: Path, cell: str) -> None:
+    with pytest.raises(SourceError, match=r"list.csv, row 3: the path is"):
+        opened(root, f"path,label\na.jpg,x\n{cell},y\n")
+    with pytest.raises(SourceError, match=r"list.jsonl, row 1: the path is None"):
+        opened(root, jsonl({"path": None, "label": "x"}), "list.jsonl")
+
+
+def test_a_file_that_is_not_there_is_noted_and_skipped_when_it_is_read(root: Path) -> None:
+    source = opened(root, "path,label\na.jpg,x\nz.jpg,x\nsub,y\n")
+    assert source.ids == ["a.jpg", "z.jpg", "sub"]
+    assert source.notes == ["2 of 3 files are not there and will be skipped: z.jpg (row 3), sub (row 4)"]
+    assert source.stats is not None and source.stats[:, 0].tolist() == [5, -1, -1]
+    with pytest.raises(ImageError, match=r"^z\.jpg is not there"):
+        source.read(1)
+    with pytest.raises(ImageError, match=r"^sub is a folder"):
+        source.read(2)
+
+
+def test_a_manifest_none_of_whose_files_is_there_says_where_it_looked(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"none of the 2 files .*: x.jpg \(row 2\).* relative to the manifest's"):
+        opened(root, "path,label\nx.jpg,x\ny.jpg,x\n")
+    with pytest.raises(SourceError, match=r"its paths hold backslashes, write them with /"):
+        opened(root, "path,label\nsub\\c.gif,x\n")
+
+
+def test_one_file_has_one_id_however_it_is_written(root: Path) -> None:
+    text = f"path,label\n./sub//c.gif,x\n{root}/a.jpg,y\n{root.parent}/{root.name}/b.jpg,z\n"
+    source = opened(root, text)
+    assert source.ids == ["sub/c.gif", "a.jpg", "b.jpg"]
+
+
+def test_files_elsewhere_keep_an_id_that_leads_to_them(root: Path) -> None:
+    (root / "lists").mkdir()
+    far = root / "far" / "d.jpg"
+    far.parent.mkdir()
+    far.write_bytes(b"far")
+    (root / "lists" / "list.csv").write_text(f"path,label\n../a.jpg,x\n{far},y\n")
+    source = open_source(root / "lists" / "list.csv")
+    assert source.ids == ["../a.jpg", far.as_posix()]
+    assert [source.read(i) for i in (0, 1)] == [b"a.jpg", b"far"]
+
+
+def test_a_repeated_row_counts_once_and_is_noted(root: Path) -> None:
+    source = opened(root, "path,label\na.jpg,x\nb.jpg,y\n./a.jpg,x\n")
+    assert source.ids == ["a.jpg", "b.jpg"]
+    assert source.notes == ["1 rows repeat another and count once: a.jpg"]
+
+
+def test_one_file_under_two_labels_or_splits_is_refused(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"row 4 names a.jpg as row 2 does, .*\(y, no split against x, no split"):
+        opened(root, "path,label\na.jpg,x\nb.jpg,y\na.jpg,y\n")
+    with pytest.raises(SourceError, match=r"\(x, test against x, train\)"):
+        opened(root, "path,label,split\na.jpg,x,train\na.jpg,x,test\n")
+
+
+def test_numbers_as_labels_become_text(root: Path) -> None:
+    rows = [{"path": "a.jpg", "label": 3}, {"path": "b.jpg", "label": 3.0}, {"path": "sub/c.gif", "label": True}]
+    assert opened(root, jsonl(*rows), "list.jsonl").labels == ["3", "3", "true"]
+    # a column of whole numbers with a gap is a column of floats to many tools
+    columns = {"path": ["a.jpg", "b.jpg", "sub/c.gif"], "label": [0.0, float("nan"), 1.5]}
+    assert open_source(parquet(root / "list.parquet", columns)).labels == ["0", "", "1.5"]
+
+
+def test_a_manifest_without_any_label_is_a_source_without_labels(root: Path) -> None:
+    assert opened(root, "path,label\na.jpg,\nb.jpg, \n").labels is None
+    assert opened(root, jsonl({"path": "a.jpg", "label": None}), "list.jsonl").labels is None
+
+
+def test_several_labels_are_joined_and_flagged(root: Path) -> None:
+    source = opened(root, "path,label\na.jpg,cat|indoor\nb.jpg,cat\nsub/c.gif, dog | dog |\n")
+    assert source.multilabel and source.labels == ["cat|indoor", "cat", "dog"]
+    assert source.notes == ["images may have several labels each, parted by '|', as in 'cat|indoor'"]
+    rows = [
+        {"path": "a.jpg", "label": ["cat", "indoor", "cat"]},
+        {"path": "b.jpg", "label": []},
+        {"path": "sub/c.gif", "label": None},
+    ]
+    source = opened(root, jsonl(*rows), "list.jsonl")
+    assert source.multilabel and source.labels == ["cat|indoor", "|", ""]
+    columns = {"path": ["a.jpg", "b.jpg"], "label": [["cat", "indoor"], []]}
+    source = open_source(parquet(root / "list.parquet", columns))
+    assert source.multilabel and source.labels == ["cat|indoor", "|"]
+
+
+@pytest.mark.parametrize("label", [{"a": 1}, ["a|b"], [""], [["a"]], [None]])
+def test_a_label_of_another_kind_is_refused_with_its_row(root: Path, label: Any) -> None:
+    with pytest.raises(SourceError, match=r"list.jsonl, row 2: .*labels? "):
+        opened(root, jsonl({"path": "b.jpg", "label": "x"}, {"path": "a.jpg", "label": label}), "list.jsonl")
+
+
+def test_a_row_with_too_many_or_too_few_cells_is_refused_with_its_number(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"row 3 has 3 cells, the header 2; put cells that hold a comma in"):
+        opened(root, "path,label\na.jpg,x\na, b.jpg,y\n")
+    with pytest.raises(SourceError, match=r"row 2 has 1 cells, the header 2"):
+        opened(root, "path,label\na.jpg\n")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_a_manifest_that_is_not_utf8_says_so(root: Path, encoding: str, name: str) -> None:
+    text = "path,label\na.jpg,bée\n" if name.endswith("csv") else '{"path": "a.jpg", "label": "bée"}\n'
+    with pytest.raises(SourceError, match=r"is not UTF-8 \(byte 0x..\); save it as UTF-8"):
+        opened(root, text.encode(encoding), name)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '"a.jpg"', "path,label"])
+def test_a_line_that_is_no_json_object_is_refused_with_its_number(root: Path, line: str) -> None:
+    with pytest.raises(SourceError, match=r"row 2: .*(not JSON|not a JSON object)"):
+        opened(root, jsonl({"path": "a.jpg", "label": "x"}) + line, "list.jsonl")
+
+
+def test_broken_tables_are_source_errors(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"row 2: not a CSV table"):
+        opened(root, 'path,label\n"a.jpg"x,y\n')
+    with pytest.raises(SourceError, match=r"not a CSV table"):
+        opened(root, 'path,label\n"a.jpg,x\n')
+    pytest.importorskip("pyarrow", reason="pip install featx[parquet]")
+    for data in (b"", b"PAR1 and no more", b"path,label\n"):
+        with pytest.raises(SourceError, match=r"is not a Parquet file that can be read"):
+            opened(root, data, "list.parquet")
+
+
+def test_a_path_that_no_system_takes_is_refused_with_its_row(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"row 1: 'a\\x00b' can be no path"):
+        opened(root, jsonl({"path": "a\0b", "label": "x"}), "list.jsonl")
+    with pytest.raises(SourceError, match=r"row 1: .* can be no path"):
+        opened(root, jsonl({"path": "\ud800.jpg", "label": "x"}), "list.jsonl")
+
+
+def test_names_that_are_no_utf8_can_be_written_as_json_escapes(root: Path) -> None:
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    try:
+        (root / name).write_bytes(b"odd")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert opened(root, '{"path": "caf\\udce9.jpg", "label": "x"}', "list.jsonl").read(0) == b"odd"
+
+
+def test_images_inside_a_parquet_file_are_refused(root: Path) -> None:
+    path = parquet(root / "list.parquet", {"image": [{"bytes": b"x", "path": "a.jpg"}], "label": [1]})
+    with pytest.raises(SourceError, match=r"row 1: images inside a manifest are not read"):
+        open_source(path)
+
+
+def test_parquet_without_pyarrow_names_the_extra(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(root, b"PAR1", "list.parquet")
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "pyarrow":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SourceError, match=r"needs pyarrow: pip install featx\[parquet\]"):
+        open_source(path)
