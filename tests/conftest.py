@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,7 @@ def squeezenet_weights() -> Path:
     return _real("weights/squeezenet1_1-imagenet1k.pth")
 
 
-def write_images(
-    root: Path, per_class: int = 6, classes: tuple[str, ...] = ("cold", "warm"), seed: int = 0
-) -> Path:
+def write_images(root: Path, per_class: int = 6, classes: tuple[str, ...] = ("cold", "warm"), seed: int = 0) -> Path:
     """A folder of small PNG files, one sub-folder a class, each class with its own colours."""
     rng = np.random.default_rng(seed)
     for number, name in enumerate(classes):
@@ -57,3 +56,51 @@ def write_images(
 def tiny(tmp_path: Path) -> Path:
     """Two classes, `cold` and `warm`, of six PNG files each."""
     return write_images(tmp_path / "tiny")
+
+
+class ColourEngine:
+    """A backbone without torch: the mean colour of a 4 x 4 grid, 48 numbers; counts the images it is given."""
+
+    name = "colour"
+    batch_size = 4
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (3, 32, 32)
+        self.images += len(images)
+        cells = images.reshape(len(images), 3, 4, 8, 4, 8).astype(np.float32)
+        return cells.mean(axis=(3, 5)).reshape(len(images), 48) / 255
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        rows = self(images)
+        return lambda: rows
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
+    """Put `ColourEngine` in the backbone's place, whatever backbone is asked for; a forward pass is counted."""
+    from featx import extraction
+    from featx.backbones import BackboneInfo, BackboneRequest
+    from featx.preprocess import Preprocess
+
+    made = ColourEngine()
+
+    def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
+        return BackboneInfo(
+            name=f"custom/{request.name}",
+            weights_digest="00" * 32,
+            layer=request.layer,
+            preprocess=Preprocess(resize=36, crop=32),
+            row_shape=(48,),
+            class_names=None,
+            affine=False,
+            parameters=0,
+            weights_note="colours",
+        )
+
+    monkeypatch.setattr(extraction, "resolve", resolve)
+    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: made)
+    return made

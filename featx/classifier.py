@@ -1,0 +1,61 @@
+"""Owns `Classifier`, a backbone and a head together, in torch; `load` makes one from a run's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from featx.backbones import Backbone, BackboneRequest, load_backbone
+from featx.errors import WeightsError
+from featx.heads import Head
+from featx.preprocess import Preprocess
+from featx.runs import open_run
+
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """`uint8 [N, 3, H, W]` pixels -> logits, by torch on the CPU: the reference that exports are held to."""
+
+    backbone: Backbone
+    head: Head
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.backbone.info.preprocess
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.head.class_names
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [N, 3, H, W]` -> `float32 [N, D]`."""
+        with torch.inference_mode():
+            parts = [self.backbone.module(part) for part in torch.from_numpy(images).split(BATCH)]
+        return torch.cat(parts).float().numpy()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [N, 3, H, W]` -> logits `float32 [N, C]`."""
+        return self.head(self.features(images))
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [N, 3, H, W]` -> `float32 [N, C]` in [0, 1]."""
+        return self.head.probabilities(self(images))
+
+
+def load(run: str | Path) -> Classifier:
+    """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed."""
+    opened = open_run(run)
+    config = opened.config
+    backbone = load_backbone(BackboneRequest.from_dict(config["request"]))
+    if backbone.info.weights_digest != config["backbone"]["weights_digest"]:
+        raise WeightsError(
+            f"{run} was fitted on weights {config['backbone']['weights_digest'][:12]} of "
+            f"{backbone.info.name}, but {backbone.info.weights_note} is {backbone.info.weights_digest[:12]} "
+            "now; put the former weights back, or fit again"
+        )
+    return Classifier(backbone, opened.head)

@@ -1,0 +1,19 @@
+"""Owns the command line: options -> one library call -> echo. Nothing heavy is imported for `--help`."""
+
+from __future__ import annotations
+
+from featx.cli._base import cli
+from featx.cli.caching import backbones, cache, completion
+from featx.cli.shipping import export, inspect, predict
+from featx.cli.training import evaluate, extract, fit
+
+for command in (extract, fit, evaluate, export, predict, inspect, backbones, cache, completion):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The `featx` command."""
+    cli()
+
+
+__all__ = ["cli", "main"]

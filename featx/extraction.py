@@ -1,0 +1,274 @@
+"""The main path, read first: a data set's images -> content keys -> pixels -> features, each only once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from featx.backbones import BackboneInfo, BackboneRequest, resolve
+from featx.engines import Engine, open_engine
+from featx.errors import SourceError
+from featx.features import Features, assign_splits, groups
+from featx.loader import Loader
+from featx.memo import KeyMemo
+from featx.sources import Source, open_source
+from featx.store import FeatureStore
+from featx.views import CENTER, augmented
+
+
+# A batch on its way through the engine: what waits for its rows, their keys, their view numbers.
+Running = tuple[Callable[[], np.ndarray], np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """A data set whose features are all in the cache. No feature is read before `features` is called."""
+
+    source: Source
+    request: BackboneRequest
+    info: BackboneInfo
+    cache: Path
+    stores: list[FeatureStore]
+    """One for the centre crop, then one for each augmented view."""
+    rows: np.ndarray
+    """`int64 [N]`: the images that have features, as row numbers of `source`."""
+    keys: np.ndarray
+    """`uint8 [N, 32]`: their content keys."""
+    report: dict[str, Any]
+
+    def features(self, view: int = 0) -> Features:
+        """The features of one view (0: the centre crop), with today's labels and splits."""
+        source, rows = self.source, self.rows.tolist()
+        labels = [source.labels[i] if source.labels else "" for i in rows]
+        y, class_names = (targets if source.multilabel else numbers)(labels)
+        given = np.array([source.splits[i] if source.splits else "" for i in rows], dtype="U5")
+        labelled = y if y.ndim == 1 else np.where(np.array(labels) == "", -1, 0)
+        splits, notes = assign_splits(self.keys, labelled, given, class_names)
+        return Features(
+            X=self.stores[view].read(self.keys),
+            y=y,
+            ids=[source.ids[i] for i in rows],
+            class_names=class_names,
+            splits=splits,
+            keys=self.keys,
+            spec=self.stores[view].spec,
+            report=self.report | {"notes": [*self.report["notes"], *notes]},
+        )
+
+
+def numbers(labels: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels -> `int64 [N]` and the sorted class names they index; -1 for an empty label."""
+    class_names = sorted(set(labels) - {""})
+    number = {"": -1} | {name: i for i, name in enumerate(class_names)}
+    return np.array([number[label] for label in labels], dtype=np.int64), class_names
+
+
+def targets(labels: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels such as `cat|indoor` -> 0/1 `int64 [N, C]` and the sorted class names of its columns."""
+    sets = [set(label.split("|")) - {""} for label in labels]
+    class_names = sorted(set().union(*sets))
+    number = {name: i for i, name in enumerate(class_names)}
+    y = np.zeros((len(labels), len(class_names)), dtype=np.int64)
+    for row, names in enumerate(sets):
+        y[row, [number[name] for name in names]] = 1
+    return y, class_names
+
+
+def extract(data: str | Path | Source, backbone: str | BackboneRequest = "resnet18", **options: Any) -> Features:
+    """The features of every readable image of `data`, computed at most once; options as for `sync`."""
+    return sync(data, backbone, **options).features()
+
+
+def sync(
+    data: str | Path | Source,
+    backbone: str | BackboneRequest = "resnet18",
+    *,
+    weights: str = "pretrained",
+    layer: str = "features",
+    seed: int = 0,
+    cache: str | Path = "cache",
+    device: str = "auto",
+    precision: str = "fp32",
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    views: int = 0,
+) -> Extraction:
+    """Bring the cache up to date with a data set: run the frozen backbone on the images it lacks.
+
+    data: a folder, a manifest or a `Source`. backbone, weights, layer, seed: see `BackboneRequest`.
+    device: `auto`, `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16` or `fp16`. dtype: `float32` or
+    `float16`, as stored. workers: decoding threads, by default one a core. views: augmented views of
+    every image beside its centre crop, seeded by `seed`.
+
+    A row's key is the SHA-256 of the image's bytes: a second run computes nothing, nor does one after
+    renaming, moving, relabelling or duplicating images. An image that cannot be read or decoded is
+    counted, named and skipped. A run that is interrupted keeps what it has computed.
+
+    The report's `found` = `cached` + `extracted` + `duplicate` + `skipped`, where `duplicate` counts the
+    images with the same bytes as an earlier one of this data set; `ignored` counts files that are no images.
+    """
+    begin = time.perf_counter()
+    cache = Path(cache)
+    source = data if isinstance(data, Source) else open_source(data)
+    request = backbone
+    if isinstance(request, str):
+        request = BackboneRequest(name=request, weights=weights, layer=layer, seed=seed)
+    info = resolve(request, cache)
+    names = [CENTER, *(augmented(seed, k) for k in range(1, views + 1))]
+    stores = [FeatureStore(cache, info.spec(view=v, precision=precision, dtype=dtype)) for v in names]
+    keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
+    if source.stats is not None:
+        memo = KeyMemo(cache, source.root)
+        keys, known = memo.lookup(source.ids, source.stats)
+    todo = np.flatnonzero(~(known & _stored(stores, keys)))
+    seconds = {
+        "list": time.perf_counter() - begin,
+        "start": 0.0,
+        "read": 0.0,
+        "decode": 0.0,
+        "embed": 0.0,
+        "store": 0.0,
+    }
+    errors: dict[int, str] = {}
+    extracted = 0
+    if len(todo):
+        loader = Loader(source, info.preprocess, stores, workers or os.cpu_count() or 1)
+        engine: Engine | None = None
+        batch: list[tuple[int, bytes, np.ndarray]] = []
+        running: deque[Running] = deque()
+        with ExitStack() as stack:  # left in reverse: threads end, rows are committed, keys remembered
+            if source.stats is not None:
+                stack.callback(memo.record, source.ids, source.stats, keys, known)
+            for store in stores:
+                stack.enter_context(store)
+            loaded = stack.enter_context(closing(loader(todo.tolist())))
+            for image in tqdm(loaded, "extract", len(todo), unit=" images", disable=None):
+                if image.key:
+                    keys[image.row] = np.frombuffer(image.key, np.uint8)
+                known[image.row] = bool(image.key)
+                if image.error:
+                    errors[image.row] = image.error
+                extracted += bool(image.views)
+                if image.views and engine is None:
+                    opening = time.perf_counter()
+                    engine = open_engine(
+                        request,
+                        info,
+                        cache=cache,
+                        device=device,
+                        precision=precision,
+                        batch_size=batch_size,
+                        engine=next((store.engine for store in stores if store.engine), None),
+                    )
+                    for store in stores:
+                        store.computed_by(engine.name)
+                    seconds["start"] = time.perf_counter() - opening
+                for view, pixels in image.views:
+                    assert engine is not None
+                    batch.append((view, image.key, pixels))
+                    if len(batch) == engine.batch_size:
+                        running.append(_submit(engine, batch, seconds))
+                        batch = []
+                    if len(running) > 1:  # a GPU works on one batch while the rows of the last are stored
+                        _keep(running.popleft(), stores, seconds)
+            if engine and batch:
+                running.append(_submit(engine, batch, seconds))
+            while running:
+                _keep(running.popleft(), stores, seconds)
+        seconds |= {"read": loader.read_seconds, "decode": loader.decode_seconds}
+    seconds["total"] = time.perf_counter() - begin
+    report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds)
+    rows = report.pop("rows")
+    return Extraction(source, request, info, cache, stores, rows, keys[rows], report)
+
+
+def _submit(engine: Engine, batch: list[tuple[int, bytes, np.ndarray]], seconds: dict[str, float]) -> Running:
+    """Start the engine on one batch of (view, key, pixels)."""
+    begin = time.perf_counter()
+    result = engine.submit(np.stack([pixels for _, _, pixels in batch]))
+    seconds["embed"] += time.perf_counter() - begin
+    keys = np.frombuffer(b"".join(key for _, key, _ in batch), np.uint8).reshape(-1, 32)
+    return result, keys, np.array([view for view, _, _ in batch])
+
+
+def _keep(running: Running, stores: list[FeatureStore], seconds: dict[str, float]) -> None:
+    """Wait for a batch's rows and hand them to the stores they belong to."""
+    result, keys, views = running
+    begin = time.perf_counter()
+    rows = result()
+    middle = time.perf_counter()
+    for view in np.unique(views):
+        stores[view].append(keys[views == view], rows[views == view])
+    seconds["embed"] += middle - begin
+    seconds["store"] += time.perf_counter() - middle
+
+
+def _stored(stores: list[FeatureStore], keys: np.ndarray) -> np.ndarray:
+    """`bool [N]`: which keys have a row in every store."""
+    return np.logical_and.reduce([store.contains(keys) for store in stores])
+
+
+def _report(
+    source: Source,
+    keys: np.ndarray,
+    known: np.ndarray,
+    stored: np.ndarray,
+    errors: dict[int, str],
+    extracted: int,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Count and name what happened; `rows` are the images that have features."""
+    usable = known & stored
+    rows = np.flatnonzero(usable)
+    if not len(rows):
+        first = "; ".join(f"{source.ids[i]}: {why}" for i, why in list(errors.items())[:3])
+        raise SourceError(f"none of the {len(source)} images in {source.uri} could be read ({first})")
+    by_key = {keys[row].tobytes(): why for row, why in errors.items()}
+    skipped = [
+        {"id": source.ids[i], "reason": errors.get(i) or by_key[keys[i].tobytes()]}
+        for i in np.flatnonzero(~usable).tolist()
+    ]
+    distinct = len(np.unique(keys[rows, :8].copy().view(np.uint64)))
+    twins: list[list[str]] = []
+    conflicts: list[dict[str, str]] = []
+    if distinct < len(rows):  # equal first bytes: compare whole keys
+        number = groups(keys[rows])
+        order = np.argsort(number, kind="stable")
+        runs = np.split(rows[order], np.flatnonzero(np.diff(number[order])) + 1)
+        distinct = len(runs)
+        for run in (r.tolist() for r in runs if len(r) > 1):
+            twins.append([source.ids[i] for i in run])
+            if source.labels and len({source.labels[i] for i in run}) > 1:
+                conflicts.append({source.ids[i]: source.labels[i] for i in run})
+    notes = list(source.notes)
+    if conflicts:
+        notes.append(f"{len(conflicts)} images appear with the same bytes under several labels; see `conflicts`")
+    busy = seconds["total"] - seconds["list"] - seconds["start"]
+    work = seconds["read"] + seconds["decode"] + seconds["embed"] + seconds["store"]
+    return {
+        "rows": rows,
+        "found": len(source),
+        "ignored": len(source.ignored),
+        "cached": distinct - extracted,
+        "extracted": extracted,
+        "duplicate": len(rows) - distinct,
+        "skipped": len(skipped),
+        "images_per_second": round(extracted / busy, 1) if extracted else None,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "shares": {k: round(seconds[k] / work, 3) for k in ("read", "decode", "embed", "store")} if work else {},
+        "ignored_files": source.ignored,
+        "skipped_images": skipped,
+        "duplicates": twins,
+        "conflicts": conflicts,
+        "notes": notes,
+    }

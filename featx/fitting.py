@@ -1,0 +1,162 @@
+"""Owns `fit`: cached features -> head -> evaluation -> a run's folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx import __version__, heads, runs
+from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
+from featx.errors import HeadError
+from featx.evaluation import evaluate_logits
+from featx.extraction import Extraction, sync
+from featx.features import Features, groups
+from featx.heads import Fitted, Head
+from featx.sources import Source
+
+
+def fit(
+    data: str | Path | Source,
+    backbone: str | BackboneRequest = "resnet18",
+    head: str = "logreg",
+    *,
+    weights: str = "pretrained",
+    layer: str = "features",
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    views: int = 0,
+    cache: str | Path = "cache",
+    device: str = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    **extraction: Any,
+) -> runs.Run:
+    """Extract what is missing, fit a head on the training images, evaluate it on the others, write a run.
+
+    head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. views: augmented
+    views of each training image to learn from beside its centre crop. output: the run's folder, by default
+    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. The others: as for `featx.extraction.sync`.
+
+    Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
+    where there is nothing to learn from and `RunError` where a run would be overwritten.
+    """
+    settings = settings or {}
+    fitter = heads.module(head)
+    request = backbone
+    if isinstance(request, str):
+        request = BackboneRequest(name=request, weights=weights, layer=layer, seed=seed)
+    if head == "pretrained":
+        request = own_classifier_request(request, resolve(request, Path(cache)))
+    extracted = sync(data, request, seed=seed, views=views, cache=cache, device=device, **extraction)
+    features = extracted.features()
+    if not features.class_names:
+        raise HeadError(
+            f"{extracted.source.uri} has no labels: put the images into one folder a class, or name a manifest"
+        )
+    train = features.split("train")
+    if head != "pretrained":
+        check_learnable(train)
+    config = configuration(extracted, features, head, settings, seed)
+    run = runs.start(Path(output) if output else runs.default_path("export", config), config, overwrite=overwrite)
+
+    begin = time.perf_counter()
+    if head == "pretrained":
+        fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
+    else:
+        X, y, group = training_rows(extracted, features)
+        fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **settings)
+    seconds = time.perf_counter() - begin
+    fitted.head.save(run.path / "head.safetensors")
+    run.write("report.json", report(features, fitted, seconds))
+    return run
+
+
+def training_rows(extracted: Extraction, features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """X, y and group numbers of all views of the training images; views and duplicates share a group."""
+    rows = np.flatnonzero(features.splits == "train")
+    views = [features, *(extracted.features(view) for view in range(1, len(extracted.stores)))]
+    X = np.concatenate([view.X[rows] for view in views]) if len(views) > 1 else features.X[rows]
+    times = (len(views),) + (1,) * (features.y.ndim - 1)
+    return X, np.tile(features.y[rows], times), np.tile(groups(features.keys[rows]), len(views))
+
+
+def check_learnable(train: Features) -> None:
+    """Raise `HeadError` unless the training images show at least two classes."""
+    seen = np.unique(train.y) if train.y.ndim == 1 else np.flatnonzero(train.y.any(axis=0))
+    if len(train) == 0:
+        raise HeadError("there are no training images; expected class folders, or train/ with class folders")
+    if train.y.ndim == 1 and len(seen) < 2:
+        only = train.class_names[seen[0]]
+        raise HeadError(f"all {len(train)} training images are {only!r}; a classifier needs at least two classes")
+
+
+def own_classifier_request(request: BackboneRequest, info: BackboneInfo) -> BackboneRequest:
+    """The request whose features the network's own classifier is affine in: SqueezeNet's are its logits."""
+    if info.class_names is None:
+        raise HeadError(f"{info.name} ({info.weights_note}) names no classes; use --head logreg or linear")
+    if info.affine and request.layer != "features":
+        raise HeadError(f"--head pretrained works on --layer features, not {request.layer!r}")
+    return request if info.affine else replace(request, layer="logits")
+
+
+def own_classifier(
+    request: BackboneRequest, info: BackboneInfo
+) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
+    """The network's own classifier: weight `[K, D]`, bias `[K]` (None where the rows are its logits), K names."""
+    assert info.class_names is not None
+    if not info.affine:
+        return None, None, info.class_names
+    classifier = load_backbone(request).classifier
+    assert classifier is not None
+    return *classifier, info.class_names
+
+
+def configuration(
+    extracted: Extraction, features: Features, head: str, settings: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """`config.json`: all that is needed to make the run again, or to load, evaluate and export it."""
+    request = extracted.request.to_dict()
+    if Path(request["weights"]).is_file():  # a run can be loaded from any working folder
+        request["weights"] = str(Path(request["weights"]).resolve())
+    splits = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
+    return {
+        "featx": __version__,
+        "data": str(Path(extracted.source.uri).resolve()),
+        "data_digest": features.digest,
+        "cache": str(extracted.cache.resolve()),
+        "request": request,
+        "backbone": extracted.info.to_dict(),
+        "spec": features.spec.to_dict(),
+        "views": len(extracted.stores) - 1,
+        "head": head,
+        "settings": settings,
+        "seed": seed,
+        "class_names": features.class_names,
+        "splits": splits,
+    }
+
+
+def report(features: Features, fitted: Fitted, seconds: float) -> dict[str, Any]:
+    """`report.json`: the validation images' report at the top level, then what led to it."""
+    values: dict[str, Any] = {"accuracy": None, "split": "val", "count": 0}
+    for name in ("val", "test"):
+        part = features.split(name)
+        if len(part):
+            measured = measure(fitted.head, part)
+            values |= measured if name == "val" else {"test": measured}
+    train = features.split("train")
+    values["train_accuracy"] = measure(fitted.head, train)["accuracy"] if len(train) else None
+    values["fit"] = fitted.info | {"seconds": round(seconds, 4)}
+    values["extract"] = features.report
+    if not values["count"]:
+        values["notes"] = ["there are no validation images: nothing was measured on images the head has not seen"]
+    return values
+
+
+def measure(head: Head, features: Features) -> dict[str, Any]:
+    """One split's report, as JSON values."""
+    return evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids).to_dict()

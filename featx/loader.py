@@ -1,0 +1,99 @@
+"""Owns the threads that read, identify and decode images ahead of the backbone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from featx.errors import ImageError
+from featx.features import content_key
+from featx.preprocess import Preprocess, decode
+from featx.sources import Source
+from featx.store import FeatureStore
+from featx.views import pixels
+
+# Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.
+WAITING_BYTES = 96 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One image on its way to the backbone, or the reason why it goes no further."""
+
+    row: int
+    key: bytes
+    """The content key, 32 bytes; empty where the file could not be read."""
+    views: list[tuple[int, np.ndarray]]
+    """View number and `uint8 [3, H, W]` of each view that no store has; empty for a duplicate."""
+    error: str = ""
+
+
+class Loader:
+    """Decodes what the stores lack, in order, on `workers` threads, never far ahead of its reader.
+
+    Threads, not processes: Pillow and hashlib release the interpreter's lock where the time goes.
+    `read_seconds` and `decode_seconds` are the threads' processor time, so that waiting does not count.
+    """
+
+    def __init__(
+        self, source: Source, preprocess: Preprocess, stores: list[FeatureStore], workers: int
+    ) -> None:
+        self.source = source
+        self.preprocess = preprocess
+        self.stores = stores
+        self.workers = workers
+        self.read_seconds = self.decode_seconds = 0.0
+        self._claimed: set[bytes] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: list[int]) -> Generator[Loaded]:
+        """Yield a `Loaded` for every row, in order. Closing the iterator ends the threads."""
+        waiting: deque[Future[Loaded]] = deque()
+        most = WAITING_BYTES // (3 * self.preprocess.crop**2 * len(self.stores))
+        most = max(2 * self.workers, min(most, 512))
+        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="featx-load")
+        try:
+            for row in rows:
+                waiting.append(executor.submit(self._load, row))
+                if len(waiting) >= most:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, row: int) -> Loaded:
+        key = b""
+        begin = middle = time.thread_time()
+        try:
+            data = self.source.read(row)
+            key = content_key(data)
+            missing = self._claim(key)
+            middle = time.thread_time()
+            if not missing:
+                return Loaded(row, key, [])
+            image = decode(data)
+            views = [(v, pixels(self.preprocess, image, key, self.stores[v].spec.view)) for v in missing]
+            return Loaded(row, key, views)
+        except ImageError as error:
+            return Loaded(row, key, [], str(error))
+        finally:
+            end = time.thread_time()
+            with self._lock:
+                self.read_seconds += middle - begin
+                self.decode_seconds += end - middle
+
+    def _claim(self, key: bytes) -> list[int]:
+        """The views that are still to be computed for a key; nothing for all but its first asker."""
+        with self._lock:
+            if key in self._claimed:
+                return []
+            self._claimed.add(key)
+            one = np.frombuffer(key, np.uint8)[None]
+            return [v for v, store in enumerate(self.stores) if not store.contains(one)[0]]
