@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -19,22 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from featx.errors import DamageError, FeatxError
+from featx.errors import DamageError
 from featx.features import FeatureSpec
 from featx.files import write_chunks
+from featx.hdf5 import headers, plan
+from featx.index import KEY_BYTES
 
 KIND = "featx features 1"
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")
-KEY_BYTES = 32
 # Rows are hashed in blocks of about this size too, so that one flipped byte costs one block, not the shard.
 BLOCK_BYTES = 1 << 20
-# One version of the file format for all, read by every HDF5 since 1.8; arrays start at a multiple of 512.
-LAYOUT: dict[str, Any] = {
-    "libver": ("v108", "v108"),
-    "alignment_threshold": 1,
-    "alignment_interval": 512,
-    "track_times": False,
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +74,17 @@ class Shard:
             file.close()
             raise StaleError(f"{self.name} changed since it was checked")
         return file
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Rows, the offsets of the three arrays, and rows per digest."""
+
+    count: int
+    keys_at: int
+    rows_at: int
+    digests_at: int
+    block: int
 
 
 class StaleError(Exception):
@@ -142,95 +146,6 @@ def write(folder: Path, form: Form, keys: np.ndarray, rows: Iterable[np.ndarray]
     return Shard(path.name, stat_of(os.lstat(path)), len(keys), offsets["keys"], offsets["rows"])
 
 
-def plan(
-    arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], Callable[[], Iterable[np.ndarray]]]],
-    fill: Callable[[Any], None],
-) -> tuple[Iterator[bytes | memoryview], dict[str, int]]:
-    """An HDF5 file as a stream of bytes, first to last, and the offset of each array in it.
-
-    HDF5 only lays the file out: `arrays` (name -> dtype, shape, parts) are left empty by it and filled in
-    by us, and `fill` adds what is small. So nothing but `write` can fail on a full disk, which HDF5
-    survives badly, no array has to fit into memory, and equal rows give equal bytes.
-    """
-    import h5py
-
-    sketch = _Sketch()
-    offsets = {}
-    with h5py.File(sketch, "w", **LAYOUT) as file:
-        for name, (dtype, shape, _) in arrays.items():
-            create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            create.set_layout(h5py.h5d.CONTIGUOUS)
-            create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            create.set_obj_track_times(False)
-            space = h5py.h5s.create_simple(shape)
-            made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, create)
-            offsets[name] = made.get_offset()
-        fill(file)
-    pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]] = []
-    for at, data in sketch.pieces():
-        pieces.append((at, len(data), lambda data=data: [data]))  # type: ignore[misc]
-    for name, (dtype, shape, parts) in arrays.items():
-        pieces.append((offsets[name], int(np.prod(shape, dtype=object)) * dtype.itemsize, parts))
-    return _stream(sorted(pieces, key=lambda piece: piece[0]), sketch.size), offsets
-
-
-def _stream(pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]], size: int) -> Iterator[bytes | memoryview]:
-    at = 0
-    for start, length, parts in pieces:
-        assert start >= at, "HDF5 laid two arrays over each other"
-        yield bytes(start - at)
-        at = start
-        for part in parts():
-            view = memoryview(part).cast("B")
-            at += len(view)
-            yield view
-        assert at == start + length, "a shard got fewer or more rows than keys"
-    yield bytes(size - at)
-
-
-class _Sketch(io.RawIOBase):
-    """A file that remembers the few bytes HDF5 writes and where, and nothing of what lies between."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._at = 0
-        self._written: list[tuple[int, bytes]] = []
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self.size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        raise io.UnsupportedOperation("HDF5 reads nothing of a file that it only lays out")
-
-    def write(self, data: Any) -> int:
-        self._written.append((self._at, bytes(data)))
-        self._at += len(self._written[-1][1])
-        self.size = max(self.size, self._at)
-        return len(self._written[-1][1])
-
-    def truncate(self, size: int | None = None) -> int:
-        self.size = self._at if size is None else size
-        return self.size
-
-    def pieces(self) -> list[tuple[int, bytes]]:
-        """What was written, later over earlier, as pieces that do not touch."""
-        merged: list[tuple[int, bytearray]] = []
-        for at, data in sorted(self._written, key=lambda piece: piece[0]):
-            if merged and at <= merged[-1][0] + len(merged[-1][1]):
-                merged[-1][1].extend(bytes(max(0, at + len(data) - merged[-1][0] - len(merged[-1][1]))))
-            else:
-                merged.append((at, bytearray(len(data))))
-        for at, data in self._written:
-            start, piece = next(m for m in reversed(merged) if m[0] <= at)
-            piece[at - start : at - start + len(data)] = data
-        return [(at, bytes(data)) for at, data in merged]
-
-
 class _Digests:
     """The SHA-256 of every block of keys and rows, taken while the rows pass by."""
 
@@ -286,120 +201,53 @@ def check(folder: Path, name: str, form: Form | None) -> tuple[Shard, Form]:
             raise
         if found != name[17:81]:
             raise DamageError(f"its SHA-256 is {found[:12]}..., not the {name[17:29]}... it was committed with")
-        offsets, found_form = inspect(file, form)
+        inside, form = inspect(file, form)
         if stat_of(os.fstat(file.fileno())) != before:
             raise StaleError(f"{name} changed while it was read")
-    count, keys_at, rows_at, _, _ = offsets
-    return Shard(name, before, count, keys_at, rows_at), found_form
+    return Shard(name, before, inside.count, inside.keys_at, inside.rows_at), form
 
 
-def inspect(file: FileIO, form: Form | None) -> tuple[tuple[int, int, int, int, int], Form]:
-    """What the structure of a shard says: rows, offsets of keys, rows and digests, rows per block.
-
-    HDF5 is asked for headers alone; data is only ever read at offsets inside this very file. So external
-    storage, links and virtual data sets (which read other files of the host), filters (which run code)
-    and shapes larger than the file (which take memory) are refused before they do anything.
-    Raises `DamageError`, also where the shard is of another spec or engine than `form`.
-    """
-    import h5py
-
-    size = os.fstat(file.fileno()).st_size
-    try:
-        with h5py.File(file, "r") as opened:
-            texts = _attributes(opened)
-            if form is None:
-                form = _form_of(texts, _shape(opened, b"rows")[1:])
-            _same(texts, form)
-            rows_at, count = _array(opened, b"rows", form.dtype, form.row_shape, size)
-            keys_at, keys = _array(opened, b"keys", np.dtype(np.uint8), (KEY_BYTES,), size)
-            digests_at, blocks = _array(opened, b"digests", np.dtype(np.uint8), (KEY_BYTES,), size)
-            if len(opened) != 3:
-                raise DamageError("it holds more than keys, rows and digests")
-    except DamageError:
-        raise
-    except Exception as error:  # HDF5 reports what it cannot parse as almost any of Python's errors
-        raise DamageError(f"it is no HDF5 file that featx wrote ({type(error).__name__}: {error})") from None
+def inspect(file: FileIO, form: Form | None) -> tuple[Inside, Form]:
+    """What the headers of a shard say, and that they fit together and with `form`. Raises `DamageError`."""
+    texts, (keys, rows, digests) = headers(file, ("kind", "spec", "engine", "block"), ("keys", "rows", "digests"))
+    if form is None:
+        form = _form_of(texts, rows.shape[1:])
+    for name, expected in form.attributes().items():
+        if texts[name] != expected:
+            found = texts[name][:300].decode("ascii", "replace")
+            raise DamageError(f"its {name} is {found}, not {expected.decode()[:300]}")
+    count = rows.shape[0] if rows.shape else 0
     block = int(texts["block"]) if re.fullmatch(rb"[0-9]{1,12}", texts["block"]) else 0
-    if block * form.row_bytes > max(form.row_bytes, 64 * BLOCK_BYTES):
-        raise DamageError(f"it hashes its rows in blocks of {block}")
-    if count == 0 or keys != count or block == 0 or blocks != -(-count // block):
-        raise DamageError(f"it holds {count} rows, {keys} keys and {blocks} digests, which do not belong together")
-    return (count, keys_at, rows_at, digests_at, block), form
-
-
-def _attributes(opened: Any) -> dict[str, bytes]:
-    import h5py
-
-    names = ("kind", "spec", "engine", "block")
-    if h5py.h5a.get_num_attrs(opened.id) != len(names):
-        raise DamageError(f"it has other attributes than {', '.join(names)}")
-    texts = {}
-    for name in names:
-        attribute = h5py.h5a.open(opened.id, name.encode())
-        kind = attribute.get_type()
-        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str() or attribute.shape != ():
-            raise DamageError(f"its attribute {name} is no fixed-length text")
-        if kind.get_size() > 1 << 16:
-            raise DamageError(f"its attribute {name} has {kind.get_size()} bytes")
-        value = np.zeros((), f"S{kind.get_size()}")
-        attribute.read(value)
-        texts[name] = bytes(value)
-    return texts
+    if rows.dtype != form.dtype or rows.shape != (count, *form.row_shape):
+        raise DamageError(f"its rows are {rows.dtype} {list(rows.shape)}, not {form.dtype} {list(form.row_shape)}")
+    if count == 0 or block == 0 or block * form.row_bytes > max(form.row_bytes, 64 * BLOCK_BYTES):
+        raise DamageError(f"it holds {count} rows in blocks of {block}")
+    for name, array, n in (("keys", keys, count), ("digests", digests, -(-count // block))):
+        if array.dtype != np.uint8 or array.shape != (n, KEY_BYTES):
+            raise DamageError(f"its {name} are {array.dtype} {list(array.shape)}, not uint8 [{n}, {KEY_BYTES}]")
+    return Inside(count, keys.offset, rows.offset, digests.offset, block), form
 
 
 def _form_of(texts: dict[str, bytes], row_shape: tuple[int, ...]) -> Form:
     try:
         spec = FeatureSpec.from_dict(json.loads(texts["spec"]))
         engine = json.loads(texts["engine"])
-    except (ValueError, TypeError, KeyError, RecursionError, FeatxError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamageError(f"its spec cannot be read ({error})") from None
     if not isinstance(engine, str):
         raise DamageError("its engine is no text")
     return Form(spec, engine, row_shape)
 
 
-def _same(texts: dict[str, bytes], form: Form) -> None:
-    for name, expected in form.attributes().items():
-        if texts[name] != expected:
-            found = texts[name][:300].decode("ascii", "replace")
-            raise DamageError(f"its {name} is {found}, not {expected.decode()[:300]}")
-
-
-def _shape(opened: Any, name: bytes) -> tuple[int, ...]:
-    import h5py
-
-    if opened.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
-        raise DamageError(f"{name.decode()} is a link to somewhere else")
-    return tuple(h5py.h5d.open(opened.id, name).shape)
-
-
-def _array(opened: Any, name: bytes, dtype: np.dtype[Any], row_shape: tuple[int, ...], size: int) -> tuple[int, int]:
-    """The offset and the number of rows of a plain array that lies inside the file."""
-    import h5py
-
-    shape = _shape(opened, name)
-    data = h5py.h5d.open(opened.id, name)
-    create = data.get_create_plist()
-    if create.get_layout() != h5py.h5d.CONTIGUOUS or create.get_external_count() or create.get_nfilters():
-        raise DamageError(f"{name.decode()} is not stored plainly in the file itself")
-    if not data.get_type().equal(h5py.h5t.py_create(dtype)) or shape[1:] != row_shape or not shape:
-        raise DamageError(f"{name.decode()} is {list(shape)}, not {dtype} [N, {', '.join(map(str, row_shape))}]")
-    needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    offset = data.get_offset()
-    if needed and (offset is None or offset + needed > size):
-        raise DamageError(f"{name.decode()} claims {needed} bytes in a file of {size}")
-    return offset or 0, shape[0]
-
-
 def intact_rows(folder: Path, name: str, form: Form) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of a damaged shard, keys `[n, 32]` and rows of every block that still has its SHA-256."""
     with contextlib.suppress(DamageError), open_regular(folder / name) as file:
-        (count, keys_at, rows_at, digests_at, block), _ = inspect(file, form)
-        for number, start in enumerate(range(0, count, block)):
-            n = min(block, count - start)
-            keys = _read(file, keys_at + start * KEY_BYTES, n * KEY_BYTES)
-            rows = _read(file, rows_at + start * form.row_bytes, n * form.row_bytes)
-            digest = _read(file, digests_at + number * KEY_BYTES, KEY_BYTES)
+        inside, _ = inspect(file, form)
+        for number, start in enumerate(range(0, inside.count, inside.block)):
+            n = min(inside.block, inside.count - start)
+            keys = _read(file, inside.keys_at + start * KEY_BYTES, n * KEY_BYTES)
+            rows = _read(file, inside.rows_at + start * form.row_bytes, n * form.row_bytes)
+            digest = _read(file, inside.digests_at + number * KEY_BYTES, KEY_BYTES)
             if hashlib.sha256(rows + keys).digest() == digest:
                 yield (
                     np.frombuffer(keys, np.uint8).reshape(n, KEY_BYTES),

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from featx import shards
+from featx import folders, shards
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
-from featx.files import aside_name, make_folder, sweep, sync_folder, write_atomic
-from featx.shards import KEY_BYTES, Form, Shard, StaleError
+from featx.files import make_folder, sweep, sync_folder
+from featx.index import KEY_BYTES, KeyIndex, as_keys, distinct
+from featx.shards import Form, Shard, StaleError
 
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
 # A file that changed this shortly before it was looked at can change again without another timestamp.
 CLOCK_NS = 2_000_000_000
-# Keys looked up at a time, so that a million of them need little memory beside themselves.
-LOOKUP = 1 << 16
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -54,7 +50,7 @@ class FeatureStore:
         shard_seconds: float = SHARD_SECONDS,
     ) -> None:
         self.spec = spec
-        self.folder = Path(cache) / "features" / folder_name(spec)
+        self.folder = Path(cache) / "features" / folders.folder_name(spec)
         self.notes: list[str] = []
         """Sentences about what was found damaged or left behind, for the user."""
         self._asked = engine
@@ -63,12 +59,18 @@ class FeatureStore:
         self._buffered, self._since = 0, 0.0
         self._swept = False
         self._form: Form | None = None
-        self._shards: dict[str, Shard] = {}
-        self._keys: list[np.ndarray] = []
-        self._sorted: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._listed: tuple[dict[str, Shard], KeyIndex] = ({}, KeyIndex())
         self._maps: dict[str, np.ndarray] = {}
         self.refresh()
         self._check_engine()
+
+    @property
+    def _shards(self) -> dict[str, Shard]:
+        return self._listed[0]
+
+    @property
+    def _rows(self) -> KeyIndex:
+        return self._listed[1]
 
     @property
     def row_shape(self) -> tuple[int, ...] | None:
@@ -86,18 +88,12 @@ class FeatureStore:
         self._check_engine()
 
     def __len__(self) -> int:
-        """The number of distinct keys committed."""
-        keys, prefix, order = self._index()
-        same = prefix[1:] == prefix[:-1]
-        if not same.any():
-            return len(keys)
-        near = np.zeros(len(keys), bool)
-        near[1:], near[:-1] = same, near[:-1] | same
-        return int(len(keys) - near.sum() + len(np.unique(_opaque(keys[order[near]]))))
+        """The number of distinct keys that have a committed row."""
+        return len(self._rows)
 
     def keys(self) -> np.ndarray:
-        """The keys of all committed rows, `uint8 [N, 32]`, in the order they are stored; maybe with repeats."""
-        return self._index()[0]
+        """The distinct keys that have a committed row, `uint8 [N, 32]`, in the order they are stored."""
+        return self._rows.keys[self._rows.first()]
 
     # --- writing
 
@@ -108,11 +104,13 @@ class FeatureStore:
         Raises `StoreError` for another row shape, another engine, rows that float16 cannot hold, and a
         folder that cannot be written; the rows then stay buffered.
         """
-        keys, rows = _as_keys(keys), np.asarray(rows)
+        keys, rows = as_keys(keys), np.asarray(rows)
         if len(keys) != len(rows) or rows.dtype.kind != "f":
             raise StoreError(f"expected {len(keys)} rows of floats, got {rows.dtype} {list(rows.shape)}")
         if len(keys) == 0:
             return
+        if rows[0].size == 0:
+            raise StoreError(f"rows of shape {list(rows.shape[1:])} hold nothing")
         form = self._claim(rows.shape[1:])
         if not self._buffer:
             self._since = time.monotonic()
@@ -127,7 +125,7 @@ class FeatureStore:
             return
         taken = len(self._buffer)
         keys = np.concatenate([k for k, _ in self._buffer[:taken]])
-        first = np.sort(np.unique(_opaque(keys), return_index=True)[1])
+        first = distinct(keys)
         first = first[~self.contains(keys[first])]
         if len(first):
             assert self._form is not None
@@ -149,10 +147,9 @@ class FeatureStore:
     def _claim(self, row_shape: tuple[int, ...]) -> Form:
         """Make the folder, or join it; the first of several writers names the engine and the row shape."""
         if self._form is None:
-            self._form = Form(self.spec, self._asked or "unnamed", tuple(row_shape))
             with self._writing():
-                create(self.folder, self._form)
-            self._form = self._read_form()
+                folders.create(self.folder, Form(self.spec, self._asked or "unnamed", tuple(row_shape)))
+            self.refresh()  # another writer may have been first
             assert self._form is not None
         self._check_engine()
         if tuple(row_shape) != self._form.row_shape:
@@ -161,10 +158,12 @@ class FeatureStore:
                 f"{list(self._form.row_shape)}; remove it (featx cache remove) if the backbone was changed by hand"
             )
         if not self._swept:
-            self._swept = True
             with self._writing():
+                if not os.access(self.folder, os.W_OK):  # said before a batch is computed for nothing
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 sweep(self.folder)
                 sweep(self.folder.parent)
+            self._swept = True
         return self._form
 
     def _check_engine(self) -> None:
@@ -180,16 +179,18 @@ class FeatureStore:
         try:
             yield
         except OSError as error:
-            what = "it is read-only; give --cache a folder you can write to"
-            if error.errno not in READ_ONLY:
-                what = "all that was committed before is kept; make room and run the same command again"
+            what = "all that was committed before is kept; make room and run the same command again"
+            if error.errno in READ_ONLY:
+                what = "it is read-only; give --cache a folder you can write to"
+            elif error.errno == errno.ENOENT:
+                what = "it was removed meanwhile; run the same command again"
             raise StoreError(f"cannot write to the cache {self.folder} ({error.strerror}): {what}") from error
 
     # --- reading
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row."""
-        return self._locate(_as_keys(keys)) >= 0
+        return self._rows.locate(as_keys(keys)) >= 0
 
     def read(self, keys: np.ndarray) -> np.ndarray:
         """The rows of `keys`, `uint8 [N, 32]`, in that order, with repeats: `[N, *row_shape]` as stored.
@@ -197,7 +198,7 @@ class FeatureStore:
         A read-only `numpy.memmap` where the rows lie in one run in one file (as after a compact in this
         order), else an array. Raises `StoreError` with the number of keys that have no row.
         """
-        keys = _as_keys(keys)
+        keys = as_keys(keys)
         return self._again(keys, lambda at: self._mapped(at) if len(at) else self._gather(at))
 
     def batches(
@@ -208,7 +209,7 @@ class FeatureStore:
         Only one batch is in memory at a time. In order, or shuffled: the same `seed` gives the same
         order, however the rows are stored.
         """
-        keys = _as_keys(keys)
+        keys = as_keys(keys)
         order = np.arange(len(keys)) if seed is None else np.random.default_rng(seed).permutation(len(keys))
         self._again(keys, lambda at: at)  # name all that is missing before the first batch
         for start in range(0, len(keys), size):
@@ -218,19 +219,17 @@ class FeatureStore:
     def _again(self, keys: np.ndarray, use: Any) -> Any:
         """`use(locations of keys)`, listing the folder again where another process changed it meanwhile."""
         for attempt in range(4):
-            at = self._locate(keys)
+            at = self._rows.locate(keys)
             missing = int((at < 0).sum())
-            try:
-                if not missing:
+            if not missing:
+                with contextlib.suppress(StaleError):
                     return use(at)
-                if attempt:
-                    break
-            except StaleError:
-                pass
+            elif attempt:
+                raise StoreError(
+                    f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
+                )
             self.refresh()
-        raise StoreError(
-            f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
-        )
+        raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
     def _mapped(self, at: np.ndarray) -> np.ndarray:
         name, starts = self._starts()
@@ -289,47 +288,21 @@ class FeatureStore:
 
     # --- the index
 
-    def _locate(self, keys: np.ndarray) -> np.ndarray:
-        """Where the row of each key is, counting through all shards; -1 where there is none. `int64 [N]`."""
-        known, prefix, order = self._index()
-        found = np.full(len(keys), -1, np.int64)
-        words = known.view(np.uint64)
-        for start in range(0, len(keys) if len(known) else 0, LOOKUP):
-            asked = keys[start : start + LOOKUP].view(np.uint64)
-            at = np.searchsorted(prefix, asked[:, 0])
-            rest = np.arange(len(asked))
-            while len(rest):  # once, but for keys that share their first 8 bytes
-                rest = rest[at[rest] < len(prefix)]
-                rest = rest[prefix[at[rest]] == asked[rest, 0]]
-                candidate = order[at[rest]]
-                hit = (words[candidate] == asked[rest]).all(axis=1)
-                found[start + rest[hit]] = candidate[hit]
-                rest = rest[~hit]
-                at[rest] += 1
-        return found
-
-    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All keys as stored, their first 8 bytes sorted, and the permutation that sorts them."""
-        if self._sorted is None:
-            keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *self._keys])
-            self._keys = [keys]
-            first = keys.view(np.uint64)[:, 0]
-            order = np.argsort(first, kind="stable")
-            self._sorted = keys, first[order], order
-        return self._sorted
-
     def _add(self, shard: Shard, keys: np.ndarray) -> None:
-        self._shards[shard.name] = shard
-        self._keys.append(keys)
-        self._sorted = None
+        # one assignment: an interrupt must not leave a shard without its keys
+        self._listed = ({**self._shards, shard.name: shard}, self._rows.plus(keys))
 
-    def refresh(self) -> None:
-        """List the folder again: other processes' shards are found, damaged ones set aside."""
+    def refresh(self, *, trust: bool = True) -> None:
+        """List the folder again: other processes' shards are found, damaged ones set aside.
+
+        trust: believe the shards whose size, mtime, ctime and inode are as when their bytes were last
+        checked; else every byte is read.
+        """
         for _ in range(4):
             try:
                 self._form = self._read_form() if self.folder.is_dir() else None
                 if self._form is not None:
-                    self._load()
+                    self._load(trust)
                 return
             except StaleError:
                 continue  # a shard went between listing and reading: another process compacts
@@ -337,19 +310,19 @@ class FeatureStore:
                 raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
-    def _load(self) -> None:
+    def _load(self, trust: bool) -> None:
         assert self._form is not None
-        self._shards, self._keys, self._sorted, self._maps = {}, [], None, {}
-        trusted = _read_verified(self.folder)
+        self._listed, self._maps = ({}, KeyIndex()), {}
+        trusted = folders.read_verified(self.folder)
         kept: dict[str, Shard] = {}
-        for name, status in list_shards(self.folder):
+        for name, status in folders.list_shards(self.folder):
             shard = trusted.get(name)
-            if shard is None or shard.stat != status:
+            if shard is None or shard.stat != status or not trust:
                 now = time.time_ns()
                 try:
                     shard, _ = shards.check(self.folder, name, self._form)
                 except DamageError as error:
-                    self.notes.append(self.set_aside(name, str(error)))
+                    self._note(self.set_aside(name, str(error)))
                     continue
                 if shard.stat[2] > now - CLOCK_NS:
                     self._take(shard)
@@ -357,7 +330,11 @@ class FeatureStore:
             kept[name] = shard
             self._take(shard)
         if kept != trusted:
-            _write_verified(self.folder, kept)
+            folders.write_verified(self.folder, kept)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:  # a read-only cache says the same at every listing
+            self.notes.append(note)
 
     def _take(self, shard: Shard) -> None:
         keys = np.empty((shard.count, KEY_BYTES), np.uint8)
@@ -387,7 +364,7 @@ class FeatureStore:
         """What `spec.json` says; where it is lost or damaged, what an intact shard says, written anew."""
         path = self.folder / "spec.json"
         try:
-            form = read_form(path)
+            form = folders.read_form(path)
             if form.spec == self.spec:
                 return form
             reason = "it is another spec's"
@@ -395,119 +372,18 @@ class FeatureStore:
             reason = "it is missing"
         except DamageError as error:
             reason = str(error)
-        for name, _ in list_shards(self.folder):
+        for name, _ in folders.list_shards(self.folder):
             with contextlib.suppress(DamageError, StaleError):
                 _, form = shards.check(self.folder, name, None)
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
-                        write_atomic(path, _sealed(_form_dict(form)))
-                    self.notes.append(f"{path} was lost ({reason}) and is written anew from a shard")
+                        folders.write_form(path, form)
+                    self._note(f"{path} was lost ({reason}) and is written anew from a shard")
                     return form
-        with contextlib.suppress(OSError):  # nothing depends on it; the next writer makes a new one
-            os.unlink(path)
+        if reason != "it is missing":
+            with contextlib.suppress(OSError):  # no row depends on it; the next writer makes a new one
+                os.unlink(path)
         return None
-
-
-def folder_name(spec: FeatureSpec) -> str:
-    """`resnet18-0123456789abcdef`: the backbone's own name, for people, and the start of the spec's digest."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", spec.backbone.rpartition("/")[2])[:60].lstrip(".")
-    return f"{name}-{spec.digest[:16]}"
-
-
-def list_shards(folder: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Names and stats of the shards in a folder, in the order of their commits."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if shards.NAME.fullmatch(entry.name):
-                with contextlib.suppress(FileNotFoundError):
-                    found.append((entry.name, shards.stat_of(os.lstat(entry.path))))
-    return sorted(found)
-
-
-def create(folder: Path, form: Form) -> None:
-    """Make a spec's folder with its `spec.json` in it, in one step; where one exists it stays as it is."""
-    make_folder(folder.parent)
-    aside = folder.parent / aside_name()
-    aside.mkdir()
-    write_atomic(aside / "spec.json", _sealed(_form_dict(form)))
-    try:
-        os.rename(aside, folder)  # fails where another writer's folder is
-        sync_folder(folder.parent)
-    except OSError:
-        os.unlink(aside / "spec.json")
-        os.rmdir(aside)
-        if not folder.is_dir():
-            raise
-        if not (folder / "spec.json").exists():
-            write_atomic(folder / "spec.json", _sealed(_form_dict(form)))
-
-
-def read_form(path: Path) -> Form:
-    """What a `spec.json` says. Raises `DamageError`, `OSError`."""
-    values = _unsealed(path)
-    try:
-        shape = tuple(int(size) for size in values["row_shape"])
-        form = Form(FeatureSpec.from_dict(values["spec"]), str(values["engine"]), shape)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamageError(f"{path} holds no spec ({error})") from None
-    if values.get("kind") != shards.KIND or min(shape, default=1) < 0:
-        raise DamageError(f"{path} is of another kind ({values.get('kind')})")
-    return form
-
-
-def _form_dict(form: Form) -> dict[str, Any]:
-    return {
-        "kind": shards.KIND,
-        "spec": form.spec.to_dict(),
-        "engine": form.engine,
-        "row_shape": list(form.row_shape),
-    }
-
-
-def _read_verified(folder: Path) -> dict[str, Shard]:
-    """The shards whose bytes were checked before. Empty where that is not known: then they are checked again."""
-    try:
-        values = _unsealed(folder / "verified.json")["shards"]
-        return {name: Shard(name, tuple(v[:4]), v[4], v[5], v[6]) for name, v in values.items()}
-    except (OSError, StaleError, DamageError, KeyError, TypeError, IndexError, AttributeError):
-        return {}
-
-
-def _write_verified(folder: Path, verified: dict[str, Shard]) -> None:
-    values = {s.name: [*s.stat, s.count, s.keys_at, s.rows_at] for s in verified.values()}
-    with contextlib.suppress(OSError):  # read-only or full: the next opening checks the bytes again
-        write_atomic(folder / "verified.json", _sealed({"shards": values}))
-
-
-def _sealed(values: dict[str, Any]) -> bytes:
-    """JSON with its own SHA-256 in it."""
-    text = json.dumps(values, sort_keys=True)
-    return json.dumps({**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode()
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    with shards.open_regular(path) as file:
-        data = file.read(1 << 26)
-    try:
-        values = json.loads(data or b"")
-        seal = values.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamageError(f"{path} cannot be read ({error})") from None
-    if hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest() != seal:
-        raise DamageError(f"{path} does not have the SHA-256 it was written with")
-    return values
-
-
-def _as_keys(keys: np.ndarray) -> np.ndarray:
-    keys = np.ascontiguousarray(keys)
-    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
-        raise StoreError(f"keys are uint8 [N, {KEY_BYTES}], not {keys.dtype} {list(keys.shape)}")
-    return keys
-
-
-def _opaque(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").ravel()
 
 
 def _held(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

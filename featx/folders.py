@@ -1,0 +1,110 @@
+"""Owns a spec's folder: its name, its `spec.json`, its shards, and which of them were verified."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from featx import shards
+from featx.errors import DamageError
+from featx.features import FeatureSpec
+from featx.files import aside_name, make_folder, sync_folder, write_atomic
+from featx.shards import Form, Shard, StaleError
+
+
+def folder_name(spec: FeatureSpec) -> str:
+    """`resnet18-0123456789abcdef`: the backbone's own name, for people, and the start of the spec's digest."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", spec.backbone.rpartition("/")[2])[:60].lstrip(".")
+    return f"{name}-{spec.digest[:16]}"
+
+
+def list_shards(folder: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Names and stats of the shards in a folder, in the order of their commits."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if shards.NAME.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.name, shards.stat_of(os.lstat(entry.path))))
+    return sorted(found)
+
+
+def create(folder: Path, form: Form) -> None:
+    """Make a spec's folder with its `spec.json` in it, in one step; where one exists it stays as it is."""
+    make_folder(folder.parent)
+    aside = folder.parent / aside_name()
+    aside.mkdir()
+    write_form(aside / "spec.json", form)
+    try:
+        os.rename(aside, folder)  # fails where another writer's folder is
+        sync_folder(folder.parent)
+    except OSError:
+        os.unlink(aside / "spec.json")
+        os.rmdir(aside)
+        if not folder.is_dir():
+            raise
+        if not (folder / "spec.json").exists():
+            write_form(folder / "spec.json", form)
+
+
+def read_form(path: Path) -> Form:
+    """What a `spec.json` says. Raises `DamageError`, `OSError`."""
+    values = _unsealed(path)
+    try:
+        shape = tuple(int(size) for size in values["row_shape"])
+        form = Form(FeatureSpec.from_dict(values["spec"]), str(values["engine"]), shape)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamageError(f"{path} holds no spec ({error})") from None
+    if values.get("kind") != shards.KIND or min(shape, default=1) < 0:
+        raise DamageError(f"{path} is of another kind ({values.get('kind')})")
+    return form
+
+
+def write_form(path: Path, form: Form) -> None:
+    """Write a `spec.json`. Raises `OSError`."""
+    values = {
+        "kind": shards.KIND,
+        "spec": form.spec.to_dict(),
+        "engine": form.engine,
+        "row_shape": list(form.row_shape),
+    }
+    write_atomic(path, _sealed(values))
+
+
+def read_verified(folder: Path) -> dict[str, Shard]:
+    """The shards whose bytes were checked before. Empty where that is not known: then they are checked again."""
+    try:
+        values = _unsealed(folder / "verified.json")["shards"]
+        return {name: Shard(name, tuple(v[:4]), v[4], v[5], v[6]) for name, v in values.items()}
+    except (OSError, StaleError, DamageError, KeyError, TypeError, IndexError, AttributeError):
+        return {}
+
+
+def write_verified(folder: Path, verified: dict[str, Shard]) -> None:
+    values = {s.name: [*s.stat, s.count, s.keys_at, s.rows_at] for s in verified.values()}
+    with contextlib.suppress(OSError):  # read-only or full: the next opening checks the bytes again
+        write_atomic(folder / "verified.json", _sealed({"shards": values}))
+
+
+def _sealed(values: dict[str, Any]) -> bytes:
+    """JSON with its own SHA-256 in it."""
+    text = json.dumps(values, sort_keys=True)
+    return json.dumps({**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode()
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    with shards.open_regular(path) as file:
+        data = file.read(1 << 26)
+    try:
+        values = json.loads(data or b"")
+        seal = values.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamageError(f"{path} cannot be read ({error})") from None
+    if hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest() != seal:
+        raise DamageError(f"{path} does not have the SHA-256 it was written with")
+    return values

@@ -1,0 +1,181 @@
+"""Owns HDF5: lays a file out as a stream of bytes, and reads the headers of one that nobody vouches for."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from typing import Any
+
+import numpy as np
+
+from featx.errors import DamageError
+
+# One version of the file format for all, read by every HDF5 since 1.8; arrays start at a multiple of 512,
+# each after the one made before it, and the same content gives the same bytes.
+LAYOUT: dict[str, Any] = {
+    "libver": ("v108", "v108"),
+    "alignment_threshold": 1,
+    "alignment_interval": 512,
+    "track_times": False,
+}
+# What an array may hold: keys and digests, features.
+DTYPES = tuple(np.dtype(name) for name in ("u1", "<f4", "<f2"))
+TEXT_BYTES = 1 << 16
+
+
+def plan(
+    arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], Callable[[], Iterable[np.ndarray]]]],
+    fill: Callable[[Any], None],
+) -> tuple[Iterator[bytes | memoryview], dict[str, int]]:
+    """An HDF5 file as a stream of bytes, first to last, and the offset of each array in it.
+
+    HDF5 only lays the file out: `arrays` (name -> dtype, shape, parts) are left empty by it and filled in
+    by us, and `fill` adds what is small. So nothing but `write` can fail on a full disk, which HDF5
+    survives badly, no array has to fit into memory, and equal rows give equal bytes.
+    """
+    import h5py
+
+    sketch = _Sketch()
+    offsets = {}
+    with h5py.File(sketch, "w", **LAYOUT) as file:
+        for name, (dtype, shape, _) in arrays.items():
+            create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            create.set_layout(h5py.h5d.CONTIGUOUS)
+            create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            create.set_obj_track_times(False)
+            space = h5py.h5s.create_simple(shape)
+            made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, create)
+            offsets[name] = made.get_offset()
+        fill(file)
+    pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]] = []
+    for at, data in sketch.pieces():
+        pieces.append((at, len(data), lambda data=data: [data]))  # type: ignore[misc]
+    for name, (dtype, shape, parts) in arrays.items():
+        pieces.append((offsets[name], int(np.prod(shape, dtype=object)) * dtype.itemsize, parts))
+    return _stream(sorted(pieces, key=lambda piece: piece[0]), sketch.size), offsets
+
+
+def _stream(pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]], size: int) -> Iterator[bytes | memoryview]:
+    at = 0
+    for start, length, parts in pieces:
+        assert start >= at, "HDF5 laid two arrays over each other"
+        yield bytes(start - at)
+        at = start
+        for part in parts():
+            view = memoryview(part).cast("B")
+            at += len(view)
+            yield view
+        assert at == start + length, "a shard got fewer or more rows than keys"
+    yield bytes(size - at)
+
+
+class _Sketch(io.RawIOBase):
+    """A file that remembers the few bytes HDF5 writes and where, and nothing of what lies between."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._at = 0
+        self._written: list[tuple[int, bytes]] = []
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        raise io.UnsupportedOperation("HDF5 reads nothing of a file that it only lays out")
+
+    def write(self, data: Any) -> int:
+        self._written.append((self._at, bytes(data)))
+        self._at += len(self._written[-1][1])
+        self.size = max(self.size, self._at)
+        return len(self._written[-1][1])
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self._at if size is None else size
+        return self.size
+
+    def pieces(self) -> list[tuple[int, bytes]]:
+        """What was written, later over earlier, as pieces that do not touch."""
+        merged: list[tuple[int, bytearray]] = []
+        for at, data in sorted(self._written, key=lambda piece: piece[0]):
+            if merged and at <= merged[-1][0] + len(merged[-1][1]):
+                merged[-1][1].extend(bytes(max(0, at + len(data) - merged[-1][0] - len(merged[-1][1]))))
+            else:
+                merged.append((at, bytearray(len(data))))
+        for at, data in self._written:
+            start, piece = next(m for m in reversed(merged) if m[0] <= at)
+            piece[at - start : at - start + len(data)] = data
+        return [(at, bytes(data)) for at, data in merged]
+
+
+@dataclass(frozen=True)
+class Array:
+    """A plain array that lies whole inside the file: `size` bytes at `offset`."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+
+def headers(file: FileIO, texts: tuple[str, ...], arrays: tuple[str, ...]) -> tuple[dict[str, bytes], list[Array]]:
+    """The attributes `texts` and the arrays `arrays` of a file that holds nothing else.
+
+    HDF5 is asked for headers alone; data is only ever read at offsets inside this very file. So external
+    storage, links and virtual data sets (which read other files of the host), filters (which run code)
+    and shapes larger than the file (which take memory) are refused before they do anything.
+    Raises `DamageError`.
+    """
+    import h5py
+
+    try:
+        with h5py.File(file, "r") as opened:
+            if h5py.h5a.get_num_attrs(opened.id) != len(texts) or len(opened) != len(arrays):
+                raise DamageError(f"it holds other things than {', '.join((*texts, *arrays))}")
+            size = os.fstat(file.fileno()).st_size
+            found = {name: _text(opened, name) for name in texts}
+            return found, [_array(opened, name, size) for name in arrays]
+    except DamageError:
+        raise
+    except Exception as error:  # HDF5 reports what it cannot parse as almost any of Python's errors
+        raise DamageError(f"it is no HDF5 file that featx wrote ({type(error).__name__}: {error})") from None
+
+
+def _text(opened: Any, name: str) -> bytes:
+    import h5py
+
+    attribute = h5py.h5a.open(opened.id, name.encode())
+    kind = attribute.get_type()
+    if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str() or attribute.shape != ():
+        raise DamageError(f"its attribute {name} is no fixed-length text")
+    if kind.get_size() > TEXT_BYTES:
+        raise DamageError(f"its attribute {name} has {kind.get_size()} bytes")
+    value = np.zeros((), f"S{kind.get_size()}")
+    attribute.read(value)
+    return bytes(value)
+
+
+def _array(opened: Any, name: str, size: int) -> Array:
+    import h5py
+
+    if opened.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise DamageError(f"{name} is a link to somewhere else")
+    data = h5py.h5d.open(opened.id, name.encode())
+    create = data.get_create_plist()
+    if create.get_layout() != h5py.h5d.CONTIGUOUS or create.get_external_count() or create.get_nfilters():
+        raise DamageError(f"{name} is not stored plainly in the file itself")
+    dtype = next((d for d in DTYPES if data.get_type().equal(h5py.h5t.py_create(d))), None)
+    if dtype is None:
+        raise DamageError(f"{name} holds none of {', '.join(map(str, DTYPES))}")
+    shape = tuple(int(n) for n in data.shape)
+    needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    offset = data.get_offset()
+    if needed and (offset is None or offset + needed > size):
+        raise DamageError(f"{name} claims {needed} bytes in a file of {size}")
+    return Array(dtype, shape, offset or 0)
