@@ -239,6 +239,14 @@ def _form_of(texts: dict[str, bytes], row_shape: tuple[int, ...]) -> Form:
     return Form(spec, engine, row_shape)
 
 
+def read_keys(folder: Path, shard: Shard) -> np.ndarray:
+    """The keys of a shard, `uint8 [N, 32]`. Raises `StaleError`."""
+    keys = np.empty((shard.count, KEY_BYTES), np.uint8)
+    with shard.open(folder) as file:
+        read_into(file, shard.keys_at, keys.data.cast("B"))
+    return keys
+
+
 def intact_rows(folder: Path, name: str, form: Form) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of a damaged shard, keys `[n, 32]` and rows of every block that still has its SHA-256."""
     with contextlib.suppress(DamageError), open_regular(folder / name) as file:

@@ -16,7 +16,7 @@ from featx import folders, shards
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
-from featx.index import KEY_BYTES, KeyIndex, as_keys, distinct
+from featx.index import KeyIndex, as_keys, distinct
 from featx.shards import Form, Shard, StaleError
 
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
@@ -143,6 +143,11 @@ class FeatureStore:
     def __exit__(self, *exception: object) -> None:
         # also when interrupted: what was computed is kept
         self.commit()
+
+    def computed_by(self, engine: str) -> None:
+        """Say what computes the rows that will be appended. Raises `StoreError` if others did so far."""
+        self._asked = engine
+        self._check_engine()
 
     def _claim(self, row_shape: tuple[int, ...]) -> Form:
         """Make the folder, or join it; the first of several writers names the engine and the row shape."""
@@ -312,53 +317,51 @@ class FeatureStore:
 
     def _load(self, trust: bool) -> None:
         assert self._form is not None
-        self._listed, self._maps = ({}, KeyIndex()), {}
-        trusted = folders.read_verified(self.folder)
+        trusted = folders.read_verified(self.folder) if trust else {}
         kept: dict[str, Shard] = {}
+        found: list[tuple[Shard, np.ndarray]] = []
         for name, status in folders.list_shards(self.folder):
             shard = trusted.get(name)
-            if shard is None or shard.stat != status or not trust:
+            if shard is None or shard.stat != status:
                 now = time.time_ns()
                 try:
                     shard, _ = shards.check(self.folder, name, self._form)
                 except DamageError as error:
-                    self._note(self.set_aside(name, str(error)))
+                    found += self._set_aside(name, str(error))
                     continue
-                if shard.stat[2] > now - CLOCK_NS:
-                    self._take(shard)
-                    continue
-            kept[name] = shard
-            self._take(shard)
-        if kept != trusted:
+                if shard.stat[2] < now - CLOCK_NS:
+                    kept[name] = shard
+            else:
+                kept[name] = shard
+            found.append((shard, shards.read_keys(self.folder, shard)))
+        # one assignment: threads that ask meanwhile see the old list or the new one
+        self._listed = ({shard.name: shard for shard, _ in found}, KeyIndex(keys for _, keys in found))
+        self._maps = {}
+        if kept != folders.read_verified(self.folder):
             folders.write_verified(self.folder, kept)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:  # a read-only cache says the same at every listing
             self.notes.append(note)
 
-    def _take(self, shard: Shard) -> None:
-        keys = np.empty((shard.count, KEY_BYTES), np.uint8)
-        with shard.open(self.folder) as file:
-            shards.read_into(file, shard.keys_at, keys.data.cast("B"))
-        self._add(shard, keys)
-
-    def set_aside(self, name: str, reason: str) -> str:
-        """Move a damaged shard to `damaged/`, keeping its intact rows in a new one; a sentence about it."""
+    def _set_aside(self, name: str, reason: str) -> list[tuple[Shard, np.ndarray]]:
+        """Move a damaged shard to `damaged/`; its intact rows, in a new shard, are given back."""
         assert self._form is not None
-        where = f"{self.folder.name}/{name}"
+        where, salvaged = f"the shard {self.folder.name}/{name}", []
         try:
             parts = list(shards.intact_rows(self.folder, name, self._form))
-            saved = sum(len(keys) for keys, _ in parts)
-            if saved:
+            if parts:
                 keys = np.concatenate([keys for keys, _ in parts])
-                self._take(shards.write(self.folder, self._form, keys, (rows for _, rows in parts)))
+                salvaged = [(shards.write(self.folder, self._form, keys, [r for _, r in parts]), keys)]
             make_folder(self.folder / "damaged")
             os.replace(self.folder / name, self.folder / "damaged" / name)
             sync_folder(self.folder)
         except (OSError, StaleError) as error:
-            return f"the shard {where} is damaged ({reason}) and left out; it cannot be set aside ({error})"
-        kept = f"; {saved} intact rows of it are kept" if saved else ""
-        return f"the shard {where} was damaged ({reason}) and is set aside in damaged/{kept}"
+            self._note(f"{where} is damaged ({reason}) and left out; it cannot be set aside ({error})")
+        else:
+            kept = f"; {len(salvaged[0][1])} intact rows of it are kept" if salvaged else ""
+            self._note(f"{where} was damaged ({reason}) and is set aside in damaged/{kept}")
+        return salvaged
 
     def _read_form(self) -> Form | None:
         """What `spec.json` says; where it is lost or damaged, what an intact shard says, written anew."""
