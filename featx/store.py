@@ -144,11 +144,6 @@ class FeatureStore:
         # also when interrupted: what was computed is kept
         self.commit()
 
-    def computed_by(self, engine: str) -> None:
-        """Say what computes the rows that will be appended. Raises `StoreError` if others did so far."""
-        self._asked = engine
-        self._check_engine()
-
     def _claim(self, row_shape: tuple[int, ...]) -> Form:
         """Make the folder, or join it; the first of several writers names the engine and the row shape."""
         if self._form is None:
