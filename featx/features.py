@@ -69,7 +69,8 @@ class Features:
     X: np.ndarray
     """`float32 | float16 [N, D]`, in the source's order."""
     y: np.ndarray
-    """`int64 [N]`, index into `class_names`; -1 where the source gives no label."""
+    """`int64 [N]`, index into `class_names`, -1 where the source gives no label; or, where an image may
+    have several labels, 0/1 `int64 [N, C]`."""
     ids: list[str]
     """Paths under the source's root, with `/`; unique."""
     class_names: list[str]
@@ -103,9 +104,8 @@ class Features:
     @property
     def digest(self) -> str:
         """SHA-256, in hex, of what was learned from: keys, labels, splits and class names; not file names."""
-        labels = [self.class_names[i] if i >= 0 else "" for i in self.y]
-        rows = sorted(zip(map(bytes, self.keys), labels, self.splits.tolist(), strict=True))
-        text = json.dumps([self.class_names, [(k.hex(), label, split) for k, label, split in rows]])
+        rows = sorted(zip(map(bytes, self.keys), self.y.tolist(), self.splits.tolist(), strict=True))
+        text = json.dumps([self.class_names, [(key.hex(), label, split) for key, label, split in rows]])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -143,18 +143,19 @@ def assign_splits(
     fraction = hash_fraction(keys)
     splits[pool] = np.where(fraction[pool] < VALIDATION_SHARE, "val", "train")
     notes = []
-    for label in np.unique(y[pool]):
-        mine = np.flatnonzero(pool & (y == label))
-        sides = set(splits[mine])
-        if len(sides) == 2:
-            continue
-        (full,) = sides
-        empty = "train" if full == "val" else "val"
+    validating = splits == "val"
+    sides = [np.bincount(y[pool & side], minlength=len(class_names)) > 0 for side in (~validating, validating)]
+    for label in np.flatnonzero(sides[0] ^ sides[1]):
+        full, empty = ("train", "val") if sides[0][label] else ("val", "train")
         name = class_names[label]
-        if len(np.unique(fraction[mine])) == 1:
+        mine = np.unique(fraction[pool & (y == label)])
+        if len(mine) == 1:
             notes.append(f"class {name!r} has one distinct image, in {full}: its {empty} side stays empty")
             continue
-        nearest = fraction[mine[np.argmin(np.abs(fraction[mine] - VALIDATION_SHARE))]]
+        # an image with two labels moves only if it must: it would take its other class along
+        alone = mine[~np.isin(mine, fraction[pool & (y != label)])]
+        choice = alone if len(alone) else mine
+        nearest = choice[np.argmin(np.abs(choice - VALIDATION_SHARE))]
         splits[pool & (fraction == nearest)] = empty  # its duplicates too, whatever their label
         notes.append(f"class {name!r} had no image in {empty} and borrows its nearest hash from {full}")
     return splits, notes
