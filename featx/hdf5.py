@@ -49,13 +49,14 @@ def plan(
             create.set_obj_track_times(False)
             space = h5py.h5s.create_simple(shape)
             made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, create)
-            offsets[name] = made.get_offset()
+            offsets[name] = made.get_offset() or 0  # None where it holds nothing
         fill(file)
     pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]] = []
     for at, data in sketch.pieces():
         pieces.append((at, len(data), lambda data=data: [data]))  # type: ignore[misc]
     for name, (dtype, shape, parts) in arrays.items():
-        pieces.append((offsets[name], int(np.prod(shape, dtype=object)) * dtype.itemsize, parts))
+        length = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        pieces += [(offsets[name], length, parts)] if length else []
     return _stream(sorted(pieces, key=lambda piece: piece[0]), sketch.size), offsets
 
 

@@ -58,7 +58,8 @@ class FeatureStore:
         self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
         self._buffered, self._since = 0, 0.0
         self._swept = False
-        self._form: Form | None = None
+        self.form: Form | None = None
+        """What all rows have in common; None before the first append."""
         self._listed: tuple[dict[str, Shard], KeyIndex] = ({}, KeyIndex())
         self._maps: dict[str, np.ndarray] = {}
         self.refresh()
@@ -75,12 +76,12 @@ class FeatureStore:
     @property
     def row_shape(self) -> tuple[int, ...] | None:
         """The shape of one row; None before the first append."""
-        return self._form.row_shape if self._form else None
+        return self.form.row_shape if self.form else None
 
     @property
     def engine(self) -> str | None:
         """What computed the rows, as the folder records it; None before the first append."""
-        return self._form.engine if self._form else None
+        return self.form.engine if self.form else None
 
     def computed_by(self, engine: str) -> None:
         """Say what computes the rows to come. Raises `StoreError` where those there are another engine's."""
@@ -90,6 +91,19 @@ class FeatureStore:
     def __len__(self) -> int:
         """The number of distinct keys that have a committed row."""
         return len(self._rows)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows committed, repeats included."""
+        return len(self._rows.keys)
+
+    def listing(self) -> dict[str, int]:
+        """Names and sizes in bytes of the shards that were found intact, in the order of their rows."""
+        return {shard.name: shard.stat[0] for shard in self._shards.values()}
+
+    def stored(self) -> np.ndarray:
+        """The keys of all rows, `uint8 [N, 32]`, as they are stored, repeats included."""
+        return self._rows.keys
 
     def keys(self) -> np.ndarray:
         """The distinct keys that have a committed row, `uint8 [N, 32]`, in the order they are stored."""
@@ -128,10 +142,10 @@ class FeatureStore:
         first = distinct(keys)
         first = first[~self.contains(keys[first])]
         if len(first):
-            assert self._form is not None
+            assert self.form is not None
             rows = np.concatenate([r for _, r in self._buffer[:taken]])
             with self._writing():
-                shard = shards.write(self.folder, self._form, keys[first], [rows[first]])
+                shard = shards.write(self.folder, self.form, keys[first], [rows[first]])
             self._add(shard, keys[first])
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
         del self._buffer[:taken]
@@ -146,16 +160,16 @@ class FeatureStore:
 
     def _claim(self, row_shape: tuple[int, ...]) -> Form:
         """Make the folder, or join it; the first of several writers names the engine and the row shape."""
-        if self._form is None:
+        if self.form is None:
             with self._writing():
                 folders.create(self.folder, Form(self.spec, self._asked or "unnamed", tuple(row_shape)))
             self.refresh()  # another writer may have been first
-            assert self._form is not None
+            assert self.form is not None
         self._check_engine()
-        if tuple(row_shape) != self._form.row_shape:
+        if tuple(row_shape) != self.form.row_shape:
             raise StoreError(
                 f"rows of shape {list(row_shape)} do not belong to {self.folder.name}, whose rows have shape "
-                f"{list(self._form.row_shape)}; remove it (featx cache remove) if the backbone was changed by hand"
+                f"{list(self.form.row_shape)}; remove it (featx cache remove) if the backbone was changed by hand"
             )
         if not self._swept:
             with self._writing():
@@ -164,12 +178,12 @@ class FeatureStore:
                 sweep(self.folder)
                 sweep(self.folder.parent)
             self._swept = True
-        return self._form
+        return self.form
 
     def _check_engine(self) -> None:
-        if self._form and self._asked and self._asked != self._form.engine:
+        if self.form and self._asked and self._asked != self.form.engine:
             raise StoreError(
-                f"the features in {self.folder} come from the engine {self._form.engine!r}, not "
+                f"the features in {self.folder} come from the engine {self.form.engine!r}, not "
                 f"{self._asked!r}, and two engines differ in the last bits of a row; use that engine, another "
                 "--cache, or remove these features first (featx cache remove)"
             )
@@ -242,9 +256,9 @@ class FeatureStore:
 
     def _gather(self, at: np.ndarray) -> np.ndarray:
         """Copy the rows at these locations: whole runs straight from the file, scattered rows from its map."""
-        if self._form is None:
+        if self.form is None:
             return np.zeros((0,), self.spec.dtype)
-        out = np.empty((len(at), *self._form.row_shape), self._form.dtype)
+        out = np.empty((len(at), *self.form.row_shape), self.form.dtype)
         names, starts = self._starts()
         of = np.searchsorted(starts, at, "right") - 1
         order = None if (of[1:] >= of[:-1]).all() else np.argsort(of, kind="stable")
@@ -257,7 +271,7 @@ class FeatureStore:
         return out
 
     def _copy(self, name: str, source: np.ndarray, to: np.ndarray, out: np.ndarray) -> None:
-        assert self._form is not None
+        assert self.form is not None
         breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(to) != 1)) + 1
         if len(breaks) > len(source) // 64:
             if to[-1] - to[0] == len(to) - 1:  # ascending, so one run: no second copy
@@ -270,16 +284,16 @@ class FeatureStore:
             for a, b in zip([0, *breaks.tolist()], [*breaks.tolist(), len(source)], strict=True):
                 target = out[int(to[a]) : int(to[a]) + b - a]
                 if target.nbytes:
-                    offset = shard.rows_at + int(source[a]) * self._form.row_bytes
+                    offset = shard.rows_at + int(source[a]) * self.form.row_bytes
                     shards.read_into(file, offset, target.data.cast("B"))
 
     def _map(self, name: str) -> np.ndarray:
         if name not in self._maps:
-            assert self._form is not None
+            assert self.form is not None
             shard = self._shards[name]
-            shape = (shard.count, *self._form.row_shape)
+            shape = (shard.count, *self.form.row_shape)
             with shard.open(self.folder) as file:
-                self._maps[name] = np.memmap(file, self._form.dtype, "r", shard.rows_at, shape)
+                self._maps[name] = np.memmap(file, self.form.dtype, "r", shard.rows_at, shape)
         return self._maps[name]
 
     def _starts(self) -> tuple[list[str], np.ndarray]:
@@ -300,8 +314,8 @@ class FeatureStore:
         """
         for _ in range(4):
             try:
-                self._form = self._read_form() if self.folder.is_dir() else None
-                if self._form is not None:
+                self.form = self._read_form() if self.folder.is_dir() else None
+                if self.form is not None:
                     self._load(trust)
                 return
             except StaleError:
@@ -311,7 +325,7 @@ class FeatureStore:
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
     def _load(self, trust: bool) -> None:
-        assert self._form is not None
+        assert self.form is not None
         trusted = folders.read_verified(self.folder) if trust else {}
         kept: dict[str, Shard] = {}
         found: list[tuple[Shard, np.ndarray]] = []
@@ -320,7 +334,7 @@ class FeatureStore:
             if shard is None or shard.stat != status:
                 now = time.time_ns()
                 try:
-                    shard, _ = shards.check(self.folder, name, self._form)
+                    shard, _ = shards.check(self.folder, name, self.form)
                 except DamageError as error:
                     found += self._set_aside(name, str(error))
                     continue
@@ -341,13 +355,13 @@ class FeatureStore:
 
     def _set_aside(self, name: str, reason: str) -> list[tuple[Shard, np.ndarray]]:
         """Move a damaged shard to `damaged/`; its intact rows, in a new shard, are given back."""
-        assert self._form is not None
+        assert self.form is not None
         where, salvaged = f"the shard {self.folder.name}/{name}", []
         try:
-            parts = list(shards.intact_rows(self.folder, name, self._form))
+            parts = list(shards.intact_rows(self.folder, name, self.form))
             if parts:
                 keys = np.concatenate([keys for keys, _ in parts])
-                salvaged = [(shards.write(self.folder, self._form, keys, [r for _, r in parts]), keys)]
+                salvaged = [(shards.write(self.folder, self.form, keys, [r for _, r in parts]), keys)]
             make_folder(self.folder / "damaged")
             os.replace(self.folder / name, self.folder / "damaged" / name)
             sync_folder(self.folder)

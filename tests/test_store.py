@@ -54,3 +54,12 @@ def test_another_engine_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert FeatureStore(tmp_path, SPEC).engine == "tiny"
     with pytest.raises(StoreError, match=r"engine 'tiny', not 'other'.*featx cache remove"):
         FeatureStore(tmp_path, SPEC, engine="other")
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of one byte."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x10]))

@@ -1,0 +1,289 @@
+"""Owns what people do with a cache: list, look into, verify, compact, remove and export it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx import folders, shards
+from featx.errors import DamageError, StoreError, near
+from featx.features import Features, FeatureSpec
+from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
+from featx.hdf5 import plan
+from featx.index import as_keys, distinct
+from featx.shards import StaleError
+from featx.store import FeatureStore
+
+# Rows copied at a time when shards are merged.
+COPY_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One spec's folder in a cache."""
+
+    name: str
+    """The folder's name, `resnet18-0123456789abcdef`; its start will do where it is the only one."""
+    path: Path
+    spec: FeatureSpec | None
+    """None where `spec.json` is lost or damaged; the next run with this spec writes it anew."""
+    engine: str | None
+    row_shape: tuple[int, ...] | None
+    shards: int
+    bytes: int
+    """All that lies in the folder, with what was set aside."""
+    damaged: int
+    """Files set aside in `damaged/`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "spec": self.spec.to_dict() if self.spec else None,
+            "engine": self.engine,
+            "row_shape": list(self.row_shape) if self.row_shape is not None else None,
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "damaged": self.damaged,
+        }
+
+
+def entries(cache: Path) -> list[Entry]:
+    """What lies in a cache, by name. Reads no features and changes nothing. Raises `StoreError`."""
+    found = []
+    with _reading(cache):
+        if not Path(cache).is_dir():
+            raise StoreError(f"there is no cache at {cache}; featx extract makes one")
+        root = Path(cache) / "features"
+        for path in sorted(root.iterdir()) if root.is_dir() else []:
+            if path.is_dir() and not path.name.startswith("."):
+                found.append(_entry(path))
+    return found
+
+
+def find(cache: Path, name: str) -> Entry:
+    """The entry of this name, or the only one whose name starts so. Raises `StoreError`."""
+    every = entries(cache)
+    matches = [e for e in every if e.name == name] or [e for e in every if e.name.startswith(name)]
+    if len(matches) != 1:
+        names = [e.name for e in matches or every]
+        what = f"{len(matches)} entries start with {name!r}" if matches else f"there is no entry {name!r}"
+        raise StoreError(f"{what} in {cache}; there are {', '.join(names) or 'none'}.{near(name, names)}")
+    return matches[0]
+
+
+def sizes(cache: Path) -> dict[str, int]:
+    """Bytes in each folder of a cache: `features`, and what can be deleted at any time (memo, engines ...)."""
+    with _reading(cache), os.scandir(cache) as found:
+        return {e.name: _bytes(Path(e.path)) for e in sorted(found, key=lambda e: e.name) if e.is_dir()}
+
+
+def info(cache: Path, name: str, against: np.ndarray | None = None) -> dict[str, Any]:
+    """All about one entry: `Entry.to_dict()`, the shards, `rows`, `distinct`, and `notes` on damage.
+
+    against: keys of a data set, `uint8 [N, 32]`; then also `used`, `unused` (rows of the entry that the
+    data set does not use) and `missing` (its distinct images without a row).
+    """
+    entry, store = _open(cache, name)
+    listed = [shard for shard, _ in folders.list_shards(entry.path)]
+    about = entry.to_dict() | {"rows": store.rows, "distinct": len(store), "files": listed, "notes": store.notes}
+    if against is not None:
+        wanted = as_keys(against)[distinct(as_keys(against))]
+        used = int(store.contains(wanted).sum())
+        about |= {"used": used, "unused": len(store) - used, "missing": len(wanted) - used}
+    return about
+
+
+def verify(cache: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Read every byte of one entry, or of all: `name`, `shards`, `rows`, `bytes` read and `notes` for each.
+
+    What is damaged is set aside, its intact rows kept, and said in `notes`; no notes, no damage.
+    """
+    done = []
+    for entry in [find(cache, name)] if name else entries(cache):
+        if entry.spec is None and not folders.list_shards(entry.path):
+            done.append({"name": entry.name, "shards": 0, "rows": 0, "bytes": 0, "notes": ["it holds nothing"]})
+            continue
+        _, store = _open(cache, entry.name)
+        store.refresh(trust=False)
+        listed = folders.list_shards(entry.path)
+        size = sum(status[0] for _, status in listed)
+        row = {"name": entry.name, "shards": len(listed), "rows": len(store), "bytes": size}
+        done.append(row | {"notes": store.notes})
+    return done
+
+
+def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bool = False) -> dict[str, int | bool]:
+    """Merge an entry's shards into one file, whose rows can be memory-mapped as one array.
+
+    order: keys of a data set, `uint8 [N, 32]`: its rows come first and in this order, so that reading
+    them takes no copy; else the order of commits. only: drop the rows that are not in `order`.
+
+    The merged file is durable and read back before a shard is removed, and only shards whose rows it
+    holds are: a crash leaves rows twice, never none. Others may read and write meanwhile.
+    Returns shards, rows and bytes before and after, and whether anything was `done`.
+    """
+    _, store = _open(cache, name)
+    if only and order is None:
+        raise StoreError("dropping rows needs the keys to keep")
+    merged = store.listing()
+    stored = store.keys()
+    chosen = stored
+    if order is not None:
+        first = as_keys(order)[distinct(as_keys(order))]
+        first = first[store.contains(first)]
+        chosen = first if only else _ahead(first, stored)
+    before = {"shards_before": len(merged), "rows_before": store.rows, "bytes_before": sum(merged.values())}
+    same = len(merged) <= 1 and np.array_equal(chosen, store.stored())
+    if not same:
+        sweep(store.folder)
+        new = _merge(store, chosen) if len(chosen) else {}
+        for shard in merged:
+            with contextlib.suppress(FileNotFoundError):  # another process compacts too
+                os.unlink(store.folder / shard)
+        sync_folder(store.folder)
+        store.refresh()
+        merged = new
+    after = {"shards_after": len(merged), "rows_after": store.rows, "bytes_after": sum(merged.values())}
+    return before | after | {"done": not same}
+
+
+def _ahead(first: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """`first`, then what else is in `stored`, each key once."""
+    both = np.concatenate([first, stored])
+    return both[distinct(both)]
+
+
+def _merge(store: FeatureStore, keys: np.ndarray) -> dict[str, int]:
+    form = store.form
+    assert form is not None
+    step = max(1, COPY_BYTES // form.row_bytes)
+
+    def rows() -> Iterator[np.ndarray]:
+        for start in range(0, len(keys), step):
+            yield np.asarray(store.read(keys[start : start + step]))
+
+    try:
+        shard = shards.write(store.folder, form, keys, rows())
+        shards.check(store.folder, shard.name, form)
+    except (OSError, DamageError, StaleError) as error:
+        raise StoreError(f"{store.folder} was not compacted and is as it was ({error})") from error
+    return {shard.name: shard.stat[0]}
+
+
+def remove(cache: Path, name: str) -> Entry:
+    """Remove an entry with all its features; returns what it was. Raises `StoreError`."""
+    entry = find(cache, name)
+    aside = entry.path.parent / aside_name()
+    try:
+        os.rename(entry.path, aside)  # gone at once for all others; a crash leaves what a sweep removes
+        sync_folder(entry.path.parent)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise StoreError(f"{entry.path} cannot be removed ({error.strerror})") from error
+    return entry
+
+
+def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
+    """Write a data set's features as one plain HDF5 file that h5py, MATLAB or R reads without featx.
+
+    `features` float32 or float16 `[N, D]`, `labels` int64 `[N]` (index into `class_names`, -1 for none),
+    `class_names`, `ids` and `splits` UTF-8 text, `keys` uint8 `[N, 32]` (SHA-256 of each image's bytes);
+    attributes `spec` (JSON) and `featx` (the version). All stored plainly, without compression; MATLAB
+    and R show arrays with their dimensions reversed. Raises `StoreError`.
+    """
+    import featx
+
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise StoreError(f"{path} is there already; say overwrite to replace it")
+    X = features.X
+    step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in range(0, len(X), step):
+            yield np.ascontiguousarray(X[start : start + step])
+
+    def fill(file: Any) -> None:
+        file.attrs["featx"] = np.bytes_(featx.__version__.encode())
+        file.attrs["spec"] = np.bytes_(json.dumps(features.spec.to_dict(), sort_keys=True).encode())
+        file.create_dataset("labels", data=np.asarray(features.y, "<i8"))
+        file.create_dataset("keys", data=features.keys)
+        for name, texts in (
+            ("class_names", features.class_names),
+            ("ids", features.ids),
+            ("splits", np.asarray(features.splits).tolist()),
+        ):
+            _texts(file, name, texts)
+
+    try:
+        make_folder(path.parent)
+        chunks, _ = plan({"features": (X.dtype, X.shape, parts)}, fill)
+        write_chunks(path.parent, chunks, lambda: path.name)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def _texts(file: Any, name: str, texts: list[str]) -> None:
+    import h5py
+
+    data = [text.encode("utf-8", "surrogateescape") for text in texts]
+    width = max(map(len, data), default=1) or 1
+    file.create_dataset(name, data=np.array(data, h5py.string_dtype("utf-8", width)))
+
+
+def _entry(path: Path) -> Entry:
+    try:
+        form = folders.read_form(path / "spec.json")
+    except (DamageError, StaleError):
+        form = None
+    damaged = path / "damaged"
+    return Entry(
+        name=path.name,
+        path=path,
+        spec=form.spec if form else None,
+        engine=form.engine if form else None,
+        row_shape=form.row_shape if form else None,
+        shards=len(folders.list_shards(path)),
+        bytes=_bytes(path),
+        damaged=len(list(damaged.iterdir())) if damaged.is_dir() else 0,
+    )
+
+
+def _open(cache: Path, name: str) -> tuple[Entry, FeatureStore]:
+    """An entry and its store; where `spec.json` is lost, with the spec of its first intact shard."""
+    entry = find(cache, name)
+    spec = entry.spec
+    for shard, _ in folders.list_shards(entry.path) if spec is None else []:
+        with contextlib.suppress(DamageError, StaleError):
+            spec = shards.check(entry.path, shard, None)[1].spec
+            break
+    if spec is None or folders.folder_name(spec) != entry.name:
+        raise StoreError(f"{entry.path} holds no intact spec and no intact shard; featx cache remove {name}")
+    return entry, FeatureStore(Path(cache), spec)
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for top, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(top, file)).st_size
+    return total
+
+
+@contextlib.contextmanager
+def _reading(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"the cache {cache} cannot be read ({error.strerror})") from error

@@ -1,0 +1,167 @@
+"""The cache commands: what they report is what lies there, and they lose nothing they were not told to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from test_store import SPEC, fill, flip, table
+
+from featx import caching, folders, shards
+from featx.errors import StoreError
+from featx.features import Features
+from featx.store import FeatureStore
+
+NAME = folders.folder_name(SPEC)
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    keys, rows = table(300)
+    fill(tmp_path / "cache", keys, rows, shard_bytes=3000)
+    return tmp_path / "cache", keys, rows
+
+
+def names(cache: Path) -> list[str]:
+    return [name for name, _ in folders.list_shards(cache / "features" / NAME)]
+
+
+def test_list_and_info_say_what_is_there(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    cache, keys, _ = filled
+    (entry,) = caching.entries(cache)
+    assert (entry.name, entry.spec, entry.engine, entry.row_shape) == (NAME, SPEC, "tiny", (8,))
+    assert entry.shards == len(names(cache)) == 4 and entry.damaged == 0
+    assert entry.bytes == sum(p.stat().st_size for p in entry.path.iterdir()) == caching.sizes(cache)["features"]
+    about = caching.info(cache, "resnet18", against=np.concatenate([keys[:100], keys[:50], table(7, seed=9)[0]]))
+    assert (about["rows"], about["distinct"], about["notes"]) == (300, 300, [])
+    assert (about["used"], about["unused"], about["missing"]) == (100, 200, 7)
+    assert about["files"] == names(cache)
+
+
+def test_an_unknown_entry_is_named_with_what_there_is(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    with pytest.raises(StoreError, match=f"no entry 'resnet81'.*{NAME}"):
+        caching.info(filled[0], "resnet81")
+    with pytest.raises(StoreError, match="there is no cache at"):
+        caching.entries(filled[0] / "nowhere")
+
+
+def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
+    filled: tuple[Path, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, keys, rows = filled
+    assert [v["notes"] for v in caching.verify(cache)] == [[]]
+    shard = cache / "features" / NAME / names(cache)[1]
+    now = shards.time.time_ns()
+    monkeypatch.setattr("featx.store.time.time_ns", lambda: now + 10 * 10**9)
+    FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
+    status = os.stat(shard)
+    with shard.open("rb", buffering=0) as file:
+        inside, _ = shards.inspect(file, None)  # type: ignore[arg-type]
+    flip(shard, inside.rows_at + 100)
+    # bit rot changes no stat: hide this change the way a disk would
+    real = shards.stat_of
+    old = real(status)
+    monkeypatch.setattr(shards, "stat_of", lambda s: old if s.st_ino == status.st_ino else real(s))
+    assert not np.array_equal(FeatureStore(cache, SPEC).read(keys), rows)
+    (report,) = caching.verify(cache, NAME)
+    assert len(report["notes"]) == 1 and shard.name in report["notes"][0]
+    store = FeatureStore(cache, SPEC)
+    there = store.contains(keys)
+    assert 200 <= there.sum() < 300 and np.array_equal(store.read(keys[there]), rows[there])
+    assert (shard.parent / "damaged" / shard.name).exists()
+    assert caching.entries(cache)[0].damaged == 1
+
+
+def test_compact_gives_one_memory_mapped_run(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    cache, keys, rows = filled
+    done = caching.compact(cache, NAME)
+    assert done["done"] and (done["shards_before"], done["shards_after"], done["rows_after"]) == (4, 1, 300)
+    store = FeatureStore(cache, SPEC)
+    X = store.read(keys)
+    assert isinstance(X, np.memmap) and np.array_equal(X, rows) and len(names(cache)) == 1
+    assert not caching.compact(cache, NAME)["done"]
+
+
+def test_compact_in_the_order_of_a_data_set_keeps_the_other_rows(
+    filled: tuple[Path, np.ndarray, np.ndarray],
+) -> None:
+    cache, keys, rows = filled
+    order = np.random.default_rng(3).permutation(300)[:120]
+    asked = np.concatenate([keys[order], keys[order[:5]], table(4, seed=9)[0]])
+    assert caching.compact(cache, NAME, asked)["rows_after"] == 300
+    store = FeatureStore(cache, SPEC)
+    assert isinstance(store.read(keys[order]), np.memmap)
+    assert np.array_equal(store.read(keys[order]), rows[order]) and np.array_equal(store.read(keys), rows)
+
+
+def test_compact_drops_unused_rows_only_when_told(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    cache, keys, rows = filled
+    done = caching.compact(cache, NAME, keys[40:60], only=True)
+    assert done["rows_after"] == 20
+    store = FeatureStore(cache, SPEC)
+    assert len(store) == 20 and np.array_equal(store.read(keys[40:60]), rows[40:60])
+
+
+def test_compact_stores_rows_of_two_writers_once(tmp_path: Path) -> None:
+    keys, rows = table(100)
+    one, two = (FeatureStore(tmp_path, SPEC, engine="tiny") for _ in range(2))
+    one.append(keys, rows)
+    two.append(keys[::-1], rows[::-1])
+    one.commit()
+    two.commit()
+    store = FeatureStore(tmp_path, SPEC)
+    assert (store.rows, len(store)) == (200, 100) and np.array_equal(store.read(keys), rows)
+    assert caching.compact(tmp_path, NAME)["rows_after"] == 100
+    assert np.array_equal(FeatureStore(tmp_path, SPEC).read(keys), rows)
+
+
+def test_readers_and_writers_go_on_while_another_process_compacts(
+    filled: tuple[Path, np.ndarray, np.ndarray],
+) -> None:
+    cache, keys, rows = filled
+    reader, writer = FeatureStore(cache, SPEC), FeatureStore(cache, SPEC, engine="tiny")
+    caching.compact(cache, NAME)
+    assert np.array_equal(reader.read(keys), rows)
+    more, more_rows = table(10, seed=5)
+    with writer:
+        writer.append(more, more_rows)
+    assert np.array_equal(reader.read(more), more_rows)
+
+
+def test_remove_takes_the_entry_named_and_no_other(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    cache, keys, rows = filled
+    other = type(SPEC)("torchvision/alexnet", "cd" * 32)
+    with FeatureStore(cache, other, engine="tiny") as store:
+        store.append(keys, rows)
+    assert caching.remove(cache, "resnet18").name == NAME
+    assert [e.spec for e in caching.entries(cache)] == [other]
+    assert sorted(p.name for p in (cache / "features").iterdir()) == [folders.folder_name(other)]
+
+
+def test_export_is_plain_hdf5(tmp_path: Path) -> None:
+    keys, rows = table(5)
+    features = Features(
+        X=rows,
+        y=np.array([0, 1, 1, 0, -1]),
+        ids=["a/é.jpg", "a/b.jpg", "a/\udcff.jpg", "c/d.jpg", "e.jpg"],
+        class_names=["ants", "bees"],
+        splits=np.array(["train", "val", "train", "", ""]),
+        keys=keys,
+        spec=SPEC,
+    )
+    path = caching.export(features, tmp_path / "new" / "features.h5")
+    with h5py.File(path) as file:
+        assert np.array_equal(file["features"][()], rows) and file["features"].chunks is None
+        assert file["labels"][()].tolist() == [0, 1, 1, 0, -1]
+        assert [v.decode("utf-8", "surrogateescape") for v in file["ids"][()]] == features.ids
+        assert file["class_names"].asstr()[()].tolist() == ["ants", "bees"]
+        assert file["splits"].asstr()[()].tolist() == ["train", "val", "train", "", ""]
+        assert np.array_equal(file["keys"][()], keys) and "resnet18" in file.attrs["spec"].decode()
+    with pytest.raises(StoreError, match="there already"):
+        caching.export(features, path)
+    caching.export(features.take(np.array([], int)), path, overwrite=True)
+    with h5py.File(path) as file:
+        assert file["features"].shape == (0, 8) and file["ids"].shape == (0,)
