@@ -64,24 +64,24 @@ class Source:
         return self.root / self.ids[i]
 
     def read(self, i: int) -> bytes:
-        """The bytes of image `i`. Raises `ImageError` where they cannot be had."""
-        name, path = printable(self.ids[i]), os.path.join(self.root, self.ids[i])
+        """The bytes of image `i`. Raises `ImageError`, which leaves naming the image to the caller."""
+        path = os.path.join(self.root, self.ids[i])
         try:
             # looked at before it is opened: opening a pipe would wait for ever
             found = os.stat(path)
             if not stat.S_ISREG(found.st_mode):
-                raise ImageError(f"{name} is a {_kind(found.st_mode)}, not a file")
+                kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
+                raise ImageError(f"a {kind}, not a file")
             if found.st_size > MAX_BYTES:
-                raise ImageError(f"{name} has {found.st_size:,} bytes, more than the {MAX_BYTES:,} of an image")
+                raise ImageError(f"{found.st_size:,} bytes are more than the {MAX_BYTES:,} of an image")
             with open(path, "rb") as file:
                 return file.read()
         except FileNotFoundError:
-            gone = "is a link to nothing" if os.path.islink(path) else "is not there"
-            raise ImageError(f"{name} {gone}") from None
+            raise ImageError("a link to nothing" if os.path.islink(path) else "the file is not there") from None
         except PermissionError:
-            raise ImageError(f"{name} may not be read by this user; try `chmod +r`") from None
+            raise ImageError("the file may not be read by this user; try `chmod +r`") from None
         except OSError as error:
-            raise ImageError(f"{name} cannot be read ({error.strerror or error})") from error
+            raise ImageError(f"the file cannot be read ({error.strerror or error})") from error
 
 
 def open_source(uri: str | Path) -> Source:
@@ -138,10 +138,6 @@ def some(names: list[str], most: int = 3) -> str:
 def stat_row(found: os.stat_result) -> tuple[int, int, int, int]:
     """A file's row of `Source.stats`; an inode of more than 63 bits (ReFS) loses the rest."""
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64
-
-
-def _kind(mode: int) -> str:
-    return "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
 
 
 def _near(path: str) -> str:

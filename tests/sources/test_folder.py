@@ -195,9 +195,9 @@ def test_linked_files_are_read_and_broken_links_are_skipped_by_name(tmp_path: Pa
     assert source.ids == [f"cat/{i}.jpg" for i in (1, 2, 3, 4)]
     assert source.stats is not None and source.stats[:, 0].tolist() == [9, 13, -1, -1]
     assert source.read(1) == b"elsewhere.jpg"
-    with pytest.raises(ImageError, match=r"cat/3\.jpg is a link to nothing"):
+    with pytest.raises(ImageError, match=r"^a link to nothing$"):
         source.read(2)
-    with pytest.raises(ImageError, match=r"cat/4\.jpg cannot be read \(Too many levels of symbolic links\)"):
+    with pytest.raises(ImageError, match=r"^the file cannot be read \(Too many levels of symbolic links\)"):
         source.read(3)
 
 
@@ -220,7 +220,7 @@ def test_names_that_are_no_utf8_are_listed_and_read(tmp_path: Path) -> None:
     assert source.labels == ["cat", "zo\\udceb"]  # labels go into files and graphs: always valid text
     assert source.read(0) == b"cat/caf\xe9.jpg"
     source.path(0).unlink()
-    with pytest.raises(ImageError, match=r"cat/caf\\udce9\.jpg is not there"):
+    with pytest.raises(ImageError, match=r"^the file is not there$"):
         source.read(0)
 
 

@@ -128,10 +128,10 @@ def test_listing_twice_gives_the_same_order(made: tuple[str, Path]) -> None:
     assert open_source(made[1]).ids == open_source(str(made[1])).ids
 
 
-def test_a_file_that_vanishes_after_listing_is_one_named_image_error(made: tuple[str, Path]) -> None:
+def test_a_file_that_vanishes_after_listing_is_one_image_error(made: tuple[str, Path]) -> None:
     source = open_source(made[1])
     source.path(2).unlink()
-    with pytest.raises(ImageError, match=f"{source.ids[2]} is not there"):
+    with pytest.raises(ImageError, match=r"^the file is not there$"):
         source.read(2)
     assert len(source.read(3)) > 0
 
@@ -140,11 +140,11 @@ def test_a_file_that_became_a_folder_or_a_pipe_is_an_image_error_at_once(made: t
     source = open_source(made[1])
     source.path(0).unlink()
     source.path(0).mkdir()
-    with pytest.raises(ImageError, match="is a folder, not a file"):
+    with pytest.raises(ImageError, match=r"^a folder, not a file$"):
         source.read(0)
     source.path(1).unlink()
     os.mkfifo(source.path(1))
-    with pytest.raises(ImageError, match="is a pipe, socket or device, not a file"):
+    with pytest.raises(ImageError, match=r"^a pipe, socket or device, not a file$"):
         source.read(1)
 
 
@@ -152,7 +152,7 @@ def test_a_file_too_large_for_an_image_is_not_read_into_memory(made: tuple[str, 
     source = open_source(made[1])
     with open(source.path(0), "wb") as file:
         file.truncate(MAX_BYTES + 1)  # sparse: takes no room
-    with pytest.raises(ImageError, match=r"2,147,483,649 bytes, more than"):
+    with pytest.raises(ImageError, match=r"2,147,483,649 bytes are more than"):
         source.read(0)
 
 
