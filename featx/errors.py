@@ -38,6 +38,10 @@ class HeadError(FeatxError):
     """A head that cannot be fitted or read: one class, NaN features, an unknown setting."""
 
 
+class TrainingError(FeatxError):
+    """Fine-tuning that cannot start as asked or cannot go on: a loss that is NaN, a full disk, no memory."""
+
+
 class RunError(FeatxError):
     """A run folder that is missing, unfinished, or would be overwritten."""
 

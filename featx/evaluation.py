@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featx import metrics
-from featx.errors import HeadError
+from featx.backbones import BackboneRequest
+from featx.errors import HeadError, RunError
+from featx.extraction import extract
+from featx.features import FeatureSpec
 from featx.heads import Head
+from featx.runs import open_run
+from featx.sources import Source
 
 OTHER = "other"
 RESAMPLES = 1000
@@ -85,6 +91,15 @@ class Report:
             **values,
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The report that `to_dict` gave these values of; other values, such as a run's, are left out."""
+        scores = {name: Estimate(values[name], **interval) for name, interval in values["intervals"].items()}
+        table = values["confusion"]
+        kept = {f.name: values[f.name] for f in fields(cls) if f.name not in ("labels", "scores", "confusion")}
+        confusion = None if table is None else np.array(table, np.int64)
+        return cls(labels=tuple(values["labels"]), scores=scores, confusion=confusion, **kept)
+
     def table(self, most: int = 30) -> str:
         """Plain text for people: scores with intervals, then classes and confusion for up to `most` labels."""
         width = max(map(len, [*self.scores, "calibration_error"]))
@@ -111,6 +126,44 @@ class Report:
                 lines.append(f"  {name:<{wide}}  " + "  ".join(f"{c:>{wide}}" for c in counts))
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def evaluate(
+    run: str | Path,
+    data: str | Path | Source,
+    *,
+    split: str | None = None,
+    cache: str | Path | None = None,
+    **options: Any,
+) -> Report:
+    """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
+
+    split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
+    options: `device`, `batch_size` and `workers` of `featx.extract`. Raises `RunError` for what is no
+    finished run, `HeadError` where there is no labelled image.
+    """
+    opened = open_run(run)
+    config = opened.config
+    spec = FeatureSpec.from_dict(config["spec"])
+    features = extract(
+        data,
+        BackboneRequest.from_dict(config["request"]),
+        cache=cache or config["cache"],
+        precision=spec.precision,
+        dtype=spec.dtype,
+        **options,
+    )
+    if features.spec != spec:
+        raise RunError(f"{run} was fitted on other features than its backbone gives today; fit again")
+    if split:
+        features = features.split(split)
+    labelled = np.flatnonzero(features.y >= 0) if features.y.ndim == 1 else np.arange(len(features))
+    features = features.take(labelled)
+    if not features.class_names or not len(features):
+        what = f"image in the split {split!r}" if split else "labelled image"
+        raise HeadError(f"there is no {what} in {data}; put images into one folder a class, or name a manifest")
+    head = opened.head
+    return evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids)
 
 
 def evaluate_logits(

@@ -20,11 +20,22 @@ DONE, ERROR, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 class Commands(click.Group):
     """A group whose commands return their exit code, and whose errors become one."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use, not of the alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
         try:
             code = super().main(args, **options)
-            sys.stdout.flush()
         except FeatxError as error:
             say(f"Error: {error}")
             code = ERROR
@@ -34,9 +45,6 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt):
             say("Interrupted. What was computed is kept; the same command goes on from there.")
             code = INTERRUPTED
-        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is no error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = DONE
         sys.exit(code or DONE)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from featx.cli._base import DONE, SKIPPED, emit, json_option, printable, say
+from featx.cli._base import DONE, SKIPPED, json_option, printable, say
 
 
 @click.command()

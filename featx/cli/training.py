@@ -11,9 +11,10 @@ from featx.cli._base import (
     SKIPPED,
     assignments,
     backbone_options,
-    extraction_options,
     emit,
+    extraction_options,
     json_option,
+    printable,
     say,
 )
 
@@ -57,6 +58,7 @@ def fit(
 ) -> int:
     """Extract what is missing, train a head, evaluate it, write a run: export/<data>-<backbone>-<head>-<hash>/."""
 
+    from featx.evaluation import Report
     from featx.fitting import fit
 
     settings = assignments(pairs, "--set")
@@ -70,8 +72,8 @@ def fit(
         emit({"run": str(run.path), **report})
     else:
         say(extraction_text(report["extract"]))
-        say(report_text(report))
-        click.echo(run.path)
+        say(Report.from_dict(report).table() if report["count"] else "\n".join(report["notes"]))
+        click.echo(printable(str(run.path)))
     return SKIPPED if report["extract"]["skipped"] else DONE
 
 

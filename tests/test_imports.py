@@ -1,0 +1,109 @@
+"""What imports what: one way between modules, and nothing heavy where people wait."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featx
+
+PACKAGE = Path(featx.__file__).parent
+HEAVY = {"torch", "torchvision", "timm", "sklearn", "scipy", "h5py", "onnx", "onnxruntime", "matplotlib", "pandas"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The featx modules that a file imports at its top level, `TYPE_CHECKING` blocks left out."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("featx")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    known = modules()
+    graph = {name: imports_of(path) & set(known) - {name} for name, path in known.items()}
+    assert len(graph) > 20 and any(graph.values())
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: list[str]) -> None:
+        assert state.get(name) != 1, f"modules import each other: {' -> '.join([*trail, name])}"
+        if state.get(name) == 2:
+            return
+        state[name] = 1
+        for other in sorted(graph[name]):
+            # a package's file may use the package's own __init__, which then imports it lazily
+            if other != "featx":
+                visit(other, [*trail, name])
+        state[name] = 2
+
+    for name in graph:
+        visit(name, [])
+
+
+@pytest.mark.parametrize("layer", ["errors", "preprocess", "features", "sources", "store", "heads"])
+def test_the_ground_floor_imports_nothing_from_above(layer: str) -> None:
+    above = ("backbones", "engines", "extraction", "fitting", "evaluation", "exporting", "prediction", "cli")
+    for name, path in modules().items():
+        if name == f"featx.{layer}" or name.startswith(f"featx.{layer}."):
+            found = {i.split(".")[1] for i in imports_of(path) if "." in i}
+            assert not found & set(above), f"{name} imports {found & set(above)}"
+
+
+def loaded_by(code: str) -> set[str]:
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('LOADED', *sorted(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return {name.split(".")[0] for name in out.split("LOADED", 1)[1].split()}
+
+
+def test_importing_featx_loads_nothing_heavy() -> None:
+    loaded = loaded_by("import featx")
+    assert "featx" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "extract --help", "fit --help", "completion bash"])
+def test_help_and_version_load_nothing_heavy(arguments: str) -> None:
+    code = f"""
+import sys
+from featx.cli import cli
+try:
+    cli({arguments.split()!r}, prog_name="featx")
+except SystemExit as done:
+    assert done.code == 0, done.code
+"""
+    loaded = loaded_by(code)
+    assert "click" in loaded
+    assert not loaded & HEAVY
+
+
+def test_the_public_names_are_there() -> None:
+    assert featx.__all__ == sorted(featx.__all__)
+    for name in featx.__all__:
+        assert callable(getattr(featx, name)), name
+    with pytest.raises(AttributeError, match="extrct"):
+        featx.extrct  # noqa: B018
+
+
+def test_modules_say_what_they_own() -> None:
+    for name, path in modules().items():
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert doc and doc.splitlines()[0].rstrip()[-1] in ".`", f"{name} opens with no sentence"
