@@ -155,8 +155,11 @@ class FeatureStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # also when interrupted: what was computed is kept
-        self.commit()
+        try:
+            self.commit()  # also when interrupted: what was computed is kept
+        except KeyboardInterrupt:
+            self.commit()
+            raise
 
     def _claim(self, row_shape: tuple[int, ...]) -> Form:
         """Make the folder, or join it; the first of several writers names the engine and the row shape."""
@@ -404,11 +407,13 @@ def _held(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
         held = np.array(rows, dtype, order="C")
     if dtype.itemsize < rows.dtype.itemsize and held.size:
         exact = np.asarray(rows, np.float64).reshape(len(rows), -1)
-        error = np.linalg.norm(held.reshape(len(rows), -1) - exact, axis=1)
-        bad = ~(error <= 1e-3 * np.linalg.norm(exact, axis=1))
+        finite = np.isfinite(exact)  # NaN and infinity are held as they are
+        error = np.where(finite, held.reshape(len(rows), -1), 0) - np.where(finite, exact, 0)
+        size = np.linalg.norm(np.where(finite, exact, 0), axis=1)
+        bad = np.linalg.norm(error, axis=1) > 1e-3 * size
         if dtype.itemsize == 2 and bad.any():
             raise StoreError(
                 f"float16 cannot hold {int(bad.sum())} of {len(rows)} rows (largest value "
-                f"{np.abs(exact[bad]).max():.4g}, float16 holds 65504 and loses small ones); store float32"
+                f"{np.abs(exact[bad]).max():.4g}; float16 holds 65504 and loses small ones); store float32"
             )
     return held

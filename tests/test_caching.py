@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from test_store import SPEC, fill, flip, table
+from storekit import SPEC, fill, flip, table
 
 from featx import caching, folders, shards
 from featx.errors import StoreError

@@ -1,0 +1,97 @@
+"""What the tests of the cache share: an engine that needs no torch, shards to break, processes to kill."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx import folders
+from featx.features import FeatureSpec
+from featx.store import FeatureStore
+
+SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
+NAME = folders.folder_name(SPEC)
+
+
+def table(count: int, width: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random keys and rows."""
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 256, (count, 32), dtype=np.uint8)
+    return keys, rng.standard_normal((count, width)).astype(np.float32)
+
+
+def tiny_engine(keys: np.ndarray, width: int = 64) -> np.ndarray:
+    """`float32 [B, width]`, a function of each key alone, as a backbone's features are."""
+    seeds = np.ascontiguousarray(keys[:, :4]).view("<u4").astype(np.float64)
+    return np.sin(seeds + np.arange(width)).astype(np.float32)
+
+
+def extract(store: FeatureStore, keys: np.ndarray, batch: int = 16, done: Callable[[], None] | None = None) -> int:
+    """The main path in small: compute what is missing, say after each commit how far it is."""
+    todo = keys[~store.contains(keys)]
+    computed = 0
+    with store:
+        for start in range(0, len(todo), batch):
+            part = todo[start : start + batch]
+            store.append(part, tiny_engine(part))
+            computed += len(part)
+            if done:
+                done()
+    return computed
+
+
+def fill(cache: Path, keys: np.ndarray, rows: np.ndarray, batch: int = 32, **settings: Any) -> FeatureStore:
+    """A store with these rows committed."""
+    store = FeatureStore(cache, SPEC, engine="tiny", **settings)
+    with store:
+        for start in range(0, len(keys), batch):
+            store.append(keys[start : start + batch], rows[start : start + batch])
+    return store
+
+
+def shard_files(cache: Path, name: str = NAME) -> list[Path]:
+    """The shards of the entry, in the order of their commits."""
+    folder = cache / "features" / name
+    return [folder / shard for shard, _ in folders.list_shards(folder)] if folder.is_dir() else []
+
+
+def leftovers(cache: Path) -> list[str]:
+    """What unfinished writers left aside anywhere in the cache."""
+    return [path.name for path in cache.rglob(".~*")]
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of one byte."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Run `work` in a child process, which exits with 0 if it returns and with 1 if it raises; its number."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a child; minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
