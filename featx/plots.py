@@ -1,0 +1,371 @@
+"""Owns the figures: plain numbers in, a matplotlib `Figure` out, as SVG for a page or as a PNG file."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featx.files import write_atomic
+from featx.sources import printable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+# Drawn as such in PNG files; in a page `svg` makes CSS variables of them, which follow light and dark.
+INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#d0d7de", "#fefefe"
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
+GOOD, BAD = "#2f7de1", "#d9622b"
+# Told apart by most colour-blind people (after Okabe and Ito 2008) and on white as on black; shapes help.
+COLOURS = ("#2f7de1", "#d9622b", "#1f9e77", "#b5569b", "#c99a06", "#4fb3d9", "#8a6d3b", "#7a7f87", "#c0392b", "#5b5fc7")
+SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names, and numbers
+# Fonts with other scripts, used for names that DejaVu Sans has no letters for, where they are installed.
+FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw with featx's style and leave matplotlib's own settings as they were."""
+
+    @wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Figure:
+        with _style():
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def _style() -> Any:
+    import matplotlib
+    from matplotlib import font_manager
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return matplotlib.rc_context(
+        {
+            "font.family": ["DejaVu Sans", *(name for name in FALLBACKS if name in there)],
+            "font.size": 10,
+            "text.parse_math": False,  # a class may be called `$x$`
+            "text.color": INK,
+            "axes.edgecolor": GRID,
+            "axes.labelcolor": MUTED,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "grid.color": GRID,
+            "grid.linewidth": 0.6,
+            "xtick.color": GRID,
+            "ytick.color": GRID,
+            "xtick.labelcolor": MUTED,
+            "ytick.labelcolor": MUTED,
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+            "svg.fonttype": "none",
+        }
+    )
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of its own, in inches: pyplot, which keeps every figure it made, is never imported."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def svg(figure: Figure, name: str, description: str) -> str:
+    """An `<svg>` element for a page: text stays text, colours follow the page's, ids start with `name`.
+
+    The same figure and name give the same bytes. description: what a screen reader says.
+    """
+    import html
+
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # matplotlib escapes quotes in attributes, so that these find attributes of its own only
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    for colour, variable in THEME.items():
+        text = re.sub(rf"(fill|stroke): {colour}", rf"\1: {variable}", text)
+    label = html.escape(description, quote=True)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).strip()
+
+
+def png(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a PNG file, whole or not at all; black on white."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
+        figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    write_atomic(path, file.getvalue())
+
+
+@_styled
+def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Counts `int [L, L or more]`, true label by answer; shade is the share of the true label's images."""
+    table = np.asarray(table)
+    size = max(table.shape)
+    cell = float(np.clip(6.0 / size, 0.1, 0.9))
+    names = size <= LABELLED
+    longest = max(map(len, [*rows, *columns])) if names else 0
+    room = 0.9 + 0.075 * min(longest, 24)
+    figure, axes = _figure(cell * table.shape[1] + room + 0.3, cell * table.shape[0] + room)
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    colours = np.zeros((*table.shape, 4))
+    colours[...] = _rgba(BAD)
+    np.einsum("iij->ij", colours[:, : len(rows)])[...] = _rgba(GOOD)
+    colours[..., 3] = np.where(table > 0, 0.08 + 0.87 * share, 0.0)
+    axes.pcolormesh(colours, edgecolors=GRID if size <= LABELLED else "none", linewidth=0.5)
+    if size <= NUMBERED:
+        for i, j in np.ndindex(*table.shape):
+            shaded = share[i, j] > 0.55
+            axes.text(
+                j + 0.5,
+                i + 0.5,
+                f"{table[i, j]:,}",
+                ha="center",
+                va="center",
+                fontsize=max(6, min(13, cell * 16)),
+                color="white" if shaded else INK if table[i, j] else MUTED,
+            )
+    axes.grid(False)
+    axes.set(aspect="equal", xlabel="answer", ylabel="true label")
+    axes.invert_yaxis()
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xticks(np.arange(len(columns)) + 0.5 if names else [])
+    axes.set_yticks(np.arange(len(rows)) + 0.5 if names else [])
+    if names:
+        turned = longest > 8 * cell + 2
+        axes.set_xticklabels([short(c) for c in columns], rotation=90 if turned else 0, color=INK)
+        axes.set_yticklabels([short(r) for r in rows], color=INK)
+        for tick in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+            tick.set_fontsize(float(np.clip(cell * 20, 5, 10)))
+    return figure
+
+
+@_styled
+def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
+    """Accuracy against confidence of each bin (`metrics.reliability`), with 95 % Wilson intervals, and counts."""
+    from featx.metrics import wilson
+
+    figure, (top, bottom) = _figure(4.6, 4.6, 2, 1, sharex=True, height_ratios=[4, 1])
+    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="as sure as right")
+    confidence = np.array([b["confidence"] for b in bins])
+    accuracy = np.array([b["accuracy"] for b in bins])
+    counts = np.array([int(b["count"]) for b in bins])
+    limits = np.array([wilson(round(a * n), n) for a, n in zip(accuracy, counts, strict=True)]).reshape(-1, 2)
+    below, above = np.maximum(accuracy - limits[:, 0], 0), np.maximum(limits[:, 1] - accuracy, 0)
+    top.errorbar(
+        confidence, accuracy, [below, above], fmt="o-", color=GOOD, markersize=5, linewidth=1.4, elinewidth=0.9
+    )
+    top.set(ylabel="right", ylim=(-0.02, 1.04), xlim=(0, 1.02))
+    top.legend(loc="upper left")
+    bottom.bar(confidence, counts, width=0.05, color=GOOD)
+    bottom.set(xlabel="confidence", ylabel="images")
+    bottom.yaxis.set_major_locator(_whole_numbers(3))
+    return figure
+
+
+@_styled
+def path(strengths: Sequence[float], log_loss: Sequence[float], chosen: float | None, name: str) -> Figure:
+    """Held-out log-loss against the regularisation `name`, on a logarithmic axis, and the one chosen."""
+    figure, axes = _figure(6.0, 3.4)
+    axes.plot(strengths, log_loss, color=GOOD, marker="o", markersize=3, linewidth=1.4)
+    best = int(np.argmin(log_loss))
+    chosen = strengths[best] if chosen is None else chosen
+    near = int(np.argmin(np.abs(np.log(np.asarray(strengths)) - np.log(chosen))))
+    axes.plot([strengths[near]], [log_loss[near]], "o", color=BAD, markersize=8)
+    axes.annotate(
+        f"{chosen:.3g}", (strengths[near], log_loss[near]), (0, 10), textcoords="offset points", ha="center", color=INK
+    )
+    axes.set(xscale="log", xlabel=name, ylabel="held-out log-loss")
+    finite = np.asarray(log_loss)[np.isfinite(log_loss)]
+    low, high = finite.min(), min(finite.max(), 4 * finite.min() + 0.2)  # a diverging end would hide the valley
+    axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    return figure
+
+
+@_styled
+def curves(panels: Mapping[str, Mapping[str, Sequence[float]]], epochs: Sequence[float] | None = None) -> Figure:
+    """One panel for each of `panels` (`loss`, `accuracy`, `learning rate`), a line for each series in it."""
+    figure, grid = _figure(4.0 * len(panels), 3.2, 1, len(panels), squeeze=False)
+    for axes, (title, series) in zip(grid[0], panels.items(), strict=True):
+        for number, (name, values) in enumerate(series.items()):
+            x = epochs if epochs is not None and len(epochs) == len(values) else np.arange(1, len(values) + 1)
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(x, values, color=colour, linewidth=1.6, marker="o" if len(values) < 40 else "", markersize=3)
+            axes.lines[-1].set_label(short(name))
+        axes.set(xlabel="epoch", ylabel=title)
+        axes.xaxis.set_major_locator(_whole_numbers(6))
+        if len(series) > 1:
+            axes.legend()
+    return figure
+
+
+@_styled
+def feature_map(
+    points: np.ndarray, group: np.ndarray, names: Sequence[str], faint: np.ndarray, ringed: np.ndarray
+) -> Figure:
+    """Points `[N, 2]` by group (`int [N]` into names, -1: grey), `faint` and `ringed` as `bool [N]`.
+
+    Beyond ten groups the ten largest keep a colour, the others are grey.
+    """
+    figure, axes = _figure(6.4, 5.2)
+    counts = np.bincount(group[group >= 0], minlength=len(names))
+    shown = sorted(np.argsort(-counts, kind="stable")[: len(COLOURS)].tolist())
+    grey = ~np.isin(group, shown)
+    if grey.any():
+        label = "several or none" if len(names) <= len(COLOURS) else f"{int((counts > 0).sum()) - len(shown)} others"
+        axes.scatter(*points[grey].T, s=10, color=MUTED, alpha=0.4, linewidths=0, label=label)
+    for number, i in enumerate(shown):
+        for soft in (True, False):
+            mine = (group == i) & (faint == soft)
+            style = {"color": COLOURS[number], "marker": SHAPES[number], "linewidths": 0}
+            axes.scatter(*points[mine].T, s=14 if soft else 26, alpha=0.35 if soft else 0.95, **style)
+        axes.scatter([], [], s=26, label=short(names[i]), **style)
+    if ringed.any():
+        axes.scatter(
+            *points[ringed].T, s=90, facecolors="none", edgecolors=INK, linewidths=1.1, label="answered wrongly"
+        )
+    axes.grid(False)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+    axes.margins(0.04)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
+    return figure
+
+
+@_styled
+def images(pictures: Sequence[np.ndarray], titles: Sequence[str], wrong: Sequence[bool], columns: int = 4) -> Figure:
+    """A grid of `uint8 [H, W, 3]` pictures with titles; those of `wrong` answers in another colour."""
+    rows = -(-len(pictures) // columns)
+    figure, grid = _figure(2.2 * columns, 2.5 * rows, rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, picture, title, bad in zip(grid.flat, pictures, titles, wrong, strict=False):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=9, color=BAD if bad else INK)
+    return figure
+
+
+@_styled
+def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) -> Figure:
+    """Accuracy with its interval against images per second and megabytes, a colour for each backbone.
+
+    points: `name`, `backbone`, `accuracy`, `low`, `high`, and `images_per_second` and `megabytes` (or None).
+    """
+    kinds = list(dict.fromkeys(p["backbone"] for p in points))
+    panels = [("images_per_second", "images / s"), ("megabytes", "file size, MB")]
+    figure, grid = _figure(10.0, 4.4, 1, 2, sharey=True)
+    for axes, (key, label) in zip(grid, panels, strict=True):
+        there = [i for i, p in enumerate(points) if p[key] is not None]
+        seen: dict[tuple[str, float], int] = {}
+        for i in there:
+            p, kind = points[i], kinds.index(points[i]["backbone"])
+            # heads on one backbone have one speed and size: set side by side, so that each interval shows
+            beside = seen[p["backbone"], p[key]] = seen.get((p["backbone"], p[key]), -1) + 1
+            axes.errorbar(
+                p[key] * 1.04**beside,
+                p["accuracy"],
+                [[max(0.0, p["accuracy"] - p["low"])], [max(0.0, p["high"] - p["accuracy"])]],
+                fmt=SHAPES[kind % len(SHAPES)],
+                color=COLOURS[kind % len(COLOURS)],
+                markersize=7,
+                elinewidth=1,
+                capsize=2,
+                alpha=0.9,
+            )
+            if i == winner:
+                axes.plot(p[key] * 1.04**beside, p["accuracy"], "o", mfc="none", mec=INK, markersize=15)
+        axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_formatter(_plain_numbers())
+        axes.xaxis.set_minor_formatter(_plain_numbers(few=True))
+        axes.margins(x=0.15)
+    grid[0].set_ylabel("accuracy")
+    for number, kind in enumerate(kinds):
+        grid[1].plot(
+            [],
+            [],
+            SHAPES[number % len(SHAPES)],
+            color=COLOURS[number % len(COLOURS)],
+            markersize=7,
+            label=short(kind, 28),
+        )
+    if winner is not None:
+        grid[1].plot([], [], "o", mfc="none", mec=INK, markersize=11, label="winner")
+    grid[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+@_styled
+def learning(rows: Sequence[Mapping[str, float]], forecast: Mapping[str, float] | None = None) -> Figure:
+    """Accuracy with intervals against training images (`images`, `accuracy`, `low`, `high`), and what is foretold."""
+    figure, axes = _figure(6.0, 3.8)
+    n = [r["images"] for r in rows]
+    values = np.array([r["accuracy"] for r in rows])
+    low, high = np.array([r["low"] for r in rows]), np.array([r["high"] for r in rows])
+    axes.fill_between(n, low, high, color=GOOD, alpha=0.18, linewidth=0)
+    axes.plot(n, values, "o-", color=GOOD, markersize=5, linewidth=1.6, label="measured")
+    if forecast:
+        ends = [n[-1], forecast["images"]]
+        axes.plot(ends, [values[-1], forecast["accuracy"]], "--", color=BAD, linewidth=1.4)
+        below, above = forecast["accuracy"] - forecast["low"], forecast["high"] - forecast["accuracy"]
+        axes.errorbar(
+            [ends[1]],
+            [forecast["accuracy"]],
+            [[below], [above]],
+            fmt="s",
+            color=BAD,
+            capsize=3,
+            label="if it goes on like this",
+        )
+        axes.legend(loc="lower right")
+    axes.set(xscale="log", xlabel="training images", ylabel="accuracy")
+    axes.set_xticks([*n, *([forecast["images"]] if forecast else [])])
+    axes.xaxis.set_major_formatter(_plain_numbers())
+    axes.minorticks_off()
+    return figure
+
+
+def short(name: str, most: int = 24) -> str:
+    """A name for a label: printable, its middle left out where it is long."""
+    name = printable(name)
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
+
+
+def _rgba(colour: str) -> tuple[float, ...]:
+    return (*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
+
+
+def _whole_numbers(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=True)
+
+
+def _plain_numbers(few: bool = False) -> Any:
+    """`2,000` and not `2 x 10^3`; on minor ticks only 2 and 5 times a power of ten."""
+    from matplotlib.ticker import FuncFormatter
+
+    def text(value: float, _: int | None) -> str:
+        first = f"{value:e}"[0]
+        return f"{value:,.10g}" if not few or first in "25" else ""
+
+    return FuncFormatter(text)
