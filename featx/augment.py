@@ -1,0 +1,177 @@
+"""Owns training augmentation: drawn for a whole epoch at once, applied to a batch on the training device."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featx.errors import TrainingError, near
+from featx.views import RATIO
+
+GEOMETRY = ("none", "flip", "crop-flip", "views")
+# the usual policies, by the names of their torchvision.transforms.v2 classes
+POLICIES = {
+    "trivialaugment": "TrivialAugmentWide",
+    "randaugment": "RandAugment",
+    "autoaugment": "AutoAugment",
+    "augmix": "AugMix",
+}
+_ATTEMPTS = 10  # of drawing a box that fits, as in RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Steps joined by `+`: one of `GEOMETRY` first (else `none`), then `POLICIES` or `package.module:factory`.
+
+    `none`: the centre crop, as at inference. `flip`: it or its mirror image. `crop-flip`: a random resized
+    crop, flipped half of the time. `views`: one of a few fixed crops an image, as the feature cache's
+    augmented views. A factory is called without arguments and gives a function of one image,
+    `uint8 [3, crop, crop]` on the training device, to another; torch's generators are seeded before it.
+    """
+
+    geometry: str
+    policies: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Augmentation:
+        """Raises `TrainingError` for unknown steps."""
+        steps = text.split("+")
+        geometry = steps.pop(0) if steps[0] in GEOMETRY else "none"
+        for step in steps:
+            if step not in POLICIES and ":" not in step:
+                known = [*GEOMETRY, *POLICIES]
+                raise TrainingError(
+                    f"unknown augmentation {step!r} in {text!r}; there are {', '.join(known)} (a geometry comes "
+                    f"first) and your own as package.module:factory.{near(step, known)}"
+                )
+        return cls(geometry, tuple(steps))
+
+    def functions(self) -> list[Callable[[Tensor], Tensor]]:
+        """The policies, made. Raises `TrainingError` where one's module or factory is not there."""
+        return [_policy(name) for name in self.policies]
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that follows from what it is for."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """One epoch's random numbers, a row per training image: they depend on no order, batch or process."""
+
+    shapes: np.ndarray
+    """`float32 [N, attempts, 2]` in [0, 1): area and aspect ratio of a box."""
+    places: np.ndarray
+    """`float32 [N, 2]` in [0, 1): where it lies."""
+    flips: np.ndarray
+    """`bool [N]`."""
+    views: np.ndarray
+    """`float32 [N]` in [0, 1): which of the fixed views."""
+
+    @classmethod
+    def of(cls, count: int, seed: int, epoch: int) -> Draws:
+        rng = np.random.default_rng(seed_of(seed, "augment", epoch))
+        return cls(
+            shapes=rng.random((count, _ATTEMPTS, 2), np.float32),
+            places=rng.random((count, 2), np.float32),
+            flips=rng.random(count, np.float32) < 0.5,
+            views=rng.random(count, np.float32),
+        )
+
+    def boxes(self, rows: np.ndarray, aspect: np.ndarray, min_area: float) -> np.ndarray:
+        """`float64 [B, 4]`: left, top, right, bottom as shares of an image of `aspect` (width / height).
+
+        A box of random area (`min_area` to 1, of the image's) and aspect ratio (3/4 to 4/3), drawn as
+        `RandomResizedCrop` draws it; where ten attempts do not fit, the largest centred one.
+        """
+        area = min_area + (1 - min_area) * self.shapes[rows, :, 0].astype(np.float64)
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        ratio = np.exp(low + (high - low) * self.shapes[rows, :, 1].astype(np.float64))
+        width = np.sqrt(area * ratio / aspect[:, None])
+        height = np.sqrt(area / ratio * aspect[:, None])
+        fits = (width <= 1) & (height <= 1)
+        each, first = np.arange(len(rows)), fits.argmax(axis=1)
+        width, height = width[each, first], height[each, first]
+        none = ~fits.any(axis=1)
+        width[none] = np.minimum(1, RATIO[1] / aspect[none])
+        height[none] = np.minimum(1, aspect[none] / RATIO[0])
+        place = np.where(none[:, None], 0.5, self.places[rows].astype(np.float64))
+        left, top = (1 - width) * place[:, 0], (1 - height) * place[:, 1]
+        return np.stack([left, top, left + width, top + height], axis=1)
+
+
+def crop(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: int) -> Tensor:
+    """Cut a box out of every image, resize it to `side` x `side` with antialiasing, and mirror some.
+
+    images: `uint8 [B, 3, S, S]`, each a whole photograph stretched to a square; boxes: `[B, 4]`, shares.
+    Cropping, resizing and mirroring are one linear map of the rows and one of the columns, so a batch of
+    different boxes is two matrix products, on any device, with Pillow's weights (bilinear).
+    """
+    size = images.shape[-1]
+    across = _weights(boxes[:, 0], boxes[:, 2], size, side)
+    across[flips] = across[flips, ::-1]
+    down = torch.from_numpy(_weights(boxes[:, 1], boxes[:, 3], size, side)).to(images.device)
+    right = torch.from_numpy(across).to(images.device).transpose(1, 2)
+    rows = torch.matmul(down[:, None], images.to(torch.float32))
+    return torch.matmul(rows, right[:, None]).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _weights(low: np.ndarray, high: np.ndarray, size: int, side: int) -> np.ndarray:
+    """`float32 [B, side, size]`: how much each of `size` pixels counts for each of `side` in [low, high]."""
+    scale = (high - low) * size / side
+    centre = (low * size)[:, None] + (np.arange(side) + 0.5) * scale[:, None]
+    support = np.maximum(scale, 1.0)[:, None, None]
+    distance = np.abs(np.arange(size) + 0.5 - centre[:, :, None]) / support
+    weights = np.maximum(0.0, 1.0 - distance)
+    return (weights / weights.sum(axis=2, keepdims=True)).astype(np.float32)
+
+
+def mirror(images: Tensor, flips: np.ndarray) -> Tensor:
+    """`uint8 [B, 3, H, W]`, mirrored where `flips`."""
+    which = torch.from_numpy(flips).to(images.device)
+    return torch.where(which[:, None, None, None], images.flip(3), images)
+
+
+def apply(
+    functions: list[Callable[[Tensor], Tensor]], images: Tensor, rows: np.ndarray, seed: int, epoch: int
+) -> Tensor:
+    """Run the policies on every image of a batch, each from its own seed; changes torch's global seed."""
+    if not functions:
+        return images
+    out = []
+    for image, row in zip(images, rows.tolist(), strict=True):
+        torch.manual_seed(seed_of(seed, "policy", epoch, row))
+        for function in functions:
+            shape, image = image.shape, function(image)
+            if image.shape != shape or image.dtype != torch.uint8:
+                raise TrainingError(
+                    f"the augmentation gave {image.dtype} {list(image.shape)} for uint8 {list(shape)}; it must "
+                    "keep both"
+                )
+        out.append(image)
+    return torch.stack(out)
+
+
+def _policy(name: str) -> Callable[[Tensor], Tensor]:
+    if name in POLICIES:
+        from torchvision.transforms import v2
+
+        made: Callable[[Tensor], Tensor] = getattr(v2, POLICIES[name])()
+        return made
+    module, _, factory = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise TrainingError(f"the augmentation {name} cannot be loaded ({error})") from error
+    if not callable(made):
+        raise TrainingError(f"the augmentation factory {name} gave {type(made).__name__}, not a function")
+    return made

@@ -1,0 +1,396 @@
+"""Owns fine-tuning from end to end: what it starts from, when it starts again, and what it leaves in a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featx import layers, prefix
+from featx.augment import Augmentation
+from featx.backbones import Backbone, BackboneRequest, load_backbone
+from featx.checkpoints import Checkpoints, Progress
+from featx.errors import TrainingError
+from featx.extraction import Extraction
+from featx.features import Features, hash_fraction
+from featx.files import write_atomic
+from featx.heads import Head
+from featx.pixels import Pictures
+from featx.processes import World
+from featx.recipes import FinetuneConfig
+from featx.runs import Run
+from featx.training import Inputs, Setup, train
+
+MODEL = "model.safetensors"
+HOLDOUT = "holdout"
+
+
+@dataclass(frozen=True, eq=False)
+class Finetuned:
+    """What fine-tuning gives. The run's folder holds its `model.safetensors` and `metrics.jsonl`."""
+
+    request: BackboneRequest
+    """The tuned backbone: `load_backbone` and `extract` take it like any other."""
+    head: Head
+    history: dict[str, Any]
+    """JSON values: `epochs` (as in metrics.jsonl), `best_epoch`, `groups`, `select`, counts, seconds."""
+
+
+def hold_out(features: Features, settings: FinetuneConfig) -> Features:
+    """Name the training images that will choose the epoch `holdout`, where `settings.select` wants that.
+
+    Fit the head that fine-tuning starts from on the `train` rows of what this returns: epoch 0 is then
+    measured on images it has not seen either. By content hash, with other bits than the validation split:
+    duplicates stay together, and the same image is always on the same side. A class keeps at least one
+    training image. Raises `TrainingError` where no image is left to measure on.
+    """
+    if settings.select != HOLDOUT:
+        return features
+    splits = features.splits.astype("U7")
+    train = splits == "train"
+    held = train & (hash_fraction(features.keys[:, 8:]) < settings.holdout)
+    labels = features.y if features.y.ndim == 1 else np.zeros(len(features), np.int64)
+    for label in np.unique(labels[held]):
+        if not (train & ~held & (labels == label)).any():
+            held &= labels != label
+    if not held.any():
+        raise TrainingError(
+            f"{int(train.sum())} training images leave none to choose the epoch by; use select last, or val"
+        )
+    splits[held] = HOLDOUT
+    return replace(features, splits=splits)
+
+
+def finetune(
+    extraction: Extraction,
+    features: Features,
+    head: Head | None,
+    settings: FinetuneConfig,
+    run: Run,
+    device: str = "auto",
+    *,
+    workers: int | None = None,
+) -> Finetuned:
+    """Train a backbone's layers and its head; write the run's network, metrics and checkpoints.
+
+    features: of `hold_out`. head: fitted on its `train` rows; None starts from a random one (`init`). The
+    same call continues where a killed one stopped, and on the CPU ends with the same bits. What is trained
+    is said on standard error before it starts. torch's random generators are left as they were.
+
+    When memory runs out, training goes back to the last checkpoint and passes half as many images at a
+    time, adding up their gradients: the same arithmetic, but for batch norm, which sees the smaller parts.
+
+    Raises `TrainingError`: unknown or frozen groups, a loss that is NaN (the batch is named, the last good
+    checkpoint kept), a checkpoint of another configuration, a full disk, one image that does not fit.
+    """
+    world = World.join(device)
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        setup = prepare(extraction, features, head, settings, run, world, workers)
+        try:
+            begin = time.perf_counter()
+            while True:
+                progress = setup.checkpoints.load(setup.network, setup.optimizer)
+                if progress is None:
+                    progress = Progress(micro=settings.batch_size)
+                progress.micro = min(progress.micro, setup.micro)
+                try:
+                    train(setup, progress)
+                    break
+                except RuntimeError as error:
+                    if not _out_of_memory(error):
+                        raise
+                    halve(setup, progress, error)
+            if settings.select != "last":
+                setup.checkpoints.load_best(setup.network, progress)
+            return finish(setup, progress, time.perf_counter() - begin)
+        finally:
+            setup.inputs.close()
+
+
+def prepare(
+    extraction: Extraction,
+    features: Features,
+    head: Head | None,
+    settings: FinetuneConfig,
+    run: Run,
+    world: World,
+    workers: int | None,
+) -> Setup:
+    """Load the network, decide what is trained, and get the images ready."""
+    if features.y.ndim != 1 or (head is not None and head.activation != "softmax"):
+        raise TrainingError("fine-tuning needs one label per image; fit a head for several")
+    if settings.precision == "fp16" and world.device.type == "cpu":
+        raise TrainingError("fp16 is for GPUs; on a CPU use bf16 or fp32")
+    request = extraction.request
+    if settings.mode == "scratch":
+        request = replace(request, weights="random", seed=settings.seed, preprocess=_overrides(extraction))
+    backbone = load_backbone(request)
+    trunk = backbone.module
+    if len(backbone.info.row_shape) != 1:
+        raise TrainingError(f"layer {request.layer} gives {list(backbone.info.row_shape)}, not one row of features")
+    if settings.init == "random":
+        head = None
+    elif head is None:
+        raise TrainingError("init is fitted and there is no fitted head; use init random")
+    train, held, class_names = _rows(features, head, settings)
+    layer = layers.linear(head, backbone.info.row_shape[0], len(class_names), settings.seed)
+    network = layers.Tuned(trunk, layer)
+    network.requires_grad_(True)
+    crop = extraction.info.preprocess.crop
+    freeze_until = settings.freeze_until
+    if settings.mode == "partial" and freeze_until is None and not settings.freeze:
+        freeze_until = backbone.groups[-1][0]
+    planned = layers.plan(
+        network,
+        backbone.groups,
+        layers.replaced_names(backbone),
+        lr=settings.rate,
+        lrs=settings.lrs,
+        layer_decay=settings.layer_decay,
+        freeze_until=freeze_until,
+        freeze=settings.freeze,
+        unreached=layers.unreached(network, crop),
+    )
+    if world.leads:
+        tqdm.write(layers.table(planned), file=sys.stderr)
+
+    threads = workers or os.cpu_count() or 1
+    augmentation = Augmentation.parse(settings.augmentation)
+    views = settings.views if augmentation.geometry == "views" else 0
+    first = next(group.name for group in planned if group.lr is not None)
+
+    def set_mode() -> None:
+        layers.train_mode(network, backbone.groups, planned, settings.freeze_norm)
+
+    inputs: Inputs
+    if settings.cache_prefix:
+        part = prefix.cut(network, set_mode, crop)
+        for fill in (True, False):  # the leader fills the cache, then everybody opens it
+            if fill == world.leads:
+                inputs = prefix.Activations(
+                    extraction,
+                    train,
+                    held,
+                    part,
+                    first,
+                    backbone.info.spec(),
+                    views=views,
+                    limit=settings.prefix_gb * 1e9,
+                    seed=settings.seed,
+                    device=world.device,
+                    workers=threads,
+                    fill=fill,
+                )
+            world.wait()
+        network.suffix = part.suffix
+    else:
+        inputs = Pictures(
+            extraction,
+            train,
+            held,
+            augmentation,
+            views=views,
+            min_area=settings.min_area,
+            seed=settings.seed,
+            device=world.device,
+            workers=threads,
+        )
+    network.to(world.device)
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
+    targets = torch.from_numpy(_classes(features, class_names)[train]).to(world.device)
+    optimizer = _optimizer(network, planned, settings)
+    parts = settings.accumulate * world.size
+    return Setup(
+        settings=settings,
+        run=run,
+        world=world,
+        backbone=backbone,
+        network=network,
+        model=_wrapped(network, settings, world),
+        groups=planned,
+        optimizer=optimizer,
+        inputs=inputs,
+        ids=[features.ids[i] for i in train],
+        targets=targets,
+        held=torch.from_numpy(_classes(features, class_names)[held]).to(world.device),
+        weights=_class_weights(targets, class_names, settings).to(world.device),
+        class_names=class_names,
+        checkpoints=Checkpoints(
+            run.path / "checkpoints",
+            {
+                **settings.to_dict(),
+                "weights": backbone.info.weights_digest,
+                "layer": backbone.info.layer,
+                "images": features.digest,
+                "processes": world.size,
+            },
+        ),
+        micro=-(-settings.batch_size // parts),
+    )
+
+
+def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:
+    """Make ready to go on with half as many images at a time. Raises `TrainingError` where that is none."""
+    setup.optimizer.zero_grad(set_to_none=True)
+    if progress.micro <= 1 or setup.world.size > 1:
+        what = "one image does not fit" if progress.micro <= 1 else "several processes cannot go back together"
+        raise TrainingError(
+            f"out of memory with {progress.micro} images at a time, and {what} ({str(error).splitlines()[0]}); "
+            "use a smaller batch size or more accumulate, freeze more, or bf16"
+        ) from error
+    setup.micro = progress.micro // 2
+    if setup.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tqdm.write(
+        f"out of memory with {progress.micro} images at a time: going on from the last checkpoint with "
+        f"{setup.micro}, the same batch in more parts",
+        file=sys.stderr,
+    )
+
+
+def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
+    """Write the tuned network, and say how it came to be."""
+    settings, backbone, network = setup.settings, setup.backbone, setup.network
+    layer = network.head
+    head = Head(
+        layer.weight.detach().float().cpu().numpy().copy(),
+        layer.bias.detach().float().cpu().numpy().copy(),
+        setup.class_names,
+    )
+    path = setup.run.path / MODEL
+    if setup.world.leads:
+        from safetensors.torch import save
+
+        # the network's own classifier stays as it was: the file fits the architecture, the head lies beside it
+        state = {**backbone.network.state_dict(), **backbone.module.network.state_dict()}
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+        try:
+            write_atomic(path, save(tensors, {"backbone": backbone.info.name}))
+        except OSError as error:
+            raise TrainingError(
+                f"{path} could not be saved ({error.strerror or error}); the checkpoints are kept. Make room "
+                "and run the same command again"
+            ) from error
+    setup.world.wait()
+    history = {
+        "mode": settings.mode,
+        "select": settings.select,
+        "best_epoch": progress.best_epoch,
+        "epochs": progress.history,
+        "groups": [{"name": g.name, "parameters": g.size, "lr": g.lr} for g in setup.groups],
+        "trained_on": len(setup.targets),
+        "selected_on": len(setup.held),
+        "micro_batch": progress.micro,
+        "device": str(setup.world.device),
+        "processes": setup.world.size,
+        "seconds": round(seconds, 3),
+    }
+    return Finetuned(tuned_request(backbone, path), head, history)
+
+
+def tuned_request(backbone: Backbone, path: os.PathLike[str]) -> BackboneRequest:
+    """How a tuned network is loaded: its file, seen through the preprocessing that it was trained with."""
+    values = backbone.info.preprocess.to_dict()
+    overrides = tuple((k, v) for k, v in values.items() if k != "pixels")
+    return BackboneRequest(
+        name=backbone.info.name.removeprefix("custom/"),
+        weights=os.fspath(path),
+        layer=backbone.info.layer,
+        preprocess=overrides,
+    )
+
+
+def _overrides(extraction: Extraction) -> tuple[tuple[str, Any], ...]:
+    values = extraction.info.preprocess.to_dict()
+    return tuple((k, v) for k, v in values.items() if k != "pixels")
+
+
+def _rows(
+    features: Features, head: Head | None, settings: FinetuneConfig
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Row numbers of the images that train and of those that select, and the classes to tell apart."""
+    train = np.flatnonzero((features.splits == "train") & (features.y >= 0))
+    seen = tuple(features.class_names[i] for i in np.unique(features.y[train]))
+    class_names = seen if head is None else head.class_names
+    if len(seen) < 2:
+        raise TrainingError(f"training needs images of two classes; there are {len(train)} images of {seen}")
+    classes = _classes(features, class_names)
+    if (classes[train] < 0).any():
+        missing = sorted(set(seen) - set(class_names))
+        raise TrainingError(f"the head does not know {', '.join(missing)}; fit it on these images")
+    if settings.select == "last":
+        return train, train[:0], class_names
+    held = np.flatnonzero((features.splits == settings.select) & (classes >= 0))
+    if not len(held):
+        raise TrainingError(
+            f"there are no images in {settings.select!r} to choose the epoch by; use select last, or val"
+        )
+    return train, held, class_names
+
+
+def _classes(features: Features, class_names: tuple[str, ...]) -> np.ndarray:
+    """`int64 [N]`: each image's class as the head counts them, -1 for none."""
+    number = {name: i for i, name in enumerate(class_names)}
+    table = np.array([*(number.get(name, -1) for name in features.class_names), -1], np.int64)
+    return table[features.y]
+
+
+def _class_weights(targets: Tensor, class_names: tuple[str, ...], settings: FinetuneConfig) -> Tensor:
+    """`float32 [C]`."""
+    if settings.class_weight is None:
+        return torch.ones(len(class_names))
+    if settings.class_weight == "balanced":
+        counts = torch.bincount(targets.cpu(), minlength=len(class_names)).float()
+        return len(targets) / (len(class_names) * counts.clamp_min(1))
+    assert isinstance(settings.class_weight, dict)
+    unknown = sorted(set(settings.class_weight) - set(class_names))
+    if unknown or min(settings.class_weight.values(), default=1) <= 0:
+        raise TrainingError(
+            f"class weights are above 0, for classes among {', '.join(class_names[:20])}; got {settings.class_weight}"
+        )
+    return torch.tensor([settings.class_weight.get(name, 1.0) for name in class_names])
+
+
+def _optimizer(network: layers.Tuned, planned: list[layers.Group], settings: FinetuneConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trained groups, each with its rate; vectors (biases, norms) do not decay."""
+    named = dict(network.named_parameters())
+    groups: list[dict[str, Any]] = []
+    for group in planned:
+        if group.lr is None:
+            continue
+        members = [named[name] for name in group.parameters]
+        for decay, chosen in (
+            (settings.weight_decay, [p for p in members if p.ndim > 1]),
+            (0.0, [p for p in members if p.ndim <= 1]),
+        ):
+            if chosen:
+                values = {"params": chosen, "lr": group.lr, "base": group.lr, "name": group.name}
+                groups.append({**values, "weight_decay": decay})
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
+
+
+def _wrapped(network: layers.Tuned, settings: FinetuneConfig, world: World) -> nn.Module:
+    model: nn.Module = network
+    if settings.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if world.size > 1:
+        from torch.nn.parallel import DistributedDataParallel
+
+        # statistics of batch norm stay each process's own; the leader's are measured and saved
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    return model
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
