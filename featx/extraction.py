@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 from featx.backbones import BackboneInfo, BackboneRequest, resolve
 from featx.engines import Engine, open_engine
-from featx.errors import SourceError
-from featx.features import Features, assign_splits, groups
+from featx.errors import ImageError, SourceError
+from featx.features import Features, assign_splits, content_key, groups
 from featx.loader import Loader
 from featx.memo import KeyMemo
 from featx.sources import Source, open_source
 from featx.store import FeatureStore
 from featx.views import CENTER, augmented
-
 
 # A batch on its way through the engine: what waits for its rows, their keys, their view numbers.
 Running = tuple[Callable[[], np.ndarray], np.ndarray, np.ndarray]
@@ -190,6 +189,20 @@ def sync(
     report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds)
     rows = report.pop("rows")
     return Extraction(source, request, info, cache, stores, rows, keys[rows], report)
+
+
+def content_keys(data: str | Path | Source, cache: str | Path) -> np.ndarray:
+    """`uint8 [N, 32]`: the keys of a data set's readable files; only those that changed are read."""
+    source = data if isinstance(data, Source) else open_source(data)
+    assert source.stats is not None
+    memo = KeyMemo(Path(cache), source.root)
+    keys, known = memo.lookup(source.ids, source.stats)
+    for row in np.flatnonzero(~known).tolist():
+        with suppress(ImageError):
+            keys[row] = np.frombuffer(content_key(source.read(row)), np.uint8)
+            known[row] = True
+    memo.record(source.ids, source.stats, keys, known)
+    return keys[known]
 
 
 def _submit(engine: Engine, batch: list[tuple[int, bytes, np.ndarray]], seconds: dict[str, float]) -> Running:

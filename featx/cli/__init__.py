@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from featx.cli._base import cli
-from featx.cli.caching import backbones, completion
-from featx.cli.shipping import predict
+from featx.cli.caching import backbones, cache, completion
+from featx.cli.shipping import export, predict
 from featx.cli.training import evaluate, extract, fit
 
-for command in (extract, fit, evaluate, predict, backbones, completion):
+for command in (extract, fit, evaluate, export, predict, backbones, cache, completion):
     cli.add_command(command)
 
 

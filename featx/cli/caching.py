@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from featx.cli._base import DONE, cli, emit, json_option
+from featx.cli._base import (
+    DONE,
+    ERROR,
+    backbone_options,
+    cache_option,
+    cli,
+    emit,
+    extraction_options,
+    json_option,
+    printable,
+    say,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @click.command()
@@ -41,3 +58,138 @@ def completion(shell: str) -> int:
     assert found is not None
     click.echo(found(cli, {}, "featx", "_FEATX_COMPLETE").source())
     return DONE
+
+
+@click.group()
+def cache() -> None:
+    """See, check, tidy and share what lies in a cache. Nothing is removed without being told to."""
+
+
+against_option = click.option(
+    "--against", metavar="DATA", type=click.Path(), help="A data set: which rows does it use? Reads no pixels."
+)
+
+
+@cache.command("list")
+@cache_option
+@json_option
+def list_(cache: str, as_json: bool) -> int:
+    """Name what lies in the cache, with sizes."""
+    from featx import caching
+
+    found, sizes = caching.entries(Path(cache)), caching.sizes(Path(cache))
+    if as_json:
+        emit({"entries": [entry.to_dict() for entry in found], "bytes": sizes})
+        return DONE
+    width = max([len(entry.name) for entry in found], default=4)
+    click.echo(f"{'name':<{width}}  {'MB':>9}  shards  row       what")
+    for entry in found:
+        spec = entry.spec
+        what = (
+            f"{spec.backbone} {spec.layer} {spec.view} {spec.precision} {spec.dtype}" if spec else "spec.json is lost"
+        )
+        shape = "x".join(map(str, entry.row_shape or ())) or "?"
+        damaged = f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
+        click.echo(f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}")
+    others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
+    if others:
+        say(f"beside the features, all of it made again when missing: {others}")
+    return DONE
+
+
+@cache.command()
+@click.argument("name")
+@cache_option
+@against_option
+@json_option
+def info(name: str, cache: str, against: str | None, as_json: bool) -> int:
+    """Show all about the entry NAME (or the start of its name)."""
+    from featx import caching
+
+    emit_or_say(caching.info(Path(cache), name, keys_of(cache, against)), as_json)
+    return DONE
+
+
+@cache.command()
+@click.argument("name", required=False)
+@cache_option
+@json_option
+def verify(name: str | None, cache: str, as_json: bool) -> int:
+    """Read every byte of NAME, or of all entries; damage is named and set aside, and ends in exit code 1."""
+    from featx import caching
+
+    rows = caching.verify(Path(cache), name)
+    if as_json:
+        emit(rows)
+    else:
+        for row in rows:
+            state = "; ".join(row["notes"]) or "every byte is as it was committed"
+            say(f"{row['name']}: {row['rows']} rows in {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB: {state}")
+    return ERROR if any(row["notes"] for row in rows) else DONE
+
+
+@cache.command()
+@click.argument("name")
+@cache_option
+@against_option
+@click.option("--only", is_flag=True, help="Drop the rows that the data set of --against does not use.")
+@json_option
+def compact(name: str, cache: str, against: str | None, only: bool, as_json: bool) -> int:
+    """Merge NAME's shards into one file that is memory-mapped, in the order of --against if given."""
+    from featx import caching
+
+    if only and against is None:
+        raise click.UsageError("--only drops what a data set does not use: name it with --against DATA")
+    emit_or_say(caching.compact(Path(cache), name, keys_of(cache, against), only=only), as_json)
+    return DONE
+
+
+@cache.command()
+@click.argument("name")
+@cache_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove(name: str, cache: str, yes: bool) -> int:
+    """Remove the entry NAME and all its features."""
+    from featx import caching
+
+    entry = caching.find(Path(cache), name)
+    if not yes:
+        click.confirm(f"Remove {entry.name}, {entry.bytes / 1e6:.1f} MB?", abort=True, err=True)
+    say(f"removed {caching.remove(Path(cache), entry.name).name}")
+    return DONE
+
+
+@cache.command("export")
+@click.argument("data", type=click.Path())
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@backbone_options
+@extraction_options
+def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
+    """Write the features of DATA as one plain HDF5 FILE: features, labels, class names, ids, spec.
+
+    What the cache lacks is extracted first. h5py, MATLAB and R read the file without featx.
+    """
+    from featx import caching
+    from featx.extraction import extract
+
+    path = caching.export(extract(data, **options), Path(file), overwrite=overwrite)
+    click.echo(printable(str(path)))
+    return DONE
+
+
+def keys_of(cache: str, data: str | None) -> np.ndarray | None:
+    """The content keys of a data set, `uint8 [N, 32]`."""
+    from featx.extraction import content_keys
+
+    return None if data is None else content_keys(data, cache)
+
+
+def emit_or_say(values: dict[str, Any], as_json: bool) -> None:
+    """A flat dict, for machines or for people."""
+    if as_json:
+        emit(values)
+    else:
+        width = max(map(len, values))
+        for name, value in values.items():
+            click.echo(printable(f"{name:<{width}}  {value}"))

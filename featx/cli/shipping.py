@@ -3,11 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli._base import DONE, SKIPPED, json_option, printable, say
+from featx.cli._base import DONE, SKIPPED, emit, json_option, printable, say
+
+if TYPE_CHECKING:
+    from featx.parity import Parity
+
+
+@click.command()
+@click.argument("run", type=click.Path(file_okay=False))
+@click.option("--output", "-o", type=click.Path(dir_okay=False), help="By default model.onnx in RUN.")
+@click.option(
+    "--input",
+    default="pixels",
+    show_default=True,
+    type=click.Choice(["pixels", "tensor", "features"]),
+    help="pixels: any size, resized in the file; tensor: cropped already; features: the head alone.",
+)
+@click.option("--outputs", help="Of probabilities,logits,features,accepted; by default all there are.")
+@click.option(
+    "--parity-images",
+    "images",
+    default=2000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images that the file is held to the torch classifier on, at most.",
+)
+@click.option("--split", default="val", show_default=True, help="The split these come from: val, test or train.")
+@click.option("--data", type=click.Path(), help="Where the run's images lie now, if they moved.")
+@click.option("--tolerance", default=5e-3, show_default=True, help="On probabilities, through the file's resize.")
+@json_option
+def export(run: str, outputs: str | None, as_json: bool, **options: Any) -> int:
+    """Write RUN as one ONNX file, held to the torch classifier on the run's own images first.
+
+    What was compared lies beside it as parity.json. A file that misses a limit is not written.
+    """
+    from featx.exporting import export
+
+    wanted = tuple(name.strip() for name in outputs.split(",")) if outputs else None
+    parity = export(run, outputs=wanted, **options)
+    if as_json:
+        emit(parity.to_dict())
+    else:
+        say(parity_text(parity))
+    return DONE
+
+
+def parity_text(parity: Parity) -> str:
+    """What the gate found, for people."""
+    how = "the head alone, its backbone being verified" if parity.method == "head" else "from file to label"
+    lines = [f"held to the torch classifier on {parity.images} images, {how}"]
+    if parity.accuracy is not None and parity.torch_accuracy is not None:
+        lines.append(f"accuracy of the file {parity.accuracy:.4f}, of the torch classifier {parity.torch_accuracy:.4f}")
+    lines.append(f"equal answers {parity.equal_labels} of {parity.images}")
+    width = max(len(check.name) for check in parity.checks)
+    lines += [f"  {check.name:<{width}}  {check.value:.2e}  (limit {check.limit:.0e})" for check in parity.checks]
+    return "\n".join(lines)
 
 
 @click.command()

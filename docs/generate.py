@@ -1,0 +1,30 @@
+"""Write `docs/cli.md` from the commands themselves; `make docs`. A test holds the page to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from featx.cli import cli
+
+PAGE = Path(__file__).parent / "cli.md"
+
+
+def pages(command: click.Command, words: list[str]) -> list[str]:
+    """One section for a command and each command in it."""
+    context = click.Context(command, info_name=" ".join(words), max_content_width=100, terminal_width=100)
+    text = f"## {' '.join(words)}\n\n```text\n{command.get_help(context)}\n```\n"
+    if not isinstance(command, click.Group):
+        return [text]
+    return [text, *(page for name, sub in command.commands.items() for page in pages(sub, [*words, name]))]
+
+
+def render() -> str:
+    """The whole page."""
+    head = "# Command line\n\nWritten by `make docs` from `featx --help` and its commands; do not edit.\n"
+    return "\n".join([head, *pages(cli, ["featx"])])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
