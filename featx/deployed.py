@@ -1,0 +1,149 @@
+"""Owns an exported file once it is opened: what it takes and gives, and what its metadata says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx.errors import ExportError, near
+from featx.preprocess import Preprocess
+
+FORMAT = "1"
+"""Of the metadata; raised when a reader of an older version would misread a file."""
+
+
+class Model:
+    """An exported file, opened: what it takes, what it gives, and the classes it knows."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        providers: list[str] | None = None,
+        threads: int | None = None,
+        head: str | Path | None = None,
+    ) -> None:
+        """Open `path`. Raises `ExportError` for anything that featx did not export.
+
+        providers: onnxruntime's execution providers, best first, by their names or short ones (`cuda`,
+        `coreml`, `openvino`, `cpu`); the CPU unless said otherwise. threads: for the model, by default
+        one a core. head: a head exported alone, to apply to the features of `path`.
+        """
+        self.path = Path(path)
+        self._session = open_session(self.path, providers=providers, threads=threads)
+        self.metadata = read_metadata(self._session, self.path)
+        self.input: str = self.metadata["input"]
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._head = None
+        described = self.metadata
+        if head is not None:
+            self._head = open_session(Path(head), providers=providers, threads=1)
+            described = self._check_head(Path(head))
+        self.class_names: tuple[str, ...] = tuple(described["class_names"])
+        self.activation: str = described["activation"]
+        self.threshold: float | None = described["threshold"]
+        self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
+        if self.input == "features":
+            raise ExportError(f"{self.path} is a head alone; give the features model, and this file as its head")
+        if self._head is None and "probabilities" not in self.outputs:
+            raise ExportError(
+                f"{self.path} gives {', '.join(self.outputs)}; to predict, export with "
+                "probabilities among the outputs, or give a head for its features"
+            )
+
+    def _check_head(self, path: Path) -> dict[str, Any]:
+        assert self._head is not None
+        metadata = read_metadata(self._head, path)
+        if metadata["input"] != "features":
+            raise ExportError(f"{path} is no head alone: it takes {metadata['input']}")
+        if "features" not in self.outputs:
+            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, and no features for a head")
+        if metadata["spec_digest"] != self.metadata["spec_digest"]:
+            raise ExportError(
+                f"{path} was fitted on other features than {self.path} gives "
+                f"({metadata['backbone']} and {self.metadata['backbone']}); export both from one run"
+            )
+        return metadata
+
+    def __call__(self, images: np.ndarray, *, features: bool = False) -> dict[str, np.ndarray]:
+        """`uint8 [N, H, W, 3]` (or `[N, 3, crop, crop]`) -> `probabilities` `float32 [N, C]` and `features`."""
+        names = ["probabilities"] if self._head is None else []
+        if features or self._head is not None:
+            names.append("features")
+        if features and "features" not in self.outputs:
+            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, and no features")
+        try:
+            outputs = dict(zip(names, self._session.run(names, {"images": images}), strict=True))
+            if self._head is not None:
+                (outputs["probabilities"],) = self._head.run(["probabilities"], {"features": outputs["features"]})
+        except Exception as error:  # onnxruntime's own classes, which share no base
+            raise ExportError(f"onnxruntime cannot run {self.path}: {error}") from error
+        return outputs
+
+
+def open_session(path: Path | bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:
+    """An onnxruntime session on a file, or on a file's bytes.
+
+    Raises `ExportError` for what onnxruntime does not take, and for an unknown provider.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # what fails is raised
+    options.intra_op_num_threads = threads or 0
+    # waiting threads that spin would take the cores from those that decode
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if isinstance(path, Path) and not path.is_file():
+        raise ExportError(f"there is no file {path}; `featx export RUN` writes one")
+    what = path if isinstance(path, Path) else "the file"
+    try:
+        return onnxruntime.InferenceSession(
+            path if isinstance(path, bytes) else os.fspath(path),
+            options,
+            providers=_providers(onnxruntime.get_available_providers(), providers),
+        )
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"onnxruntime does not take {what}: {error}") from error
+
+
+def _providers(available: list[str], asked: list[str] | None) -> list[str]:
+    short = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
+    chosen = []
+    for name in asked or ["cpu"]:
+        full = name if name in available else short.get(name.lower())
+        if full is None:
+            raise ExportError(
+                f"no execution provider {name!r} is installed; there are {', '.join(short)}."
+                f"{near(name.lower(), short)} Others come with builds such as onnxruntime-gpu"
+            )
+        chosen.append(full)
+    return chosen
+
+
+def read_metadata(session: Any, path: Path) -> dict[str, Any]:
+    """The metadata of a file that featx exported, parsed. Raises `ExportError` for any other file."""
+    raw: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return parse_metadata(raw, path)
+
+
+def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
+    """The values behind `featx_format` and the others, each of which is JSON."""
+    version = raw.get("featx_format")
+    if version is None:
+        raise ExportError(f"{path} was not exported by featx; `featx inspect {path}` shows what it is")
+    if version != FORMAT:
+        raise ExportError(f"{path} is of format {version}, this featx reads {FORMAT}; install the featx that wrote it")
+    try:
+        values = {name: json.loads(text) for name, text in raw.items() if name != "featx_format"}
+        missing = {"input", "class_names", "activation", "threshold", "preprocess", "spec_digest"} - set(values)
+    except ValueError as error:
+        raise ExportError(f"the metadata of {path} is damaged ({error}); export it again") from error
+    if missing:
+        raise ExportError(f"the metadata of {path} lacks {', '.join(sorted(missing))}; export it again")
+    return values

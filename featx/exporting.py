@@ -1,0 +1,313 @@
+"""Owns `export`: a run's backbone and head become one ONNX file, which is put in place only if it passes the gate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featx import __version__, graph, parity
+from featx.backbones import BackboneInfo, BackboneRequest
+from featx.deployed import FORMAT, open_session, parse_metadata
+from featx.engines import backbone_onnx
+from featx.errors import ExportError, ParityError
+from featx.extraction import Extraction, sync
+from featx.features import FeatureSpec
+from featx.files import write_atomic
+from featx.heads import Head
+from featx.parity import Images, Parity, Rows
+from featx.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+DEFAULT = {"pixels": "model.onnx", "tensor": "model-tensor.onnx", "features": "head.onnx"}
+"""The file's name in the run's folder, by what it takes."""
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "log_loss", "mean_average_precision")
+
+
+def export(
+    run: str | Path,
+    *,
+    output: str | Path | None = None,
+    input: str = "pixels",
+    outputs: tuple[str, ...] | None = None,
+    images: int = parity.IMAGES,
+    split: str = "val",
+    data: str | Path | None = None,
+    tolerance: float = parity.PROBABILITIES,
+) -> Parity:
+    """Write a run as one ONNX file, after holding it to the torch classifier on the run's own images.
+
+    output: the file, by default `model.onnx` in the run's folder (`model-tensor.onnx`, `head.onnx`); what
+    the gate found lies beside it as `parity.json` (`<name>.parity.json`). input: `pixels` (`uint8 [N, H, W,
+    3]` of any size), `tensor` (`uint8 [N, 3, crop, crop]`) or `features` (the head alone). outputs: of
+    probabilities, logits, features and, where the head has a threshold, accepted; by default all.
+    images: how many the gate looks at, at most, of `split` (`val`, `test` or `train`), those with the
+    smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
+    tolerance: on probabilities through the file's resize, in [0, 1].
+
+    While this backbone is the one that was verified on these images, only the head is run, without torch.
+    Raises `ParityError` where the file misses a limit; what lay at `output` before is then untouched.
+    """
+    opened = open_run(run)
+    head = opened.head
+    outputs = outputs or default_outputs(head, input)
+    path = Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx")
+    backbone = None
+    if input != "features":
+        backbone = load(_backbone_path(opened))
+    spec = FeatureSpec.from_dict(opened.config["spec"])
+    model = graph.build(backbone, head, spec.preprocess, input=input, outputs=outputs)
+    parts = graph.part_digests(model.graph)
+    chosen = _images(opened, images, split, data)
+    found, rows = _measure(opened, model, parts, chosen, list(head.class_names), tolerance, trust=True)
+    if not found.passed:
+        raise ParityError(
+            f"the file does not answer as the classifier does, on {found.images} {split} images: "
+            f"{found.failures()}. {_named(found)}Nothing was written. Where single pixels weigh that much, "
+            "--input tensor leaves the resize to Pillow; a larger --tolerance accepts the difference"
+        )
+    if rows is not None and found.method == "file":
+        parity.save_rows(parity.verified_path(_cache(opened), chosen, parts), chosen, rows)
+    put(model, path, metadata(opened, head, input, outputs, parts, found, split), found, parts)
+    return found
+
+
+def check(model: str | Path, run: str | Path, *, images: int = parity.IMAGES, split: str = "val") -> Parity:
+    """Hold a file that lies somewhere to a run: is it, whole and unchanged, what was exported?
+
+    Its classes, its preprocessing, and every node and weight of its parts are compared with the run's
+    record, then every image goes through it and through torch. Raises `ParityError` that names what
+    differs, and `ExportError` for a file that featx did not export.
+    """
+    path, opened = Path(model), open_run(run)
+    proto = load(path)
+    head = opened.head
+    described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
+    parts = graph.part_digests(proto.graph)
+    spec = FeatureSpec.from_dict(opened.config["spec"])
+    wrong = []
+    if described["class_names"] != list(head.class_names):
+        wrong.append("its classes, or their order, are not the run's")
+    if described["preprocess"] != json.loads(json.dumps(spec.preprocess.to_dict())):
+        wrong.append("its preprocessing is not the run's")
+    if described["spec_digest"] != spec.digest:
+        wrong.append("its backbone is not the run's")
+    expected = _expected_parts(opened, head, described)
+    for name in (*graph.PARTS, "other"):
+        if parts[name] != expected[name]:
+            wrong.append(f"its {name} part has other nodes or weights than the run gives")
+    if wrong:
+        raise ParityError(f"{path}: {'; '.join(wrong)}; export it again")
+    chosen = _images(opened, images, split, None)
+    found, _ = _measure(opened, proto, parts, chosen, described["class_names"], parity.PROBABILITIES, trust=False)
+    if not found.passed:
+        raise ParityError(f"{path} does not answer as the run's classifier does: {found.failures()}. {_named(found)}")
+    return found
+
+
+def default_outputs(head: Head, input: str) -> tuple[str, ...]:
+    """All that a head can give: `accepted` needs a threshold, and a head alone has no features to give."""
+    names = [name for name in graph.OUTPUTS if name != "accepted" or head.threshold is not None]
+    return tuple(name for name in names if name != "features" or input != "features")
+
+
+def load(path: Path) -> ModelProto:
+    """Read an ONNX file that is whole in itself. Raises `ExportError` for anything else.
+
+    Weights in other files are refused: a crafted one could name any file of this machine.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
+    except DecodeError as error:
+        raise ExportError(f"{path} is no ONNX file ({error})") from error
+    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        raise ExportError(
+            f"{path} keeps {len(outside)} weights in other files ({outside[0]}); featx reads and writes one file"
+        )
+    return model
+
+
+def put(model: ModelProto, path: Path, entries: dict[str, Any], found: Parity, parts: dict[str, str]) -> None:
+    """Write the file and its `parity.json`, each whole or not at all."""
+    from onnx import helper
+
+    helper.set_model_props(
+        model, {name: json.dumps(value) for name, value in entries.items()} | {"featx_format": FORMAT}
+    )
+    data = model.SerializeToString(deterministic=True)
+    record = found.to_dict() | {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    record |= {"parts": parts, "versions": entries["versions"]}
+    beside = path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
+    try:
+        write_atomic(path, data)
+        write_atomic(beside, json.dumps(record, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written ({error.strerror or error}); what lay there is untouched"
+        ) from error
+
+
+def metadata(
+    run: Run,
+    head: Head,
+    input: str,
+    outputs: tuple[str, ...],
+    parts: dict[str, str],
+    found: Parity,
+    split: str,
+) -> dict[str, Any]:
+    """What the file says about itself; each value is written as JSON, and none names a place on this machine."""
+    from importlib.metadata import version
+
+    config, report = run.config, run.report
+    info = BackboneInfo.from_dict(config["backbone"])
+    spec = FeatureSpec.from_dict(config["spec"])
+    metrics = {name: report[name] for name in METRICS if report.get(name) is not None}
+    short = {"images": found.images, "split": split, "accuracy": found.accuracy, "torch_accuracy": found.torch_accuracy}
+    short |= {"equal_labels": found.equal_labels, **{c.name.replace(" ", "_"): c.value for c in found.checks[1:]}}
+    return {
+        "contract": contract(spec, input, head),
+        "input": input,
+        "outputs": list(outputs),
+        "class_names": list(head.class_names),
+        "activation": head.activation,
+        "threshold": head.threshold,
+        "preprocess": spec.preprocess.to_dict(),
+        "spec": spec.to_dict(),
+        "spec_digest": spec.digest,
+        "backbone": info.name,
+        "weights": info.weights_note,
+        "weights_digest": info.weights_digest,
+        "license": info.license or "not stated with the weights; ask their publisher",
+        "head": config["head"],
+        "data_digest": config["data_digest"],
+        "metrics": metrics | {"split": report.get("split"), "count": report.get("count")},
+        "parity": short,
+        "parts": parts,
+        "versions": {
+            "featx": __version__,
+            **{name: version(name) for name in ("onnx", "onnxruntime", "numpy", "pillow")},
+        },
+    }
+
+
+def contract(spec: FeatureSpec, input: str, head: Head) -> str:
+    """What a caller must give, in one sentence or two."""
+    p = spec.preprocess
+    if input == "features":
+        return (
+            f"features: float32 [N, {head.weight.shape[1]}], as a file with input pixels or tensor and "
+            f"spec_digest {spec.digest} gives them."
+        )
+    done = "scales and normalises them itself: give whole numbers from 0 to 255"
+    if input == "tensor":
+        return (
+            f"images: uint8 [N, 3, {p.crop}, {p.crop}], RGB, the short side resized to {p.resize} pixels "
+            f"({p.interpolation}, antialiased) and the centre cropped. The file {done}."
+        )
+    return (
+        f"images: uint8 [N, H, W, 3], RGB, upright, of any size up to an aspect ratio of 1:64. The file resizes "
+        f"the short side to {p.resize} pixels ({p.interpolation}, antialiased), crops the centre to "
+        f"{p.crop} x {p.crop}, and {done}."
+    )
+
+
+def _measure(
+    run: Run,
+    model: ModelProto,
+    parts: dict[str, str],
+    images: Images,
+    class_names: list[str],
+    tolerance: float,
+    *,
+    trust: bool,
+) -> tuple[Parity, Rows | None]:
+    """Run the gate: the head alone where its backbone is verified (and `trust`), else everything."""
+    head = run.head
+    if model.graph.input[0].name == "features":
+        rows = Rows(None, images.cached, images.cached)
+        method = "head"
+    else:
+        kept = parity.load_rows(parity.verified_path(_cache(run), images, parts), images) if trust else None
+        if kept is None:
+            return _measure_all(run, model, images, class_names, tolerance)
+        rows, method = kept, "head"
+    spec = FeatureSpec.from_dict(run.config["spec"])
+    alone = graph.build(None, head, spec.preprocess, input="features", outputs=("probabilities", "logits"))
+    file, same = parity.run_head(rows, open_session(alone.SerializeToString(), threads=1))
+    return parity.compare(
+        images, head, rows, file, same, class_names=class_names, method=method, tolerance=tolerance
+    ), rows
+
+
+def _measure_all(
+    run: Run, model: ModelProto, images: Images, class_names: list[str], tolerance: float
+) -> tuple[Parity, Rows]:
+    from featx.classifier import load as load_classifier
+
+    classifier = load_classifier(run.path)
+    same = open_session(graph.opened_up(model, pixels=True))
+    resizes = any(node.op_type == "Resize" and node.name.startswith("preprocess/") for node in model.graph.node)
+    file = open_session(graph.opened_up(model)) if resizes else None
+    rows, outputs, same_outputs = parity.run_file(images, classifier.preprocess, file, same, classifier.features)
+    found = parity.compare(
+        images, run.head, rows, outputs, same_outputs, class_names=class_names, method="file", tolerance=tolerance
+    )
+    return found, rows
+
+
+def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str, str]:
+    spec = FeatureSpec.from_dict(run.config["spec"])
+    backbone = None if described["input"] == "features" else load(_backbone_path(run))
+    outputs = tuple(described["outputs"])
+    return graph.part_digests(
+        graph.build(backbone, head, spec.preprocess, input=described["input"], outputs=outputs).graph
+    )
+
+
+def _images(run: Run, limit: int, split: str, data: str | Path | None) -> Images:
+    if limit < 1:
+        raise ExportError(f"the gate needs at least one image, not {limit}")
+    config = run.config
+    spec = FeatureSpec.from_dict(config["spec"])
+    extraction: Extraction = sync(
+        data or config["data"],
+        BackboneRequest.from_dict(config["request"]),
+        cache=config["cache"],
+        precision=spec.precision,
+        dtype=spec.dtype,
+    )
+    features = extraction.features()
+    if features.spec.digest != spec.digest:
+        raise ExportError(
+            f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "
+            "(its weights or preprocessing changed); fit again"
+        )
+    return parity.choose(extraction, features, split, limit)
+
+
+def _backbone_path(run: Run) -> Path:
+    config = run.config
+    return backbone_onnx(
+        BackboneRequest.from_dict(config["request"]), BackboneInfo.from_dict(config["backbone"]), _cache(run)
+    )
+
+
+def _cache(run: Run) -> Path:
+    return Path(run.config["cache"])
+
+
+def _named(found: Parity) -> str:
+    if not found.differing:
+        return ""
+    some = ", ".join(found.differing[:3])
+    return f"Answers differ for {len(found.differing)}: {some}{' ...' if len(found.differing) > 3 else ''}. "

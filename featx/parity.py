@@ -1,0 +1,316 @@
+"""Owns the parity gate: what an exported file answers for a run's images, held to the torch classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from featx.engines import difference
+from featx.errors import ExportError, ImageError
+from featx.extraction import Extraction
+from featx.features import Features, content_key
+from featx.files import write_atomic
+from featx.graph import FEATURES_VALUE, PIXELS
+from featx.heads import Head
+from featx.prediction import MULTILABEL
+from featx.preprocess import Preprocess, decode
+
+IMAGES = 2000
+"""Images that the gate looks at, at most."""
+# Through the file's own resize, whose pixels are up to 1 level from Pillow's. Features: the largest
+# difference over the largest feature of all the images; a single image's may be faint.
+FEATURES = 2e-3
+PROBABILITIES = 5e-3
+# From identical pixels; single precision alone differs. A logit is a sum of products, and is known to a
+# few units in the last place of the sum of their sizes, which is what large weights scale the limit by.
+SAME_FEATURES = 1e-5
+SAME_PROBABILITIES = 1e-5
+SAME_SUM = 5e-7
+# Cached features against torch's, by the precision they were computed in.
+CACHED = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
+BATCH = 32
+NAMES = ["probabilities", "logits", FEATURES_VALUE]
+
+Outputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of a run that the gate looks at."""
+
+    ids: list[str]
+    labels: list[tuple[str, ...]]
+    """Their true classes: one each, or any number."""
+    keys: np.ndarray
+    """`uint8 [M, 32]`, in the order of their hashes, distinct."""
+    cached: np.ndarray
+    """`float32 [M, D]`: the features that the head was fitted and measured on."""
+    precision: str
+    """That these were computed in."""
+    read: Callable[[int], bytes]
+    """The bytes of image i."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The features of the same images, three ways. `float32 [M, D]` each."""
+
+    file: np.ndarray | None
+    """By the file, from the decoded image, through its own resize; None where it has none."""
+    same: np.ndarray
+    """By the file's backbone, from the pixels that the head was trained on."""
+    torch: np.ndarray
+    """By torch, from these pixels."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number and the limit that it must not exceed."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit  # NaN does not
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the gate found; `parity.json`, and the short of it in the file's metadata."""
+
+    images: int
+    method: str
+    """`file`: every image went through the file and through torch. `head`: the backbone part is the one that
+    was verified on the same images before, and the head alone was run, on the features found then."""
+    accuracy: float | None
+    """Of the file, on the images that have labels; all of an image's labels right, where it may have several."""
+    torch_accuracy: float | None
+    equal_labels: int
+    """Images whose answer is the torch classifier's."""
+    ties: list[str] = field(default_factory=list)
+    """Ids of images with another answer that torch holds as good as equally probable."""
+    differing: list[str] = field(default_factory=list)
+    """Ids of images with another answer for no such reason."""
+    max_logit_difference: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["checks"] = {c.name: {"value": c.value, "limit": c.limit} for c in self.checks}
+        return {"passed": self.passed, **values}
+
+    def failures(self) -> str:
+        """What exceeds its limit, for a message."""
+        return "; ".join(f"{c.name} {c.value:.3g} (limit {c.limit:.3g})" for c in self.checks if not c.passed)
+
+
+def choose(extraction: Extraction, features: Features, split: str, limit: int) -> Images:
+    """Up to `limit` distinct labelled images of a split, those with the smallest content hashes.
+
+    Raises `ExportError` where there are none.
+    """
+    labelled = features.y.any(axis=1) if features.y.ndim == 2 else features.y >= 0
+    rows = np.flatnonzero((features.splits == split) & labelled)
+    if not len(rows):
+        counts = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
+        there = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ExportError(
+            f"the run has no {split} images to hold the file to ({there}); check against others with "
+            "--split train, or --data FOLDER of other labelled images"
+        )
+    keys = np.ascontiguousarray(features.keys[rows])
+    _, first = np.unique(keys.view("V32").ravel(), return_index=True)
+    order = np.lexsort(keys[first].T[::-1])[:limit]
+    rows = rows[first[order]]
+    names = features.class_names
+    if features.y.ndim == 2:
+        labels = [tuple(names[c] for c in np.flatnonzero(features.y[i])) for i in rows]
+    else:
+        labels = [(names[features.y[i]],) for i in rows]
+    numbers = extraction.rows[rows].tolist()
+    return Images(
+        ids=[features.ids[i] for i in rows],
+        labels=labels,
+        keys=features.keys[rows],
+        cached=np.asarray(features.X[rows], np.float32),
+        precision=features.spec.precision,
+        read=lambda i: extraction.source.read(numbers[i]),
+    )
+
+
+def batches(images: Images, preprocess: Preprocess) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Of every image, in order: `uint8 [H, W, 3]` as decoded, and `uint8 [3, crop, crop]` as trained on."""
+
+    def load(i: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            data = images.read(i)
+            if content_key(data) != images.keys[i].tobytes():
+                raise ImageError("has changed since it was listed")
+            image = decode(data)
+            return np.asarray(image), preprocess(image)
+        except ImageError as error:
+            raise ExportError(f"{images.ids[i]}, which the file is to be held to: {error}") from error
+
+    numbers = range(len(images.ids))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        for start in range(0, len(numbers), BATCH):
+            yield list(executor.map(load, numbers[start : start + BATCH]))
+
+
+def run_file(
+    images: Images, preprocess: Preprocess, file: Any, same: Any, torch: Callable[[np.ndarray], np.ndarray]
+) -> tuple[Rows, Outputs, Outputs]:
+    """Every image through the file and through torch.
+
+    file: an onnxruntime session that takes each image in its own size; None for a file that takes pixels
+    already cropped. same: one that enters at `graph.PIXELS`. Both give `NAMES`. torch: `uint8 [B, 3, crop,
+    crop]` -> `float32 [B, D]`. Returns the features, and what the two sessions gave.
+    """
+    through: list[list[np.ndarray]] = []
+    cropped: list[list[np.ndarray]] = []
+    reference: list[np.ndarray] = []
+    with tqdm(None, "parity", len(images.ids), unit=" images", disable=None) as progress:
+        for batch in batches(images, preprocess):
+            crops = np.stack([crop for _, crop in batch])
+            cropped.append(same.run(NAMES, {PIXELS: crops}))
+            reference.append(torch(crops))
+            if file is not None:
+                through += [file.run(NAMES, {"images": image[None]}) for image, _ in batch]
+            progress.update(len(batch))
+    same_outputs = _joined(cropped)
+    outputs = _joined(through) if file is not None else same_outputs
+    resized = outputs[FEATURES_VALUE] if file is not None else None
+    return Rows(resized, same_outputs[FEATURES_VALUE], np.concatenate(reference)), outputs, same_outputs
+
+
+def run_head(rows: Rows, session: Any) -> tuple[Outputs, Outputs]:
+    """What a head alone gives for features found before: through the file's resize, and from the same pixels."""
+    names = NAMES[:2]
+    same = dict(zip(names, session.run(names, {"features": rows.same}), strict=True))
+    if rows.file is None:
+        return same, same
+    return dict(zip(names, session.run(names, {"features": rows.file}), strict=True)), same
+
+
+def _joined(parts: list[list[np.ndarray]]) -> Outputs:
+    return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(NAMES)}
+
+
+def compare(
+    images: Images,
+    head: Head,
+    rows: Rows,
+    file: Outputs,
+    same: Outputs,
+    *,
+    class_names: list[str],
+    method: str,
+    tolerance: float = PROBABILITIES,
+) -> Parity:
+    """Hold what a file gave to the torch classifier.
+
+    class_names: as the file names its outputs; answers are compared by name. tolerance: on the
+    probabilities through the file's own resize, in [0, 1]. An answer may differ only where torch's own two
+    probabilities are nearer to each other than twice the tolerance, so that either of them could win.
+    """
+    logits = head(rows.torch)
+    probabilities = head.probabilities(logits)
+    size = float((np.abs(rows.torch) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
+    exact = max(SAME_PROBABILITIES, SAME_SUM * size)
+    gap = 2 * (exact if rows.file is None else tolerance)
+
+    mine = _answers(file["probabilities"], class_names, head.activation)
+    theirs = _answers(probabilities, list(head.class_names), head.activation)
+    column = {name: i for i, name in enumerate(head.class_names)}
+    ties: list[str] = []
+    differing: list[str] = []
+    for i in np.flatnonzero([a != b for a, b in zip(mine, theirs, strict=True)]):
+        names = set(mine[i]) ^ set(theirs[i])
+        p = [float(probabilities[i, column[name]]) for name in names if name in column]
+        apart = max(abs(x - MULTILABEL) * 2 for x in p) if head.activation == "sigmoid" else max(p) - min(p)
+        close = len(p) == len(names) and apart <= gap
+        (ties if close else differing).append(images.ids[i])
+
+    def far(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.abs(a - b).max())
+
+    checks = [Check("labels", float(len(differing)), 0.0)]
+    if rows.file is not None:
+        checks += [
+            Check("features", far(rows.file, rows.torch) / max(float(np.abs(rows.torch).max()), 1e-30), FEATURES),
+            Check("probabilities", far(file["probabilities"], probabilities), tolerance),
+        ]
+    checks += [
+        Check("same-pixel features", difference(rows.same, rows.torch), SAME_FEATURES),
+        Check("same-pixel probabilities", far(same["probabilities"], probabilities), exact),
+        Check("cached features", difference(images.cached, rows.torch), CACHED[images.precision]),
+    ]
+    truth = [tuple(sorted(label)) for label in images.labels]
+    return Parity(
+        images=len(images.ids),
+        method=method,
+        accuracy=float(np.mean([a == b for a, b in zip(mine, truth, strict=True)])),
+        torch_accuracy=float(np.mean([a == b for a, b in zip(theirs, truth, strict=True)])),
+        equal_labels=sum(a == b for a, b in zip(mine, theirs, strict=True)),
+        ties=ties,
+        differing=differing,
+        max_logit_difference=far(file["logits"], logits),
+        checks=checks,
+    )
+
+
+def _answers(probabilities: np.ndarray, names: list[str], activation: str) -> list[tuple[str, ...]]:
+    if activation == "softmax":
+        return [(names[i],) for i in probabilities.argmax(axis=1)]
+    return [tuple(sorted(names[i] for i in np.flatnonzero(row >= MULTILABEL))) for row in probabilities]
+
+
+def verified_path(cache: Path, images: Images, parts: dict[str, str]) -> Path:
+    """Where the rows of these images and this backbone part are kept once they passed the gate."""
+    import onnxruntime
+
+    identity = [parts["preprocess"], parts["backbone"], onnxruntime.__version__, images.keys.tobytes().hex()]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return cache / "engines" / f"{digest[:32]}.verified.npz"
+
+
+def save_rows(path: Path, images: Images, rows: Rows) -> None:
+    """Keep rows that passed, so that the next head is held to them without running the backbone."""
+    buffer = io.BytesIO()
+    arrays = {"keys": images.keys, "same": rows.same, "torch": rows.torch}
+    if rows.file is not None:
+        arrays["resized"] = rows.file
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, buffer.getvalue())
+
+
+def load_rows(path: Path, images: Images) -> Rows | None:
+    """The rows that `save_rows` kept for these images; None where there are none, or not these."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    rows = [arrays[name] for name in ("resized", "same", "torch") if name in arrays]
+    if any(a.shape != images.cached.shape or a.dtype != np.float32 for a in rows):
+        return None
+    if not {"keys", "same", "torch"} <= set(arrays) or not np.array_equal(arrays["keys"], images.keys):
+        return None
+    return Rows(arrays.get("resized"), arrays["same"], arrays["torch"])

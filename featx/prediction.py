@@ -1,0 +1,272 @@
+"""Owns answers from an exported file: onnxruntime, numpy and Pillow alone, for one image or a million."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx.deployed import Model
+from featx.errors import ExportError, ImageError, SourceError
+from featx.preprocess import decode
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""What is an image in a folder; as for class folders. Files named one by one may be anything that decodes."""
+MAX_BYTES = 2**31
+MULTILABEL = 0.5
+"""A sigmoid head answers with every class whose probability is at least this."""
+
+Image = str | Path | bytes | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answer for one image, or the reason why there is none."""
+
+    id: str
+    """The file's path as it was given; `image 7` (counted from 0) for bytes and arrays."""
+    probabilities: np.ndarray | None = None
+    """`float32 [C]` in [0, 1], in the order of `Model.class_names`; None with an error."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The `top_k` most probable classes, best first."""
+    labels: tuple[str, ...] = ()
+    """The answer: one class (softmax), or every class that is probable enough (sigmoid)."""
+    accepted: bool | None = None
+    """False where the best probability is below the head's threshold; None where it has none."""
+    features: np.ndarray | None = None
+    """`float32 [D]` where they were asked for."""
+    error: str | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The most probable class."""
+        return self.top[0][0] if self.top else None
+
+    @property
+    def probability(self) -> float | None:
+        """Of `label`, in [0, 1]."""
+        return self.top[0][1] if self.top else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: one line of `--json`."""
+        if self.error is not None:
+            return {"image": self.id, "error": self.error}
+        row: dict[str, Any] = {"image": self.id, "label": self.label, "probability": self.probability}
+        if self.labels != (self.label,):
+            row["labels"] = list(self.labels)
+        if self.accepted is not None:
+            row["accepted"] = self.accepted
+        row["top"] = [{"label": name, "probability": p} for name, p in self.top]
+        if self.features is not None:
+            row["features"] = [float(x) for x in self.features]
+        return row
+
+
+def predict(
+    model: str | Path | Model,
+    images: Image | Iterable[Image],
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int | None = None,
+    features: bool = False,
+    **options: Any,
+) -> Iterator[Prediction]:
+    """One `Prediction` an image, in order, as soon as its batch is done.
+
+    images: a file, a folder (with the folders in it), a glob (`photos/**/*.jpg`), an image file's bytes,
+    `uint8 [H, W, 3]` RGB, or an iterable of these, which is read as it is needed: memory does not grow
+    with it. workers: decoding threads, by default one a core; they decode the next images while
+    onnxruntime computes. options: as for `Model`, where `model` is a path.
+
+    An image that cannot be used gives a prediction with an `error`, and the others go on. Raises
+    `ExportError` for a file that featx did not export, `SourceError` for a folder without images.
+    """
+    if batch_size < 1 or top_k < 1:
+        raise ExportError(f"batch_size and top_k start at 1; got {batch_size} and {top_k}")
+    opened = model if isinstance(model, Model) else Model(model, **options)
+    if features and "features" not in opened.outputs:
+        raise ExportError(f"{opened.path} gives {', '.join(opened.outputs)}, and no features")
+    return _predict(opened, images, top_k, batch_size, workers or os.cpu_count() or 1, features)
+
+
+def _predict(
+    model: Model, images: Image | Iterable[Image], top_k: int, batch_size: int, workers: int, features: bool
+) -> Iterator[Prediction]:
+    waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
+    todo = enumerate(expand(images))
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="featx-decode")
+    try:
+        while True:
+            # one batch to compute now, one to decode meanwhile
+            for number, image in islice(todo, 2 * batch_size + workers - len(waiting)):
+                name = os.fspath(image) if isinstance(image, str | Path) else f"image {number}"
+                waiting.append((name, executor.submit(pixels, model, image)))
+            if not waiting:
+                return
+            yield from _batch(model, waiting, top_k, batch_size, features)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _batch(
+    model: Model,
+    waiting: deque[tuple[str, Future[np.ndarray]]],
+    top_k: int,
+    batch_size: int,
+    features: bool,
+) -> list[Prediction]:
+    """Take up to `batch_size` images from the front of the queue and answer them."""
+    names: list[str] = []
+    errors: dict[int, str] = {}
+    arrays: list[np.ndarray] = []
+    while waiting and len(names) < batch_size:
+        name, future = waiting.popleft()
+        try:
+            arrays.append(future.result())
+        except ImageError as error:
+            errors[len(names)] = str(error)
+        names.append(name)
+    outputs = model(np.stack(arrays), features=features) if arrays else {}
+    rows = iter(range(len(arrays)))
+    predictions = []
+    for i, name in enumerate(names):
+        if i in errors:
+            predictions.append(Prediction(name, error=errors[i]))
+            continue
+        row = next(rows)
+        vector = outputs["features"][row].copy() if features else None
+        # copies: a prediction that is kept does not keep its whole batch
+        predictions.append(answer(model, name, outputs["probabilities"][row].copy(), top_k=top_k, features=vector))
+    return predictions
+
+
+def pixels(model: Model, image: Image) -> np.ndarray:
+    """What the file takes for one image, and so that images of any size share a batch.
+
+    `uint8 [resize, resize, 3]` around the crop, which the graph's own resize leaves as it is; or
+    `uint8 [3, crop, crop]` where the file takes that. Raises `ImageError`.
+    """
+    data = read(image) if isinstance(image, str | Path) else image
+    if model.input == "tensor":
+        return model.preprocess(data)
+    return model.preprocess.square(decode(data), model.preprocess.resize)
+
+
+def answer(
+    model: Model,
+    id: str,
+    probabilities: np.ndarray,
+    *,
+    top_k: int = 5,
+    features: np.ndarray | None = None,
+) -> Prediction:
+    """What one row of probabilities, `float32 [C]`, says."""
+    names = model.class_names
+    order = np.argsort(-probabilities, kind="stable")
+    top = tuple((names[i], float(probabilities[i])) for i in order[:top_k])
+    labels: tuple[str, ...] = (names[order[0]],)
+    if model.activation == "sigmoid":
+        labels = tuple(names[i] for i in order if probabilities[i] >= MULTILABEL)
+    accepted = None
+    if model.threshold is not None:  # in single precision, as the graph compares
+        accepted = bool(probabilities[order[0]] >= np.float32(model.threshold))
+    return Prediction(id, probabilities, top, labels, accepted, features)
+
+
+def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
+    """Single images out of what `predict` takes: folders are walked in order, globs filled in.
+
+    Raises `SourceError` for a folder or a glob without images.
+    """
+    if isinstance(images, str | Path | bytes | np.ndarray):
+        images = [images]
+    for image in images:
+        text = os.fspath(image) if isinstance(image, str | Path) else None
+        if text is None:
+            yield image
+        elif os.path.isdir(text):
+            yield from _some(_walk(text), f"{text} has no image in it ({', '.join(EXTENSIONS)})")
+        elif glob.has_magic(text) and not os.path.lexists(text):
+            found = (path for path in glob.iglob(text, recursive=True) if not os.path.isdir(path))
+            yield from _some(found, f"no file matches {text}")
+        else:
+            yield text
+
+
+def _some(paths: Iterable[str], otherwise: str) -> Iterator[str]:
+    empty = True
+    for path in paths:
+        empty = False
+        yield path
+    if empty:
+        raise SourceError(otherwise)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The images in a folder and the folders in it, sorted; hidden ones and linked folders are left out."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(here, name)
+
+
+def read(path: str | Path) -> bytes:
+    """An image file's bytes. Raises `ImageError` where they cannot be had."""
+    try:
+        found = os.stat(path)  # before opening: a pipe would wait for ever
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError("is not a file")
+        if found.st_size > MAX_BYTES:
+            raise ImageError(f"has {found.st_size:,} bytes, more than the {MAX_BYTES:,} of an image")
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ImageError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:
+    """`--csv`: a header, then a line an image, RFC 4180 but for the line end."""
+    import csv
+    import io
+
+    names = ["image", "label", "probability", "accepted", "error"]
+    names += [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
+
+    def line(values: list[Any]) -> str:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="").writerow(values)
+        return buffer.getvalue()
+
+    yield line(names)
+    for p in predictions:
+        accepted = "" if p.accepted is None else str(p.accepted).lower()
+        others = [value for pair in p.top[1:] for value in pair]
+        yield line([p.id, p.label, p.probability, accepted, p.error, *others])
+
+
+def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """`--json`: a JSON object a line, `error` in those without an answer."""
+    for p in predictions:
+        yield json.dumps(p.to_dict(), ensure_ascii=False)
+
+
+def table_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """For people: the image, then the classes with their probabilities, best first."""
+    for p in predictions:
+        if p.error is not None:
+            yield f"{p.id}  {p.error}"
+            continue
+        answer = "  ".join(f"{name} {probability:.3f}" for name, probability in p.top)
+        yield f"{p.id}  {answer}{'  (rejected)' if p.accepted is False else ''}"
