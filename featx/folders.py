@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,14 @@ def create(folder: Path, form: Form) -> None:
     """Make a spec's folder with its `spec.json` in it, in one step; where one exists it stays as it is."""
     make_folder(folder.parent)
     aside = folder.parent / aside_name()
-    aside.mkdir()
-    write_form(aside / "spec.json", form)
     try:
+        aside.mkdir()
+        write_form(aside / "spec.json", form)
         os.rename(aside, folder)  # fails where another writer's folder is
         sync_folder(folder.parent)
-    except OSError:
-        os.unlink(aside / "spec.json")
-        os.rmdir(aside)
-        if not folder.is_dir():
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError) or not folder.is_dir():
             raise
         if not (folder / "spec.json").exists():
             write_form(folder / "spec.json", form)

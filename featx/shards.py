@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from featx.errors import DamageError
+from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
 from featx.files import write_chunks
 from featx.hdf5 import headers, plan
@@ -144,6 +144,24 @@ def write(folder: Path, form: Form, keys: np.ndarray, rows: Iterable[np.ndarray]
 
     path = write_chunks(folder, hashed(), lambda: f"{time.time_ns():016x}-{whole.hexdigest()}.h5")
     return Shard(path.name, stat_of(os.lstat(path)), len(keys), offsets["keys"], offsets["rows"])
+
+
+def held(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """A copy of rows as `dtype`, or a `StoreError` where float16 cannot hold them to 1 part in 1,000."""
+    with np.errstate(over="ignore", under="ignore"):
+        held = np.array(rows, dtype, order="C")
+    if dtype.itemsize < rows.dtype.itemsize and held.size:
+        exact = np.asarray(rows, np.float64).reshape(len(rows), -1)
+        finite = np.isfinite(exact)  # NaN and infinity are held as they are
+        error = np.where(finite, held.reshape(len(rows), -1), 0) - np.where(finite, exact, 0)
+        size = np.linalg.norm(np.where(finite, exact, 0), axis=1)
+        bad = np.linalg.norm(error, axis=1) > 1e-3 * size
+        if dtype.itemsize == 2 and bad.any():
+            raise StoreError(
+                f"float16 cannot hold {int(bad.sum())} of {len(rows)} rows (largest value "
+                f"{np.abs(exact[bad]).max():.4g}; float16 holds 65504 and loses small ones); store float32"
+            )
+    return held
 
 
 class _Digests:

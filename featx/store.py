@@ -128,7 +128,7 @@ class FeatureStore:
         form = self._claim(rows.shape[1:])
         if not self._buffer:
             self._since = time.monotonic()
-        self._buffer.append((keys.copy(), _held(rows, form.dtype)))
+        self._buffer.append((keys.copy(), shards.held(rows, form.dtype)))
         self._buffered += rows.size * form.dtype.itemsize
         if self._buffered >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
             self.commit()
@@ -399,21 +399,3 @@ class FeatureStore:
             with contextlib.suppress(OSError):  # no row depends on it; the next writer makes a new one
                 os.unlink(path)
         return None
-
-
-def _held(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """A copy of rows as `dtype`, or a `StoreError` where float16 cannot hold them to 1 part in 1,000."""
-    with np.errstate(over="ignore", under="ignore"):
-        held = np.array(rows, dtype, order="C")
-    if dtype.itemsize < rows.dtype.itemsize and held.size:
-        exact = np.asarray(rows, np.float64).reshape(len(rows), -1)
-        finite = np.isfinite(exact)  # NaN and infinity are held as they are
-        error = np.where(finite, held.reshape(len(rows), -1), 0) - np.where(finite, exact, 0)
-        size = np.linalg.norm(np.where(finite, exact, 0), axis=1)
-        bad = np.linalg.norm(error, axis=1) > 1e-3 * size
-        if dtype.itemsize == 2 and bad.any():
-            raise StoreError(
-                f"float16 cannot hold {int(bad.sum())} of {len(rows)} rows (largest value "
-                f"{np.abs(exact[bad]).max():.4g}; float16 holds 65504 and loses small ones); store float32"
-            )
-    return held
