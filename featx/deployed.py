@@ -93,7 +93,7 @@ def open_session(path: Path | bytes, *, providers: list[str] | None = None, thre
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what fails is raised
+    options.log_severity_level = 4  # what fails is raised
     options.intra_op_num_threads = threads or 0
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

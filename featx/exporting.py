@@ -66,8 +66,7 @@ def export(
     if not found.passed:
         raise ParityError(
             f"the file does not answer as the classifier does, on {found.images} {split} images: "
-            f"{found.failures()}. {_named(found)}Nothing was written. Where single pixels weigh that much, "
-            "--input tensor leaves the resize to Pillow; a larger --tolerance accepts the difference"
+            f"{found.failures()}. {_named(found)}Nothing was written. {_advice(found)}"
         )
     if rows is not None and found.method == "file":
         parity.save_rows(parity.verified_path(_cache(opened), chosen, parts), chosen, rows)
@@ -114,10 +113,11 @@ def default_outputs(head: Head, input: str) -> tuple[str, ...]:
     return tuple(name for name in names if name != "features" or input != "features")
 
 
-def load(path: Path) -> ModelProto:
+def load(path: Path, *, external: bool = False) -> ModelProto:
     """Read an ONNX file that is whole in itself. Raises `ExportError` for anything else.
 
-    Weights in other files are refused: a crafted one could name any file of this machine.
+    Weights in other files are refused, since a crafted file could name any file of this machine; with
+    `external` such a file is read without them.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -128,8 +128,10 @@ def load(path: Path) -> ModelProto:
         raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
     except DecodeError as error:
         raise ExportError(f"{path} is no ONNX file ({error})") from error
+    if not model.graph.node and not model.graph.initializer:
+        raise ExportError(f"{path} is no ONNX file, or holds no graph")
     outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside:
+    if outside and not external:
         raise ExportError(
             f"{path} keeps {len(outside)} weights in other files ({outside[0]}); featx reads and writes one file"
         )
@@ -304,6 +306,18 @@ def _backbone_path(run: Run) -> Path:
 
 def _cache(run: Run) -> Path:
     return Path(run.config["cache"])
+
+
+def _advice(found: Parity) -> str:
+    missed = {check.name for check in found.checks if not check.passed}
+    if missed <= {"probabilities", "features"}:
+        return (
+            "Only the pixels of the file's own resize, 1 level from Pillow's, make the difference: "
+            "--input tensor leaves the resize to Pillow, a larger --tolerance accepts it"
+        )
+    if missed == {"cached features"}:
+        return "The cache holds features of other pixels or another network: remove its folder and fit again"
+    return "Please report this with the names and versions of the backbone, torch and onnxruntime"
 
 
 def _named(found: Parity) -> str:
