@@ -86,7 +86,7 @@ def open_folder(path: str) -> Source:
         raise SourceError(
             f"there is no image in {printable(path)}{others}. Expected class folders, "
             f"`{printable(os.path.basename(os.path.normpath(path)))}/<class>/*.jpg`; featx takes "
-            f"{', '.join(EXTENSIONS)}, and anything else that Pillow opens through a manifest"
+            f"{', '.join(EXTENSIONS)}; a manifest can name .gif files and other names too"
         )
     if not full:
         tables = [name for name in top.others if name.lower().endswith((".csv", ".jsonl", ".parquet"))]
@@ -118,7 +118,7 @@ def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:
     if tree[name].images and full:
         raise SourceError(_both(os.path.join(listing.root, name), tree[name].images, full))
     if tree[name].images:
-        listing.notes.append(f"the {len(tree[name].images):,} images directly in {name}/ have no label")
+        listing.notes.append(f"images directly in {name}/ have no label: {some(tree[name].images)}")
     for child in tree[name].folders:
         if child not in full:
             listing.notes.append(f"folder {printable(f'{name}/{child}')!r} holds no image and counts for nothing")

@@ -81,7 +81,7 @@ def open_manifest(path: str) -> Source:
     if missing:
         notes.append(f"{len(missing):,} of {len(ids):,} files are not there and will be skipped: {some(missing)}")
     if repeated:
-        notes.append(f"{len(repeated):,} rows repeat another and count once: {some(repeated)}")
+        notes.append(f"rows that repeat another count once: {some(repeated)}")
     if multilabel:
         example = max(labels, key=lambda text: text.count(SEPARATOR))
         notes.append(f"images may have several labels each, parted by {SEPARATOR!r}, as in {example!r}")

@@ -86,7 +86,7 @@ def test_a_test_split_may_have_no_labels(tmp_path: Path) -> None:
     root = touch(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "test/3.jpg", "test/4.jpg")
     source = open_source(root)
     assert table(source)[:2] == [("test/3.jpg", "", "test"), ("test/4.jpg", "", "test")]
-    assert source.notes == ["the 2 images directly in test/ have no label"]
+    assert source.notes == ["images directly in test/ have no label: 3.jpg, 4.jpg"]
 
 
 def test_a_split_class_that_train_has_not_is_noted(tmp_path: Path) -> None:

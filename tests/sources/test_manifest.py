@@ -151,7 +151,7 @@ def test_files_elsewhere_keep_an_id_that_leads_to_them(root: Path) -> None:
 def test_a_repeated_row_counts_once_and_is_noted(root: Path) -> None:
     source = opened(root, "path,label\na.jpg,x\nb.jpg,y\n./a.jpg,x\n")
     assert source.ids == ["a.jpg", "b.jpg"]
-    assert source.notes == ["1 rows repeat another and count once: a.jpg"]
+    assert source.notes == ["rows that repeat another count once: a.jpg"]
 
 
 def test_one_file_under_two_labels_or_splits_is_refused(root: Path) -> None:
