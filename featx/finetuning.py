@@ -190,6 +190,8 @@ def prepare(
                     fill=fill,
                 )
             world.wait()
+        for half in part.suffix.parts.values():
+            half.to(world.device)
         network.suffix = part.suffix
     else:
         inputs = Pictures(

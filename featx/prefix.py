@@ -32,9 +32,22 @@ class Cut:
 
     prefix: nn.Module
     """`uint8 [B, 3, H, W]` -> activations `[B, *row_shape]`; holds nothing that is trained or random."""
-    suffix: nn.Module
+    suffix: Suffix
     """activations -> features `[B, D]`."""
     row_shape: tuple[int, ...]
+
+
+class Suffix(nn.Module):
+    """The trained part, traced in both modes: a trace holds fixed what a network passes on of its mode."""
+
+    def __init__(self, training: nn.Module, measuring: nn.Module) -> None:
+        super().__init__()
+        self.parts = {True: training, False: measuring}  # not registered: their modules are the trunk's
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """activations `[B, *row_shape]` -> features `[B, D]`."""
+        result: Tensor = self.parts[self.training](activations)
+        return result
 
 
 class _Tracer(fx.Tracer):
@@ -62,7 +75,8 @@ def cut(network: Tuned, set_mode: Callable[[], None], side: int) -> Cut:
             f"the network cannot be traced, so its frozen part cannot be cached ({type(error).__name__}: {error}); "
             "train without the cached prefix"
         ) from error
-    if str(graph) != str(measuring):
+    twins = dict(zip(graph.nodes, measuring.nodes, strict=False))
+    if [(n.op, n.target) for n in graph.nodes] != [(n.op, n.target) for n in measuring.nodes]:
         raise BackboneError("the network takes another path in training than in use; train without the cached prefix")
     modules = dict(trunk.named_modules())
     moving: set[fx.Node] = set()
@@ -78,13 +92,18 @@ def cut(network: Tuned, set_mode: Callable[[], None], side: int) -> Cut:
             break
     else:
         node = start
-    if node is start:
+    frozen = [n for n in _needed(node) if n.op == "call_module"]
+    if not any(True for n in frozen for _ in modules[str(n.target)].parameters()):
         raise TrainingError(
             "nothing before the first trained layer is frozen, so there is nothing to cache; freeze more, or "
             "train without the cached prefix"
         )
     prefix = _module(trunk, graph, _needed(node), result=node)
-    suffix = _module(trunk, graph, _needed(last, stop=node), entry=node)
+    after = _needed(last, stop=node)
+    suffix = Suffix(
+        _module(trunk, graph, after, entry=node),
+        _module(trunk, measuring, {twins[n] for n in after}, entry=twins[node]),
+    )
     set_mode()
     with torch.no_grad():
         row = prefix(torch.zeros((2, 3, side, side), dtype=torch.uint8))
