@@ -102,7 +102,7 @@ def test_forty_killed_runs_lose_no_committed_row(tmp_path: Path, quick: None) ->
 def test_an_interrupt_at_any_moment_keeps_every_row_that_was_appended(tmp_path: Path, quick: None) -> None:
     rng = random.Random(1)
     interrupted = 0
-    for run in range(25):
+    for run in range(20):
         cache, progress = tmp_path / str(run), tmp_path / f"{run}.progress"
         progress.touch()
 
@@ -110,7 +110,7 @@ def test_an_interrupt_at_any_moment_keeps_every_row_that_was_appended(tmp_path: 
             signal.signal(signal.SIGINT, signal.default_int_handler)
             appended = 0
             with contextlib.suppress(KeyboardInterrupt), open_store(cache) as store:
-                for start in range(0, len(KEYS), 16):
+                for start in range(0, 320, 16):
                     store.append(KEYS[start : start + 16], tiny_engine(KEYS[start : start + 16]))
                     appended += 16
                     progress.write_text(str(appended))
@@ -120,9 +120,9 @@ def test_an_interrupt_at_any_moment_keeps_every_row_that_was_appended(tmp_path: 
         text = progress.read_text()
         if code == 0 and text:  # else the signal came before the handler or while a progress was written
             expect_rows(cache, int(text) // 16 * 16)
-        finish(cache)
+        finish(cache, 320)
         assert leftovers(cache) == []
-    assert interrupted > 15
+    assert interrupted > 10
 
 
 class Crash(BaseException):
@@ -286,8 +286,9 @@ def replay(log: list[tuple[Any, ...]], cache: Path, after: Path, rng: random.Ran
     after.mkdir()
     for name, inode in sorted(kept.items(), key=lambda item: item[0]):
         path = after / Path(name).relative_to(cache) if Path(name).is_relative_to(cache) else None
-        if path is None:
-            continue
+        above = [str(p) for p in Path(name).parents if p.is_relative_to(cache)]
+        if path is None or any(folder not in kept for folder in above):
+            continue  # a folder above it did not reach the disk under this name
         if inode is None:
             path.mkdir(parents=True, exist_ok=True)
             continue
