@@ -72,11 +72,13 @@ def _style() -> Any:
     )
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, layout: str | None = "constrained", **options: Any
+) -> tuple[Figure, Any]:
     """A figure of its own, in inches: pyplot, which keeps every figure it made, is never imported."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -93,6 +95,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # it stays where it is; a layout takes longer than drawing
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # matplotlib escapes quotes in attributes, so that these find attributes of its own only
@@ -110,7 +113,15 @@ def png(figure: Figure, path: Path, dpi: int = 150) -> None:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
-        figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(
+            file,
+            format="png",
+            dpi=dpi,
+            facecolor="white",
+            metadata={"Software": None},
+            pil_kwargs={"compress_level": 3},
+        )
+    figure.set_layout_engine("none")
     write_atomic(path, file.getvalue())
 
 
@@ -202,15 +213,19 @@ def path(strengths: Sequence[float], log_loss: Sequence[float], chosen: float | 
 
 
 @_styled
-def curves(panels: Mapping[str, Mapping[str, Sequence[float]]], epochs: Sequence[float] | None = None) -> Figure:
-    """One panel for each of `panels` (`loss`, `accuracy`, `learning rate`), a line for each series in it."""
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
+    """One panel for each of `panels` (`loss`, `accuracy`, `learning rate`); each line is (epoch, value) pairs."""
     figure, grid = _figure(4.0 * len(panels), 3.2, 1, len(panels), squeeze=False)
     for axes, (title, series) in zip(grid[0], panels.items(), strict=True):
-        for number, (name, values) in enumerate(series.items()):
-            x = epochs if epochs is not None and len(epochs) == len(values) else np.arange(1, len(values) + 1)
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(x, values, color=colour, linewidth=1.6, marker="o" if len(values) < 40 else "", markersize=3)
-            axes.lines[-1].set_label(short(name))
+        for number, (name, line) in enumerate(series.items()):
+            axes.plot(
+                *np.array(line).reshape(-1, 2).T,
+                color=COLOURS[number % len(COLOURS)],
+                linewidth=1.6,
+                marker="o" if len(line) < 40 else "",
+                markersize=3,
+                label=short(name),
+            )
         axes.set(xlabel="epoch", ylabel=title)
         axes.xaxis.set_major_locator(_whole_numbers(6))
         if len(series) > 1:
@@ -256,7 +271,8 @@ def feature_map(
 def images(pictures: Sequence[np.ndarray], titles: Sequence[str], wrong: Sequence[bool], columns: int = 4) -> Figure:
     """A grid of `uint8 [H, W, 3]` pictures with titles; those of `wrong` answers in another colour."""
     rows = -(-len(pictures) // columns)
-    figure, grid = _figure(2.2 * columns, 2.5 * rows, rows, columns, squeeze=False)
+    figure, grid = _figure(2.2 * columns, 2.55 * rows, rows, columns, layout=None, squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.42 / (2.55 * rows), 0.04, 0.42 / 2.1)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, picture, title, bad in zip(grid.flat, pictures, titles, wrong, strict=False):
