@@ -58,11 +58,17 @@ class Task:
     def activation(self) -> str:
         return "sigmoid" if self.several else "softmax"
 
+    def standardise(self, part: np.ndarray) -> np.ndarray:
+        """Rows of X `[B, D]`, standardised, `float32`."""
+        out = np.asarray(part, np.float32) - self.mean.astype(np.float32)
+        out /= self.scale.astype(np.float32)
+        return out
+
     def standard(self) -> np.ndarray:
         """All features, standardised, `float32 [N, D]`, in memory."""
         out = np.empty(self.X.shape, np.float32)
         for rows, part in blocks(self.X):
-            out[rows] = (part - self.mean) / self.scale
+            out[rows] = self.standardise(part)
         return out
 
     def one_hot(self) -> np.ndarray:
@@ -139,7 +145,9 @@ def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mean = first[0] + offset
     scale = np.sqrt(np.maximum(squares / X.shape[0] - offset**2, 0.0))
     constant = scale <= CONSTANT * np.abs(mean)
-    return mean, np.where(constant, 1.0, scale), constant
+    # rounded to float32, so that standardising in float32 and folding back use the same numbers
+    mean, scale = (a.astype(np.float32).astype(np.float64) for a in (mean, np.where(constant, 1.0, scale)))
+    return mean, scale, constant
 
 
 def folds(

@@ -10,12 +10,16 @@ import numpy as np
 
 from featx.errors import HeadError
 from featx.heads import Fitted, _training
+from featx.heads._design import Design, single_thread
+from featx.heads._solver import Path, Solution, minimise
 from featx.heads._training import Rows, Task
 
 # scikit-learn's C, from all prior to almost none; the grid of DINOv3's linear evaluation
-STRENGTHS = tuple(np.logspace(-6, 5, 45))
-# Where nothing can be cross-validated: N * C = 1 for standardised features is a strong prior.
-UNMEASURED = 1.0
+STRENGTHS = tuple(float(s) for s in np.logspace(-6, 5, 45))
+# Where nothing can be cross-validated, a middle of what is chosen where it can.
+UNMEASURED = 0.01
+# Of the objective: what the optimum may be above scikit-learn's, and what is asked of the last solve.
+GAP, ASKED = 1e-4, 1e-7
 
 
 def fit(
@@ -28,72 +32,147 @@ def fit(
     device: str = "auto",
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 5,
+    scored: np.ndarray | None = None,
     class_weight: str | None = None,
     calibrate: bool = False,
     threshold: float | None = None,
     reject: float | None = None,
+    solver: str = "featx",
 ) -> Fitted:
     """Minimise `sum of cross-entropies + ||W||^2 / (2 C)`, scikit-learn's objective, bias not penalised.
 
-    X: float `[N, D]`; y: `int [N]`, or 0/1 `[N, C]` for several labels per image (one sigmoid each).
-    strengths: scikit-learn's C, the inverse of the regularisation; the one with the least log-loss over
-    `folds` stratified folds of these rows is taken, and equal `groups` (`int [N]`) share a fold. One
-    strength: no cross-validation, unless calibration or reject need it. Columns are standardised once, over
-    all rows. Raises `HeadError`.
+    X: float `[N, D]`; a memory map, or anything else with row slices, is read in blocks and never held.
+    y: `int [N]`, or 0/1 `[N, C]` for several labels per image (one sigmoid each, one strength for all).
+    strengths: scikit-learn's C, the inverse of the regularisation. The one with the least log-loss over
+    `folds` stratified folds of these rows is taken; equal `groups` (`int [N]`) share a fold, `scored`
+    (`bool [N]`) names the rows whose held-out loss counts (of augmented views: the centre ones). With one
+    strength there is no cross-validation, unless calibration or a threshold needs it. Columns are
+    standardised once, over all rows, labels unseen.
+    class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
+    threshold, reject: see `_training.finish`. solver: `featx`, or `scikit-learn`, which fits the chosen
+    strength with its lbfgs; it is also the fall-back where featx's does not converge, and a note says so.
+    device: unused; a pass is short of a GPU's start-up time at sizes that fit in memory here.
+    Raises `HeadError`.
     """
     started = time.perf_counter()
-    task = _training.check(X, y, class_names)
+    if solver not in ("featx", "scikit-learn"):
+        raise HeadError(f"solver is featx or scikit-learn, not {solver!r}")
     grid = np.unique(np.asarray(strengths, np.float64))
-    if not len(grid) or grid[0] <= 0 or not np.isfinite(grid).all():
+    if not len(grid) or not grid[0] > 0 or not np.isfinite(grid).all():
         raise HeadError(f"strengths are positive numbers (scikit-learn's C), not {list(strengths)}")
-    weights = _training.class_weights(task, class_weight)
-    fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-    held = np.flatnonzero(fold >= 0)
-    Z = task.standard()
-    info: dict[str, Any] = {"notes": [*task.notes, *notes]}
-    chosen, held_out = float(grid[0]), None
-    if not len(held) and len(grid) > 1:
-        chosen = UNMEASURED
-        info["notes"].append(f"strength {chosen} was taken without measuring")
-    elif len(held) and (len(grid) > 1 or calibrate or reject is not None or threshold is not None):
-        logits, losses = _cross_validate(task, Z, grid, fold, weights)
-        best = int(np.argmin(losses))
-        chosen, held_out = float(grid[best]), logits[best]
-        info["cross_validation"] = {
-            "strengths": grid.tolist(),
-            "log_loss": losses.tolist(),
-            "folds": int(fold.max()) + 1,
-        }
-        if len(grid) > 1 and best in (0, len(grid) - 1):
-            info["notes"].append(f"the best strength, {chosen:g}, is at the end of the grid")
-    weight, bias, converged = _sklearn(task, Z, np.arange(len(Z)), chosen, weights)
-    if not converged:
-        info["notes"].append("scikit-learn's lbfgs did not converge")
-    head = task.head(weight, bias)
-    head = _training.finish(head, task, info, held_out, held, calibrate=calibrate, threshold=threshold, reject=reject)
-    info |= {"strength": chosen, "converged": converged, "seconds": time.perf_counter() - started}
+    with single_thread():  # passes over many rows bring their own threads
+        task = _training.check(X, y, class_names)
+        weights = _training.class_weights(task, class_weight)
+        fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
+        counted = fold >= 0 if scored is None else (fold >= 0) & scored
+        info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+        design = Design(task, fold, weights, scored=scored)
+        chosen, held_out, start = float(grid[0]), None, None
+        if not counted.any():
+            if len(grid) > 1:
+                chosen = UNMEASURED
+                info["notes"].append(f"strength {chosen} was taken without measuring")
+        elif len(grid) > 1 or calibrate or reject is not None or threshold is not None:
+            path = Path(design, grid, np.arange(fold.max() + 1))
+            best = path.search()
+            chosen, start = float(grid[best]), path.solved[best].A.mean(axis=1, keepdims=True)
+            held_out = _held_out(design, path.solved[best], fold, counted)
+            info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
+            if len(grid) > 1 and best in (0, len(grid) - 1):
+                info["notes"].append(f"the best strength, {chosen:g}, is at the end of the grid")
+            loose = [i for i, found in path.solved.items() if not found.converged.all()]
+            if loose:
+                listed = ", ".join(f"{grid[i]:.3g}" for i in sorted(loose))
+                info["notes"].append(f"not converged in cross-validation at strengths {listed}")
+        if start is None:
+            start = np.zeros((design.columns, 1, design.size))
+        weight, bias = _last(task, design, chosen, weights, start, solver, info)
+        head = task.head(weight, bias)
+        head = _training.finish(
+            head,
+            task,
+            info,
+            held_out,
+            np.flatnonzero(counted),
+            calibrate=calibrate,
+            threshold=threshold,
+            reject=reject,
+        )
+    info |= {"strength": chosen, "seconds": time.perf_counter() - started}
     return Fitted(head, info)
 
 
-def _cross_validate(
-    task: Task, Z: np.ndarray, grid: np.ndarray, fold: np.ndarray, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out logits `[S, M, C]` and mean log-losses `[S]`."""
-    from featx import metrics
-
-    held = np.flatnonzero(fold >= 0)
-    logits = np.zeros((len(grid), len(Z), len(task.class_names)))
+def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Logits `[M, C]` of the counted rows, each by the fold that had not seen it."""
+    place = np.cumsum(counted) - 1
+    parts = []
     for k in range(fold.max() + 1):
-        train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        for s, strength in enumerate(grid):
-            weight, bias, _ = _sklearn(task, Z, train, strength, weights)
-            logits[s, test] = Z[test] @ weight.T + bias
-    each = metrics.binary_losses if task.several else metrics.losses
-    return logits[:, held], np.array([each(part[held], task.y[held]).mean() for part in logits])
+        rows = np.flatnonzero(counted & (fold == k))
+        parts.append((place[rows], design.logits(found.A[:, k], rows)))
+    out = np.empty((int(counted.sum()), parts[0][1].shape[1]), np.float32)
+    for rows, logits in parts:
+        out[rows] = logits
+    return out
 
 
-def _sklearn(
-    task: Task, Z: np.ndarray, rows: np.ndarray, strength: float, weights: np.ndarray | None
+def _measured(
+    path: Path,
+    counted: np.ndarray,
+    weights: np.ndarray | None,
+    held_out: np.ndarray,
+    task: Task,
+    fold: np.ndarray,
+) -> dict[str, Any]:
+    total = float(counted.sum() if weights is None else weights[counted].sum())
+    solved = sorted(path.solved)
+    y = task.y[counted]
+    right = ((held_out >= 0) == (y > 0)).all(axis=1) if task.several else held_out.argmax(axis=1) == y
+    return {
+        "folds": int(fold.max()) + 1,
+        "strengths": [float(path.strengths[i]) for i in solved],
+        "log_loss": [path.held(i) / total for i in solved],
+        "best_log_loss": path.held(path.best) / total,
+        "accuracy": float(right.mean()),
+        "passes": path.passes,
+    }
+
+
+def _last(
+    task: Task,
+    design: Design,
+    strength: float,
+    weights: np.ndarray | None,
+    start: np.ndarray,
+    solver: str,
+    info: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The optimum over all rows as `[C, D]` and `[C]`, in double precision, and in `info` how near it is."""
+    if solver == "featx":
+        # single precision goes most of the way at half the cost
+        near = minimise(design, np.array([strength]), np.array([-1]), start.astype(np.float32), tolerance=1e-5)
+        found = minimise(design, np.array([strength]), np.array([-1]), near.A.astype(np.float64), tolerance=ASKED)
+        gap = float(found.gap[0])
+        info |= {
+            "solver": "featx",
+            "converged": gap <= GAP,
+            "relative_gap": gap,
+            "gap_bound": float(found.bound[0]),
+            "passes": near.passes + found.passes,
+        }
+        if gap <= GAP or design.streamed:
+            if gap > GAP:
+                info["notes"].append(f"the solver stopped at a relative gap of {gap:.1e}: not converged")
+            return design.features_space(found.A[:, 0])
+        info["notes"].append(f"featx's solver stopped at a relative gap of {gap:.1e}; scikit-learn's was used")
+    weight, bias, converged = reference(task, strength, weights)
+    info |= {"solver": "scikit-learn", "converged": converged}
+    if not converged:
+        info["notes"].append("scikit-learn's lbfgs did not converge")
+    return weight, bias
+
+
+def reference(
+    task: Task, strength: float, weights: np.ndarray | None = None, *, tol: float = 1e-6
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """scikit-learn's optimum as `[C, D]`, `[C]`, and whether it converged; a binary one gets two rows."""
     import warnings
@@ -101,22 +180,21 @@ def _sklearn(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    Z = task.standard().astype(np.float64)
     classes = len(task.class_names)
-    targets = [task.y[rows, c] for c in range(classes)] if task.several else [task.y[rows]]
     weight, bias = np.zeros((classes, Z.shape[1])), np.zeros(classes)
-    sample_weight = None if weights is None else weights[rows]
     converged = True
-    for c, target in enumerate(targets):
-        model = LogisticRegression(C=strength, max_iter=5000, tol=1e-5)
+    for c, target in enumerate(task.y.T if task.several else [task.y]):
+        model = LogisticRegression(C=strength, max_iter=5000, tol=tol)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            model.fit(np.asarray(Z[rows], np.float64), target, sample_weight)
+            model.fit(Z, target, weights)
         converged &= not any(issubclass(w.category, ConvergenceWarning) for w in caught)
         if task.several:
             weight[c], bias[c] = model.coef_[0], model.intercept_[0]
-        elif len(model.classes_) == 2 == classes:
+        elif classes == 2:
             # softmax of (-z/2, z/2) is the sigmoid of z
             weight[:], bias[:] = np.outer([-0.5, 0.5], model.coef_[0]), [-0.5, 0.5] * model.intercept_
         else:
-            weight[model.classes_], bias[model.classes_] = model.coef_, model.intercept_
+            weight[:], bias[:] = model.coef_, model.intercept_
     return weight, bias, converged

@@ -1,0 +1,287 @@
+"""The solver against scikit-learn: the same objective, the same optimum, whatever way the data comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from featx.errors import HeadError
+from featx.heads import _design, _solver, _training, logreg
+
+
+def clouds(
+    rows: int, size: int, classes: int, apart: float = 0.35, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Overlapping classes in correlated columns of unlike scale and offset, as features are."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    scale = np.arange(1, size + 1) ** -0.5
+    y = rng.integers(0, classes, rows)
+    y[:classes] = np.arange(classes)
+    means = rng.normal(size=(classes, size)) * scale * apart
+    X = (rng.normal(size=(rows, size)) * scale + means[y]) @ turn
+    X = X * rng.uniform(0.1, 10, size) + rng.normal(size=size) * 5
+    return X.astype(np.float32), y, [f"c{i}" for i in range(classes)]
+
+
+def objective(Z: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray, strength: float) -> float:
+    """scikit-learn's, in float64; a binary head's two rows stand for one row of their difference."""
+    logits = Z @ weight.T + bias
+    loss = (logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]).sum()
+    penalised = weight[1:] - weight[:1] if len(weight) == 2 else weight
+    return float(loss + (penalised**2).sum() / (2 * strength))
+
+
+def scikit(Z: np.ndarray, y: np.ndarray, strength: float, **fit: object) -> tuple[np.ndarray, np.ndarray]:
+    model = LogisticRegression(C=strength, tol=1e-7, max_iter=10_000).fit(Z, y, **fit)
+    if len(model.classes_) > 2:
+        return model.coef_, model.intercept_
+    return np.concatenate([0 * model.coef_, model.coef_]), np.array([0.0, model.intercept_[0]])
+
+
+@pytest.mark.parametrize(("rows", "size", "classes"), [(900, 40, 2), (900, 40, 5), (60, 100, 2), (90, 150, 4)])
+@pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
+def test_the_optimum_is_scikit_learns(rows: int, size: int, classes: int, strength: float) -> None:
+    X, y, names = clouds(rows, size, classes)
+    fitted = logreg.fit(X, y, names, strengths=[strength])
+    assert fitted.info["solver"] == "featx" and fitted.info["converged"]
+    scaler = StandardScaler().fit(X.astype(np.float64))
+    Z = scaler.transform(X.astype(np.float64))
+    weight = fitted.head.weight.astype(np.float64)
+    ours = objective(Z, y, weight * scaler.scale_, fitted.head.bias + weight @ scaler.mean_, strength)
+    theirs = objective(Z, y, *scikit(Z, y, strength), strength)
+    assert abs(ours - theirs) <= 1e-4 * theirs
+    peer = LogisticRegression(C=strength, tol=1e-7, max_iter=10_000).fit(Z, y)
+    p = fitted.head.probabilities(fitted.head(X))
+    assert p == pytest.approx(peer.predict_proba(Z), abs=2e-3)
+    assert p.std() > 1e-3
+
+
+@pytest.mark.parametrize(("size", "classes"), [(30, 2), (30, 6)])
+def test_every_strength_of_a_path_is_within_1e_4_of_its_optimum(size: int, classes: int) -> None:
+    X, y, names = clouds(1200, size, classes)
+    task = _training.check(X, y, names)
+    grid = np.logspace(-6, 5, 45)
+    path = _solver.Path(_design.Design(task, np.full(len(y), -1)), grid, np.array([-1]))
+    path.whole()
+    assert sorted(path.solved) == list(range(45))
+    Z = task.standard().astype(np.float64)
+    for i in range(0, 45, 4):
+        assert path.solved[i].converged.all()
+        ours = objective(Z, y, *path.design.features_space(path.solved[i].A[:, 0]), grid[i])
+        theirs = objective(Z, y, *scikit(Z, y, grid[i]), grid[i])
+        assert ours <= theirs * (1 + 1e-4), f"strength {grid[i]:g}"
+        assert path.solved[i].loss[0] == pytest.approx(ours, rel=1e-5)
+
+
+def test_cross_validated_losses_are_those_of_separate_fits() -> None:
+    X, y, names = clouds(400, 20, 3)
+    task = _training.check(X, y, names)
+    fold, _ = _training.folds(y, 4)
+    grid = np.array([1e-3, 1e-1])
+    path = _solver.Path(_design.Design(task, fold), grid, np.arange(4))
+    path.whole()
+    Z = task.standard().astype(np.float64)
+    for i, strength in enumerate(grid):
+        total = 0.0
+        for k in range(4):
+            weight, bias = scikit(Z[fold != k], y[fold != k], strength)
+            logits = Z[fold == k] @ weight.T + bias
+            total += (logsumexp(logits, axis=1) - logits[np.arange(len(logits)), y[fold == k]]).sum()
+        assert path.held(i) == pytest.approx(total, rel=1e-3)
+
+
+def test_the_search_finds_the_paths_least_loss() -> None:
+    X, y, names = clouds(300, 30, 3)
+    task = _training.check(X, y, names)
+    fold, _ = _training.folds(y, 5)
+    grid = np.logspace(-6, 5, 45)
+    whole = _solver.Path(_design.Design(task, fold), grid, np.arange(5))
+    whole.whole()
+    quick = _solver.Path(_design.Design(task, fold), grid, np.arange(5))
+    found = quick.search()
+    assert found == whole.best and 0 < found < 44
+    assert len(quick.solved) <= 14
+
+
+def test_class_weights_are_scikit_learns() -> None:
+    X, y, names = clouds(600, 20, 3)
+    keep = (y > 0) | (np.arange(600) % 7 == 0)
+    X, y = X[keep], y[keep]
+    Z = StandardScaler().fit_transform(X.astype(np.float64))
+    peer = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-8, max_iter=5000).fit(Z, y)
+    head = logreg.fit(X, y, names, strengths=[0.1], class_weight="balanced").head
+    assert head.probabilities(head(X)) == pytest.approx(peer.predict_proba(Z), abs=2e-3)
+    plain = logreg.fit(X, y, names, strengths=[0.1]).head
+    assert np.abs(plain.probabilities(plain(X)) - peer.predict_proba(Z)).max() > 0.05
+
+
+def test_several_labels_per_image_are_as_many_binary_fits() -> None:
+    X, y, _ = clouds(500, 15, 4)
+    targets = np.stack([y % 2, y > 1, np.arange(500) % 9 == 0], axis=1).astype(np.int64)
+    fitted = logreg.fit(X, targets, ["odd", "high", "rare"], strengths=[0.05])
+    assert fitted.head.activation == "sigmoid"
+    p = fitted.head.probabilities(fitted.head(X))
+    Z = StandardScaler().fit_transform(X.astype(np.float64))
+    for c in range(3):
+        peer = LogisticRegression(C=0.05, tol=1e-8).fit(Z, targets[:, c])
+        assert p[:, c] == pytest.approx(peer.predict_proba(Z)[:, 1], abs=2e-3)
+    searched = logreg.fit(X, targets, ["odd", "high", "rare"])
+    assert searched.info["converged"] and len(searched.info["cross_validation"]["log_loss"]) > 3
+
+
+def test_rows_read_in_blocks_give_the_same_head(tmp_path: Path) -> None:
+    X, y, names = clouds(3000, 24, 3)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    held, streamed = (logreg.fit(x, y, names).head for x in (X, mapped))
+    assert streamed.probabilities(streamed(X)) == pytest.approx(held.probabilities(held(X)), abs=2e-3)
+
+
+class Slices:
+    """Features that can only be sliced, and remember the largest slice."""
+
+    def __init__(self, X: np.ndarray) -> None:
+        self.X, self.shape, self.most = X, X.shape, 0
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        part = self.X[rows]
+        self.most = max(self.most, len(part))
+        return part
+
+
+def test_a_stream_is_never_read_whole() -> None:
+    X, y, names = clouds(20_000, 64, 8)
+    stream = Slices(X)
+    fitted = logreg.fit(stream, y, names, strengths=[1e-3], folds=2)
+    assert 0 < stream.most <= 70_000_000 / 4 / 64 and fitted.info["converged"]
+    big = Slices(np.broadcast_to(X[:1000], (1000, 64)))
+    assert max(len(p) for _, p in _training.blocks(big, columns=100_000)) <= 64
+    held = logreg.fit(X, y, names, strengths=[1e-3]).head
+    assert (fitted.head(X).argmax(axis=1) == held(X).argmax(axis=1)).mean() > 0.999
+
+
+def test_threads_and_blocks_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, names = clouds(2000, 32, 4)
+    task = _training.check(X, y, names)
+    design = _design.Design(task, np.arange(2000) % 3)
+    A = np.random.default_rng(0).normal(size=(4, 3, design.size)) * 0.1
+    plain = design.visit(A, np.array([0, 1, -1]))
+    monkeypatch.setattr(_design, "THREADED", 0)
+    monkeypatch.setattr(_design, "SCRATCH", 1 << 10)
+    split = design.visit(A, np.array([0, 1, -1]))
+    assert split.loss == pytest.approx(plain.loss, rel=1e-12)
+    assert split.gradient == pytest.approx(plain.gradient, rel=1e-9, abs=1e-9)
+    assert split.held == pytest.approx(plain.held, rel=1e-12) and plain.held[2] == 0 < plain.held[0]
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_pass_has_the_gradient_of_its_loss(classes: int) -> None:
+    X, y, names = clouds(200, 12, classes)
+    design = _design.Design(_training.check(X, y, names), np.full(200, -1))
+    rng = np.random.default_rng(0)
+    A, along = (rng.normal(size=(design.columns, 1, design.size)) * 0.3 for _ in range(2))
+    up, down = (design.visit(A + step * along, np.array([-1])).loss[0] for step in (1e-5, -1e-5))
+    slope = (design.visit(A, np.array([-1])).gradient * along).sum()
+    assert (up - down) / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_head() -> None:
+    X, y, names = clouds(300, 40, 3)
+    first, second = (logreg.fit(X, y, names, seed=3) for _ in range(2))
+    assert (first.head.weight == second.head.weight).all() and (first.head.bias == second.head.bias).all()
+
+
+def test_scikit_learn_is_the_fall_back_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, names = clouds(200, 20, 3)
+    stuck = _solver.minimise
+
+    def short(*args: object, **settings: object) -> _solver.Solution:
+        return stuck(*args, **{**settings, "most": 2})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(logreg, "minimise", short)
+    fitted = logreg.fit(X, y, names, strengths=[1.0])
+    assert fitted.info["solver"] == "scikit-learn" and fitted.info["converged"]
+    assert any("scikit-learn's was used" in note for note in fitted.info["notes"])
+    peer = logreg.fit(X, y, names, strengths=[1.0], solver="scikit-learn").head
+    assert (fitted.head.weight == peer.weight).all()
+
+
+def test_calibration_lowers_the_held_out_loss_and_folds_into_the_head() -> None:
+    X, y, names = clouds(120, 60, 3)
+    plain = logreg.fit(X, y, names, strengths=[100.0])
+    fitted = logreg.fit(X, y, names, strengths=[100.0], calibrate=True)
+    figures = fitted.info["calibration"]
+    assert figures["temperature"] > 1 and figures["ece_after"] < figures["ece_before"]
+    assert fitted.head.weight * figures["temperature"] == pytest.approx(plain.head.weight, abs=5e-3)
+    assert np.abs(plain.head.weight).max() > 0.5
+    assert (fitted.head(X).argmax(axis=1) == plain.head(X).argmax(axis=1)).mean() > 0.99
+
+
+def test_a_threshold_that_reaches_an_accuracy_says_what_it_answers() -> None:
+    X, y, names = clouds(500, 20, 3)
+    fitted = logreg.fit(X, y, names, reject=0.95)
+    figures = fitted.info["rejection"]
+    assert figures["accuracy"] >= 0.95 > figures["accuracy_without"]
+    assert 0.1 < figures["coverage"] < 1 and fitted.head.threshold == figures["threshold"]
+    given = logreg.fit(X, y, names, threshold=0.6)
+    assert given.head.threshold == 0.6 and given.info["rejection"]["coverage"] > figures["coverage"]
+    with pytest.raises(HeadError, match="no threshold reaches"):
+        logreg.fit(*clouds(60, 5, 3, apart=0.0), reject=0.999)
+
+
+def photo_features(photos: Path, weights: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """SqueezeNet's pooled features of the ants and bees, straight from torchvision."""
+    import torch
+    import torchvision
+
+    from featx.preprocess import Preprocess
+
+    network = torchvision.models.squeezenet1_1()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval().to(memory_format=torch.channels_last)
+    pre = Preprocess()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (pre.mean, pre.std))
+    for split in ("train", "val"):
+        files = sorted(p for p in (photos / split).glob("*/*") if p.suffix != ".gif")
+        pixels = torch.from_numpy(np.stack([pre(p.read_bytes()) for p in files]))
+        with torch.inference_mode():
+            parts = [network.features((b / 255 - mean) / std).mean((2, 3)) for b in pixels.split(32)]
+        yield torch.cat(parts).numpy(), np.array([p.parent.name == "bees" for p in files]).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def real(photos: Path, squeezenet_weights: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(photo_features(photos, squeezenet_weights))
+
+
+def test_real_photographs_are_told_apart(real: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    from featx.heads import linear
+
+    (X, y), (X_val, y_val) = real
+    assert len(X) == 244 and len(X_val) == 153
+    fitted = logreg.fit(X, y, ["ants", "bees"])
+    accuracy = (fitted.head(X_val).argmax(axis=1) == y_val).mean()
+    assert accuracy >= 0.90
+    sgd = linear.fit(X, y, ["ants", "bees"])
+    assert abs((sgd.head(X_val).argmax(axis=1) == y_val).mean() - accuracy) <= 0.02
+
+
+def test_a_cross_validated_fit_of_244_photographs_takes_under_50_ms_of_a_core(
+    real: list[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    import time
+
+    X, y = real[0]
+    spent = []
+    for _ in range(5):
+        started = time.process_time()
+        logreg.fit(X, y, ["ants", "bees"])
+        spent.append(time.process_time() - started)
+    assert min(spent) < 0.05
