@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
@@ -75,6 +76,8 @@ def targets(labels: list[str]) -> tuple[np.ndarray, list[str]]:
     """Labels such as `cat|indoor` -> 0/1 `int64 [N, C]` and the sorted class names of its columns."""
     sets = [set(label.split("|")) - {""} for label in labels]
     class_names = sorted(set().union(*sets))
+    if not class_names:
+        raise SourceError("no image has a class: every label is empty")
     number = {name: i for i, name in enumerate(class_names)}
     y = np.zeros((len(labels), len(class_names)), dtype=np.int64)
     for row, names in enumerate(sets):
@@ -146,6 +149,8 @@ def sync(
         batch: list[tuple[int, bytes, np.ndarray]] = []
         running: deque[Running] = deque()
         with ExitStack() as stack:  # left in reverse: threads end, rows are committed, keys remembered
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd EXIF, once an image
             if source.stats is not None:
                 stack.callback(memo.record, source.ids, source.stats, keys, known)
             for store in stores:

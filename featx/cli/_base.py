@@ -66,8 +66,8 @@ def cli() -> None:
 
 
 def printable(text: str) -> str:
-    """Text that any terminal takes: undecodable bytes in a file's name are shown as `\\xNN`."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Text that any UTF-8 terminal takes: undecodable bytes of a file's name as `\\udcNN`."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def emit(values: Any) -> None:
