@@ -78,6 +78,9 @@ class ColourEngine:
         rows = self(images)
         return lambda: rows
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:

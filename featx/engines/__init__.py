@@ -33,11 +33,15 @@ class Engine(Protocol):
         ...
 
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """Start on a batch; what is returned waits for its rows. `images` may be reused after this returns.
+        """Start on a batch; what is returned waits for its rows, and `images` must stay as it is until then.
 
-        A CPU engine is done when this returns. The CUDA engine keeps two batches in flight: call `submit`
-        for the next batch before asking for the rows of the last.
+        Call `submit` for the next batch before asking for the rows of the last: onnxruntime's threads and
+        the GPU then never run dry. torch on the CPU is done when this returns.
         """
+        ...
+
+    def close(self) -> None:
+        """Drop what has not begun, and end the engine's threads."""
         ...
 
 
@@ -88,7 +92,7 @@ def open_engine(
 
         opened = CpuEngine(_loaded(request, info), precision, batch_size or CPU_BATCH, threads)
     else:
-        opened = _onnx_or_torch(request, info, cache, batch_size or CPU_BATCH, threads)
+        opened = _onnx_or_torch(request, info, cache, batch_size, threads)
     if engine is not None and opened.name != engine:
         warnings.warn(
             f"{engine} cannot run here; {opened.name} does, whose rows differ by up to "
@@ -117,7 +121,7 @@ def available_threads() -> int:
 
 
 def _onnx_or_torch(
-    request: BackboneRequest, info: BackboneInfo, cache: Path, batch_size: int, threads: int | None
+    request: BackboneRequest, info: BackboneInfo, cache: Path, batch_size: int | None, threads: int | None
 ) -> Engine:
     from featx.engines.onnx import OnnxEngine
     from featx.errors import ExportError
@@ -128,7 +132,7 @@ def _onnx_or_torch(
         warnings.warn(f"{error}; torch runs it instead, slower", RuntimeWarning, stacklevel=3)
     from featx.engines.torch import CpuEngine
 
-    return CpuEngine(_loaded(request, info), "fp32", batch_size, threads)
+    return CpuEngine(_loaded(request, info), "fp32", batch_size or CPU_BATCH, threads)
 
 
 def _loaded(request: BackboneRequest, info: BackboneInfo):  # type: ignore[no-untyped-def]

@@ -51,6 +51,9 @@ class CpuEngine:
         rows = self(images)
         return lambda: rows
 
+    def close(self) -> None:
+        """Nothing is queued."""
+
 
 class CudaEngine:
     """torch on one CUDA device: 16-bit weights where asked, batch norm folded, one CUDA graph at a fixed batch.
@@ -98,6 +101,9 @@ class CudaEngine:
             slot.done.record(self.computing)
         slot.pending = _Pending(slot, len(images))
         return slot.pending
+
+    def close(self) -> None:
+        """What is queued ends by itself."""
 
     def _captured(self, size: int) -> bool:
         """Make the graph for `size` images; False where the GPU's memory does not hold it."""
@@ -176,6 +182,8 @@ def prepared(module: Trunk, dtype: torch.dtype, device: torch.device) -> Trunk:
 
 def folded(network: nn.Module) -> nn.Module:
     """The network with batch norm folded into its convolutions, in fp32; itself where fx cannot trace it."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return network
     from torch.fx.experimental.optimization import fuse
 
     try:
