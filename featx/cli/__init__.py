@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from featx.cli._base import cli
 from featx.cli.caching import backbones, cache, completion
-from featx.cli.shipping import export, predict
+from featx.cli.shipping import export, inspect, predict
 from featx.cli.training import evaluate, extract, fit
 
-for command in (extract, fit, evaluate, export, predict, backbones, cache, completion):
+for command in (extract, fit, evaluate, export, predict, inspect, backbones, cache, completion):
     cli.add_command(command)
 
 

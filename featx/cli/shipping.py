@@ -107,3 +107,18 @@ def predict(
     for line in lines:
         click.echo(printable(line))
     return SKIPPED if failed else DONE
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@json_option
+def inspect(file: str, as_json: bool) -> int:
+    """Show what an ONNX FILE is: classes, input contract, metrics, parts; any other file's inputs and outputs."""
+    from featx import inspection
+
+    values = inspection.inspect(file)
+    if as_json:
+        emit(values)
+    else:
+        click.echo(printable(inspection.text(values)))
+    return DONE
