@@ -94,7 +94,7 @@ class Design:
             gram += part.T @ part
 
         step = max(64, 4 * SCRATCH // width)
-        parts = _spread(work, self.count, step, lambda: np.zeros((width, width)), self.count * width**2)
+        parts = spread(work, self.count, step, lambda: np.zeros((width, width)), self.count * width**2)
         return np.sum(parts, axis=0)
 
     @property
@@ -106,11 +106,24 @@ class Design:
         inside = [self.weights[(self.fold != m) | (self.fold < 0)].sum() for m in member]
         return np.array(inside) * (self.columns * np.log(2) if self.several else np.log(self.columns))
 
-    def features_space(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates `[K, rank + 1]` of one problem -> weight `float64 [C, D]` and bias `[C]` of its head."""
+    def rotated(self, rows: slice | np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+        """Rows in the eigenbasis, without the bias, `[B, rank]`."""
+        if isinstance(rows, np.ndarray) and not isinstance(self.rows, np.ndarray):
+            part = np.concatenate([self.rows[i : i + 1] for i in rows.tolist()])
+        else:
+            part = self.rows[rows]  # type: ignore[index]
+        part = np.asarray(part, dtype)[:, :-1]
+        return part if self.rotation is None else part @ self.rotation.astype(dtype, copy=False)
+
+    def affine(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates `[C, rank + 1]` -> weight `float64 [C, D]` and bias `[C]` for standardised features."""
         back = self.rotation if self.rotation is not None else self.dual
         assert back is not None
-        weight, bias = A[:, :-1].astype(np.float64) @ back.T, A[:, -1].astype(np.float64)
+        return A[:, :-1].astype(np.float64) @ back.T, A[:, -1].astype(np.float64)
+
+    def features_space(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates `[K, rank + 1]` of one problem -> weight `float64 [C, D]` and bias `[C]` of its head."""
+        weight, bias = self.affine(A)
         if self.several and self.columns == 1:  # softmax of (-z/2, z/2) is the sigmoid of z
             return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
         return weight, bias
@@ -151,16 +164,18 @@ class Design:
         K, P, _ = A.shape
         W = np.ascontiguousarray(self._for_rows(A).reshape(K * P, -1))
         width = self.rows.shape[1]
-        parts = _spread(
+        parts = spread(
             lambda rows, sums: self._block(rows, W, member, sums),
             self.count,
             max(64, SCRATCH // (K * P)),
             lambda: _Sums.empty(K, P, width, A.dtype),
             self.count * width * K * P,
         )
-        loss, held, gradient, spread = (sum(getattr(p, name) for p in parts) for name in _Sums.__slots__)
-        G = self._from_rows(gradient.reshape(K, P, width))
-        return Visit(loss, G, spread / self.count, held)
+        total = parts[0]
+        for part in parts[1:]:
+            total.add(part)
+        G = self._from_rows(total.gradient.reshape(K, P, width))
+        return Visit(total.loss, G, total.curvature / self.count, total.held)
 
     def _block(self, rows: slice, W: np.ndarray, member: np.ndarray, sums: _Sums) -> None:
         Z = np.asarray(self.rows[rows], W.dtype)
@@ -190,7 +205,7 @@ class Design:
         total = L.sum(axis=0)
         loss = np.log(total) - own
         L *= 1 / total
-        sums.spread += L.sum(axis=2) - np.einsum("kpb,kpb->kp", L, L)
+        sums.curvature += L.sum(axis=2) - np.einsum("kpb,kpb->kp", L, L)
         for k, place in zip(classes, places, strict=True):
             L[k][:, place] -= 1
         return loss
@@ -202,7 +217,7 @@ class Design:
         small = np.exp(-np.abs(L))
         loss = (np.log1p(small) + np.maximum(signed, 0)).sum(axis=0)
         np.divide(np.where(L >= 0, 1, small).astype(L.dtype), 1 + small, out=L)
-        sums.spread += L.sum(axis=2) - np.einsum("kpb,kpb->kp", L, L)
+        sums.curvature += L.sum(axis=2) - np.einsum("kpb,kpb->kp", L, L)
         L -= target
         return loss
 
@@ -214,7 +229,7 @@ def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
     return threadpool_limits(1, "blas") if wanted else nullcontext()
 
 
-def _spread(work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float) -> list[T]:
+def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float) -> list[T]:
     """Run `work` on every block of `step` of `count` rows, in one thread or as many as there are cores;
     returns what each thread has gathered.
     """
@@ -237,7 +252,11 @@ class _Sums:
     loss: np.ndarray
     held: np.ndarray
     gradient: np.ndarray
-    spread: np.ndarray
+    curvature: np.ndarray
+
+    def add(self, other: _Sums) -> None:
+        for name in self.__slots__:
+            getattr(self, name).__iadd__(getattr(other, name))
 
     @classmethod
     def empty(cls, K: int, P: int, width: int, dtype: Any) -> _Sums:
@@ -252,7 +271,7 @@ class Visit:
     """`float64 [P]`, summed over training rows."""
     gradient: np.ndarray
     """`[K, P, rank + 1]`."""
-    spread: np.ndarray
+    curvature: np.ndarray
     """`float64 [K, P]`: the mean of `p (1 - p)`."""
     held: np.ndarray
     """`float64 [P]`: the loss summed over held-out rows, weighted as in training."""

@@ -98,11 +98,11 @@ def _minimise(
         pulled = A * penalty * inverse
         f = seen.loss + 0.5 * np.einsum("kpd,kpd->p", A, pulled, dtype=np.float64)
         # the metric: exact for a ridge, near enough elsewhere
-        metric = np.maximum(seen.spread, 1e-7)[:, :, None] * eigenvalues
+        metric = np.maximum(seen.curvature, 1e-7)[:, :, None] * eigenvalues
         metric += penalty * inverse + 1e-12
         # The metric takes the curvature as even over rows. The surer the answers, the less it is, and the
         # more a decrement measured with it falls short.
-        short = np.clip(even / np.maximum(seen.spread.mean(axis=0), 1e-9), 1, 1e3)
+        short = np.clip(even / np.maximum(seen.curvature.mean(axis=0), 1e-9), 1, 1e3)
         return f, seen.gradient + pulled, (1 / metric).astype(dtype), seen.held, short
 
     f, g, H, held, short = visit(A)

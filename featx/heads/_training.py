@@ -223,6 +223,7 @@ def finish(
     held_out: np.ndarray | None,
     rows: np.ndarray,
     *,
+    measured_on: str = "held-out folds of the training images",
     calibrate: bool,
     threshold: float | None,
     reject: float | None,
@@ -251,7 +252,7 @@ def finish(
             "temperature": temperature,
             "ece_before": _ece(head, held_out, y),
             "ece_after": _ece(head, held_out / temperature, y),
-            "measured_on": "held-out folds of the training images",
+            "measured_on": measured_on,
         }
     if not task.several and (threshold is not None or reject is not None):
         probabilities = head.probabilities(held_out / temperature)
@@ -264,7 +265,7 @@ def finish(
             "coverage": float(answered.mean()),
             "accuracy": float(right[answered].mean()) if answered.any() else 0.0,
             "accuracy_without": float(right.mean()),
-            "measured_on": "held-out folds of the training images",
+            "measured_on": measured_on,
         }
     return _with(head, temperature, threshold)
 
@@ -285,13 +286,13 @@ def _ece(head: Head, logits: np.ndarray, y: np.ndarray) -> float:
 
 
 def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
-    """The temperature in [1/20, 20] with the least log-loss, by golden-section search over its logarithm."""
+    """The temperature in [1/1000, 1000] with the least log-loss, by golden-section search over its logarithm."""
     each = metrics.binary_losses if y.ndim == 2 else metrics.losses
 
     def loss(t: float) -> float:
         return float(each(logits / np.exp(t), y).mean())
 
-    low, high, ratio = -np.log(20.0), np.log(20.0), (5**0.5 - 1) / 2
+    low, high, ratio = -np.log(1000.0), np.log(1000.0), (5**0.5 - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     fa, fb = loss(a), loss(b)
     while high - low > 1e-4:

@@ -1,0 +1,93 @@
+"""Owns the nearest class mean, for few images per class: nothing to choose, nothing to overfit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from featx.heads import Fitted, _training
+from featx.heads._training import Rows, Task
+
+
+def fit(
+    X: Rows,
+    y: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    folds: int = 5,
+    threshold: float | None = None,
+    reject: float | None = None,
+) -> Fitted:
+    """`logit_c = -|x - mean_c|^2 / (2 t)` on standardised columns, which is affine up to a common term.
+
+    X: float `[N, D]`, read in blocks; y: `int [N]`, or 0/1 `[N, C]` for several labels per image, where
+    each label is told from its absence. Answers do not depend on t; probabilities do: it is the one with the
+    least log-loss over held-out folds (equal `groups` share a fold), or, without folds, sqrt(D).
+    threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
+    """
+    started = time.perf_counter()
+    task = _training.check(X, y, class_names)
+    fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
+    held = np.flatnonzero(fold >= 0)
+    info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+    sums, counts = _class_sums(task, fold)
+    weight, bias = _affine(sums.sum(axis=0), counts.sum(axis=0), task.several)
+    if not len(held):
+        info["notes"].append("probabilities are not calibrated: no image could be held out")
+    spread = float(np.sqrt(task.X.shape[1]))
+    head = task.head(weight / spread, bias / spread)
+    logits = np.empty((len(fold), len(task.class_names)), np.float32)
+    if len(held):
+        maps = [
+            _affine(sums.sum(axis=0) - sums[k], counts.sum(axis=0) - counts[k], task.several)
+            for k in range(fold.max() + 1)
+        ]
+        for rows, part in _training.blocks(task.X):
+            Z = task.standardise(part)
+            for k, (w, b) in enumerate(maps):
+                mine = fold[rows] == k
+                logits[rows][mine] = (Z[mine] @ w.T + b) / spread
+    head = _training.finish(
+        head,
+        task,
+        info,
+        logits[held] if len(held) else None,
+        held,
+        calibrate=bool(len(held)),
+        threshold=threshold,
+        reject=reject,
+    )
+    return Fitted(head, info | {"seconds": time.perf_counter() - started})
+
+
+def _class_sums(task: Task, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of standardised rows `[F + 1, C, D]` and counts `[F + 1, C]` by fold (the last: never held out).
+    With several labels per image, C are the labels and then their absences.
+    """
+    targets = task.one_hot()
+    targets = np.concatenate([targets, 1 - targets], axis=1) if task.several else targets
+    folds = int(fold.max()) + 2
+    sums = np.zeros((folds, targets.shape[1], task.X.shape[1]))
+    counts = np.zeros((folds, targets.shape[1]))
+    for rows, part in _training.blocks(task.X):
+        Z = task.standardise(part)
+        for k in range(folds):
+            t = targets[rows] * (fold[rows] == (k if k < folds - 1 else -1))[:, None]
+            sums[k] += t.T @ Z
+            counts[k] += t.sum(axis=0)
+    return sums, counts
+
+
+def _affine(sums: np.ndarray, counts: np.ndarray, several: bool) -> tuple[np.ndarray, np.ndarray]:
+    means = sums / np.maximum(counts, 1)[:, None]
+    weight, bias = means, -0.5 * (means**2).sum(axis=1)
+    if several:
+        (here, absent), (here_bias, absent_bias) = np.split(weight, 2), np.split(bias, 2)
+        return here - absent, here_bias - absent_bias
+    return weight, bias

@@ -1,0 +1,166 @@
+"""Owns ridge regression on class targets: every penalty's exact leave-one-out from one eigendecomposition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from featx.errors import HeadError
+from featx.heads import Fitted, _training
+from featx.heads._design import SCRATCH, Design, single_thread, spread
+from featx.heads._training import Rows
+
+# Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
+PENALTIES = tuple(float(p) for p in np.logspace(-6, 3, 37))
+# Numbers in X up to which everything is done in double precision.
+EXACT = 1 << 23
+
+
+def fit(
+    X: Rows,
+    y: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    penalties: Sequence[float] = PENALTIES,
+    threshold: float | None = None,
+    reject: float | None = None,
+) -> Fitted:
+    """Minimise `|T - Z W^T - b|^2 + N p |W|^2`, T being +1 for an image's class and -1 for others.
+
+    X: float `[N, D]`, standardised to Z, read in blocks; y: `int [N]`, or 0/1 `[N, C]` for several labels
+    per image. The penalty p with the least squared error of rows left out is taken. That error is exact and
+    takes no second fit: a left-out residual is `r / (1 - h)`, with h the row's own share of its fit (Allen's
+    PRESS, 1974), and rows of equal `groups` are left out together, `(I - H_GG)^-1 r_G`. The scores become
+    logits by the temperature with the least log-loss on left-out scores. threshold, reject: see
+    `_training.finish`. seed, device: unused. Raises `HeadError`.
+    """
+    started = time.perf_counter()
+    grid = np.unique(np.asarray(penalties, np.float64))
+    if not len(grid) or not grid[0] > 0 or not np.isfinite(grid).all():
+        raise HeadError(f"penalties are positive numbers, not {list(penalties)}")
+    with single_thread():
+        task = _training.check(X, y, class_names)
+        info: dict[str, Any] = {"notes": list(task.notes)}
+        design = Design(task, np.full(task.X.shape[0], -1))
+        targets = (2 * task.one_hot() - 1)[design.order]
+        together = None if groups is None else np.asarray(groups)[design.order]
+        errors, coefficients, centre = leave_out(design, targets, grid * design.count, together)
+        best = int(np.argmin(errors))
+        scores = _left_out_scores(design, targets, grid[best] * design.count, coefficients, centre, together)
+        A = np.concatenate([coefficients / (design.eigenvalues + grid[best] * design.count), centre[:, None]], 1)
+        weight, bias = design.affine(A)
+        place = np.empty(design.count, np.int64)
+        place[design.order] = np.arange(design.count)
+        head = _training.finish(
+            task.head(weight, bias),
+            task,
+            info,
+            scores[place],
+            np.arange(design.count),
+            measured_on="training rows, each left out once",
+            calibrate=True,
+            threshold=threshold,
+            reject=reject,
+        )
+    if len(grid) > 1 and best in (0, len(grid) - 1):
+        info["notes"].append(f"the best penalty, {grid[best]:g}, is at the end of the grid")
+    info["leave_one_out"] = {"penalties": grid.tolist(), "mean_squared_error": errors.tolist()}
+    info |= {"penalty": float(grid[best]), "seconds": time.perf_counter() - started}
+    return Fitted(head, info)
+
+
+def leave_out(
+    design: Design, targets: np.ndarray, penalties: np.ndarray, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean squared left-out errors `[S]` of every penalty, the eigenbasis' `Z^T T` `[C, rank]` that all
+    penalties share, and the targets' means `[C]`. targets `[N, C]` and groups `int [N]` in `design`'s order.
+    """
+    centre = targets.mean(axis=0, dtype=np.float64)
+    dtype = np.float64 if design.count * design.size < EXACT else np.float32
+    T = (targets - centre).astype(dtype)
+    C, size, S = T.shape[1], design.size - 1, len(penalties)
+    step = max(64, SCRATCH // max(size, S * C))
+    flops = float(design.count * size)
+
+    def product(rows: slice, into: np.ndarray) -> None:
+        into += T[rows].T @ np.asarray(design.rows[rows], dtype)[:, :-1]
+
+    width = design.rows.shape[1] - 1
+    shared = np.sum(spread(product, design.count, step, lambda: np.zeros((C, width)), flops * C), axis=0)
+    coefficients = shared if design.rotation is None else shared @ design.rotation
+    inverse = 1 / (design.eigenvalues[:, None] + penalties)  # [rank, S]
+    shrunk = inverse.astype(dtype)
+    solve = (coefficients.T[:, None, :] * inverse[:, :, None]).reshape(size, S * C).astype(dtype)
+    alone, blocks = _shared_groups(groups, design.count)
+
+    def left_out(rows: slice, into: np.ndarray) -> None:
+        Q = design.rotated(rows, dtype)
+        own = (Q * Q) @ shrunk + 1 / design.count
+        residual = T[rows][:, None, :] - (Q @ solve).reshape(len(Q), S, C)
+        residual /= np.maximum(1 - own, 1e-9)[:, :, None]
+        into += np.einsum("nsc,nsc,n->s", residual, residual, alone[rows].astype(dtype))
+
+    errors = np.sum(spread(left_out, design.count, step, lambda: np.zeros(S), flops * (size + S * C)), axis=0)
+    for members in blocks:
+        Q = design.rotated(members.ravel(), np.float64).reshape(*members.shape, size)
+        for s, penalty in enumerate(penalties):
+            residual = _without(Q, T[members], coefficients, design.eigenvalues + penalty, design.count)
+            errors[s] += (residual**2).sum()
+    return errors / targets.size, coefficients, centre
+
+
+def _left_out_scores(
+    design: Design,
+    targets: np.ndarray,
+    penalty: float,
+    coefficients: np.ndarray,
+    centre: np.ndarray,
+    groups: np.ndarray | None,
+) -> np.ndarray:
+    """What each row is scored when it is left out, `float32 [N, C]`, in `design`'s order."""
+    T = targets - centre
+    scores = np.empty(targets.shape, np.float32)
+    _, blocks = _shared_groups(groups, design.count)
+    values = design.eigenvalues + penalty
+    step = max(64, SCRATCH // (design.size + targets.shape[1]))
+    for start in range(0, design.count, step):
+        rows = slice(start, min(start + step, design.count))
+        Q = design.rotated(rows, np.float64)
+        residual = T[rows] - Q @ (coefficients / values).T
+        own = (Q * Q) @ (1 / values) + 1 / design.count
+        scores[rows] = targets[rows] - residual / np.maximum(1 - own, 1e-9)[:, None]
+    for members in blocks:
+        Q = design.rotated(members.ravel(), np.float64).reshape(*members.shape, -1)
+        scores[members] = targets[members] - _without(Q, T[members], coefficients, values, design.count)
+    return scores
+
+
+def _shared_groups(groups: np.ndarray | None, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Which rows are alone in their group, `bool [N]`, and the others as `int [G, k]`, by group size k, cut
+    to a million numbers of the groups' hat matrices.
+    """
+    if groups is None:
+        return np.ones(count, bool), []
+    _, inverse, size = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    first = np.cumsum(size) - size
+    blocks = []
+    for k in np.unique(size[size > 1]):
+        members = order[first[size == k][:, None] + np.arange(k)]
+        most = max(1, (1 << 20) // int(k) ** 2)
+        blocks += [members[i : i + most] for i in range(0, len(members), most)]
+    return size[inverse] == 1, blocks
+
+
+def _without(Q: np.ndarray, T: np.ndarray, coefficients: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Left-out residuals `[G, k, C]` of groups whose rotated rows are Q `[G, k, rank]`."""
+    Q = Q.astype(np.float64)
+    residual = T - Q @ (coefficients / values).T
+    hat = (Q / values) @ np.swapaxes(Q, 1, 2) + 1 / count
+    return np.linalg.solve(np.eye(Q.shape[1]) - hat, residual)

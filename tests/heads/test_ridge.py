@@ -1,0 +1,81 @@
+"""Ridge against scikit-learn, and its leave-one-out against leaving rows out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+
+from featx.errors import HeadError
+from featx.heads import _design, _training, ridge
+
+
+def clouds(rows: int, size: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, rows)
+    X = rng.normal(size=(rows, size)) + 0.8 * rng.normal(size=(classes, size))[y]
+    return (3 * X + 1).astype(np.float32), y, [f"c{i}" for i in range(classes)]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(60, 10), (40, 70)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: bool) -> None:
+    X, y, names = clouds(rows, size)
+    groups = np.arange(rows) // 2 if grouped else np.arange(rows)
+    groups[-3:] = groups[-3]
+    task = _training.check(X, y, names)
+    design = _design.Design(task, np.full(rows, -1))
+    T = 2 * task.one_hot() - 1
+    penalties = np.array([0.5, 20.0, 400.0])
+    errors, _, _ = ridge.leave_out(design, T[design.order], penalties, groups[design.order] if grouped else None)
+    Z = task.standard().astype(np.float64)
+    for penalty, error in zip(penalties, errors, strict=True):
+        total = 0.0
+        for group in np.unique(groups) if grouped else range(rows):
+            out = groups == group if grouped else np.arange(rows) == group
+            model = Ridge(alpha=penalty).fit(Z[~out], T[~out])
+            total += ((model.predict(Z[out]) - T[out]) ** 2).sum()
+        assert error == pytest.approx(total / T.size, rel=1e-4)
+
+
+def test_single_precision_and_blocks_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, names = clouds(500, 20)
+    exact = ridge.fit(X, y, names)
+    monkeypatch.setattr(ridge, "EXACT", 0)
+    monkeypatch.setattr(ridge, "SCRATCH", 1 << 12)
+    quick = ridge.fit(X, y, names)
+    ours, theirs = (f.info["leave_one_out"]["mean_squared_error"] for f in (quick, exact))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(300, 20), (40, 70)])
+def test_the_head_is_scikit_learns_ridge(rows: int, size: int) -> None:
+    X, y, names = clouds(rows, size)
+    fitted = ridge.fit(X, y, names, penalties=[0.3])
+    temperature = fitted.info["calibration"]["temperature"]
+    task = _training.check(X, y, names)
+    peer = Ridge(alpha=0.3 * rows).fit(task.standard().astype(np.float64), 2 * task.one_hot() - 1)
+    scores = peer.predict(task.standard())
+    assert fitted.head(X) * temperature == pytest.approx(scores, abs=1e-3)
+    assert scores.std() > 0.1
+
+
+def test_the_penalty_with_the_least_left_out_error_is_taken() -> None:
+    X, y, names = clouds(80, 60)
+    fitted = ridge.fit(X, y, names)
+    figures = fitted.info["leave_one_out"]
+    best = int(np.argmin(figures["mean_squared_error"]))
+    assert fitted.info["penalty"] == figures["penalties"][best] and 0 < best < 36
+
+
+def test_several_labels_are_told_by_sign() -> None:
+    X, y, _ = clouds(400, 20, 4)
+    targets = np.stack([y % 2, y > 1], axis=1).astype(np.int64)
+    fitted = ridge.fit(X, targets, ["odd", "high"])
+    assert fitted.head.activation == "sigmoid"
+    assert ((fitted.head(X) > 0) == targets).mean() > 0.9
+
+
+def test_an_impossible_penalty_is_named() -> None:
+    with pytest.raises(HeadError, match="penalties are positive"):
+        ridge.fit(*clouds(30, 5), penalties=[0.0])
