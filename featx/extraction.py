@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from featx.backbones import BackboneInfo, BackboneRequest, resolve
-from featx.engines import Engine, open_engine
-from featx.errors import ImageError, SourceError
+from featx.engines import Engine, available_threads, open_engine
+from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
 from featx.loader import Loader
 from featx.memo import KeyMemo
+from featx.preprocess import DECODERS
 from featx.sources import Source, open_source
+from featx.stages import Stages
 from featx.store import FeatureStore
 from featx.views import CENTER, augmented
 
@@ -104,13 +105,15 @@ def sync(
     batch_size: int | None = None,
     workers: int | None = None,
     views: int = 0,
+    decode: str = "exact",
 ) -> Extraction:
     """Bring the cache up to date with a data set: run the frozen backbone on the images it lacks.
 
     data: a folder, a manifest or a `Source`. backbone, weights, layer, seed: see `BackboneRequest`.
     device: `auto`, `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16` or `fp16`. dtype: `float32` or
     `float16`, as stored. workers: decoding threads, by default one a core. views: augmented views of
-    every image beside its centre crop, seeded by `seed`.
+    every image beside its centre crop, seeded by `seed`. decode: `exact`, or `fast`, which decodes large
+    JPEGs at a smaller scale; its features differ a little and are cached apart.
 
     A row's key is the SHA-256 of the image's bytes: a second run computes nothing, nor does one after
     renaming, moving, relabelling or duplicating images. An image that cannot be read or decoded is
@@ -122,9 +125,7 @@ def sync(
     begin = time.perf_counter()
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
-    request = backbone
-    if isinstance(request, str):
-        request = BackboneRequest(name=request, weights=weights, layer=layer, seed=seed)
+    request = _request(backbone, weights, layer, seed, decode)
     info = resolve(request, cache)
     names = [CENTER, *(augmented(seed, k) for k in range(1, views + 1))]
     stores = [FeatureStore(cache, info.spec(view=v, precision=precision, dtype=dtype)) for v in names]
@@ -133,18 +134,13 @@ def sync(
         memo = KeyMemo(cache, source.root)
         keys, known = memo.lookup(source.ids, source.stats)
     todo = np.flatnonzero(~(known & _stored(stores, keys)))
-    seconds = {
-        "list": time.perf_counter() - begin,
-        "start": 0.0,
-        "read": 0.0,
-        "decode": 0.0,
-        "embed": 0.0,
-        "store": 0.0,
-    }
+    seconds = {"list": time.perf_counter() - begin, "start": 0.0}
+    cores = available_threads()
+    stages = Stages(workers or cores, cores)
     errors: dict[int, str] = {}
     extracted = 0
     if len(todo):
-        loader = Loader(source, info.preprocess, stores, workers or os.cpu_count() or 1)
+        loader = Loader(source, info.preprocess, stores, stages.workers)
         engine: Engine | None = None
         batch: list[tuple[int, bytes, np.ndarray]] = []
         running: deque[Running] = deque()
@@ -155,8 +151,10 @@ def sync(
                 stack.callback(memo.record, source.ids, source.stats, keys, known)
             for store in stores:
                 stack.enter_context(store)
-            loaded = stack.enter_context(closing(loader(todo.tolist())))
-            for image in tqdm(loaded, "extract", len(todo), unit=" images", disable=None):
+            bar = stack.enter_context(tqdm(total=len(todo), desc="extract", unit=" images", disable=None))
+            loaded = stack.enter_context(closing(loader(todo)))
+            for image in stages.waiting(loaded):
+                bar.update()
                 if image.key:
                     keys[image.row] = np.frombuffer(image.key, np.uint8)
                 known[image.row] = bool(image.key)
@@ -174,24 +172,27 @@ def sync(
                         batch_size=batch_size,
                         engine=next((store.engine for store in stores if store.engine), None),
                     )
+                    stack.callback(engine.close)
                     for store in stores:
                         store.computed_by(engine.name)
                     seconds["start"] = time.perf_counter() - opening
+                    stages.begin(loader, gpu=engine.name == "torch-cuda")
                 for view, pixels in image.views:
                     assert engine is not None
                     batch.append((view, image.key, pixels))
                     if len(batch) == engine.batch_size:
-                        running.append(_submit(engine, batch, seconds))
+                        running.append(_submit(engine, batch))
                         batch = []
-                    if len(running) > 1:  # a GPU works on one batch while the rows of the last are stored
-                        _keep(running.popleft(), stores, seconds)
+                    if len(running) > 1:  # the engine works on one batch while the rows of the last are stored
+                        _keep(running.popleft(), stores, stages)
+                        bar.set_postfix_str(stages.update(loader).brief(), refresh=False)
             if engine and batch:
-                running.append(_submit(engine, batch, seconds))
+                running.append(_submit(engine, batch))
             while running:
-                _keep(running.popleft(), stores, seconds)
-        seconds |= {"read": loader.read_seconds, "decode": loader.decode_seconds}
+                _keep(running.popleft(), stores, stages)
+            stages.update(loader)
     seconds["total"] = time.perf_counter() - begin
-    report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds)
+    report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds, stages)
     rows = report.pop("rows")
     return Extraction(source, request, info, cache, stores, rows, keys[rows], report)
 
@@ -210,16 +211,24 @@ def content_keys(data: str | Path | Source, cache: str | Path) -> np.ndarray:
     return keys[known]
 
 
-def _submit(engine: Engine, batch: list[tuple[int, bytes, np.ndarray]], seconds: dict[str, float]) -> Running:
+def _request(backbone: str | BackboneRequest, weights: str, layer: str, seed: int, decode: str) -> BackboneRequest:
+    if isinstance(backbone, str):
+        backbone = BackboneRequest(name=backbone, weights=weights, layer=layer, seed=seed)
+    if decode not in DECODERS:
+        raise FeatxError(f"decode is one of {', '.join(DECODERS)}, not {decode!r}.{near(decode, DECODERS)}")
+    if decode != "exact":
+        backbone = replace(backbone, preprocess=(*backbone.preprocess, ("pixels", DECODERS[decode])))
+    return backbone
+
+
+def _submit(engine: Engine, batch: list[tuple[int, bytes, np.ndarray]]) -> Running:
     """Start the engine on one batch of (view, key, pixels)."""
-    begin = time.perf_counter()
     result = engine.submit(np.stack([pixels for _, _, pixels in batch]))
-    seconds["embed"] += time.perf_counter() - begin
     keys = np.frombuffer(b"".join(key for _, key, _ in batch), np.uint8).reshape(-1, 32)
     return result, keys, np.array([view for view, _, _ in batch])
 
 
-def _keep(running: Running, stores: list[FeatureStore], seconds: dict[str, float]) -> None:
+def _keep(running: Running, stores: list[FeatureStore], stages: Stages) -> None:
     """Wait for a batch's rows and hand them to the stores they belong to."""
     result, keys, views = running
     begin = time.perf_counter()
@@ -227,8 +236,8 @@ def _keep(running: Running, stores: list[FeatureStore], seconds: dict[str, float
     middle = time.perf_counter()
     for view in np.unique(views):
         stores[view].append(keys[views == view], rows[views == view])
-    seconds["embed"] += middle - begin
-    seconds["store"] += time.perf_counter() - middle
+    stages.waited += middle - begin
+    stages.work["store"] += time.perf_counter() - middle
 
 
 def _stored(stores: list[FeatureStore], keys: np.ndarray) -> np.ndarray:
@@ -244,6 +253,7 @@ def _report(
     errors: dict[int, str],
     extracted: int,
     seconds: dict[str, float],
+    stages: Stages,
 ) -> dict[str, Any]:
     """Count and name what happened; `rows` are the images that have features."""
     usable = known & stored
@@ -272,7 +282,6 @@ def _report(
     if conflicts:
         notes.append(f"{len(conflicts)} images appear with the same bytes under several labels; see `conflicts`")
     busy = seconds["total"] - seconds["list"] - seconds["start"]
-    work = seconds["read"] + seconds["decode"] + seconds["embed"] + seconds["store"]
     return {
         "rows": rows,
         "found": len(source),
@@ -282,8 +291,10 @@ def _report(
         "duplicate": len(rows) - distinct,
         "skipped": len(skipped),
         "images_per_second": round(extracted / busy, 1) if extracted else None,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "shares": {k: round(seconds[k] / work, 3) for k in ("read", "decode", "embed", "store")} if work else {},
+        "seconds": {name: round(value, 3) for name, value in (stages.work | seconds).items()},
+        "shares": stages.shares,
+        "used": round(stages.used, 3),
+        "advice": stages.advice(),
         "ignored_files": source.ignored,
         "skipped_images": skipped,
         "duplicates": twins,

@@ -301,8 +301,7 @@ def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
 
 def tuned_request(backbone: Backbone, path: os.PathLike[str]) -> BackboneRequest:
     """How a tuned network is loaded: its file, seen through the preprocessing that it was trained with."""
-    values = backbone.info.preprocess.to_dict()
-    overrides = tuple((k, v) for k, v in values.items() if k != "pixels")
+    overrides = tuple(backbone.info.preprocess.to_dict().items())
     return BackboneRequest(
         name=backbone.info.name.removeprefix("custom/"),
         weights=os.fspath(path),
@@ -312,8 +311,7 @@ def tuned_request(backbone: Backbone, path: os.PathLike[str]) -> BackboneRequest
 
 
 def _overrides(extraction: Extraction) -> tuple[tuple[str, Any], ...]:
-    values = extraction.info.preprocess.to_dict()
-    return tuple((k, v) for k, v in values.items() if k != "pixels")
+    return tuple(extraction.info.preprocess.to_dict().items())
 
 
 def _rows(

@@ -13,7 +13,7 @@ import numpy as np
 
 from featx.errors import ImageError
 from featx.features import content_key
-from featx.preprocess import Preprocess, decode
+from featx.preprocess import Preprocess
 from featx.sources import Source
 from featx.store import FeatureStore
 from featx.views import pixels
@@ -38,29 +38,31 @@ class Loader:
     """Decodes what the stores lack, in order, on `workers` threads, never far ahead of its reader.
 
     Threads, not processes: Pillow and hashlib release the interpreter's lock where the time goes.
-    `read_seconds` and `decode_seconds` are the threads' processor time, so that waiting does not count.
     """
 
-    def __init__(
-        self, source: Source, preprocess: Preprocess, stores: list[FeatureStore], workers: int
-    ) -> None:
+    def __init__(self, source: Source, preprocess: Preprocess, stores: list[FeatureStore], workers: int) -> None:
         self.source = source
         self.preprocess = preprocess
         self.stores = stores
         self.workers = workers
         self.read_seconds = self.decode_seconds = 0.0
+        """The threads' processor time, so that waiting does not count."""
+        self.file_seconds = 0.0
+        """The threads' time in reading and hashing, waiting included."""
+        self.decoded = self.large = 0
+        """Images decoded, and how many of them `--decode fast` would decode at a smaller scale."""
         self._claimed: set[bytes] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, rows: list[int]) -> Generator[Loaded]:
-        """Yield a `Loaded` for every row, in order. Closing the iterator ends the threads."""
+    def __call__(self, rows: np.ndarray) -> Generator[Loaded]:
+        """Yield a `Loaded` for every row (`int [M]`), in order. Closing the iterator ends the threads."""
         waiting: deque[Future[Loaded]] = deque()
         most = WAITING_BYTES // (3 * self.preprocess.crop**2 * len(self.stores))
         most = max(2 * self.workers, min(most, 512))
         executor = ThreadPoolExecutor(self.workers, thread_name_prefix="featx-load")
         try:
-            for row in rows:
-                waiting.append(executor.submit(self._load, row))
+            for row in rows:  # an array's numbers are made one by one
+                waiting.append(executor.submit(self._load, int(row)))
                 if len(waiting) >= most:
                     yield waiting.popleft().result()
             while waiting:
@@ -68,26 +70,37 @@ class Loader:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
+    def counted(self) -> tuple[float, float, float]:
+        """`read_seconds`, `decode_seconds` and `file_seconds` of this moment."""
+        with self._lock:
+            return self.read_seconds, self.decode_seconds, self.file_seconds
+
     def _load(self, row: int) -> Loaded:
         key = b""
-        begin = middle = time.thread_time()
+        begin, middle, opened, read = time.thread_time(), None, time.perf_counter(), None
+        large = None
         try:
             data = self.source.read(row)
             key = content_key(data)
             missing = self._claim(key)
-            middle = time.thread_time()
+            middle, read = time.thread_time(), time.perf_counter()
             if not missing:
                 return Loaded(row, key, [])
-            image = decode(data)
+            image = self.preprocess.decode(data)
+            large = self.preprocess.shrinks(data, image.size)
             views = [(v, pixels(self.preprocess, image, key, self.stores[v].spec.view)) for v in missing]
             return Loaded(row, key, views)
         except ImageError as error:
             return Loaded(row, key, [], str(error))
         finally:
             end = time.thread_time()
+            middle, read = middle or end, read or time.perf_counter()
             with self._lock:
                 self.read_seconds += middle - begin
                 self.decode_seconds += end - middle
+                self.file_seconds += read - opened
+                self.decoded += large is not None
+                self.large += bool(large)
 
     def _claim(self, key: bytes) -> list[int]:
         """The views that are still to be computed for a key; nothing for all but its first asker."""

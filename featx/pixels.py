@@ -16,7 +16,7 @@ from featx.augment import Augmentation, Draws, apply, crop, mirror
 from featx.errors import TrainingError
 from featx.extraction import Extraction
 from featx.features import content_key
-from featx.preprocess import RESAMPLE, decode
+from featx.preprocess import RESAMPLE
 from featx.views import CENTER, augmented, pixels
 
 # of the memory that is free: the rest is for activations, gradients and everybody else
@@ -116,7 +116,7 @@ class Pixels:
         key = content_key(data)
         if key != self.extraction.keys[number].tobytes():
             raise TrainingError(f"{self.extraction.source.ids[row]} changed while featx was running; start again")
-        image = decode(data)
+        image = self.extraction.info.preprocess.decode(data)
         self.aspects[i] = image.width / image.height
         return image, key
 

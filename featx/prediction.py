@@ -18,7 +18,6 @@ import numpy as np
 
 from featx.deployed import Model
 from featx.errors import ExportError, ImageError, SourceError
-from featx.preprocess import decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What is an image in a folder; as for class folders. Files named one by one may be anything that decodes."""
@@ -160,7 +159,7 @@ def pixels(model: Model, image: Image) -> np.ndarray:
     data = read(image) if isinstance(image, str | Path) else image
     if model.input == "tensor":
         return model.preprocess(data)
-    return model.preprocess.square(decode(data), model.preprocess.resize)
+    return model.preprocess.square(model.preprocess.decode(data), model.preprocess.resize)
 
 
 def answer(

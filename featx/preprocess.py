@@ -19,6 +19,9 @@ MAX_PIXELS = 178_956_970
 # Long side over short side. An exported model resizes the whole image, and this bounds its memory.
 MAX_ASPECT = 64
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# The decoders, by their names in a spec, and what people call them (`--decode`).
+EXACT, FAST = "pillow/1", "pillow-draft/1"
+DECODERS = {"exact": EXACT, "fast": FAST}
 # what turns an image upright, by the value of EXIF's orientation tag
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -53,8 +56,9 @@ class Preprocess:
     """Subtracted from RGB in [0, 1]; applied by the model's first layer, not here."""
     std: tuple[float, ...] = IMAGENET_STD
     """Divides after `mean`; applied by the model's first layer, not here."""
-    pixels: str = "pillow/1"
-    """The decoder's name and our own revision, raised only when golden pixels change."""
+    pixels: str = EXACT
+    """The decoder's name and our own revision, raised only when golden pixels change: `pillow/1`, or
+    `pillow-draft/1`, which decodes large JPEGs at a smaller scale."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLE:
@@ -69,7 +73,19 @@ class Preprocess:
 
         Raises `ImageError` for what is not a readable image.
         """
-        return np.ascontiguousarray(self.square(decode(data), self.crop).transpose(2, 0, 1))
+        return np.ascontiguousarray(self.square(self.decode(data), self.crop).transpose(2, 0, 1))
+
+    def decode(self, data: bytes | Image.Image | np.ndarray) -> Image.Image:
+        """`decode` as `pixels` says. Raises `ImageError`, and `FeatxError` for a decoder that is not there."""
+        if self.pixels not in DECODERS.values():
+            raise FeatxError(
+                f"pixels {self.pixels!r} is none of {', '.join(DECODERS.values())}, which this featx knows"
+            )
+        return decode(data, 2 * self.resize if self.pixels == FAST else None)
+
+    def shrinks(self, data: bytes, size: tuple[int, int]) -> bool:
+        """Whether `FAST` would decode an image file of this width and height at a smaller scale, and does not yet."""
+        return self.pixels == EXACT and data[:2] == b"\xff\xd8" and min(size) >= 4 * self.resize
 
     def square(self, image: Image.Image, side: int) -> np.ndarray:
         """The `uint8 [side, side, 3]` around the crop, `crop <= side <= resize`, after resizing.
@@ -125,8 +141,12 @@ class Preprocess:
         return cls(**fields)
 
 
-def decode(data: bytes | Image.Image | np.ndarray) -> Image.Image:
+def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:
     """An upright 8-bit RGB Pillow image. GIF and other films: the first frame.
+
+    short: decode a JPEG at 1/2, 1/4 or 1/8 of its size, which its cosine transform gives nearly free, as
+    long as the short side keeps this many pixels. Twice what is needed loses little to aliasing, and an
+    augmented view of a quarter of the image is still not enlarged.
 
     EXIF orientation is applied, alpha is dropped as `Image.convert("RGB")` drops it, 16-bit grey is
     scaled to 8 bits (Pillow alone would clip it). Raises `ImageError`.
@@ -142,6 +162,8 @@ def decode(data: bytes | Image.Image | np.ndarray) -> Image.Image:
                 f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that featx "
                 "decodes; scale the image down if you trust it"
             )
+        if short is not None and image.format in ("JPEG", "MPO"):
+            image.draft(None, (short, short))
         return _rgb(_upright(image), image.format)
     except ImageError:
         raise

@@ -54,7 +54,7 @@ class BackboneRequest:
 
     def override(self, preprocess: Preprocess) -> Preprocess:
         """`preprocess` with the request's own fields. Raises `BackboneError` for an unknown field."""
-        known = [field.name for field in fields(Preprocess) if field.name != "pixels"]
+        known = [field.name for field in fields(Preprocess)]
         for name, _ in self.preprocess:
             if name not in known:
                 raise BackboneError(
