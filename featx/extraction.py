@@ -193,6 +193,7 @@ def sync(
             stages.update(loader)
     seconds["total"] = time.perf_counter() - begin
     report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds, stages)
+    report["notes"] += [note for store in stores for note in store.notes]
     rows = report.pop("rows")
     return Extraction(source, request, info, cache, stores, rows, keys[rows], report)
 

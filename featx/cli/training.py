@@ -115,4 +115,5 @@ def extraction_text(report: dict[str, Any]) -> str:
     if report["extracted"]:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in report["shares"].items())
         lines.append(f"{report['images_per_second']} images/s; work: {shares}")
+        lines += [report["advice"]] if report["advice"] else []
     return "\n".join(lines)
