@@ -1,4 +1,4 @@
-"""Tiny networks for tests of training, as `small:plain`, ...: 32 px, a few thousand parameters."""
+"""Tiny networks for tests of training: 32 px, a few thousand parameters; as backbones `small:backbone_plain`, ..."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+
+from featx.preprocess import Preprocess
 
 
 class Block(nn.Module):
@@ -67,13 +69,28 @@ def normed() -> nn.Module:
     return _seeded(Small, norm=True)
 
 
-def dropping() -> nn.Module:
-    """With batch norm and dropout: what a resumed run must repeat to the last bit."""
-    return _seeded(Small, norm=True, dropout=0.3)
-
-
 def vgg_like() -> nn.Module:
     return _seeded(VggLike)
+
+
+Made = tuple[nn.Module, Preprocess, list[str]]
+
+
+def _backbone(network: nn.Module) -> Made:
+    return network, Preprocess(resize=36, crop=32), list("abcde")
+
+
+def backbone_plain() -> Made:
+    return _backbone(Small(norm=False))
+
+
+def backbone_normed() -> Made:
+    return _backbone(Small(norm=True))
+
+
+def backbone_dropping() -> Made:
+    """With batch norm and dropout: what a resumed run must repeat to the last bit."""
+    return _backbone(Small(norm=True, dropout=0.3))
 
 
 def halved():  # type: ignore[no-untyped-def]
