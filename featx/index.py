@@ -27,7 +27,9 @@ class KeyIndex:
     @property
     def keys(self) -> np.ndarray:
         """`uint8 [N, 32]`, maybe with repeats: two writers may have stored the same."""
-        return self._index()[0]
+        if len(self._parts) != 1:
+            self._parts = [np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *self._parts])]
+        return self._parts[0]
 
     def __len__(self) -> int:
         """The number of distinct keys."""
@@ -50,6 +52,8 @@ class KeyIndex:
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """The place of the first row of each key, counting through all rows; -1 for none. `int64 [N]`."""
+        if 0 < len(keys) <= len(self.keys) and np.array_equal(self.keys[: len(keys)], keys):
+            return np.arange(len(keys))  # a data set in the order it was stored in: nothing to search
         known, prefix, order = self._index()
         found = np.full(len(keys), -1, np.int64)
         words = known.view(np.uint64)
@@ -70,8 +74,7 @@ class KeyIndex:
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All keys as stored, their first 8 bytes sorted, and the permutation that sorts them."""
         if self._sorted is None:
-            keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *self._parts])
-            self._parts = [keys]
+            keys = self.keys
             first = keys.view(np.uint64)[:, 0]
             order = np.argsort(first, kind="stable")
             self._sorted = keys, first[order], order

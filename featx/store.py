@@ -143,10 +143,12 @@ class FeatureStore:
         first = first[~self.contains(keys[first])]
         if len(first):
             assert self.form is not None
-            rows = np.concatenate([r for _, r in self._buffer[:taken]])
+            rows = [r for _, r in self._buffer[:taken]]
+            if len(first) < len(keys):
+                keys, rows = keys[first], [np.concatenate(rows)[first]]
             with self._writing():
-                shard = shards.write(self.folder, self.form, keys[first], [rows[first]])
-            self._add(shard, keys[first])
+                shard = shards.write(self.folder, self.form, keys, rows)
+            self._add(shard, keys)
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
         del self._buffer[:taken]
         self._buffered = sum(r.nbytes for _, r in self._buffer)
