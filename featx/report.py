@@ -79,6 +79,7 @@ def write_report(
         _curves(material, draw),
         _path(report, draw),
         _views(report),
+        _learning(material, draw),
         _calibration(report),
         page.pair(_extraction(material), _configuration(material)),
         f"<footer>featx {page.text(config.get('featx', ''))}. Intervals hold 95%; report.json has every number, "
@@ -232,6 +233,20 @@ def _path(report: dict[str, Any], draw: Draw) -> str:
     note = f"Held-out log-loss over {found.get('folds', 'all')} folds of the training images; the least is {best:.3f}."
     card = draw("path", figure, f"Held-out log-loss by {label}, least {best:.3f}.", 620)
     return page.section("Choice of the regularisation", card, note=note)
+
+
+def _learning(material: Material, draw: Draw) -> str:
+    """The learning curve, where `featx.learning.learning_curve` has left one."""
+    try:
+        values = json.loads((material.run.path / "curve.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
+    card = draw("learning", plots.learning(values["rows"], values["forecast"]), values["verdict"], 620)
+    note = (
+        f"The head fitted on parts of the training images ({values['repeats']} subsets a size), measured on "
+        f"{values['measured_on']:,} validation images, with 95% intervals over both. {values['verdict']}"
+    )
+    return page.section("Would more photographs help?", card, note=note)
 
 
 def _views(report: dict[str, Any]) -> str:
