@@ -136,11 +136,12 @@ def build(
     return Backbone(info, network, trunk, classifier, groups(trunk.network, head), files)
 
 
-def without(network: nn.Module, path: str, instead: nn.Module | None = None) -> nn.Module:
-    """A copy of the network that shares its tensors, with the module at `path` replaced by `instead`."""
+def without(network: nn.Module, path: str | None = None, instead: nn.Module | None = None) -> nn.Module:
+    """A copy of the network that shares its tensors, the module at `path` replaced by `instead` or an Identity."""
     shared = {id(t): t for t in [*network.parameters(), *network.buffers()]}
     trunk = copy.deepcopy(network, shared)
-    replace_module(trunk, path, instead if instead is not None else nn.Identity())
+    if path is not None:
+        replace_module(trunk, path, instead if instead is not None else nn.Identity())
     return trunk
 
 
@@ -193,7 +194,7 @@ def groups(network: nn.Module, head: str | None = None) -> list[tuple[str, list[
     found: list[tuple[str, list[str]]] = []
     stem: list[str] = []
     for path, module in _parts(network, "", head):
-        loose = module is None or not any(True for _ in module.children())
+        loose = module is None or not any(True for c in module.children() for _ in c.parameters())
         if loose and not path.startswith("classifier") and (not found or module is None):
             stem.append(path)
         else:

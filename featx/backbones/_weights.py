@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featx.backbones import file_stats
+from featx.backbones._module import replace_module
 from featx.errors import WeightsError
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -104,11 +105,11 @@ def load_state(network: nn.Module, state: dict[str, Tensor], what: str, head: st
         weight, ours = given.get(f"{head}.weight"), own[f"{head}.weight"]
         inside = {k for k in given if k.startswith(f"{head}.")}
         if weight is None or {f"{head}.weight", f"{head}.bias"} & own.keys() != inside:
-            _replace(network, head, nn.Identity())
+            replace_module(network, head, nn.Identity())
             given = _State({k: v for k, v in given.items() if k not in inside})
             note = "without the network's own classifier"
         elif weight.ndim == ours.ndim and weight.shape[0] != ours.shape[0] and weight.shape[1:] == ours.shape[1:]:
-            _replace(network, head, _sized(network.get_submodule(head), len(weight)))
+            replace_module(network, head, _sized(network.get_submodule(head), len(weight)))
             note = f"its own classifier has {len(weight)} classes, whose names are not known"
         own = network.state_dict()
     missing = sorted(own.keys() - given.keys())
@@ -153,11 +154,6 @@ def _looks_like(state: Mapping[str, Tensor]) -> str:
     prints = {head: fingerprint(shapes, head) for head in {row["head"] for row in rows}}
     like = [row["name"] for row in rows if row["fingerprint"] == prints[row["head"]]]
     return f" The file looks like {' or '.join(like)}; pass that as the backbone." if like else ""
-
-
-def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
 
 
 def _sized(layer: nn.Module, classes: int) -> nn.Module:
