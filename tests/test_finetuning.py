@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.02, "warmup": 0.0
 def draw(root: Path, count: int = 20) -> Path:
     """Images of random colours, a little redder in `warm` than in `cold`: the classes overlap."""
     rng = np.random.default_rng(0)
-    for number, name in enumerate(("cold", "warm")):
+    for number, name in enumerate(() if root.exists() else ("cold", "warm")):
         (root / name).mkdir(parents=True)
         for i in range(count):
             base = rng.integers(40, 120, 3) + np.array([40 * number, 0, 0])
@@ -80,8 +80,11 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("finetuning"))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny network's threads wait for each other longer than they work
+    yield Bench(tmp_path_factory.mktemp("finetuning"))
+    torch.set_num_threads(threads)
 
 
 def logits_of(tuned: Finetuned, bench: Bench) -> np.ndarray:
