@@ -1,0 +1,21 @@
+"""Classify photographs with a file that `featx export` wrote: onnxruntime, numpy and Pillow, nothing else.
+
+python classify.py model.onnx photo.jpg ...
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+
+for path in sys.argv[2:]:
+    with Image.open(path) as image:
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # uint8 [H, W, 3], of any size, upright
+    (probabilities,) = session.run(["probabilities"], {"images": pixels[None]})
+    best = probabilities[0].argmax()
+    print(f"{path}\t{class_names[best]}\t{probabilities[0, best]:.4f}")

@@ -1,0 +1,45 @@
+"""Some of the ants and bees in a folder with one run on them, made once for all tests that need an exported file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import featx
+
+PER_CLASS = {"train": 20, "val": 30}
+CHECKPOINT = "squeezenet1_1-b8a52dc0.pth"
+"""What torchvision calls the file of its pretrained SqueezeNet 1.1."""
+
+
+def some_photographs(photos: Path, folder: Path) -> Path:
+    """`folder/{train,val}/{ants,bees}`: 20 and 30 photographs of each class, spread over the data set."""
+    for split, count in PER_CLASS.items():
+        for name in ("ants", "bees"):
+            found = sorted((photos / split / name).glob("*.jpg"))
+            (folder / split / name).mkdir(parents=True)
+            for path in found[:: len(found) // count][:count]:
+                shutil.copy(path, folder / split / name)
+    return folder
+
+
+def torch_home(folder: Path, weights: Path) -> Path:
+    """A torch cache that holds the pretrained SqueezeNet 1.1, as after a download: a value for `TORCH_HOME`."""
+    checkpoints = folder / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copy(weights, checkpoints / CHECKPOINT)
+    return folder
+
+
+def photo_run(factory: pytest.TempPathFactory, photos: Path, weights: Path) -> Path:
+    """A folder with `photos/`, `torch/`, `cache/` and `run/`, fitted and exported; the same one for a whole session."""
+    base = factory.getbasetemp() / "photo_run"
+    if not base.exists():
+        some_photographs(photos, base / "photos")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCH_HOME", str(torch_home(base / "torch", weights)))
+            run = featx.fit(base / "photos", "squeezenet1_1", cache=base / "cache", output=base / "run")
+            featx.export(run.path)
+    return base
