@@ -41,10 +41,10 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 figure { margin: 10px 0 0; } figure svg { display: block; width: 100%; height: auto; margin: 0 auto; }
 svg text { font-family: inherit !important; }
 .scroll { overflow-x: auto; } .long { max-height: 520px; overflow-y: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); font-size: 14px; padding-bottom: 6px; }
-th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { padding: 6px 8px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+  overflow-wrap: break-word; max-width: 560px; }
 th { font-weight: 600; } thead th { white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 tr.mark { background: color-mix(in srgb, var(--good) 14%, transparent); }
@@ -55,9 +55,9 @@ tr.mark { background: color-mix(in srgb, var(--good) 14%, transparent); }
 .pictures .none { height: 190px; border-radius: 6px; background: var(--back); color: var(--muted); display: grid;
   place-items: center; font-size: 14px; }
 .pictures p { font-size: 14px; line-height: 1.4; margin: 6px 0 0; overflow-wrap: anywhere; }
-.pictures small { color: var(--muted); } .wrong { color: var(--bad); font-weight: 600; }
+small { color: var(--muted); } .wrong { color: var(--bad); font-weight: 600; }
 ul.notes { margin: 8px 0 0; padding-left: 20px; } code { font-size: 14px; overflow-wrap: anywhere; }
-footer { color: var(--muted); font-size: 14px; }
+a { color: var(--good); } footer { color: var(--muted); font-size: 14px; }
 @media print { section, .score { break-inside: avoid; } body { background: #fff; } }
 """
 
@@ -105,7 +105,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, m
     head = "".join(f'<th scope="col"{k}>{text(c)}</th>' for c, k in zip(columns, kind, strict=True))
     body = []
     for number, row in enumerate(rows):
-        cells = "".join(f"<td{k}>{text(_shown(v))}</td>" for v, k in zip(row[1:], kind[1:], strict=True))
+        cells = "".join(f"<td{k}>{_cell(v)}</td>" for v, k in zip(row[1:], kind[1:], strict=True))
         marked = ' class="mark"' if number == mark else ""
         body.append(f'<tr{marked}><th scope="row">{text(_shown(row[0]))}</th>{cells}</tr>')
     long = " long" if len(rows) > 30 else ""
@@ -154,6 +154,13 @@ def picture(pixels: np.ndarray | None, alt: str, *lines: str) -> str:
 def pictures(items: Sequence[str]) -> str:
     """A grid of `picture` items; empty for none."""
     return f'<ul class="pictures">{"".join(items)}</ul>' if items else ""
+
+
+def _cell(value: Any) -> str:
+    """A value; the interval of `0.9 (0.8 to 1.0)` comes below it, so that tables stay narrow."""
+    shown = text(_shown(value))
+    value, bracket, interval = shown.partition(" (")
+    return f"{value}<br><small>({interval}</small>" if bracket and _number(shown) else shown
 
 
 def _number(value: Any) -> bool:

@@ -130,8 +130,8 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
     """Counts `int [L, L or more]`, true label by answer; shade is the share of the true label's images."""
     table = np.asarray(table)
     size = max(table.shape)
-    cell = float(np.clip(6.0 / size, 0.1, 0.9))
     names = size <= LABELLED
+    cell = float(np.clip(6.0 / size, 0.1 if names else 0.0, 0.9))
     longest = max(map(len, [*rows, *columns])) if names else 0
     room = 0.9 + 0.075 * min(longest, 24)
     figure, axes = _figure(cell * table.shape[1] + room + 0.3, cell * table.shape[0] + room)
@@ -140,7 +140,10 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
     colours[...] = _rgba(BAD)
     np.einsum("iij->ij", colours[:, : len(rows)])[...] = _rgba(GOOD)
     colours[..., 3] = np.where(table > 0, 0.08 + 0.87 * share, 0.0)
-    axes.pcolormesh(colours, edgecolors=GRID if size <= LABELLED else "none", linewidth=0.5)
+    if names:
+        axes.pcolormesh(colours, edgecolors=GRID, linewidth=0.5)
+    else:  # as pixels: a thousand classes have a million cells
+        axes.imshow(colours, extent=(0, table.shape[1], table.shape[0], 0), interpolation="nearest")
     if size <= NUMBERED:
         for i, j in np.ndindex(*table.shape):
             shaded = share[i, j] > 0.55
@@ -154,8 +157,7 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
                 color="white" if shaded else INK if table[i, j] else MUTED,
             )
     axes.grid(False)
-    axes.set(aspect="equal", xlabel="answer", ylabel="true label")
-    axes.invert_yaxis()
+    axes.set(aspect="equal", xlabel="answer", ylabel="true label", ylim=(table.shape[0], 0))
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)

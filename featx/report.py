@@ -188,6 +188,8 @@ def _curves(material: Material, draw: Draw) -> str:
         for (panel, line), value in values.items():
             if isinstance(value, (int, float)):
                 panels.setdefault(panel, {}).setdefault(line, []).append((row["epoch"], value))
+    for panel, lines in panels.items():  # epoch 0 has only been measured; training comes first all the same
+        panels[panel] = dict(sorted(lines.items(), key=lambda line: line[0] == "held out"))
     if not rows:
         loss = material.report.get("fit", {}).get("training_loss")
         if loss:

@@ -343,9 +343,9 @@ def _write(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]
     write_atomic(path / "sweep.csv", file.getvalue().encode("utf-8", "backslashreplace"))
 
 
+# of the table, in the terminal and in the page
 COLUMNS = [
     "backbone",
-    "layer",
     "head",
     "views",
     "cross-validated",
@@ -359,9 +359,9 @@ COLUMNS = [
 
 def _row(point: dict[str, Any]) -> list[Any]:
     found, behind = point["cross_validated"], point["behind"]
+    layer = "" if point["layer"] == "features" else f", {point['layer']}"
     return [
-        point["backbone"],
-        point["layer"],
+        point["backbone"] + layer,
         point["head"],
         point["views"],
         _between(found["accuracy"], found["low"], found["high"]) if found else None,
@@ -401,10 +401,12 @@ def _plotted(point: dict[str, Any]) -> dict[str, Any]:
 def _page(found: Sweep, figure: Any, source: Source) -> bytes:
     title = f"{Path(source.uri).resolve().name} · sweep of {len(found.points)} runs"
     drawing = plots.svg(figure, "trade-off", "Accuracy against images per second and file size, with intervals.")
+    chosen = _chosen(found.by, found.points)
+    link = f'<p><a href="{page.text(found.points[0]["run"])}/report.html">The report of the first</a></p>'
     failures = [f"{f['point']}: {f['error'].replace(str(Path(source.uri).resolve().parent), '')}" for f in found.failed]
     return page.page(
         title,
-        f'<header><h1>{page.text(title)}</h1><p class="lead">{page.text(_chosen(found.by, found.points))}</p></header>',
+        f'<header><h1>{page.text(title)}</h1><p class="lead">{page.text(chosen)}</p>{link}</header>',
         page.section(
             "Accuracy, speed and size",
             page.figure(drawing, 1040),
