@@ -141,7 +141,16 @@ def _confusion(report: dict[str, Any], draw: Draw) -> str:
     figure = plots.confusion(table, report["labels"], report["confusion_columns"])
     width = 420 if len(table) <= 4 else 560 if len(table) <= 20 else 900
     card = draw("confusion", figure, description, width)
-    return page.section("Confusion matrix", card, note="Images by true label (rows) and answer (columns).")
+    pairs = ""
+    if len(table) > plots.NUMBERED:  # the drawing has no numbers: name what is confused most
+        apart = table.copy()
+        np.fill_diagonal(apart, 0)
+        most = np.argsort(-apart.ravel(), kind="stable")[:10]
+        rows = [(*divmod(int(i), table.shape[1]), int(apart.ravel()[i])) for i in most if apart.ravel()[i]]
+        names, answers = report["labels"], report["confusion_columns"]
+        listed = [[names[i], answers[j], count] for i, j, count in rows]
+        pairs = page.table(["true label", "answer", "images"], listed, "What is confused most.") if rows else ""
+    return page.section("Confusion matrix", card, pairs, note="Images by true label (rows) and answer (columns).")
 
 
 def _reliability(report: dict[str, Any], draw: Draw) -> str:
