@@ -78,7 +78,7 @@ def measure_gain(
     """Whether learning from views beats the centre crop alone, on held-out training images; JSON values.
 
     views: features of the training images, `[N, D]` each, the centre crop first, then the augmented views.
-    The same folds for all: `center` learns from the first view, `views` from all, both are measured on the
+    `augmented` is how many. The same folds for all: `center` learns from the first view, `views` from all, both are measured on the
     centre crops of held-out images, `averaged` on the mean over their views. Each has `accuracy` and
     `log_loss`; `views_gain` and `averaged_gain` are differences to `center` (accuracy up, log-loss down is
     better) with 95 % intervals of 2,000 paired resamples of the images. `better` is `center`, `views` or
@@ -95,7 +95,7 @@ def measure_gain(
     several, averaged = held_out(name, views, y, class_names, fold, **alike)
     ways = {"center": center, "views": several, "averaged": averaged}
     each = {way: scores(logits[held], y[held]) for way, logits in ways.items()}
-    found: dict[str, Any] = {"folds": int(fold.max()) + 1, "images": len(held), "views": len(views) - 1}
+    found: dict[str, Any] = {"folds": int(fold.max()) + 1, "images": len(held), "augmented": len(views) - 1}
     for way, (right, loss) in each.items():
         found[way] = {"accuracy": float(right.mean()), "log_loss": float(loss.mean())}
     for way in ("views", "averaged"):
@@ -130,7 +130,7 @@ def paired(difference: np.ndarray) -> dict[str, float]:
 def gain_text(found: dict[str, Any]) -> str:
     """What `measure_gain` found, in two lines for a terminal."""
     lines = []
-    for way, what in (("views", f"{found['views']} views"), ("averaged", "averaged over views")):
+    for way, what in (("views", f"{found['augmented']} views"), ("averaged", "averaged over views")):
         accuracy, loss = found[f"{way}_gain"]["accuracy"], found[f"{way}_gain"]["log_loss"]
         lines.append(
             f"{what}, cross-validated on {found['images']} training images: accuracy "
