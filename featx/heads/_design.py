@@ -13,7 +13,7 @@ import numpy as np
 
 from featx.heads._training import Rows, Task
 
-SCRATCH = 1 << 20  # numbers per block of logits: they stay in a core's cache between two products
+SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
 
@@ -106,6 +106,20 @@ class Design:
         inside = [self.weights[(self.fold != m) | (self.fold < 0)].sum() for m in member]
         return np.array(inside) * (self.columns * np.log(2) if self.several else np.log(self.columns))
 
+    def rotate(self, dtype: Any) -> None:
+        """Keep the rows in the eigenbasis, in `dtype`, where they are kept at all: for many uses of it."""
+        if self.rotation is None or not isinstance(self.rows, np.ndarray):
+            return
+        kept = self.rows = self.rows.astype(dtype, copy=False)
+        turn = self.rotation.astype(dtype)
+
+        def work(rows: slice, _: None) -> None:
+            kept[rows, :-1] = kept[rows, :-1] @ turn
+
+        flops = float(kept.size) * len(turn)
+        spread(work, self.count, max(64, SCRATCH // len(turn)), lambda: None, flops)
+        self.dual, self.rotation = self.rotation, None
+
     def rotated(self, rows: slice | np.ndarray, dtype: Any = np.float32) -> np.ndarray:
         """Rows in the eigenbasis, without the bias, `[B, rank]`."""
         if isinstance(rows, np.ndarray) and not isinstance(self.rows, np.ndarray):
@@ -167,7 +181,7 @@ class Design:
         parts = spread(
             lambda rows, sums: self._block(rows, W, member, sums),
             self.count,
-            max(64, SCRATCH // (K * P)),
+            max(64, min(SCRATCH // (K * P), 2 * SCRATCH // width)),
             lambda: _Sums.empty(K, P, width, A.dtype),
             self.count * width * K * P,
         )

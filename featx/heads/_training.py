@@ -127,22 +127,23 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
 
 def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and constancy of each column; sums around the first row, so nothing cancels."""
-    first = np.asarray(X[0:1], np.float64)
+    first = np.asarray(X[0:1], np.float32)
     total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
     for rows, part in blocks(X):
-        centred = part - first
-        block = centred.sum(axis=0)
-        if not np.isfinite(block).all():
+        for start in range(0, len(part), 512):  # small enough to stay in the cache
+            with np.errstate(over="ignore", invalid="ignore"):
+                centred = part[start : start + 512] - first
+                total += np.ones(len(centred), np.float32) @ centred
+                squares += np.einsum("nd,nd->d", centred, centred)
+        if not (np.isfinite(total).all() and np.isfinite(squares).all()):
             bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
             where = f"row {rows.start + bad[0]}" if len(bad) else f"rows {rows.start} to {rows.stop}"
             raise HeadError(
                 f"the features hold NaN, infinity or numbers beyond float32 ({where}); extract these images "
                 "again, in fp32"
             )
-        total += block
-        squares += np.einsum("nd,nd->d", centred, centred)
     offset = total / X.shape[0]
-    mean = first[0] + offset
+    mean = first[0].astype(np.float64) + offset
     scale = np.sqrt(np.maximum(squares / X.shape[0] - offset**2, 0.0))
     constant = scale <= CONSTANT * np.abs(mean)
     # rounded to float32, so that standardising in float32 and folding back use the same numbers
@@ -286,25 +287,30 @@ def _ece(head: Head, logits: np.ndarray, y: np.ndarray) -> float:
 
 
 def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
-    """The temperature in [1/1000, 1000] with the least log-loss, by golden-section search over its logarithm."""
-    each = metrics.binary_losses if y.ndim == 2 else metrics.losses
+    """The temperature in [1/1000, 1000] with the least log-loss: Newton over its inverse, where it is convex.
 
-    def loss(t: float) -> float:
-        return float(each(logits / np.exp(t), y).mean())
-
-    low, high, ratio = -np.log(1000.0), np.log(1000.0), (5**0.5 - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    fa, fb = loss(a), loss(b)
-    while high - low > 1e-4:
-        if fa < fb:
-            high, b, fb = b, a, fa
-            a = high - ratio * (high - low)
-            fa = loss(a)
+    A step that leaves the bracket of slopes seen so far is halved into it.
+    """
+    z = np.asarray(logits, np.float64)
+    low, high, scale = 1e-3, 1e3, 1.0
+    for _ in range(60):
+        if y.ndim == 2:
+            p = 0.5 * (1 + np.tanh(0.5 * scale * z))
+            slope, curve = (z * (p - y)).sum(), (z * z * p * (1 - p)).sum()
         else:
-            low, a, fa = a, b, fb
-            b = low + ratio * (high - low)
-            fb = loss(b)
-    return float(np.exp((low + high) / 2))
+            p = np.exp(scale * (z - z.max(axis=1, keepdims=True)))
+            p /= p.sum(axis=1, keepdims=True)
+            mean = np.einsum("nc,nc->n", p, z)
+            slope = (mean - z[np.arange(len(y)), y]).sum()
+            curve = np.einsum("nc,nc,nc->", p, z, z) - (mean**2).sum()
+        low, high = (scale, high) if slope < 0 else (low, scale)
+        step = scale - slope / curve if curve > 0 else np.inf
+        if not low < step < high:
+            step = np.sqrt(low * high)
+        if abs(step - scale) < 1e-6 * scale:
+            break
+        scale = float(step)
+    return float(1 / scale)
 
 
 def _threshold(confidence: np.ndarray, right: np.ndarray, accuracy: float) -> float:

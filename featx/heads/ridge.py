@@ -83,6 +83,7 @@ def leave_out(
     """
     centre = targets.mean(axis=0, dtype=np.float64)
     dtype = np.float64 if design.count * design.size < EXACT else np.float32
+    design.rotate(dtype)
     T = (targets - centre).astype(dtype)
     C, size, S = T.shape[1], design.size - 1, len(penalties)
     step = max(64, SCRATCH // max(size, S * C))
@@ -102,9 +103,11 @@ def leave_out(
     def left_out(rows: slice, into: np.ndarray) -> None:
         Q = design.rotated(rows, dtype)
         own = (Q * Q) @ shrunk + 1 / design.count
-        residual = T[rows][:, None, :] - (Q @ solve).reshape(len(Q), S, C)
-        residual /= np.maximum(1 - own, 1e-9)[:, :, None]
-        into += np.einsum("nsc,nsc,n->s", residual, residual, alone[rows].astype(dtype))
+        residual = (Q @ solve).reshape(len(Q), S, C)
+        np.subtract(T[rows][:, None, :], residual, out=residual)
+        squares = np.einsum("nsc,nsc->ns", residual, residual)
+        squares /= np.maximum(1 - own, 1e-9) ** 2
+        into += squares[alone[rows]].sum(axis=0)
 
     errors = np.sum(spread(left_out, design.count, step, lambda: np.zeros(S), flops * (size + S * C)), axis=0)
     for members in blocks:
@@ -124,17 +127,21 @@ def _left_out_scores(
     groups: np.ndarray | None,
 ) -> np.ndarray:
     """What each row is scored when it is left out, `float32 [N, C]`, in `design`'s order."""
-    T = targets - centre
+    dtype = np.float64 if design.count * design.size < EXACT else np.float32
     scores = np.empty(targets.shape, np.float32)
     _, blocks = _shared_groups(groups, design.count)
     values = design.eigenvalues + penalty
-    step = max(64, SCRATCH // (design.size + targets.shape[1]))
-    for start in range(0, design.count, step):
-        rows = slice(start, min(start + step, design.count))
-        Q = design.rotated(rows, np.float64)
-        residual = T[rows] - Q @ (coefficients / values).T
-        own = (Q * Q) @ (1 / values) + 1 / design.count
+    solve, shrunk = (coefficients / values).T.astype(dtype), (1 / values).astype(dtype)
+
+    def left_out(rows: slice, _: None) -> None:
+        Q = design.rotated(rows, dtype)
+        residual = targets[rows] - centre.astype(dtype) - Q @ solve
+        own = (Q * Q) @ shrunk + 1 / design.count
         scores[rows] = targets[rows] - residual / np.maximum(1 - own, 1e-9)[:, None]
+
+    step = max(64, SCRATCH // (design.size + targets.shape[1]))
+    spread(left_out, design.count, step, lambda: None, float(design.count) * design.size**2)
+    T = targets - centre
     for members in blocks:
         Q = design.rotated(members.ravel(), np.float64).reshape(*members.shape, -1)
         scores[members] = targets[members] - _without(Q, T[members], coefficients, values, design.count)

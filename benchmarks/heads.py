@@ -1,0 +1,175 @@
+"""Whole regularisation paths: featx's solver against scikit-learn's lbfgs, cold and warm-started.
+
+    env -u OPENBLAS_CORETYPE python benchmarks/heads.py
+
+All minimise the same objective on the same standardised features, which are drawn so that no plane parts
+the classes. featx solves all 45 strengths, and its time includes checking, standardising and the
+eigendecomposition. scikit-learn (float64, features standardised beforehand, its default `tol` of 1e-4) is
+measured at every fifth strength (`--every`), once, and the rest is extrapolated: cold from zero, and warm
+from the optimum one grid step below, as a loop with `warm_start` would have it. Gaps are relative to an
+optimum in float64. Seconds are wall-clock; CPU seconds stand beside them, for machines that others use too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import sklearn
+from sklearn.linear_model import LogisticRegression, Ridge
+from threadpoolctl import threadpool_info
+
+from featx.heads import _training, logreg, ridge
+from featx.heads._design import Design, single_thread
+from featx.heads._solver import Path, minimise
+
+STRENGTHS = np.array(logreg.STRENGTHS)
+
+
+def features(rows: int, size: int, classes: int, apart: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian classes with a power-law spectrum, as pooled features have, rotated: `float32 [N, D]`, `[N]`."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.normal(size=(size, size)))[0].astype(np.float32)
+    scale = (np.arange(1, size + 1) ** -0.5).astype(np.float32)
+    y = rng.integers(0, classes, rows)
+    means = (apart * scale * rng.normal(size=(classes, size))).astype(np.float32)
+    return (rng.standard_normal((rows, size), dtype=np.float32) * scale + means[y]) @ turn, y
+
+
+def solve_path(X: np.ndarray, y: np.ndarray, names: list[str]) -> Path:
+    with single_thread():
+        task = _training.check(X, y, names)
+        path = Path(Design(task, np.full(len(y), -1)), STRENGTHS, np.array([-1]))
+        path.whole()
+    return path
+
+
+def compare_paths(rows: int, size: int, classes: int, apart: float, every: int) -> None:
+    X, y = features(rows, size, classes, apart)
+    names = [str(c) for c in range(classes)]
+    spent = []
+    for _ in range(2):
+        started = np.array([time.perf_counter(), time.process_time()])
+        path = solve_path(X, y, names)
+        spent.append(np.array([time.perf_counter(), time.process_time()]) - started)
+    ours = np.min(spent, axis=0)
+    measured = list(range(every // 2, len(STRENGTHS), every))
+    start = np.concatenate([path.solved[i].A for i in measured], axis=1).astype(np.float64)
+    none = np.full(len(measured), -1)
+    with single_thread():
+        optimum = minimise(path.design, STRENGTHS[measured], none, start, tolerance=1e-9, most=100).loss
+    Z = _training.check(X, y, names).standard().astype(np.float64)
+    cold, warm, gaps = [], [], []
+    for i, best in zip(measured, optimum, strict=True):
+        for times, before in ((cold, None), (warm, i - 1)):
+            model = LogisticRegression(C=STRENGTHS[i], max_iter=10_000, warm_start=True)
+            if before is not None:
+                model.coef_, model.intercept_ = path.design.features_space(path.solved[before].A[:, 0])
+                model.classes_ = np.arange(classes)
+            started = np.array([time.perf_counter(), time.process_time()])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.fit(Z, y)
+            times.append(np.array([time.perf_counter(), time.process_time()]) - started)
+            gaps.append(objective(Z, y, model.coef_, model.intercept_, STRENGTHS[i]) / best - 1)
+        print(f"  C={STRENGTHS[i]:.2e} cold {cold[-1][0]:.2f} s, warm {warm[-1][0]:.2f} s", flush=True)
+    share = len(STRENGTHS) / len(measured)
+    answers = Z[:5000] @ path.design.features_space(path.solved[30].A[:, 0])[0].T
+    print(f"\nN={rows:,} D={size} C={classes}, {len(STRENGTHS)} strengths; training accuracy at C=30: ", end="")
+    print(f"{(answers.argmax(axis=1) == y[:5000]).mean():.2f}")
+    ours_gap = max(path.solved[i].loss[0] / b - 1 for i, b in zip(measured, optimum, strict=True))
+    print(
+        f"  featx, whole path     {ours[0]:8.2f} s, CPU {ours[1]:8.2f} s; largest gap {ours_gap:.1e}; "
+        f"{path.passes} passes; best of {len(spent)}"
+    )
+    for label, times, part in (("cold", cold, gaps[::2]), ("warm", warm, gaps[1::2])):
+        total = np.sum(times, axis=0) * share
+        ratio = total / ours
+        print(
+            f"  scikit-learn, {label}    {total[0]:8.2f} s, CPU {total[1]:8.2f} s; largest gap {max(part):.1e}; "
+            f"{len(times)} of {len(STRENGTHS)} fits measured, the rest extrapolated; "
+            f"{ratio[0]:.1f} times featx, by CPU {ratio[1]:.1f}"
+        )
+
+
+def objective(Z: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray, strength: float) -> float:
+    logits = Z @ weight.T + bias
+    top = logits.max(axis=1)
+    loss = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[np.arange(len(y)), y]
+    return float(loss.sum() + (weight**2).sum() / (2 * strength))
+
+
+def compare_ridge(rows: int, size: int, classes: int, apart: float) -> None:
+    X, y = features(rows, size, classes, apart)
+    names = [str(c) for c in range(classes)]
+    T = (2 * np.eye(classes, dtype=np.float32) - 1)[y]
+
+    def best(call: Callable[[], object]) -> np.ndarray:
+        spent = []
+        for _ in range(4):
+            started = np.array([time.perf_counter(), time.process_time()])
+            call()
+            spent.append(np.array([time.perf_counter(), time.process_time()]) - started)
+        return np.min(spent, axis=0)
+
+    ours = best(lambda: ridge.fit(X, y, names, penalties=np.logspace(-6, 5, 45)))
+    print(f"\nRidge, N={rows:,} D={size} C={classes}, best of 4")
+    print(
+        f"  featx.fit, 45 penalties with leave-one-out, checked, standardised, calibrated  {ours[0]:.3f} s, "
+        f"CPU {ours[1]:.3f} s"
+    )
+    for dtype in (np.float32, np.float64):
+        Z, targets = X.astype(dtype), T.astype(dtype)
+        peer = best(lambda: Ridge(alpha=rows * 1e-2, solver="cholesky").fit(Z, targets))  # noqa: B023
+        print(
+            f"  scikit-learn, one Ridge(solver='cholesky'), {np.dtype(dtype).name}  {peer[0]:.3f} s, "
+            f"CPU {peer[1]:.3f} s; featx takes {ours[0] / peer[0]:.2f} times that, by CPU {ours[1] / peer[1]:.2f}"
+        )
+
+
+def small_fit() -> None:
+    X, y = features(244, 512, 2, 0.12)
+    spent, burnt = [], []
+    for _ in range(20):
+        started, cpu = time.perf_counter(), time.process_time()
+        fitted = logreg.fit(X, y, ["ants", "bees"])
+        spent.append(time.perf_counter() - started)
+        burnt.append(time.process_time() - cpu)
+    print(f"\nlogreg.fit with cross-validation, N=244 D=512 C=2: best {1000 * min(spent):.0f} ms, median ", end="")
+    print(f"{1000 * np.median(spent):.0f} ms; {1000 * min(burnt):.0f} ms of CPU; ", end="")
+    print(f"{len(fitted.info['cross_validation']['strengths'])} strengths tried")
+
+
+def environment() -> None:
+    print(f"Python {platform.python_version()}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, ", end="")
+    print(f"{os.cpu_count()} cores ({platform.processor() or platform.machine()})")
+    for pool in threadpool_info():
+        print(f"  {pool['user_api']} {pool['internal_api']} {pool['version']} {pool.get('architecture', '')}", end="")
+        print(f" {pool['num_threads']} threads")
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        print(f"  {name}={os.environ.get(name, '(not set)')}")
+    if hasattr(os, "getloadavg"):
+        print(f"  load average at the start {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["small", "ridge", "ten", "hundred"])
+    parser.add_argument("--every", type=int, default=5, help="measure every so many of scikit-learn's fits")
+    options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    environment()
+    if "small" in options.what:
+        small_fit()
+    if "ridge" in options.what:
+        compare_ridge(50_000, 512, 10, 0.11)
+    if "ten" in options.what:
+        compare_paths(50_000, 512, 10, 0.11, options.every)
+    if "hundred" in options.what:
+        compare_paths(50_000, 768, 100, 0.15, options.every)
