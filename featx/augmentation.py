@@ -77,12 +77,13 @@ def measure_gain(
 ) -> dict[str, Any]:
     """Whether learning from views beats the centre crop alone, on held-out training images; JSON values.
 
-    views: features of the training images, `[N, D]` each, the centre crop first, then the augmented views.
-    `augmented` is how many. The same folds for all: `center` learns from the first view, `views` from all, both are measured on the
-    centre crops of held-out images, `averaged` on the mean over their views. Each has `accuracy` and
-    `log_loss`; `views_gain` and `averaged_gain` are differences to `center` (accuracy up, log-loss down is
-    better) with 95 % intervals of 2,000 paired resamples of the images. `better` is `center`, `views` or
-    `averaged`: the least log-loss. Raises `HeadError` where there are too few images to hold any out.
+    views: features of the training images, `[N, D]` each, the centre crop first, then the augmented views,
+    `augmented` of them. The same folds for all: `center` learns from the first view, `views` from all, both
+    are measured on the centre crops of held-out images, `averaged` on the mean over their views. Each has
+    `accuracy` and `log_loss`; `views_gain` and `averaged_gain` are differences to `center` (accuracy up,
+    log-loss down is better) with 95 % intervals of 2,000 paired resamples of the images. `better` is
+    `center`, `views` or `averaged`: the least log-loss. Raises `HeadError` where there are too few images to
+    hold any out.
     """
     if len(views) < 2:
         raise HeadError("there is no augmented view; extract with --views 1 or more")

@@ -160,7 +160,7 @@ def parse_head(text: str) -> tuple[str, dict[str, Any]]:
 
 def head_text(name: str, settings: dict[str, Any]) -> str:
     """A head with its settings, as `parse_head` reads it."""
-    return " ".join([name, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())])
+    return shlex.join([name, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())])
 
 
 def _request(backbone: str | BackboneRequest, weights: str, layer: str, seed: int) -> BackboneRequest:

@@ -138,13 +138,13 @@ def test_a_paired_interval_is_that_of_the_normal_approximation():
 
 
 def test_ants_and_bees_from_cached_views(photos: Path, squeezenet_weights: Path, tmp_path: Path):
-    options = {"weights": str(squeezenet_weights), "cache": tmp_path / "cache", "views": 4}
+    options = {"weights": str(squeezenet_weights), "cache": tmp_path / "cache", "views": 2}
     run = fit(photos, "squeezenet1_1", output=tmp_path / "run", **options)
     assert run.report["accuracy"] >= 0.915
     extraction = sync(photos, "squeezenet1_1", **options)
     assert extraction.report["extracted"] == 0
     features = extraction.features()
-    views = [extraction.features(k).X for k in range(5)]
+    views = [extraction.features(k).X for k in range(3)]
     val = np.flatnonzero(features.splits == "val")
     logits = augmentation.average(run.head, [view[val] for view in views])
     averaged = evaluate_logits(logits, features.y[val], run.head, features.class_names)
