@@ -17,7 +17,7 @@ from featx import folders, shards
 from featx.errors import DamageError, StoreError, near
 from featx.features import Features, FeatureSpec
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
-from featx.hdf5 import plan
+from featx.hdf5 import plan, utf8
 from featx.index import as_keys, distinct
 from featx.shards import StaleError
 from featx.store import FeatureStore
@@ -222,7 +222,7 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
             ("ids", features.ids),
             ("splits", np.asarray(features.splits).tolist()),
         ):
-            _texts(file, name, texts)
+            file.create_dataset(name, data=utf8(texts))
 
     try:
         make_folder(path.parent)
@@ -231,14 +231,6 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     except OSError as error:
         raise StoreError(f"{path} cannot be written ({error.strerror or error})") from error
     return path
-
-
-def _texts(file: Any, name: str, texts: list[str]) -> None:
-    import h5py
-
-    data = [text.encode("utf-8", "surrogateescape") for text in texts]
-    width = max(map(len, data), default=1) or 1
-    file.create_dataset(name, data=np.array(data, h5py.string_dtype("utf-8", width)))
 
 
 def _entry(path: Path) -> Entry:

@@ -116,6 +116,14 @@ class _Sketch(io.RawIOBase):
         return [(at, bytes(data)) for at, data in merged]
 
 
+def utf8(texts: list[str]) -> np.ndarray:
+    """Texts as fixed-length UTF-8 for a data set, which every reader of HDF5 knows."""
+    import h5py
+
+    data = [text.encode("utf-8", "surrogateescape") for text in texts]
+    return np.array(data, h5py.string_dtype("utf-8", max(map(len, data), default=1) or 1))
+
+
 @dataclass(frozen=True)
 class Array:
     """A plain array that lies whole inside the file: `size` bytes at `offset`."""
