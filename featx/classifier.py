@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featx.backbones import Backbone, BackboneRequest, load_backbone
+from featx.backbones import Backbone, load_backbone
 from featx.errors import WeightsError
 from featx.heads import Head
 from featx.preprocess import Preprocess
@@ -51,7 +51,7 @@ def load(run: str | Path) -> Classifier:
     """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed."""
     opened = open_run(run)
     config = opened.config
-    backbone = load_backbone(BackboneRequest.from_dict(config["request"]))
+    backbone = load_backbone(opened.request)
     if backbone.info.weights_digest != config["backbone"]["weights_digest"]:
         raise WeightsError(
             f"{run} was fitted on weights {config['backbone']['weights_digest'][:12]} of "

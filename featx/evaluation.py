@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from featx import metrics
-from featx.backbones import BackboneRequest
 from featx.errors import HeadError, RunError
 from featx.extraction import extract
 from featx.features import FeatureSpec
@@ -147,7 +146,7 @@ def evaluate(
     spec = FeatureSpec.from_dict(config["spec"])
     features = extract(
         data,
-        BackboneRequest.from_dict(config["request"]),
+        opened.request,
         cache=cache or config["cache"],
         precision=spec.precision,
         dtype=spec.dtype,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featx import __version__, graph, parity
-from featx.backbones import BackboneInfo, BackboneRequest
+from featx.backbones import BackboneInfo
 from featx.deployed import FORMAT, open_session, parse_metadata
 from featx.engines import backbone_onnx
 from featx.errors import ExportError, ParityError
@@ -57,11 +57,11 @@ def export(
     path = Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx")
     backbone = None
     if input != "features":
-        backbone = load(_backbone_path(opened))
+        backbone = load(backbone_path(opened))
     spec = FeatureSpec.from_dict(opened.config["spec"])
     model = graph.build(backbone, head, spec.preprocess, input=input, outputs=outputs)
     parts = graph.part_digests(model.graph)
-    chosen = _images(opened, images, split, data)
+    chosen = gate_images(opened, images, split, data)
     found, rows = _measure(opened, model, parts, chosen, list(head.class_names), tolerance, trust=True)
     if not found.passed:
         raise ParityError(
@@ -70,7 +70,9 @@ def export(
         )
     if rows is not None and found.method == "file":
         parity.save_rows(parity.verified_path(_cache(opened), chosen, parts), chosen, rows)
-    put(model, path, metadata(opened, head, input, outputs, parts, found, split), found, parts)
+    short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")}
+    short |= {"split": split, **{check.name.replace(" ", "_"): check.value for check in found.checks[1:]}}
+    put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | {"split": split})
     return found
 
 
@@ -85,6 +87,8 @@ def check(model: str | Path, run: str | Path, *, images: int = parity.IMAGES, sp
     proto = load(path)
     head = opened.head
     described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
+    if described.get("precision", "fp32") != "fp32":
+        raise ExportError(f"{path} is {described['precision']}: it was held to fp32 when it was made, not to torch")
     parts = graph.part_digests(proto.graph)
     spec = FeatureSpec.from_dict(opened.config["spec"])
     wrong = []
@@ -100,7 +104,7 @@ def check(model: str | Path, run: str | Path, *, images: int = parity.IMAGES, sp
             wrong.append(f"its {name} part has other nodes or weights than the run gives")
     if wrong:
         raise ParityError(f"{path}: {'; '.join(wrong)}; export it again")
-    chosen = _images(opened, images, split, None)
+    chosen = gate_images(opened, images, split, None)
     found, _ = _measure(opened, proto, parts, chosen, described["class_names"], parity.PROBABILITIES, trust=False)
     if not found.passed:
         raise ParityError(f"{path} does not answer as the run's classifier does: {found.failures()}. {_named(found)}")
@@ -138,7 +142,7 @@ def load(path: Path, *, external: bool = False) -> ModelProto:
     return model
 
 
-def put(model: ModelProto, path: Path, entries: dict[str, Any], found: Parity, parts: dict[str, str]) -> None:
+def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str, Any]) -> None:
     """Write the file and its `parity.json`, each whole or not at all."""
     from onnx import helper
 
@@ -146,8 +150,8 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: Parity, p
         model, {name: json.dumps(value) for name, value in entries.items()} | {"featx_format": FORMAT}
     )
     data = model.SerializeToString(deterministic=True)
-    record = found.to_dict() | {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    record |= {"parts": parts, "versions": entries["versions"]}
+    record = found | {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    record |= {"parts": entries["parts"], "versions": entries["versions"]}
     beside = path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
     try:
         write_atomic(path, data)
@@ -164,8 +168,8 @@ def metadata(
     input: str,
     outputs: tuple[str, ...],
     parts: dict[str, str],
-    found: Parity,
-    split: str,
+    found: dict[str, Any],
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """What the file says about itself; each value is written as JSON, and none names a place on this machine."""
     from importlib.metadata import version
@@ -174,12 +178,11 @@ def metadata(
     info = BackboneInfo.from_dict(config["backbone"])
     spec = FeatureSpec.from_dict(config["spec"])
     metrics = {name: report[name] for name in METRICS if report.get(name) is not None}
-    short = {"images": found.images, "split": split, "accuracy": found.accuracy, "torch_accuracy": found.torch_accuracy}
-    short |= {"equal_labels": found.equal_labels, **{c.name.replace(" ", "_"): c.value for c in found.checks[1:]}}
     return {
         "contract": contract(spec, input, head),
         "input": input,
         "outputs": list(outputs),
+        "precision": precision,
         "class_names": list(head.class_names),
         "activation": head.activation,
         "threshold": head.threshold,
@@ -193,7 +196,7 @@ def metadata(
         "head": config["head"],
         "data_digest": config["data_digest"],
         "metrics": metrics | {"split": report.get("split"), "count": report.get("count")},
-        "parity": short,
+        "parity": found,
         "parts": parts,
         "versions": {
             "featx": __version__,
@@ -269,21 +272,21 @@ def _measure_all(
 
 def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str, str]:
     spec = FeatureSpec.from_dict(run.config["spec"])
-    backbone = None if described["input"] == "features" else load(_backbone_path(run))
+    backbone = None if described["input"] == "features" else load(backbone_path(run))
     outputs = tuple(described["outputs"])
     return graph.part_digests(
         graph.build(backbone, head, spec.preprocess, input=described["input"], outputs=outputs).graph
     )
 
 
-def _images(run: Run, limit: int, split: str, data: str | Path | None) -> Images:
+def gate_images(run: Run, limit: int, split: str, data: str | Path | None) -> Images:
     if limit < 1:
         raise ExportError(f"the gate needs at least one image, not {limit}")
     config = run.config
     spec = FeatureSpec.from_dict(config["spec"])
     extraction: Extraction = sync(
         data or config["data"],
-        BackboneRequest.from_dict(config["request"]),
+        run.request,
         cache=config["cache"],
         precision=spec.precision,
         dtype=spec.dtype,
@@ -297,11 +300,9 @@ def _images(run: Run, limit: int, split: str, data: str | Path | None) -> Images
     return parity.choose(extraction, features, split, limit)
 
 
-def _backbone_path(run: Run) -> Path:
+def backbone_path(run: Run) -> Path:
     config = run.config
-    return backbone_onnx(
-        BackboneRequest.from_dict(config["request"]), BackboneInfo.from_dict(config["backbone"]), _cache(run)
-    )
+    return backbone_onnx(run.request, BackboneInfo.from_dict(config["backbone"]), _cache(run))
 
 
 def _cache(run: Run) -> Path:

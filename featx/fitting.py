@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,11 @@ from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
 from featx.features import Features, groups
 from featx.heads import Fitted, Head
+from featx.processes import rank
 from featx.sources import Source
+
+if TYPE_CHECKING:
+    from featx.recipes import FinetuneConfig
 
 
 def fit(
@@ -27,19 +31,23 @@ def fit(
     weights: str = "pretrained",
     layer: str = "features",
     settings: dict[str, Any] | None = None,
+    finetune: FinetuneConfig | None = None,
     seed: int = 0,
     views: int = 0,
     cache: str | Path = "cache",
     device: str = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
+    report: bool = True,
     **extraction: Any,
 ) -> runs.Run:
     """Extract what is missing, fit a head on the training images, evaluate it on the others, write a run.
 
-    head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. views: augmented
-    views of each training image to learn from beside its centre crop. output: the run's folder, by default
-    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. The others: as for `featx.extraction.sync`.
+    head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. finetune: then train
+    the backbone further, from that head on. views: augmented views of each training image to learn from
+    beside its centre crop. output: the run's folder, by default
+    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. report: write `report.html` and `plots/`
+    too. The others: as for `featx.extraction.sync`.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
     where there is nothing to learn from and `RunError` where a run would be overwritten.
@@ -50,28 +58,59 @@ def fit(
     if isinstance(request, str):
         request = BackboneRequest(name=request, weights=weights, layer=layer, seed=seed)
     if head == "pretrained":
+        if finetune is not None:
+            raise HeadError("--head pretrained is the network as it is; fine-tune from --head logreg or linear")
         request = own_classifier_request(request, resolve(request, Path(cache)))
-    extracted = sync(data, request, seed=seed, views=views, cache=cache, device=device, **extraction)
+    options: dict[str, Any] = {"seed": seed, "cache": cache, "device": device, **extraction}
+    extracted = sync(data, request, views=views, **options)
     features = extracted.features()
     if not features.class_names:
         raise HeadError(
             f"{extracted.source.uri} has no labels: put the images into one folder a class, or name a manifest"
         )
-    train = features.split("train")
     if head != "pretrained":
-        check_learnable(train)
-    config = configuration(extracted, features, head, settings, seed)
-    run = runs.start(Path(output) if output else runs.default_path("export", config), config, overwrite=overwrite)
+        check_learnable(features.split("train"))
+    config = configuration(extracted, features, head, settings, seed, finetune)
+    path = Path(output) if output else runs.default_path("export", config)
+    # of several processes that train together, the leader writes the run
+    run = runs.start(path, config, overwrite=overwrite) if rank() == 0 else runs.Run(path)
 
     begin = time.perf_counter()
+    chosen = features
+    if finetune is not None:
+        from featx import finetuning  # and torch with it
+
+        chosen = finetuning.hold_out(features, finetune)
     if head == "pretrained":
         fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
+    elif finetune is not None and finetune.init == "random":
+        fitted = None
     else:
-        X, y, group = training_rows(extracted, features)
+        X, y, group = training_rows(extracted, chosen)
         fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **settings)
     seconds = time.perf_counter() - begin
+    if finetune is not None:
+        tuned = finetuning.finetune(extracted, chosen, fitted.head if fitted else None, finetune, run, device)
+        if rank() != 0:
+            return run
+        # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
+        extracted = sync(data, tuned.request, **options)
+        features = extracted.features()
+        fitted = Fitted(tuned.head, (fitted.info if fitted else {}) | {"finetune": tuned.history})
+        config |= {
+            "request": replace(tuned.request, weights=Path(tuned.request.weights).name).to_dict(),
+            "backbone": extracted.info.to_dict(),
+            "spec": features.spec.to_dict(),
+            "base": {name: config[name] for name in ("request", "backbone", "spec")},
+        }
+        run.write("config.json", config)
+    assert fitted is not None
     fitted.head.save(run.path / "head.safetensors")
-    run.write("report.json", report(features, fitted, seconds))
+    run.write("report.json", measured(features, fitted, seconds))
+    if report:
+        from featx.report import write_report
+
+        write_report(run.path, features=features, source=extracted.source)
     return run
 
 
@@ -116,14 +155,19 @@ def own_classifier(
 
 
 def configuration(
-    extracted: Extraction, features: Features, head: str, settings: dict[str, Any], seed: int
+    extracted: Extraction,
+    features: Features,
+    head: str,
+    settings: dict[str, Any],
+    seed: int,
+    finetune: FinetuneConfig | None,
 ) -> dict[str, Any]:
     """`config.json`: all that is needed to make the run again, or to load, evaluate and export it."""
     request = extracted.request.to_dict()
     if Path(request["weights"]).is_file():  # a run can be loaded from any working folder
         request["weights"] = str(Path(request["weights"]).resolve())
     splits = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
-    return {
+    config = {
         "featx": __version__,
         "data": str(Path(extracted.source.uri).resolve()),
         "data_digest": features.digest,
@@ -134,20 +178,21 @@ def configuration(
         "views": len(extracted.stores) - 1,
         "head": head,
         "settings": settings,
+        "finetune": finetune.to_dict() if finetune else None,
         "seed": seed,
         "class_names": features.class_names,
         "splits": splits,
     }
+    return {**config, "digest": runs.digest(config)}
 
 
-def report(features: Features, fitted: Fitted, seconds: float) -> dict[str, Any]:
+def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, Any]:
     """`report.json`: the validation images' report at the top level, then what led to it."""
     values: dict[str, Any] = {"accuracy": None, "split": "val", "count": 0}
     for name in ("val", "test"):
         part = features.split(name)
         if len(part):
-            measured = measure(fitted.head, part)
-            values |= measured if name == "val" else {"test": measured}
+            values |= measure(fitted.head, part) if name == "val" else {"test": measure(fitted.head, part)}
     train = features.split("train")
     values["train_accuracy"] = measure(fitted.head, train)["accuracy"] if len(train) else None
     values["fit"] = fitted.info | {"seconds": round(seconds, 4)}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from featx import augmentation, heads
-from featx.backbones import BackboneRequest
 from featx.errors import HeadError, RunError
 from featx.extraction import sync
 from featx.features import FeatureSpec, groups
@@ -50,7 +49,7 @@ def learning_curve(
     spec = FeatureSpec.from_dict(config["spec"])
     extraction = sync(
         config["data"],
-        BackboneRequest.from_dict(config["request"]),
+        opened.request,
         cache=config["cache"],
         seed=config["seed"],
         precision=spec.precision,

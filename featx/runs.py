@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from featx.backbones import BackboneRequest
 from featx.errors import RunError
 from featx.files import to_json, write_atomic
 from featx.heads import Head
@@ -27,12 +28,22 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """What was asked and what it resolved to. Raises `RunError` where there is none."""
-        return self._json("config.json")
+        values = self._json("config.json")
+        if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
+            values["request"]["weights"] = str(self.path.absolute() / "model.safetensors")
+        return values
 
     @property
     def report(self) -> dict[str, Any]:
         """The evaluation. Raises `RunError` while the run is unfinished."""
         return self._json("report.json")
+
+    @property
+    def request(self) -> BackboneRequest:
+        """The backbone's request. Weights that lie in the run itself, a tuned network's, move with it."""
+        request = BackboneRequest.from_dict(self.config["request"])
+        own = self.path / request.weights
+        return replace(request, weights=str(own.resolve())) if own.is_file() else request
 
     @property
     def head(self) -> Head:
@@ -69,7 +80,7 @@ def default_path(root: str | Path, config: dict[str, Any]) -> Path:
     data = Path(config["data"]).resolve().stem
     backbone = config["backbone"]["name"].removeprefix("torchvision/")
     words = [re.sub(r"[^\w.]+", "_", word).strip("_.") for word in (data, backbone, config["head"])]
-    return Path(root) / "-".join([*words, digest(config)[:8]])
+    return Path(root) / "-".join([*words, config["digest"][:8]])
 
 
 def digest(config: dict[str, Any]) -> str:
@@ -93,7 +104,7 @@ def start(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Run
             shutil.rmtree(path)
         elif run.finished:
             raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
-        elif digest(run.config) != digest(config):
+        elif run.config.get("digest") != config["digest"]:
             raise RunError(
                 f"{path} holds an unfinished run with another configuration; "
                 "use --overwrite to replace it, or another --output"

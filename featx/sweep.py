@@ -193,7 +193,7 @@ def _point(
     measured, config = run.report, run.config
     info = BackboneInfo.from_dict(config["backbone"])
     if config["request"]["layer"] != request.layer:  # the pretrained head may want the logits
-        request = BackboneRequest.from_dict(config["request"])
+        request = run.request
         extraction = sync(source, request, **common)
         features = extraction.features()
     right = _held_out(run, extraction, features, head, settings, common)
