@@ -236,8 +236,8 @@ def compare(
     exact = max(SAME_PROBABILITIES, SAME_SUM * size / 2)  # a sigmoid or softmax is at most half as steep
     gap = 2 * (exact if rows.file is None else tolerance)
 
-    mine = _answers(file["probabilities"], class_names, head.activation)
-    theirs = _answers(probabilities, list(head.class_names), head.activation)
+    mine = answers(file["probabilities"], class_names, head.activation)
+    theirs = answers(probabilities, list(head.class_names), head.activation)
     column = {name: i for i, name in enumerate(head.class_names)}
     ties: list[str] = []
     differing: list[str] = []
@@ -277,7 +277,8 @@ def compare(
     )
 
 
-def _answers(probabilities: np.ndarray, names: list[str], activation: str) -> list[tuple[str, ...]]:
+def answers(probabilities: np.ndarray, names: list[str], activation: str) -> list[tuple[str, ...]]:
+    """What each row of probabilities `[N, C]` says: one class, or the sorted classes that are probable enough."""
     if activation == "softmax":
         return [(names[i],) for i in probabilities.argmax(axis=1)]
     return [tuple(sorted(names[i] for i in np.flatnonzero(row >= MULTILABEL))) for row in probabilities]

@@ -107,3 +107,15 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
     monkeypatch.setattr(extraction, "resolve", resolve)
     monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: made)
     return made
+
+
+@pytest.fixture(scope="session")
+def photo_run(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the photographs (squeezenet1_1, logreg), exported, with its cache beside it. Copy it to change it."""
+    import featx
+
+    root = tmp_path_factory.mktemp("photo-run")
+    weights = str(squeezenet_weights)
+    run = featx.fit(photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run")
+    featx.export(run.path)
+    return root / "run"

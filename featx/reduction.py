@@ -1,0 +1,238 @@
+"""Owns int8 and fp16 files: made from a verified fp32 one, and refused where they do not pay on this machine."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featx import graph, parity
+from featx.deployed import open_session
+from featx.errors import ExportError
+from featx.exporting import DEFAULT, backbone_path, default_outputs, gate_images, load, metadata, put
+from featx.features import FeatureSpec
+from featx.parity import Images
+from featx.preprocess import Preprocess
+from featx.runs import open_run
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+PRECISIONS = ("int8", "fp16")
+CALIBRATION = 128
+"""Training images that int8 ranges are taken from."""
+ALLOWED_IMAGES = 2
+"""Right answers that a file may lose on any number of images: chance alone moves one or two."""
+BATCH = 32
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a smaller file costs and gains, against fp32, on this machine and the run's images."""
+
+    precision: str
+    images: int
+    accuracy: float
+    fp32_accuracy: float
+    lost: int
+    """Right answers that fp32 gives and the file does not, less those that only the file gives."""
+    allowed: int
+    equal_labels: int
+    max_probability_difference: float
+    images_per_second: float
+    """Of the whole graph after the resize, in batches of `batch`; the best of five rounds."""
+    fp32_images_per_second: float
+    batch: int
+    cores: int
+
+    @property
+    def speedup(self) -> float:
+        return self.images_per_second / self.fp32_images_per_second
+
+    @property
+    def passed(self) -> bool:
+        return self.lost <= self.allowed and self.speedup > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "speedup": self.speedup, **asdict(self)}
+
+    def figures(self) -> str:
+        """The measurement in a sentence."""
+        return (
+            f"{self.precision} runs {self.images_per_second:.1f} images/s, fp32 {self.fp32_images_per_second:.1f} "
+            f"({self.speedup:.2f} times), and is right on {self.accuracy:.4f} of {self.images} images, fp32 on "
+            f"{self.fp32_accuracy:.4f} ({self.lost} right answers lost, {self.allowed} allowed)"
+        )
+
+
+def export_reduced(
+    run: str | Path,
+    precision: str,
+    *,
+    output: str | Path | None = None,
+    input: str = "pixels",
+    outputs: tuple[str, ...] | None = None,
+    images: int = parity.IMAGES,
+    split: str = "val",
+    data: str | Path | None = None,
+    max_loss: float = 0.5,
+    providers: list[str] | None = None,
+) -> Reduction:
+    """Write a run as an ONNX file in `int8` or `fp16`, by default `model-int8.onnx` in its folder.
+
+    The backbone is made smaller, the head stays in float. int8 takes its ranges from up to 128 training
+    images. The file is written if it is faster than fp32 on this machine (on `providers`; for fp16 a
+    GPU's), and loses no more right answers than 2 images or `max_loss` points of them. Else it is
+    refused with the figures (`ExportError`). Other arguments as for `export`.
+    """
+    opened = open_run(run)
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
+    if input == "features":
+        raise ExportError("a head alone stays in float: there is no backbone to make smaller")
+    head, source = opened.head, backbone_path(opened)
+    outputs = outputs or default_outputs(head, input)
+    preprocess = FeatureSpec.from_dict(opened.config["spec"]).preprocess
+    if precision == "int8":
+        backbone = quantized(source, gate_images(opened, CALIBRATION, "train", data), preprocess)
+    else:
+        backbone = halved(load(source))
+    model = graph.build(backbone, head, preprocess, input=input, outputs=outputs)
+    found = measure(
+        model,
+        graph.build(load(source), head, preprocess, input=input, outputs=outputs),
+        gate_images(opened, images, split, data),
+        preprocess,
+        list(head.class_names),
+        precision=precision,
+        activation=head.activation,
+        max_loss=max_loss,
+        providers=providers,
+    )
+    require(found)
+    name = DEFAULT[input].replace(".onnx", f"-{precision}.onnx")
+    record = found.to_dict() | {"split": split}
+    parts = graph.part_digests(model.graph)
+    entries = metadata(opened, head, input, outputs, parts, record, precision)
+    put(model, Path(output) if output else opened.path / name, entries, record)
+    return found
+
+
+def quantized(backbone: Path, images: Images, preprocess: Preprocess) -> ModelProto:
+    """The backbone in int8: weights per channel, activations by their range over calibration images.
+
+    Static QDQ. Activations are unsigned and weights signed, the pair that x86 processors multiply fastest.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[list[tuple[np.ndarray, np.ndarray]]] = parity.batches(images, preprocess)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": np.stack([crop for _, crop in batch])}
+
+    with tempfile.TemporaryDirectory(prefix="featx-int8-") as folder:
+        prepared, result = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
+        quant_pre_process(str(backbone), prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            result,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return onnx.load(result)
+
+
+def halved(backbone: ModelProto) -> ModelProto:
+    """The backbone in fp16, features in float32. Changes `backbone`."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(backbone, keep_io_types=True)
+
+
+def measure(
+    model: ModelProto,
+    fp32: ModelProto,
+    images: Images,
+    preprocess: Preprocess,
+    class_names: list[str],
+    *,
+    precision: str,
+    activation: str,
+    max_loss: float,
+    providers: list[str] | None = None,
+) -> Reduction:
+    """Run both files on the same images, and on the clock. max_loss: in points, 100 is all images."""
+    resizes = model.graph.input[0].name == "images" and any(n.op_type == "Resize" for n in model.graph.node)
+    files = [open_session(graph.opened_up(m, pixels=not resizes), providers=providers) for m in (model, fp32)]
+    found: list[list[np.ndarray]] = [[], []]
+    for batch in parity.batches(images, preprocess):
+        for file, rows in zip(files, found, strict=True):
+            for image, crop in batch:
+                feed = {"images": image[None]} if resizes else {graph.PIXELS: crop[None]}
+                rows.append(file.run(["probabilities"], feed)[0])
+    del files
+    probabilities = [np.concatenate(rows) for rows in found]
+    answers = [parity.answers(rows, class_names, activation) for rows in probabilities]
+    truth = [tuple(sorted(label)) for label in images.labels]
+    right = [np.array([a == b for a, b in zip(given, truth, strict=True)]) for given in answers]
+    speeds = _speeds([graph.opened_up(m, pixels=True) for m in (model, fp32)], preprocess.crop, providers)
+    return Reduction(
+        precision=precision,
+        images=len(images.ids),
+        accuracy=float(right[0].mean()),
+        fp32_accuracy=float(right[1].mean()),
+        lost=int(right[1].sum()) - int(right[0].sum()),
+        allowed=allowed_loss(len(images.ids), max_loss),
+        equal_labels=sum(a == b for a, b in zip(*answers, strict=True)),
+        max_probability_difference=float(np.abs(probabilities[0] - probabilities[1]).max()),
+        images_per_second=speeds[0],
+        fp32_images_per_second=speeds[1],
+        batch=BATCH,
+        cores=os.cpu_count() or 1,
+    )
+
+
+def allowed_loss(images: int, max_loss: float) -> int:
+    """Right answers that may be lost: `max_loss` points of the images, but at least `ALLOWED_IMAGES`."""
+    return max(ALLOWED_IMAGES, math.floor(max_loss * images / 100 + 1e-9))
+
+
+def _speeds(models: list[bytes], crop: int, providers: list[str] | None) -> list[float]:
+    """Images per second of each, run by turns, so that what else the machine does falls on all of them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 3, crop, crop), dtype=np.uint8)
+    sessions = [open_session(model, providers=providers) for model in models]
+    best = [float("inf")] * len(models)
+    for _ in range(ROUNDS):
+        for i, session in enumerate(sessions):
+            begin = time.perf_counter()
+            session.run(["probabilities"], {graph.PIXELS: pixels})
+            best[i] = min(best[i], time.perf_counter() - begin)
+    return [BATCH / seconds for seconds in best]
+
+
+def require(found: Reduction) -> None:
+    """Raise `ExportError` with the figures where a smaller file does not pay."""
+    if found.passed:
+        return
+    why = []
+    if found.speedup <= 1:
+        why.append("is no faster here")
+    if found.lost > found.allowed:
+        why.append("loses too many answers (--max-loss allows more)")
+    raise ExportError(f"{found.precision} {' and '.join(why)}: {found.figures()}. Nothing was written; use fp32")
