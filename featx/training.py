@@ -138,15 +138,15 @@ def train(setup: Setup, progress: Progress) -> None:
                 _check(setup, *former, epoch)
             loss_sum, right_sum, weight_sum = world.added(tuple(sums.tolist()))
             world.share([b for b in network.buffers()])
-            seconds = time.perf_counter() - begin
+            trained = time.perf_counter() - begin
             row = {
                 "epoch": epoch + 1,
                 "loss": loss_sum / weight_sum,
                 "accuracy": right_sum / count,
                 "lr": {g["name"]: g["lr"] for g in setup.optimizer.param_groups},
                 **measure(setup),
-                "seconds": round(seconds, 3),
-                "images_per_second": round(count * (1 - first / steps) / seconds, 1),
+                "images_per_second": round(count * (1 - first / steps) / trained, 1),
+                "seconds": round(time.perf_counter() - begin, 3),
             }
             progress.history.append(row)
             progress.epoch, progress.step, progress.sums = epoch + 1, 0, (0.0, 0.0, 0.0)

@@ -20,10 +20,13 @@ import featx.checkpoints
 import featx.pixels
 import featx.training
 from featx.backbones import BackboneRequest, load_backbone
+from featx.classifier import load
 from featx.errors import TrainingError
+from featx.exporting import export
 from featx.extraction import Extraction, sync
 from featx.features import Features
 from featx.finetuning import Finetuned, finetune, hold_out
+from featx.fitting import fit
 from featx.heads import Head
 from featx.layers import Tuned
 from featx.recipes import FinetuneConfig
@@ -471,3 +474,21 @@ def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:
     several = replace(features, y=np.eye(2, dtype=np.int64)[features.y])
     with pytest.raises(TrainingError, match="one label per image"):
         finetune(extraction, several, None, FinetuneConfig(init="random"), Run(bench.folder()), "cpu")
+
+
+def test_a_fine_tuned_run_is_a_run_like_any_other_wherever_it_is_moved(bench: Bench, tmp_path: Path) -> None:
+    options = {"cache": bench.root / "cache", "device": "cpu", "report": False}
+    config = FinetuneConfig(**{**QUICK, "holdout": 0.3, "select": "holdout"})
+    run = fit(bench.images, "small:backbone_normed", "logreg", finetune=config, output=tmp_path / "run", **options)
+    report = run.report
+    assert report["fit"]["finetune"]["selected_on"] > 0 and report["count"] > 3
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    classifier = load(moved)
+    features = bench.extraction("normed").features()
+    val = np.flatnonzero(features.splits == "val")
+    pixels = [classifier.preprocess((bench.images / features.ids[i]).read_bytes()) for i in val]
+    answers = classifier(np.stack(pixels)).argmax(1)
+    assert (answers == features.y[val]).mean() == pytest.approx(report["accuracy"])
+    parity = export(moved)
+    assert parity.passed and parity.equal_labels == parity.images > 3
+    assert parity.accuracy == pytest.approx(report["accuracy"])
