@@ -36,7 +36,8 @@ def torch_home(folder: Path, weights: Path) -> Path:
 def photo_run(factory: pytest.TempPathFactory, photos: Path, weights: Path) -> Path:
     """A folder with `photos/`, `torch/`, `cache/` and `run/`, fitted and exported; the same one for a whole session."""
     base = factory.getbasetemp() / "photo_run"
-    if not base.exists():
+    if not (base / "run" / "model.onnx").exists():
+        shutil.rmtree(base, ignore_errors=True)  # what an error left
         some_photographs(photos, base / "photos")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TORCH_HOME", str(torch_home(base / "torch", weights)))

@@ -22,7 +22,8 @@ ODD = ("a|b <b>x", 'he said "yes": #1', "yes", "0x10", "naïve 🐝\u202e", "[li
 def run(tmp_path: Path, engine: ColourEngine) -> Run:
     """A run whose class folders and data have every name that Markdown or YAML could stumble over."""
     data = write_images(tmp_path / "secret place" / "my: data | set", classes=ODD, per_class=8)
-    return featx.fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "secret place" / "run: one #1")
+    output = tmp_path / "secret place" / "run: one #1"
+    return featx.fit(data, "colours", settings={"strengths": [0.01]}, cache=tmp_path / "cache", output=output)
 
 
 def front_matter(text: str) -> dict[str, Any]:
