@@ -22,10 +22,12 @@ from featx.loader import Loader
 from featx.memo import KeyMemo
 from featx.preprocess import DECODERS
 from featx.sources import Source, open_source
-from featx.stages import Stages
+from featx.stages import Stages, remember_rate
 from featx.store import FeatureStore
-from featx.views import CENTER, augmented
+from featx.views import view_names
 
+# From so many images on, a run's rate is remembered for the next dry run.
+RATE_IMAGES = 128
 # A batch on its way through the engine: what waits for its rows, their keys, their view numbers.
 Running = tuple[Callable[[], np.ndarray], np.ndarray, np.ndarray]
 
@@ -125,10 +127,10 @@ def sync(
     begin = time.perf_counter()
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
-    request = _request(backbone, weights, layer, seed, decode)
+    request = requested(backbone, weights, layer, seed, decode)
     info = resolve(request, cache)
-    names = [CENTER, *(augmented(seed, k) for k in range(1, views + 1))]
-    stores = [FeatureStore(cache, info.spec(view=v, precision=precision, dtype=dtype)) for v in names]
+    specs = [info.spec(view=v, precision=precision, dtype=dtype) for v in view_names(seed, views)]
+    stores = [FeatureStore(cache, spec) for spec in specs]
     keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
     if source.stats is not None:
         memo = KeyMemo(cache, source.root)
@@ -195,6 +197,8 @@ def sync(
     report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds, stages)
     report["notes"] += [note for store in stores for note in store.notes]
     rows = report.pop("rows")
+    if extracted >= RATE_IMAGES:
+        remember_rate(cache, specs, stages.workers, device, report["images_per_second"])
     return Extraction(source, request, info, cache, stores, rows, keys[rows], report)
 
 
@@ -212,7 +216,8 @@ def content_keys(data: str | Path | Source, cache: str | Path) -> np.ndarray:
     return keys[known]
 
 
-def _request(backbone: str | BackboneRequest, weights: str, layer: str, seed: int, decode: str) -> BackboneRequest:
+def requested(backbone: str | BackboneRequest, weights: str, layer: str, seed: int, decode: str) -> BackboneRequest:
+    """The backbone that `sync`'s options ask for."""
     if isinstance(backbone, str):
         backbone = BackboneRequest(name=backbone, weights=weights, layer=layer, seed=seed)
     if decode not in DECODERS:
@@ -282,7 +287,7 @@ def _report(
     notes = list(source.notes)
     if conflicts:
         notes.append(f"{len(conflicts)} images appear with the same bytes under several labels; see `conflicts`")
-    busy = seconds["total"] - seconds["list"] - seconds["start"]
+    busy = seconds["total"] - seconds["list"] - seconds["start"] + stages.ahead
     return {
         "rows": rows,
         "found": len(source),

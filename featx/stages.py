@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from featx.engines import available_threads
+from featx.features import FeatureSpec
+from featx.files import write_atomic
 from featx.loader import Loaded, Loader
 
 STAGES = ("read", "decode", "embed", "store")
-SATURATED = 0.8
-"""From this share of the cores' time on, the cores are what is short, whichever stage uses them."""
+BUSY = 0.8  # from this share of their time on, cores or threads count as taken up
 
 
 @dataclass
@@ -35,12 +42,15 @@ class Stages:
     """Seconds that loading threads waited for files, summed over the threads."""
     large: float = 0.0
     """Share of the decoded images that `--decode fast` would decode at a smaller scale."""
+    ahead: float = 0.0
+    """Seconds that the loader had worked while the engine was being opened."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 
     def begin(self, loader: Loader, *, gpu: bool) -> None:
         """Count from here: the engine is open."""
         self.gpu = gpu
+        self.ahead = sum(loader.counted()[:2]) / self.workers
         self.starved = self.waited = self.work["store"] = 0.0
         self._zero = _moment(loader)
 
@@ -80,23 +90,25 @@ class Stages:
     def bound(self) -> tuple[str, float]:
         """The stage that bounds the run, and how busy it is, 0 to 1.
 
-        Where the cores are short, the stage that takes most of their time; else the one that the loop
-        waits for: reading or decoding, whose threads are then busy, or the backbone.
+        Where the loop mostly waits for images, the loader's threads are asked what they do: wait for
+        files, or decode. On a CPU with enough threads all stages share the cores, and the one that
+        takes most of the work bounds the run; a GPU bounds it when the loop waits for its rows.
         """
-        if self.elapsed <= 0:
+        if self.elapsed <= 0 or not self.shares:
             return "", 0.0
-        if not self.gpu and self.used >= SATURATED:
-            shares = self.shares
-            name = max(shares, key=lambda stage: shares[stage])
-            return name, shares[name]
-        if self.starved > self.waited + self.work["store"]:
-            threads = self.elapsed * self.workers
-            reading = (self.work["read"] + self.blocked) / threads
-            decoding = self.work["decode"] / threads
-            return ("read", min(1.0, reading)) if reading > decoding else ("decode", min(1.0, decoding))
-        if self.work["store"] > self.waited:
-            return "store", min(1.0, self.work["store"] / self.elapsed)
-        return "embed", min(1.0, self.waited / self.elapsed)
+        threads = self.elapsed * self.workers
+        reading, decoding = (self.work["read"] + self.blocked) / threads, self.work["decode"] / threads
+        starved = self.starved > self.elapsed / 2
+        if starved and reading > max(decoding, 0.5):
+            return "read", min(1.0, reading)
+        if starved and (self.gpu or (self.workers < self.cores and decoding > BUSY)):
+            return "decode", min(1.0, decoding)
+        if self.gpu:
+            waits = {"embed": self.waited, "store": self.work["store"]}
+            name = max(waits, key=lambda stage: waits[stage])
+            return name, min(1.0, waits[name] / self.elapsed)
+        name = max(self.shares, key=lambda stage: self.shares[stage])
+        return name, self.shares[name]
 
     def brief(self) -> str:
         """For the progress bar: `decode 83 %`."""
@@ -104,37 +116,49 @@ class Stages:
         return f"{name} {share:.0%}" if name else ""
 
     def advice(self) -> str:
-        """One sentence: what bounds the run, and what would make it faster."""
+        """What bounds the run, and what would make it faster; empty where nothing was computed."""
         name, share = self.bound()
-        if name == "decode":
-            text = f"decode-bound {share:.0%}: "
-            if self.workers < self.cores:
-                return f"{text}use --workers {self.cores}"
-            if self.large > 0.5:
-                return f"{text}--decode fast decodes large JPEGs at a smaller scale; the features then differ a little"
-            return f"{text}all {self.cores} cores decode; more cores would help, or smaller copies of the images"
-        if name == "read":
-            return (
-                f"read-bound {share:.0%}: the files come slowly; use --workers {2 * self.workers} to ask for more "
-                "of them at once, or a faster disk"
-            )
-        if name == "embed":
-            if self.gpu:
-                return f"backbone-bound {share:.0%}: --precision bf16 or a smaller backbone would help"
-            if self.used >= SATURATED:
-                return (
-                    f"backbone-bound {share:.0%}: a GPU, --precision bf16 where the processor computes in it, "
-                    "or a smaller backbone would help"
-                )
-            return (
-                f"backbone-bound {share:.0%}, with {1 - self.used:.0%} of the {self.cores} cores' time unused: "
-                "other programs hold the cores, or the batches are small"
-            )
-        if name == "store":
-            return f"store-bound {share:.0%}: the cache's disk is slow; put --cache on a faster one"
-        return ""
+        if not name:
+            return ""
+        if name == "decode" and self.workers < self.cores:
+            text = f"decode-bound {share:.0%}: use --workers {self.cores}"
+        elif name == "decode" and self.large > 0.5:
+            text = f"decode-bound {share:.0%}: use --decode fast, for large JPEGs at a smaller scale"
+        elif name == "decode":
+            text = f"decode-bound {share:.0%}: more cores would help, or smaller copies of the images"
+        elif name == "read":
+            text = f"read-bound {share:.0%}: the files come slowly; use --workers {2 * self.workers}, or a faster disk"
+        elif name == "store":
+            text = f"store-bound {share:.0%}: the cache's disk is slow; put --cache on a faster one"
+        elif self.gpu:
+            text = f"backbone-bound {share:.0%}: --precision bf16 or a smaller backbone would help"
+        else:
+            text = f"backbone-bound {share:.0%}: a GPU or a smaller backbone would help"
+        if not self.gpu and name in ("decode", "embed") and self.used < BUSY and self.workers >= self.cores:
+            text += f"; this run had {self.used:.0%} of the cores' time, so other programs may hold them"
+        return text
 
 
 def _moment(loader: Loader) -> tuple[float, ...]:
     """Wall time; the process's and this thread's processor time; what the loader has counted. In seconds."""
     return time.perf_counter(), time.process_time(), time.thread_time(), *loader.counted()
+
+
+def remember_rate(cache: Path, specs: list[FeatureSpec], workers: int, device: str, rate: float) -> None:
+    """Keep a run's images per second in `cache/rates/`, for the next dry run on this machine."""
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the dry run a measurement
+        write_atomic(_rate_path(cache, specs, workers, device), json.dumps({"images_per_second": rate}).encode())
+
+
+def recall_rate(cache: Path, specs: list[FeatureSpec], workers: int, device: str) -> float | None:
+    """The images per second of the last run of this kind on this machine; None where there was none."""
+    try:
+        rate = json.loads(_rate_path(cache, specs, workers, device).read_bytes())["images_per_second"]
+        return float(rate) if rate > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _rate_path(cache: Path, specs: list[FeatureSpec], workers: int, device: str) -> Path:
+    kind = [[spec.digest for spec in specs], workers, available_threads(), device, platform.node()]
+    return cache / "rates" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:32]}.json"

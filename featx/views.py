@@ -22,6 +22,11 @@ def augmented(seed: int, k: int) -> str:
     return f"crop-flip/seed={seed}/{k}"
 
 
+def view_names(seed: int, views: int) -> list[str]:
+    """The centre crop's name, and after it those of the first `views` augmented views."""
+    return [CENTER, *(augmented(seed, k) for k in range(1, views + 1))]
+
+
 def pixels(preprocess: Preprocess, image: Image.Image, key: bytes, view: str) -> np.ndarray:
     """`uint8 [3, crop, crop]` of one view of a decoded image.
 

@@ -1,0 +1,142 @@
+"""Owns the dry run: how many images an extraction would compute, how long it takes, how much disk it needs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx.backbones import BackboneRequest, resolve
+from featx.engines import Engine, available_threads, open_engine
+from featx.errors import ImageError
+from featx.extraction import requested
+from featx.features import content_key
+from featx.index import KEY_BYTES, distinct
+from featx.loader import Loader
+from featx.memo import KeyMemo
+from featx.sources import Source, open_source
+from featx.stages import recall_rate
+from featx.store import FeatureStore
+from featx.views import view_names
+
+# Files whose content is not known yet are read to know it, up to so many bytes; the rest counts as missing.
+READ_BYTES = 1 << 30
+SAMPLE = 64
+
+
+def plan(
+    data: str | Path | Source,
+    backbone: str | BackboneRequest = "resnet18",
+    *,
+    weights: str = "pretrained",
+    layer: str = "features",
+    seed: int = 0,
+    cache: str | Path = "cache",
+    device: str = "auto",
+    precision: str = "fp32",
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    views: int = 0,
+    decode: str = "exact",
+) -> dict[str, Any]:
+    """What `featx.extraction.sync` with these options would do; no feature is written.
+
+    The answer: `found` = `cached` + `missing` + `duplicate` images; `unread` of the missing were not
+    looked into, and may be cached or duplicates after all; `ignored` files that are no images. `seconds`
+    for the missing at `images_per_second`, and `basis`, which says where that rate is from: the last
+    run of this kind here, else a measurement now on a sample (that opens, and so may export, the
+    backbone). `bytes` the features will take, `free` bytes on the cache's disk, and `enough`.
+    """
+    cache = Path(cache)
+    source = data if isinstance(data, Source) else open_source(data)
+    request = requested(backbone, weights, layer, seed, decode)
+    info = resolve(request, cache)
+    specs = [info.spec(view=v, precision=precision, dtype=dtype) for v in view_names(seed, views)]
+    stores = [FeatureStore(cache, spec) for spec in specs]
+    workers = workers or available_threads()
+    keys, known = _keys(source, cache)
+    stored = np.logical_and.reduce([store.contains(keys) for store in stores]) & known
+    first = np.zeros(len(source), bool)
+    first[np.flatnonzero(known)[distinct(keys[known])]] = True
+    missing = np.flatnonzero(~stored & (first | ~known))
+    rate, basis = recall_rate(cache, specs, workers, device), "the last run of this kind on this machine"
+    start = 0.0
+    if rate is None and len(missing):
+        engine_of = next((store.engine for store in stores if store.engine), None)
+        begin = time.perf_counter()
+        engine = open_engine(
+            request, info, cache=cache, device=device, precision=precision, batch_size=batch_size, engine=engine_of
+        )
+        with closing(engine):
+            start = time.perf_counter() - begin
+            size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))
+            sample = missing[np.linspace(0, len(missing) - 1, size).astype(int)]
+            rate = _measured(Loader(source, info.preprocess, stores, workers), engine, sample)
+        basis = f"measured now on {size} of the missing images"
+    row_bytes = int(np.prod(info.row_shape)) * np.dtype(dtype).itemsize + KEY_BYTES
+    needed = len(missing) * len(stores) * row_bytes
+    there = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    return {
+        "found": len(source),
+        "ignored": len(source.ignored),
+        "cached": int((stored & first).sum()),
+        "missing": len(missing),
+        "duplicate": len(source) - int((stored & first).sum()) - len(missing),
+        "unread": int((~known).sum()),
+        "images_per_second": None if rate is None else round(rate, 1),
+        "seconds": None if rate is None else round(len(missing) / rate + start, 1),
+        "basis": basis if rate is not None else "",
+        "bytes": needed,
+        "free": free,
+        "enough": needed < free,
+        "backbone": info.name,
+        "row_shape": list(info.row_shape),
+        "notes": list(source.notes),
+    }
+
+
+def _keys(source: Source, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Content keys `uint8 [N, 32]` and which are known, `bool [N]`: from the memo, and from reading a few files."""
+    keys, known = np.zeros((len(source), KEY_BYTES), np.uint8), np.zeros(len(source), bool)
+    if source.stats is not None:
+        keys, known = KeyMemo(cache, source.root).lookup(source.ids, source.stats)
+    room = READ_BYTES
+    for row in np.flatnonzero(~known).tolist():
+        try:
+            data = source.read(row)
+        except ImageError:
+            continue  # the run itself will name it
+        keys[row], known[row] = np.frombuffer(content_key(data), np.uint8), True
+        room -= len(data)
+        if room < 0:
+            break
+    return keys, known
+
+
+def _measured(loader: Loader, engine: Engine, rows: np.ndarray) -> float:
+    """Images per second from file to features, one batch decoded while the last is computed."""
+    batch: list[np.ndarray] = []
+    running: deque[Callable[[], np.ndarray]] = deque()
+    begin = time.perf_counter()
+    with closing(loader(rows)) as loaded:
+        for image in loaded:
+            for _, pixels in image.views:
+                batch.append(pixels)
+                if len(batch) == engine.batch_size:
+                    running.append(engine.submit(np.stack(batch)))
+                    batch = []
+                if len(running) > 1:
+                    running.popleft()()
+    if batch:
+        running.append(engine.submit(np.stack(batch)))
+    while running:
+        running.popleft()()
+    return len(rows) / (time.perf_counter() - begin)
