@@ -35,7 +35,8 @@ FILES = {
     "model.safetensors": "the fine-tuned network",
     "config.json": "what was asked for; it names folders of the computer that the run was made on",
     "report.json": "the evaluation in full",
-    "report.html": "the same as a page",
+    "report.html": "the same as a page; it shows some of the photographs",
+    "plots": "its figures, photographs among them",
 }
 METRICS = {
     "accuracy": "Accuracy",
@@ -133,7 +134,7 @@ def _body(run: Run) -> str:
         ]
     license = _text(info.license) if info.license else "not stated with them; ask their publisher"
     parts.append(f"## License\n\nOf the backbone's weights: {license}. Of the photographs: not known to featx.")
-    files = {name: what for name, what in FILES.items() if (run.path / name).is_file()}
+    files = {name: what for name, what in FILES.items() if (run.path / name).exists()}
     parts.append("## Files\n\n" + _table(["file", "what it is"], ([f"`{n}`", w] for n, w in files.items())))
     return "\n\n".join(parts) + "\n"
 

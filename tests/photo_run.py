@@ -41,6 +41,7 @@ def photo_run(factory: pytest.TempPathFactory, photos: Path, weights: Path) -> P
         some_photographs(photos, base / "photos")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TORCH_HOME", str(torch_home(base / "torch", weights)))
-            run = featx.fit(base / "photos", "squeezenet1_1", cache=base / "cache", output=base / "run")
+            folders = {"cache": base / "cache", "output": base / "run"}
+            run = featx.fit(base / "photos", "squeezenet1_1", report=False, **folders)
             featx.export(run.path)
     return base
