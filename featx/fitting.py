@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featx import __version__, heads, runs
+from featx import __version__, augmentation, heads, runs
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.errors import HeadError
 from featx.evaluation import evaluate_logits
@@ -106,7 +107,10 @@ def fit(
         run.write("config.json", config)
     assert fitted is not None
     fitted.head.save(run.path / "head.safetensors")
-    run.write("report.json", measured(features, fitted, seconds))
+    values = measured(features, fitted, seconds)
+    if views and finetune is None and head != "pretrained":
+        values |= measured_views(extracted, features, fitted.head, head, seed, device, settings)
+    run.write("report.json", values)
     if report:
         from featx.report import write_report
 
@@ -200,6 +204,39 @@ def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, An
     if not values["count"]:
         values["notes"] = ["there are no validation images: nothing was measured on images the head has not seen"]
     return values
+
+
+def measured_views(
+    extracted: Extraction,
+    features: Features,
+    fitted: Head,
+    head: str,
+    seed: int,
+    device: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """`report.json` where views were learned from: their cross-validated gain on the training images, and
+    what averaging over the views of each validation image gives."""
+    views = [features, *(extracted.features(view) for view in range(1, len(extracted.stores)))]
+    train, val = (np.flatnonzero(features.splits == name) for name in ("train", "val"))
+    found: dict[str, Any] = {}
+    with suppress(HeadError):  # too few images to hold any out: there is no gain to report
+        found["views"] = augmentation.measure_gain(
+            head,
+            [view.X[train] for view in views],
+            features.y[train],
+            features.class_names,
+            groups=groups(features.keys[train]),
+            seed=seed,
+            device=device,
+            **settings,
+        )
+    if len(val):
+        logits = augmentation.average(fitted, [view.X[val] for view in views])
+        ids = [features.ids[i] for i in val]
+        averaged = evaluate_logits(logits, features.y[val], fitted, features.class_names, ids).to_dict()
+        found["averaged_views"] = {"views": len(views)} | averaged
+    return found
 
 
 def measure(head: Head, features: Features) -> dict[str, Any]:

@@ -5,9 +5,22 @@ from __future__ import annotations
 from featx.cli._base import cli
 from featx.cli.caching import backbones, cache, completion
 from featx.cli.shipping import export, inspect, predict
-from featx.cli.training import evaluate, extract, fit
+from featx.cli.training import curve, evaluate, extract, fit, report, sweep
 
-for command in (extract, fit, evaluate, export, predict, inspect, backbones, cache, completion):
+for command in (
+    extract,
+    fit,
+    evaluate,
+    report,
+    curve,
+    sweep,
+    export,
+    predict,
+    inspect,
+    backbones,
+    cache,
+    completion,
+):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Owns the commands that learn: extract, fit, evaluate."""
+"""Owns the commands that learn and measure: extract, fit, evaluate, report, curve, sweep."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from featx.cli._base import (
     SKIPPED,
     assignments,
     backbone_options,
+    cache_option,
     emit,
     extraction_options,
     json_option,
+    options_of,
     printable,
     say,
 )
+from featx.processes import rank
 
 
 @click.command()
@@ -42,22 +45,64 @@ def extract(data: str, as_json: bool, **options: Any) -> int:
     return SKIPPED if report["skipped"] else DONE
 
 
+finetune_options = options_of(
+    click.option(
+        "--finetune",
+        "mode",
+        type=click.Choice(["full", "partial", "scratch"]),
+        help="Train the backbone further, end to end, from the fitted head on.",
+    ),
+    click.option("--recipe", help="Fine-tuning: a published schedule by name, such as tutorial."),
+    click.option("--epochs", type=click.IntRange(1), help="Fine-tuning: passes over the training images."),
+    click.option("--lr", help="Fine-tuning: 1e-3, or by group: features=1e-4,classifier.6=1e-3."),
+    click.option("--layer-decay", type=float, help="Fine-tuning: each group's rate as a share of the next one's."),
+    click.option("--freeze-until", help="Fine-tuning, partial: the first group that is trained."),
+    click.option("--init", type=click.Choice(["fitted", "random"]), help="Fine-tuning: where the head starts."),
+    click.option(
+        "--select", type=click.Choice(["holdout", "val", "last"]), help="Fine-tuning: what chooses the epoch."
+    ),
+    click.option("--cache-prefix", is_flag=True, help="Fine-tuning, partial: keep the frozen layers' activations."),
+    click.option(
+        "--tune", "tuning", multiple=True, metavar="NAME=VALUE", help="Any other field of fine-tuning; repeatable."
+    ),
+)
+
+
 @click.command()
 @click.argument("data", type=click.Path())
-@click.option("--head", "-H", default="logreg", show_default=True, help="A file's name in featx/heads.")
+@click.option("--head", "-H", default="logreg", show_default=True, help="logreg, linear, ridge, ncm or pretrained.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head; repeatable.")
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="The run's folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that lies there.")
-@click.option("--restrict", is_flag=True, help="pretrained head: answer mapped classes only.")
-@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="pretrained head: name a label's class.")
+@click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
+@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write report.html and plots/.")
+@finetune_options
 @backbone_options
 @extraction_options
 @json_option
 def fit(
-    data: str, pairs: tuple[str, ...], restrict: bool, mapping: tuple[str, ...], as_json: bool, **options: Any
+    data: str,
+    pairs: tuple[str, ...],
+    restrict: bool,
+    mapping: tuple[str, ...],
+    as_json: bool,
+    mode: str | None,
+    recipe: str | None,
+    epochs: int | None,
+    lr: str | None,
+    layer_decay: float | None,
+    freeze_until: str | None,
+    init: str | None,
+    select: str | None,
+    cache_prefix: bool,
+    tuning: tuple[str, ...],
+    **options: Any,
 ) -> int:
-    """Extract what is missing, train a head, evaluate it, write a run: export/<data>-<backbone>-<head>-<hash>/."""
+    """Extract what is missing, train a head, evaluate it, write a run.
 
+    The run's folder is export/<data>-<backbone>-<head>-<hash of the configuration>, or --output.
+    """
     from featx.evaluation import Report
     from featx.fitting import fit
 
@@ -66,15 +111,57 @@ def fit(
         settings["restrict"] = True
     if mapping:
         settings["mapping"] = assignments(mapping, "--map")
-    run = fit(data, settings=settings, **options)
+    chosen: dict[str, Any] = {
+        "epochs": epochs,
+        "layer_decay": layer_decay,
+        "freeze_until": freeze_until,
+        "init": init,
+        "select": select,
+        "cache_prefix": cache_prefix or None,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen |= rates(lr) | assignments(tuning, "--tune")
+    if mode is None and (chosen or recipe):
+        raise click.UsageError(f"{', '.join(chosen) or 'a recipe'}: for fine-tuning; add --finetune full or partial")
+    finetune = None
+    if mode is not None:
+        from featx.recipes import configure
+
+        finetune = configure(recipe, mode=mode, seed=options["seed"], **chosen)
+    run = fit(data, settings=settings, finetune=finetune, **options)
+    if rank() != 0:
+        return DONE  # of several processes, one speaks
     report = run.report
     if as_json:
         emit({"run": str(run.path), **report})
     else:
         say(extraction_text(report["extract"]))
         say(Report.from_dict(report).table() if report["count"] else "\n".join(report["notes"]))
+        if "views" in report:
+            from featx.augmentation import gain_text
+
+            say(gain_text(report["views"]))
         click.echo(printable(str(run.path)))
     return SKIPPED if report["extract"]["skipped"] else DONE
+
+
+def rates(text: str | None) -> dict[str, Any]:
+    """`--lr`: one number, or `group=number` pairs; both may stand together: `1e-3,features=1e-4`."""
+    if text is None:
+        return {}
+    single: dict[str, Any] = {}
+    groups: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{part!r} is neither RATE nor GROUP=RATE", param_hint="--lr") from None
+        if equals:
+            groups[name] = value
+        else:
+            single["lr"] = value
+    return single | ({"lrs": groups} if groups else {})
 
 
 @click.command()
@@ -93,6 +180,80 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
         emit(report.to_dict())
     else:
         say(report.table())
+    return DONE
+
+
+@click.command()
+@click.argument("run", type=click.Path(file_okay=False))
+def report(run: str) -> int:
+    """Write report.html and plots/ of RUN anew; one page that needs no network."""
+    from featx.report import write_report
+
+    click.echo(printable(str(write_report(run))))
+    return DONE
+
+
+@click.command()
+@click.argument("run", type=click.Path(file_okay=False))
+@click.option("--sizes", help="Numbers of training images: 20,50,100.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Subsets of each size.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@json_option
+def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
+    """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
+    from featx.learning import curve_text, learning_curve
+    from featx.report import write_report
+
+    try:
+        wanted = [int(size) for size in sizes.split(",")] if sizes else None
+    except ValueError:
+        raise click.BadParameter(f"{sizes!r} is no list of whole numbers", param_hint="--sizes") from None
+    values = learning_curve(run, sizes=wanted, **options)
+    write_report(run)
+    if as_json:
+        emit(values)
+    else:
+        click.echo(curve_text(values))
+    return DONE
+
+
+@click.command()
+@click.argument("data", type=click.Path())
+@click.option("--backbone", "-b", "backbones", multiple=True, help="Repeatable; NAME=WEIGHTS for weights of its own.")
+@click.option("--head", "-H", "heads", multiple=True, help="Repeatable; with settings: 'logreg class_weight=balanced'.")
+@click.option("--layer", "layers", multiple=True, help="Repeatable; by default features.")
+@click.option("--views", multiple=True, type=click.IntRange(0), help="Repeatable: numbers of augmented views.")
+@click.option("--by", default="accuracy", show_default=True, type=click.Choice(["accuracy", "log_loss"]))
+@click.option("--weights", default="pretrained", show_default=True, help="As for extract.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--output", "-o", type=click.Path(file_okay=False), help="By default export/<data>-sweep.")
+@cache_option
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write each run's report.html.")
+@json_option
+def sweep(
+    data: str,
+    backbones: tuple[str, ...],
+    heads: tuple[str, ...],
+    layers: tuple[str, ...],
+    views: tuple[int, ...],
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Compare backbones, heads, layers and views on DATA; each point is a run, the best is named.
+
+    Features are extracted once for each backbone and layer. Ranked by cross-validation on training images.
+    """
+    from featx.sweep import sweep
+
+    grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
+    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, **options)
+    if as_json:
+        emit({"path": str(found.path), "by": found.by, "points": found.points, "failed": found.failed})
+    else:
+        say(found.table())
+        click.echo(printable(str(found.winner.path)))
     return DONE
 
 
