@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from featx.augment import Augmentation
@@ -23,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "select": "val",
     }
 }
+_KINDS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,14 @@ class FinetuneConfig:
     """Of everything that is drawn."""
 
     def __post_init__(self) -> None:
+        given_as = (self.freeze,) if isinstance(self.freeze, str) else self.freeze
+        object.__setattr__(self, "freeze", tuple(given_as))
+        for known_field in fields(self):
+            kinds = str(known_field.type).split(" | ")
+            value = getattr(self, known_field.name)
+            fits = any(isinstance(value, _KINDS.get(kind, object)) for kind in kinds)
+            if not fits or (isinstance(value, bool) and "bool" not in kinds):
+                raise TrainingError(f"{known_field.name} is {known_field.type}, not {value!r}")
         choices = {
             "mode": MODES,
             "init": ("fitted", "random"),
@@ -115,7 +125,7 @@ class FinetuneConfig:
                 raise TrainingError(f"{name} is at least {low}, not {getattr(self, name)}")
         rates = {"lr": self.rate, **{f"lr of {name}": rate for name, rate in self.lrs.items()}}
         for name, rate in rates.items():
-            if not 0 < rate < float("inf"):
+            if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
                 raise TrainingError(f"{name} is above 0, not {rate}; to train nothing of a group, freeze it")
         bounds = {
             "layer_decay": 0 < self.layer_decay <= 1,
@@ -156,8 +166,6 @@ class FinetuneConfig:
 
     def factor(self, step: int, steps: int) -> float:
         """What learning rates are multiplied by at `step`, counted over all epochs of `steps` each."""
-        import math
-
         at = step / steps
         if at < self.warmup:
             return (step + 1) / (self.warmup * steps) if self.warmup * steps > 1 else 1.0
@@ -175,12 +183,12 @@ class FinetuneConfig:
         return cls(**{**values, "freeze": tuple(values.get("freeze", ()))})
 
 
-def configure(recipe: str | None = None, **fields: Any) -> FinetuneConfig:
+def configure(recipe: str | None = None, **chosen: Any) -> FinetuneConfig:
     """A configuration from a recipe's name and what differs from it. Raises `TrainingError`."""
     if recipe is not None and recipe not in RECIPES:
         raise TrainingError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
-    known = [f for f in FinetuneConfig.__dataclass_fields__]
-    for name in fields:
+    known = [f.name for f in fields(FinetuneConfig)]
+    for name in chosen:
         if name not in known:
             raise TrainingError(f"unknown setting {name!r}; there are {', '.join(known)}.{near(name, known)}")
-    return FinetuneConfig(**{**(RECIPES[recipe] if recipe else {}), **fields})
+    return FinetuneConfig(**{**(RECIPES[recipe] if recipe else {}), **chosen})

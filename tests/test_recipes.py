@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -27,11 +28,14 @@ from featx.recipes import FinetuneConfig, configure
         ({"layer_decay": 1.5}, "layer_decay is out of range: 1.5"),
         ({"warmup": 11.0, "epochs": 10}, "warmup is out of range"),
         ({"class_weight": "even"}, "class_weight is out of range"),
+        ({"epochs": "many"}, "epochs is int, not 'many'"),
+        ({"compile": "yes"}, "compile is bool, not 'yes'"),
+        ({"patience": True}, "patience is int | None, not True"),
         ({"augment": "mixup"}, "unknown augmentation 'mixup'"),
     ],
 )
 def test_a_bad_combination_is_refused_before_anything_starts(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(TrainingError, match=re.escape(message)):
         FinetuneConfig(**fields)
 
 
@@ -71,3 +75,8 @@ def test_unknown_recipes_and_settings_are_refused_with_near_matches() -> None:
         configure("tutorials")
     with pytest.raises(TrainingError, match="Did you mean epochs"):
         configure(epoch=3)
+
+
+def test_one_group_to_freeze_may_be_given_by_its_name_alone() -> None:
+    assert FinetuneConfig(mode="partial", freeze="stem").freeze == ("stem",)
+    assert FinetuneConfig(mode="partial", freeze=["stem", "layer1"]).freeze == ("stem", "layer1")
