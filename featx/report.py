@@ -327,7 +327,7 @@ def _extraction(material: Material) -> str:
     counts = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
     rows = [[name, found[name]] for name in counts if name in found]
     if found.get("images_per_second"):
-        rows.append(["images per second", found["images_per_second"]])
+        rows.append(["images per second", f"{found['images_per_second']:,.1f}"])
     sentences = [f"skipped {gallery.name(i['id'])}: {i['reason']}" for i in found.get("skipped_images", [])]
     sentences += [f"ignored {gallery.name(name)}" for name in found.get("ignored_files", [])]
     sentences += [" = ".join(map(gallery.name, same)) + ": the same bytes" for same in found.get("duplicates", [])]

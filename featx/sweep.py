@@ -189,7 +189,17 @@ def _point(
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
     run = Run(path / "runs" / name)
     if not run.finished:
-        fit(source, request, head, settings=settings, views=views, output=run.path, overwrite=True, **common)
+        fit(
+            source,
+            request,
+            head,
+            settings=settings,
+            views=views,
+            output=run.path,
+            overwrite=True,
+            report=False,
+            **common,
+        )
     measured, config = run.report, run.config
     info = BackboneInfo.from_dict(config["backbone"])
     if config["request"]["layer"] != request.layer:  # the pretrained head may want the logits

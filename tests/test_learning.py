@@ -25,7 +25,7 @@ def run(tmp_path: Path, engine: ColourEngine) -> Run:
     rng = np.random.default_rng(0)
     for path in sorted(data.rglob("00[0-3].png")):  # some that no head can tell
         Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(path)
-    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
+    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
 
 
 def test_the_last_point_is_the_run_itself(run: Run, engine: ColourEngine):

@@ -88,11 +88,21 @@ def photographs(root: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, engine: ColourEngine) -> Run:
     data = photographs(tmp_path / "insects")
-    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
+    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
 
 
-def test_the_page_is_whole_and_holds_all_it_shows(run: Run):
-    seen = Page(write_report(run.path))
+WRITTEN: list[Page] = []
+
+
+@pytest.fixture
+def seen(run: Run) -> Page:
+    """The run's page, drawn once for all tests: it depends on nothing that differs between them."""
+    if not WRITTEN:
+        WRITTEN.append(Page(write_report(run.path)))
+    return WRITTEN[0]
+
+
+def test_the_page_is_whole_and_holds_all_it_shows(run: Run, seen: Page):
     assert not seen.open
     wanted = {"Confusion matrix", "Reliability", "Per class", "Most confident mistakes", "Predictions"}
     wanted |= {"A training batch", "Map of the features", "Choice of the regularisation", "Extraction", "Configuration"}
@@ -107,17 +117,16 @@ def test_the_page_is_whole_and_holds_all_it_shows(run: Run):
     assert "@import" not in seen.text
 
 
-def test_names_are_shown_as_they_are(run: Run):
-    seen = Page(write_report(run.path, layout="pca"))
+def test_names_are_shown_as_they_are(seen: Page):
     words = " ".join(seen.words)
     assert ANTS in words
     assert BEES in words
     assert 'val/<script>alert(1)<!--/x" onerror="alert(' in words
 
 
-def test_the_numbers_are_those_of_the_report(run: Run):
+def test_the_numbers_are_those_of_the_report(run: Run, seen: Page):
     report = run.report
-    words = " ".join(" ".join(Page(write_report(run.path, layout="pca")).words).split())
+    words = " ".join(" ".join(seen.words).split())
     right = round(report["accuracy"] * report["count"])
     limits = report["intervals"]["accuracy"]
     assert 0 < right < 20
@@ -159,12 +168,12 @@ def test_a_report_makes_no_forward_pass_and_finds_the_features_the_run_had(run: 
     np.testing.assert_array_equal(material.features.X, wanted.X)
 
 
-def test_mistakes_are_shown_upright(run: Run):
+def test_mistakes_are_shown_upright(run: Run, seen: Page):
     material = gallery.gather(run)
     picture = material.picture(run.report["mistakes"][0]["id"])
     assert picture is not None
     assert picture.size == (40, 60)
-    shapes = {p.shape for p in Page(write_report(run.path, layout="pca")).pictures()}
+    shapes = {p.shape for p in seen.pictures()}
     assert shapes == {(60, 40, 3), (32, 32, 3)}
 
 
@@ -214,7 +223,7 @@ def test_several_labels_per_image(tmp_path: Path, engine: ColourEngine):
         label = "|".join(name for name, there in (("dark", dark), ("wide", wide)) if there) or "|"
         lines.append(f"{i}.png,{label},{'val' if i % 3 == 0 else 'train'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run")
+    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
     seen = Page(write_report(run.path, layout="pca"))
     assert {"Per class", "Predictions", "Map of the features"} <= set(seen.headings)
     assert "Confusion matrix" not in seen.headings
