@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from featx.backbones import BackboneInfo, BackboneRequest, load_backbone
-from featx.engines import CPU_BATCH, TOLERANCE, available_threads, difference
-from featx.errors import ExportError
+from featx.backbones import BackboneInfo, BackboneRequest
+from featx.engines import CPU_BATCH, TOLERANCE, available_threads, difference, loaded
+from featx.errors import ExportError, StoreError
 from featx.files import write_atomic
 
 OPSET = 18
 WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that one more image in a piece pays for
+MOST_BYTES = 2_000_000_000  # of weights; protobuf ends at 2**31
 EXPORT_VERSION = 1  # raised when the exported graph changes
 
 
@@ -75,7 +76,10 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
 
 
 def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
-    """See `featx.engines.backbone_onnx`. What failed once is remembered until a library changes."""
+    """See `featx.engines.backbone_onnx`. What failed once is remembered until a library changes.
+
+    The file is taken only while its bytes are the ones written: a flipped bit would be in every feature.
+    """
     graph = {
         "backbone": info.name,
         "weights": info.weights_digest,
@@ -88,27 +92,52 @@ def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
     }
     digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()
     path = cache / "engines" / f"{digest}.onnx"
-    if path.exists():
-        return path
+    record = path.with_suffix(".json")
     libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "onnxscript", "onnxruntime")}
-    refusal = path.with_suffix(".failed.json")
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        known = json.loads(refusal.read_text())
-        if known["libraries"] == libraries:
-            raise ExportError(known["error"])
+    known = _read(record)
+    if "sha256" in known and path.is_file() and _sha256(path) == known["sha256"]:
+        return path
+    if "error" in known and known.get("libraries") == libraries:
+        raise ExportError(known["error"])
+    known = {"graph": graph, "libraries": libraries}
+    backbone = loaded(request, info)
     try:
-        data = to_onnx(load_backbone(request).module, info)
+        data = to_onnx(backbone.module, info)
     except ExportError as error:
-        write_atomic(refusal, json.dumps({"error": str(error), "libraries": libraries}).encode())
+        with contextlib.suppress(OSError):  # only costs the next run another try
+            write_atomic(record, json.dumps(known | {"error": str(error)}, indent=1).encode())
         raise
-    write_atomic(path, data)
+    try:
+        write_atomic(path, data)  # before its record: without one it is exported again
+        digest = hashlib.sha256(data).hexdigest()
+        write_atomic(record, json.dumps(known | {"sha256": digest}, indent=1).encode())
+    except OSError as error:
+        raise StoreError(
+            f"the exported backbone cannot be written to {path.parent} ({error}); give another folder by --cache"
+        ) from error
     return path
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """What is known of an export; nothing, where its record is absent or damaged."""
+    try:
+        known = json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_onnx(module: Any, info: BackboneInfo) -> bytes:
     """Export a backbone's `module` and hold it to torch on two images of noise. Raises `ExportError`."""
     import torch
 
+    if 4 * sum(tensor.numel() for tensor in module.state_dict().values()) > MOST_BYTES:
+        raise ExportError(f"{info.name} is larger than the 2 GB that one ONNX file holds")
     crop = info.preprocess.crop
     noise = np.random.default_rng(0).integers(0, 256, (2, 3, crop, crop), dtype=np.uint8)
     images = torch.from_numpy(noise)
@@ -129,13 +158,13 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
             )
             assert program is not None  # only dynamo=False gives None
             model = program.model_proto
+        strip(model)
+        data: bytes = model.SerializeToString()
     except Exception as error:  # the exporter lets through what any of its stages raises
         reason = str(error).strip().splitlines()
         raise ExportError(
             f"{info.name} cannot be exported to ONNX ({reason[0] if reason else type(error).__name__})"
         ) from error
-    strip(model)
-    data: bytes = model.SerializeToString()
     rows = session(data).run(None, {"images": noise})[0]
     apart = difference(rows, reference)
     if not apart <= TOLERANCE["fp32"]:

@@ -1,0 +1,285 @@
+"""Every engine gives the rows that eager torch gives, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import calibrated, session_cache
+
+from featx import engines
+from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
+from featx.engines import TOLERANCE, backbone_onnx, difference, open_engine
+from featx.engines.torch import CudaEngine, prepared
+from featx.errors import FeatxError, StoreError, WeightsError
+
+REQUEST = calibrated("resnet18")
+
+
+@pytest.fixture(scope="module")
+def info() -> BackboneInfo:
+    return resolve(REQUEST, session_cache())
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return noise(9, 224)
+
+
+@pytest.fixture(scope="module")
+def eager(images: np.ndarray) -> np.ndarray:
+    """What torch gives by itself, one batch, fp32."""
+    with torch.inference_mode():
+        return load_backbone(REQUEST).module(torch.from_numpy(images)).numpy()
+
+
+def noise(count: int, crop: int) -> np.ndarray:
+    """Images of many brightnesses and grains, `uint8 [count, 3, crop, crop]`."""
+    rng = np.random.default_rng(3)
+    coarse = rng.integers(0, 256, (count, 3, crop // 16 + 1, crop // 16 + 1))
+    fine = rng.integers(-20, 21, (count, 3, crop, crop))
+    smooth = coarse.repeat(16, axis=2).repeat(16, axis=3)[:, :, :crop, :crop]
+    return np.clip(smooth + fine, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnxruntime", "fp32"), ("torch-cpu", "fp32"), ("torch-cpu", "bf16")]
+)
+def test_every_engine_agrees_with_eager_torch_for_any_batch(
+    engine: str, precision: str, info: BackboneInfo, images: np.ndarray, eager: np.ndarray
+) -> None:
+    opened = open_engine(
+        REQUEST,
+        info,
+        cache=session_cache(),
+        device="cpu",
+        precision=precision,
+        batch_size=4,
+        engine=engine,
+        threads=2,
+    )
+    assert opened.name == engine
+    assert opened.batch_size == 4
+    whole = np.concatenate([opened(images[start : start + 4]) for start in range(0, 9, 4)])  # the last is 1 image
+    assert whole.dtype == np.float32
+    assert whole.shape == (9, 512)
+    assert difference(whole, eager) <= TOLERANCE[precision]
+    if precision != "fp32":
+        assert difference(whole, eager) > TOLERANCE["fp32"]  # else it would be fp32 under another name
+    # alone, in another place of the batch and beside other images: the same row, bit for bit
+    alone = np.concatenate([opened(image[None]) for image in images])
+    assert np.array_equal(alone, whole)
+    assert np.array_equal(opened(images[[8, 0, 3]]), whole[[8, 0, 3]])
+    first, second = opened.submit(images[:4]), opened.submit(images[4:8])
+    assert np.array_equal(second(), whole[4:8])
+    assert np.array_equal(first(), whole[:4])
+    opened.close()
+
+
+def test_rows_depend_on_the_image(eager: np.ndarray) -> None:
+    """The tolerances mean something only where images differ by much more."""
+    apart = [difference(eager[i : i + 1], eager[j : j + 1]) for i in range(9) for j in range(i)]
+    assert min(apart) > TOLERANCE["bf16"]
+    assert np.abs(eager).max() > 1
+
+
+def test_thread_count_does_not_change_onnxruntime_rows(info: BackboneInfo, images: np.ndarray) -> None:
+    rows = [
+        open_engine(REQUEST, info, cache=session_cache(), device="cpu", batch_size=9, threads=n)(images)
+        for n in (1, 2, 3)
+    ]
+    assert difference(rows[1], rows[0]) <= TOLERANCE["fp32"]
+    assert difference(rows[2], rows[0]) <= TOLERANCE["fp32"]
+
+
+def test_difference_is_the_worst_rows_share_of_its_largest_entry() -> None:
+    reference = np.array([[1.0, -4.0], [100.0, 0.0]], np.float32)
+    assert difference(np.array([[1.0, -3.6], [100.1, 0.0]]), reference) == pytest.approx(0.1)
+    assert difference(reference, reference) == 0
+    assert np.isnan(difference(np.full((2, 2), np.nan), reference))
+    with pytest.raises(FeatxError, match="cannot be compared"):
+        difference(reference[:1], reference)
+    with pytest.raises(FeatxError, match="cannot be compared"):
+        difference(reference[:0], reference[:0])
+
+
+def test_folding_batch_norm_leaves_no_batch_norm_and_the_same_rows(images: np.ndarray, eager: np.ndarray) -> None:
+    backbone = load_backbone(REQUEST)
+    module = prepared(backbone.module, torch.float32, torch.device("cpu"))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in module.modules())
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.module.modules()) == 20
+    with torch.inference_mode():
+        assert difference(module(torch.from_numpy(images)).numpy(), eager) <= TOLERANCE["fp32"]
+
+
+def test_the_exported_backbone_is_plain_and_says_nothing_of_its_maker(info: BackboneInfo) -> None:
+    path = backbone_onnx(REQUEST, info, session_cache())
+    assert path.parent == session_cache() / "engines"
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    (images,), (features,) = model.graph.input, model.graph.output
+    assert (images.name, features.name) == ("images", "features")
+    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_value for d in images.type.tensor_type.shape.dim] == [0, 3, 224, 224]
+    assert images.type.tensor_type.shape.dim[0].dim_param == "N"
+    assert [d.dim_value for d in features.type.tensor_type.shape.dim][1:] == [512]
+    assert [o.version for o in model.opset_import if o.domain == ""] == [18]
+    assert not any(t.external_data for t in model.graph.initializer)
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    text = path.read_bytes()
+    for word in (b"site-packages", b"torchvision", str(Path.cwd()).encode(), str(Path.home()).encode() + b"/"):
+        assert word not in text
+
+
+def test_a_warm_engine_needs_no_torch(info: BackboneInfo) -> None:
+    backbone_onnx(REQUEST, info, session_cache())
+    script = f"""
+import sys, json, pathlib, numpy
+from featx.backbones import BackboneRequest, resolve
+from featx.engines import open_engine
+request = BackboneRequest({REQUEST.name!r}, weights={REQUEST.weights!r})
+cache = pathlib.Path({str(session_cache())!r})
+info = resolve(request, cache)
+engine = open_engine(request, info, cache=cache, device="cpu")
+rows = engine(numpy.zeros((1, 3, 224, 224), numpy.uint8))
+heavy = [m for m in ("torch", "torchvision", "onnx", "sklearn", "h5py") if m in sys.modules]
+print(json.dumps([engine.name, list(rows.shape), heavy]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["onnxruntime", [1, 512], []]
+    assert done.stderr == ""
+
+
+def test_exporting_is_silent_and_a_damaged_export_is_made_anew(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small = resolve(request, tmp_path)
+    path = backbone_onnx(request, small, tmp_path)
+    data = path.read_bytes()
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 4
+    path.write_bytes(changed)
+    assert backbone_onnx(request, small, tmp_path) == path
+    assert path.read_bytes() == data
+    path.with_suffix(".json").write_text("{")
+    assert backbone_onnx(request, small, tmp_path).read_bytes() == data
+    assert capfd.readouterr() == ("", "")
+
+
+def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small = resolve(request, tmp_path)
+    calls = []
+
+    def fails(*args: object, **kwargs: object) -> None:
+        calls.append(1)
+        raise RuntimeError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    for _ in range(2):  # the second time it is known, and not tried again
+        with pytest.warns(RuntimeWarning, match=r"cannot be exported .*no such operator.*torch runs it"):
+            engine = open_engine(request, small, cache=tmp_path, device="cpu")
+        assert engine.name == "torch-cpu"
+    assert calls == [1]
+    pixels = noise(3, small.preprocess.crop)
+    with torch.inference_mode():
+        reference = load_backbone(request).module(torch.from_numpy(pixels)).numpy()
+    assert difference(engine(pixels), reference) <= TOLERANCE["fp32"]
+
+
+def test_an_export_that_differs_from_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featx.engines import onnx as module
+
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small = resolve(request, tmp_path)
+    monkeypatch.setattr(module, "difference", lambda rows, reference: float("nan"))
+    with pytest.warns(RuntimeWarning, match="differs from torch by nan"):
+        engine = open_engine(request, small, cache=tmp_path, device="cpu")
+    assert engine.name == "torch-cpu"
+
+
+def test_a_network_too_large_for_one_file_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featx.engines import onnx as module
+
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    with pytest.warns(RuntimeWarning, match="larger than the 2 GB"):
+        engine = open_engine(request, resolve(request, tmp_path), cache=tmp_path, device="cpu")
+    assert engine.name == "torch-cpu"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    (tmp_path / "engines").write_text("a file where a folder should be")
+    with pytest.raises(StoreError, match=r"engines.*--cache"):
+        backbone_onnx(request, resolve(request, tmp_path), tmp_path)
+
+
+def test_weights_that_changed_since_they_were_resolved_are_an_error(tmp_path: Path) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    stale = replace(resolve(request, tmp_path), weights_digest="00" * 32)
+    with pytest.raises(WeightsError, match="start again"):
+        open_engine(request, stale, cache=tmp_path, device="cpu")
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device is auto, cpu"),
+        ({"precision": "int8"}, "precision is one of"),
+        ({"precision": "fp16", "device": "cpu"}, "use bf16"),
+        ({"engine": "tensorrt"}, "engine is one of"),
+        ({"batch_size": 0}, "at least one image"),
+    ],
+)
+def test_what_an_engine_cannot_be_is_refused(options: dict[str, object], message: str, info: BackboneInfo) -> None:
+    with pytest.raises(FeatxError, match=message):
+        open_engine(REQUEST, info, cache=session_cache(), **options)  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu_in_silence(
+    info: BackboneInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FeatxError, match="no CUDA GPU"):
+        open_engine(REQUEST, info, cache=session_cache(), device="cuda")
+    monkeypatch.setattr(engines, "_has_cuda", lambda: False)
+    with pytest.warns(RuntimeWarning, match="torch-cuda cannot run here; onnxruntime does"):
+        open_engine(REQUEST, info, cache=session_cache(), engine="torch-cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_engine(REQUEST, info, cache=session_cache()).name == "onnxruntime"
+
+
+def test_a_torch_batch_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small = resolve(request, tmp_path)
+    engine = open_engine(request, small, cache=tmp_path, device="cpu", engine="torch-cpu", batch_size=2)
+    good = noise(2, small.preprocess.crop)
+    assert len(engine(good)) == 2
+    for bad in (good[:0], noise(3, small.preprocess.crop), good[:, :, 1:], good.astype(np.float32)):
+        with pytest.raises(FeatxError, match=r"expected uint8 \[B, 3"):
+            engine(bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_gpu_agrees_with_the_cpu(precision: str, images: np.ndarray, eager: np.ndarray) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: the CUDA engine is untested on this machine")
+    engine = CudaEngine(load_backbone(REQUEST), "cuda:0", precision, 4)
+    calls = [engine.submit(images[start : start + 4]) for start in range(0, 9, 4)]
+    rows = np.concatenate([call() for call in calls])
+    assert difference(rows, eager) <= TOLERANCE[precision]
+    assert np.array_equal(np.concatenate([engine(image[None]) for image in images]), rows)
