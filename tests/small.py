@@ -93,6 +93,10 @@ def backbone_dropping() -> Made:
     return _backbone(Small(norm=True, dropout=0.3))
 
 
+def backbone_vgg_like() -> Made:
+    return _backbone(VggLike())
+
+
 def halved():  # type: ignore[no-untyped-def]
     """An augmentation: half as bright."""
     return lambda image: image // 2
