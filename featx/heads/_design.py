@@ -62,6 +62,7 @@ class Design:
             self.rows = _Streamed(task)
         else:
             self.rows = np.ones((self.count, task.X.shape[1] + 1), np.float32)
+        self._single = self.rows  # for single-precision passes
         if self.count < task.X.shape[1] and not streamed:
             self.rows[:, :-1] = task.standardise(task.X[order])  # type: ignore[index]
             self._rotate_rows()
@@ -80,6 +81,7 @@ class Design:
             root = np.sqrt(self.eigenvalues)
             self.dual = Z.T @ (vectors[:, kept] / root)
         self.rows = np.concatenate([vectors[:, kept] * root, np.ones((self.count, 1))], axis=1)
+        self._single = self.rows.astype(np.float32)
 
     def _gram(self, task: Task) -> np.ndarray:
         """`X^T X` of standardised features, and the rows themselves where they are kept."""
@@ -110,7 +112,7 @@ class Design:
         """Keep the rows in the eigenbasis, in `dtype`, where they are kept at all: for many uses of it."""
         if self.rotation is None or not isinstance(self.rows, np.ndarray):
             return
-        kept = self.rows = self.rows.astype(dtype, copy=False)
+        kept = self.rows = self._single = self.rows.astype(dtype, copy=False)
         turn = self.rotation.astype(dtype)
 
         def work(rows: slice, _: None) -> None:
@@ -192,7 +194,7 @@ class Design:
         return Visit(total.loss, G, total.curvature / self.count, total.held)
 
     def _block(self, rows: slice, W: np.ndarray, member: np.ndarray, sums: _Sums) -> None:
-        Z = np.asarray(self.rows[rows], W.dtype)
+        Z = np.asarray((self.rows if W.dtype == np.float64 else self._single)[rows], W.dtype)
         y, fold, weight = self.y[rows], self.fold[rows], self.weights[rows].astype(W.dtype)
         P = len(member)
         L = (W @ Z.T).reshape(-1, P, len(Z))  # logits, then probabilities, then residuals

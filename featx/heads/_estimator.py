@@ -57,7 +57,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits `float32 [N, C]`; for two classes their difference, `[N]`."""
+        """Logits `float64 [N, C]`; for two classes their difference, `[N]`."""
         logits = self._logits(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
@@ -73,4 +73,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "head_")
-        return self.head_(validate_data(self, X, dtype=[np.float32, np.float64], reset=False))
+        X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+        # in double precision, so that a row's answer does not depend on the rows beside it
+        return np.asarray(X, np.float64) @ self.head_.weight.T.astype(np.float64) + self.head_.bias

@@ -51,7 +51,7 @@ def fit(
     class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
     threshold, reject: see `_training.finish`. solver: `featx`, or `scikit-learn`, which fits the chosen
     strength with its lbfgs; it is also the fall-back where featx's does not converge, and a note says so.
-    device: unused; a pass is short of a GPU's start-up time at sizes that fit in memory here.
+    device: unused, the solver runs on the CPU.
     Raises `HeadError`.
     """
     started = time.perf_counter()
@@ -73,7 +73,8 @@ def fit(
                 chosen = UNMEASURED
                 info["notes"].append(f"strength {chosen} was taken without measuring")
         elif len(grid) > 1 or calibrate or reject is not None or threshold is not None:
-            path = Path(design, grid, np.arange(fold.max() + 1))
+            # losses to four digits are enough to choose by
+            path = Path(design, grid, np.arange(fold.max() + 1), tolerance=GAP)
             best = path.search()
             chosen, start = float(grid[best]), path.solved[best].A.mean(axis=1, keepdims=True)
             held_out = _held_out(design, path.solved[best], fold, counted)
