@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -214,7 +215,8 @@ class Activations:
             folder = folder.parent
         free = shutil.disk_usage(folder).free
         shown = f"{count:,} activations of {list(row_shape)} as float16 need {need / 1e9:.2f} GB"
-        tqdm.write(f"cached prefix: {shown} in {self.extraction.cache}, {free / 1e9:.1f} GB are free")
+        said = f"cached prefix: {shown} in {self.extraction.cache}, {free / 1e9:.1f} GB are free"
+        tqdm.write(said, file=sys.stderr)
         if need > min(limit, free):
             what = f"the limit of {limit / 1e9:g} GB" if need > limit else f"the {free / 1e9:.1f} GB free"
             raise TrainingError(f"{shown}, more than {what}; use fewer views, freeze more, or raise the limit")
