@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featx import __version__, graph, parity
+from featx import __version__, card, graph, parity
 from featx.backbones import BackboneInfo
 from featx.deployed import FORMAT, open_session, parse_metadata
 from featx.engines import backbone_onnx
@@ -18,6 +18,7 @@ from featx.files import write_atomic
 from featx.heads import Head
 from featx.parity import Images, Parity, Rows
 from featx.runs import Run, open_run
+from featx.sources import Source
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -35,7 +36,7 @@ def export(
     outputs: tuple[str, ...] | None = None,
     images: int = parity.IMAGES,
     split: str = "val",
-    data: str | Path | None = None,
+    data: str | Path | Source | None = None,
     tolerance: float = parity.PROBABILITIES,
 ) -> Parity:
     """Write a run as one ONNX file, after holding it to the torch classifier on the run's own images.
@@ -73,6 +74,8 @@ def export(
     short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")}
     short |= {"split": split, **{check.name.replace(" ", "_"): check.value for check in found.checks[1:]}}
     put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | {"split": split})
+    if path == opened.path / DEFAULT["pixels"]:
+        card.write(opened.path)
     return found
 
 
@@ -279,7 +282,7 @@ def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str
     )
 
 
-def gate_images(run: Run, limit: int, split: str, data: str | Path | None) -> Images:
+def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None) -> Images:
     if limit < 1:
         raise ExportError(f"the gate needs at least one image, not {limit}")
     config = run.config

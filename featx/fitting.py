@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ def fit(
     device: str = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
+    gain: bool = True,
     report: bool = True,
     **extraction: Any,
 ) -> runs.Run:
@@ -47,7 +47,8 @@ def fit(
     head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. finetune: then train
     the backbone further, from that head on. views: augmented views of each training image to learn from
     beside its centre crop. output: the run's folder, by default
-    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. report: write `report.html` and `plots/`
+    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
+    cross-validation what they bring, which costs two fits a fold. report: write `report.html` and `plots/`
     too. The others: as for `featx.extraction.sync`.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
@@ -109,7 +110,9 @@ def fit(
     fitted.head.save(run.path / "head.safetensors")
     values = measured(features, fitted, seconds)
     if views and finetune is None and head != "pretrained":
-        values |= measured_views(extracted, features, fitted.head, head, seed, device, settings)
+        values |= measured_averages(extracted, features, fitted.head)
+        if gain:
+            values |= measured_gain(extracted, features, head, seed=seed, device=device, **settings)
     run.write("report.json", values)
     if report:
         from featx.report import write_report
@@ -206,37 +209,30 @@ def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, An
     return values
 
 
-def measured_views(
-    extracted: Extraction,
-    features: Features,
-    fitted: Head,
-    head: str,
-    seed: int,
-    device: str,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """`report.json` where views were learned from: their cross-validated gain on the training images, and
-    what averaging over the views of each validation image gives."""
-    views = [features, *(extracted.features(view) for view in range(1, len(extracted.stores)))]
-    train, val = (np.flatnonzero(features.splits == name) for name in ("train", "val"))
-    found: dict[str, Any] = {}
-    with suppress(HeadError):  # too few images to hold any out: there is no gain to report
-        found["views"] = augmentation.measure_gain(
-            head,
-            [view.X[train] for view in views],
-            features.y[train],
-            features.class_names,
-            groups=groups(features.keys[train]),
-            seed=seed,
-            device=device,
-            **settings,
+def measured_averages(extracted: Extraction, features: Features, head: Head) -> dict[str, Any]:
+    """`report.json`: what averaging over the views of each validation image gives."""
+    val = np.flatnonzero(features.splits == "val")
+    if not len(val):
+        return {}
+    views = [features.X, *(extracted.features(view).X for view in range(1, len(extracted.stores)))]
+    logits = augmentation.average(head, [view[val] for view in views])
+    ids = [features.ids[i] for i in val]
+    averaged = evaluate_logits(logits, features.y[val], head, features.class_names, ids).to_dict()
+    return {"averaged_views": {"views": len(views)} | averaged}
+
+
+def measured_gain(extracted: Extraction, features: Features, head: str, **settings: Any) -> dict[str, Any]:
+    """`report.json`: what learning from views brings, cross-validated on the training images."""
+    train = np.flatnonzero(features.splits == "train")
+    views = [features.X, *(extracted.features(view).X for view in range(1, len(extracted.stores)))]
+    y, group = features.y[train], groups(features.keys[train])
+    try:
+        found = augmentation.measure_gain(
+            head, [view[train] for view in views], y, features.class_names, groups=group, **settings
         )
-    if len(val):
-        logits = augmentation.average(fitted, [view.X[val] for view in views])
-        ids = [features.ids[i] for i in val]
-        averaged = evaluate_logits(logits, features.y[val], fitted, features.class_names, ids).to_dict()
-        found["averaged_views"] = {"views": len(views)} | averaged
-    return found
+    except HeadError as error:  # too few images to hold any out
+        return {"views_note": f"what views bring was not measured: {error}"}
+    return {"views": found}
 
 
 def measure(head: Head, features: Features) -> dict[str, Any]:

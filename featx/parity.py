@@ -56,6 +56,9 @@ class Images:
     """`uint8 [M, 32]`, in the order of their hashes, distinct."""
     cached: np.ndarray
     """`float32 [M, D]`: the features that the head was fitted and measured on."""
+    scale: float
+    """The largest entry of all the run's features, whatever the number of images here: what differences
+    through the file's resize are relative to."""
     precision: str
     """That these were computed in."""
     read: Callable[[int], bytes]
@@ -150,6 +153,7 @@ def choose(extraction: Extraction, features: Features, split: str, limit: int) -
         labels=labels,
         keys=features.keys[rows],
         cached=np.asarray(features.X[rows], np.float32),
+        scale=float(np.abs(features.X).max()),
         precision=features.spec.precision,
         read=lambda i: extraction.source.read(numbers[i]),
     )
@@ -254,7 +258,7 @@ def compare(
     checks = [Check("labels", float(len(differing)), 0.0)]
     if rows.file is not None:
         checks += [
-            Check("features", far(rows.file, rows.torch) / max(float(np.abs(rows.torch).max()), 1e-30), FEATURES),
+            Check("features", far(rows.file, rows.torch) / max(images.scale, 1e-30), FEATURES),
             Check("probabilities", far(file["probabilities"], probabilities), tolerance),
         ]
     checks += [

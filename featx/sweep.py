@@ -194,6 +194,7 @@ def _point(
             request,
             head,
             settings=settings,
+            gain=False,
             views=views,
             output=run.path,
             overwrite=True,

@@ -307,6 +307,7 @@ def test_ties_are_told_from_mistakes() -> None:
         labels=[("a",), ("a",), ("b",)],
         keys=np.zeros((3, 32), np.uint8),
         cached=X,
+        scale=3.0,
         precision="fp32",
         read=lambda i: b"",
     )

@@ -77,6 +77,7 @@ finetune_options = options_of(
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write report.html and plots/.")
+@click.option("--gain/--no-gain", default=True, show_default=True, help="Cross-validate what views bring.")
 @finetune_options
 @backbone_options
 @extraction_options
@@ -137,6 +138,8 @@ def fit(
     else:
         say(extraction_text(report["extract"]))
         say(Report.from_dict(report).table() if report["count"] else "\n".join(report["notes"]))
+        if "views_note" in report:
+            say(f"note: {report['views_note']}")
         if "views" in report:
             from featx.augmentation import gain_text
 
@@ -230,7 +233,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @cache_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core.")
-@click.option("--report/--no-report", default=True, show_default=True, help="Write each run's report.html.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write the winner's report.html.")
 @json_option
 def sweep(
     data: str,
