@@ -20,6 +20,8 @@ from featx.views import pixels
 
 # Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.
 WAITING_BYTES = 96 << 20
+# Keys of images on their way that are remembered before the first look at which of them are stored.
+CLAIMS = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Loader:
         self.decoded = self.large = 0
         """Images decoded, and how many of them `--decode fast` would decode at a smaller scale."""
         self._claimed: set[bytes] = set()
+        self._most_claimed = CLAIMS
         self._lock = threading.Lock()
 
     def __call__(self, rows: np.ndarray) -> Generator[Loaded]:
@@ -107,6 +110,15 @@ class Loader:
         with self._lock:
             if key in self._claimed:
                 return []
+            if len(self._claimed) >= self._most_claimed:
+                self._forget()
             self._claimed.add(key)
             one = np.frombuffer(key, np.uint8)[None]
             return [v for v, store in enumerate(self.stores) if not store.contains(one)[0]]
+
+    def _forget(self) -> None:
+        """Drop the claims that the stores answer for by now: memory does not grow with the data set."""
+        keys = np.frombuffer(b"".join(self._claimed), np.uint8).reshape(-1, 32)
+        waiting = ~np.logical_and.reduce([store.contains(keys) for store in self.stores])
+        self._claimed = {key.tobytes() for key in keys[waiting]}
+        self._most_claimed = 2 * len(self._claimed) + CLAIMS

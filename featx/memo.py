@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from featx.errors import StoreError
-from featx.files import write_atomic
+from featx.files import make_folder, write_chunks
 
 MAGIC = b"featx memo 1\n"
 # A file that changed this shortly before it was listed can change again without another timestamp
@@ -79,13 +79,20 @@ class KeyMemo:
         blob = b"\0".join([_joined(names), *(old[i] for i in other.tolist())] if names or len(other) else [])
         if not names:
             blob = blob[1:]
-        stats = np.concatenate([stats[chosen], self._stats[other]]).astype("<i8")
-        keys = np.concatenate([keys[chosen], self._keys[other]])
+        if len(other) or len(names) < len(ids):  # else no copies: with a million images they are what memory peaks at
+            stats = np.concatenate([stats[chosen], self._stats[other]])
+            keys = np.concatenate([keys[chosen], self._keys[other]])
+        stats, keys = np.ascontiguousarray(stats, "<i8"), np.ascontiguousarray(keys)
         if blob.count(b"\0") + (len(stats) > 0) != len(stats):
             return  # a path with a NUL in it, which no file system has
-        body = b"".join([len(stats).to_bytes(8, "little"), stats.tobytes(), keys.tobytes(), blob])
+        arrays = [memoryview(array.reshape(-1).view(np.uint8)) for array in (stats, keys)]
+        body: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *arrays, blob]
+        digest = hashlib.sha256()
+        for part in body:
+            digest.update(part)
         try:
-            write_atomic(self.path, MAGIC + hashlib.sha256(body).digest() + body)
+            make_folder(self.path.parent)
+            write_chunks(self.path.parent, [MAGIC, digest.digest(), *body], lambda: self.path.name)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise StoreError(

@@ -140,10 +140,10 @@ def test_a_full_disk_is_said_and_a_read_only_cache_is_not(
     ids, stats = listing(root)
 
     def refuse(number: int) -> None:
-        def write(path: Path, data: bytes) -> None:
+        def write(*_: object) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(memo, "write_atomic", write)
+        monkeypatch.setattr(memo, "write_chunks", write)
 
     refuse(30)
     KeyMemo(tmp_path, root).record(ids, stats, hashed(root, ids), np.ones(5, bool))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class _Folder:
     """What lies directly in one folder, each list sorted."""
 
     images: list[str] = field(default_factory=list)
-    stats: list[tuple[int, int, int, int]] = field(default_factory=list)
+    stats: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    """`int64 [N, 4]`, of `images`."""
     folders: list[str] = field(default_factory=list)
     links: set[str] = field(default_factory=set)
     """Those of `folders` that are symbolic links."""
@@ -36,7 +38,7 @@ class _Listing:
     ids: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
-    stats: list[tuple[int, int, int, int]] = field(default_factory=list)
+    stats: list[np.ndarray] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -44,7 +46,7 @@ class _Listing:
         self.ids += [prefix + name for name in found.images]
         self.labels += [label] * len(found.images)
         self.splits += [split] * len(found.images)
-        self.stats += found.stats
+        self.stats.append(found.stats)
         self.ignored += [prefix + name for name in found.others]
 
 
@@ -105,7 +107,7 @@ def open_folder(path: str) -> Source:
         ids=listing.ids,
         labels=listing.labels if any(listing.labels) else None,
         splits=listing.splits if named else None,
-        stats=np.array(listing.stats, np.int64).reshape(-1, 4),
+        stats=np.concatenate(listing.stats),
         ignored=listing.ignored,
         notes=listing.notes,
     )
@@ -180,7 +182,8 @@ def _identity(path: str) -> tuple[int, int] | str:
 
 def _scan(path: str) -> _Folder:
     found = _Folder()
-    rows = []
+    names: list[str] = []
+    stats = array("q")  # not a tuple of integers for each image: ten times the memory
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -200,17 +203,19 @@ def _scan(path: str) -> _Folder:
                     try:
                         status = entry.stat()
                     except OSError:  # vanished, or a link to nothing: reading it says so
-                        rows.append((name, NO_STAT))
+                        names.append(name)
+                        stats.extend(NO_STAT)
                         continue
                     if stat.S_ISREG(status.st_mode):
-                        rows.append((name, stat_row(status)))
+                        names.append(name)
+                        stats.extend(stat_row(status))
                     else:
                         found.others.append(name)
     except OSError as error:
         raise _unlisted(path, error) from error
-    rows.sort()
-    found.images = [name for name, _ in rows]
-    found.stats = [row for _, row in rows]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    found.images = [names[i] for i in order]
+    found.stats = np.array(stats, np.int64).reshape(-1, 4)[order]
     found.folders.sort()
     found.others.sort()
     return found

@@ -1,0 +1,91 @@
+"""Owns the proof that memory does not grow with the data set: peak of an extraction of few and of many tiny images.
+
+    python benchmarks/memory.py 1000 100000
+
+Each size runs in a process of its own, over a backbone without torch (the mean colour), so that what
+is measured is featx's own book-keeping. The features (here 12 numbers an image) are on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+class Colour:
+    """The mean colour of each quarter of an image."""
+
+    name = "colour"
+    batch_size = 64
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        rows = images.reshape(len(images), 3, 2, 8, 2, 8).mean(axis=(3, 5), dtype=np.float32).reshape(-1, 12)
+        return lambda: rows
+
+    def close(self) -> None:
+        pass
+
+
+def write_images(root: Path, count: int) -> None:
+    """`count` distinct PPM files of 16 x 16 pixels in ten class folders."""
+    rng = np.random.default_rng(0)
+    for folder in range(10):
+        (root / f"class{folder}").mkdir(parents=True)
+    for i in range(count):
+        pixels = np.frombuffer(rng.bytes(768), np.uint8)
+        (root / f"class{i % 10}" / f"image_{i:08d}.ppm").write_bytes(b"P6 16 16 255\n" + pixels.tobytes())
+
+
+def measure(root: Path) -> None:
+    """Extract and print the count, the seconds and the peak of this process, in bytes."""
+    from featx import extraction
+    from featx.backbones import BackboneInfo
+    from featx.preprocess import Preprocess
+
+    extraction.resolve = lambda request, cache: BackboneInfo(  # type: ignore[assignment]
+        "custom/colour", "00" * 32, "features", Preprocess(resize=16, crop=16), (12,), None, False, 0, ""
+    )
+    extraction.open_engine = lambda *a, **k: Colour()  # type: ignore[assignment]
+    begin = time.perf_counter()
+    report = extraction.sync(root / "data", "colour", cache=root / "cache").report
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(report["extracted"], time.perf_counter() - begin, peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sizes", nargs="*", type=int, default=[1000, 100_000])
+    parser.add_argument("--folder", type=Path, help="where the images are made; by default a temporary folder")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure)
+        return
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    results = []
+    try:
+        for size in options.sizes:
+            write_images(folder / str(size) / "data", size)
+            command = [sys.executable, __file__, "--measure", str(folder / str(size))]
+            text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            count, seconds, peak = text.split()
+            assert int(count) == size
+            results.append((size, int(peak)))
+            print(f"{size:>9,} images: {float(seconds):7.1f} s, peak {int(peak) / 2**20:7.1f} MiB")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    (few, small), (many, large) = results[0], results[-1]
+    print(f"bytes an image more: {(large - small) / (many - few):.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Correctness under speed: what threads, batches and order must not change, and how a broken run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ColourEngine, write_images
+from PIL import Image
+
+from featx import extraction
+from featx.errors import FeatxError, ImageError
+from featx.extraction import extract, sync
+from featx.loader import Loader
+from featx.preprocess import FAST, Preprocess, decode
+from featx.sources import open_source
+
+
+class QueuedEngine(ColourEngine):
+    """Works as the onnxruntime engine does: pieces on threads of its own, finished out of order."""
+
+    def __init__(self, batch_size: int = 4, delay: Callable[[int], float] = lambda n: 0.0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.executor = ThreadPoolExecutor(3, thread_name_prefix="test-embed")
+        self.sizes: list[int] = []
+        self.delay = delay
+        self.lock = threading.Lock()
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        self.sizes.append(len(images))
+        pieces = [self.executor.submit(self._piece, i, images[i : i + 2]) for i in range(0, len(images), 2)]
+        return lambda: np.concatenate([piece.result() for piece in pieces])
+
+    def _piece(self, number: int, images: np.ndarray) -> np.ndarray:
+        time.sleep(self.delay(number))
+        with self.lock:
+            return super().__call__(images)
+
+    def close(self) -> None:
+        self.executor.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Nineteen images of nineteen sizes and four formats, one of them broken, one a duplicate."""
+    root = tmp_path / "mixed" / "all"
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(7)
+    for i in range(17):
+        pixels = rng.integers(0, 256, (33 + 9 * i, 200 - 7 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i:02d}.{('png', 'jpg', 'bmp', 'webp')[i % 4]}")
+    (root / "17.jpg").write_bytes((root / "01.jpg").read_bytes()[:200])
+    (root / "18.png").write_bytes((root / "04.png").read_bytes())
+    return root.parent
+
+
+def loading_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith(("featx-load", "test-embed"))]
+
+
+def test_features_do_not_depend_on_batch_size_threads_or_the_order_in_which_work_ends(
+    mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = extract(mixed, "tiny", cache=tmp_path / "reference", workers=1)
+    assert expected.X.shape == (18, 48) and len(np.unique(expected.X, axis=0)) == 17
+    rng = np.random.default_rng(0)
+    for number, (size, workers) in enumerate([(1, 1), (3, 4), (16, 2), (17, 7), (64, 3)]):
+        made = QueuedEngine(size, lambda n: 0.003 * float(rng.random()))
+        monkeypatch.setattr(extraction, "open_engine", lambda *a, made=made, **k: made)
+        features = extract(mixed, "tiny", cache=tmp_path / str(number), workers=workers)
+        np.testing.assert_array_equal(features.X, expected.X)
+        assert features.ids == expected.ids
+        full, rest = divmod(17, size)
+        assert made.sizes == [size] * full + [rest] * (rest > 0)
+        assert made.images == 17
+
+
+def test_a_duplicate_is_found_however_many_claims_were_forgotten_meanwhile(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featx import loader, store
+
+    monkeypatch.setattr(loader, "CLAIMS", 5)
+    monkeypatch.setattr(extraction, "FeatureStore", lambda cache, spec: store.FeatureStore(cache, spec, shard_bytes=1))
+    root = write_images(tmp_path / "data", per_class=20)
+    for i in range(10):
+        (root / "warm" / f"copy{i}.png").write_bytes((root / "cold" / f"{i:03d}.png").read_bytes())
+    report = extract(root, "tiny", cache=tmp_path / "cache").report
+    assert (report["extracted"], report["duplicate"]) == (40, 10) and engine.images == 40
+
+
+def test_one_image_is_enough_and_a_bad_one_leaves_no_hole_in_its_batch(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_images(tmp_path / "one", per_class=1, classes=("only",))
+    assert extract(root, "tiny", cache=tmp_path / "a").X.shape == (1, 48)
+    for i in range(1, 6):
+        (root / "only" / f"{i:03d}.png").write_bytes(b"" if i % 2 else (b"\x89PNG\r\n\x1a\n" + bytes([i])))
+    write_images(root, per_class=3, classes=("other",), seed=3)
+    made = QueuedEngine(4)
+    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: made)
+    features = extract(root, "tiny", cache=tmp_path / "b")
+    assert made.sizes == [4]
+    assert features.report["skipped"] == 5 and features.report["extracted"] == 4
+    preprocess = Preprocess(resize=36, crop=32)
+    for row, name in zip(features.X, features.ids, strict=True):
+        pixels = preprocess((root / name).read_bytes())[None]
+        np.testing.assert_array_equal(row, ColourEngine()(pixels)[0])
+
+
+def test_an_engine_that_is_lost_mid_run_ends_with_what_was_committed_and_its_own_error(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_images(tmp_path / "data", per_class=20)
+
+    class Lost(QueuedEngine):
+        def _piece(self, number: int, images: np.ndarray) -> np.ndarray:
+            if self.images >= 16:
+                raise FeatxError("the GPU fell off the bus; start again, or use --device cpu")
+            return super()._piece(number, images)
+
+    lost = Lost(4)
+    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: lost)
+    with pytest.raises(FeatxError, match="fell off the bus"):
+        extract(root, "tiny", cache=tmp_path / "cache")
+    assert loading_threads() == []
+    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: engine)
+    report = extract(root, "tiny", cache=tmp_path / "cache").report
+    assert report["cached"] in (12, 16) and report["cached"] + report["extracted"] == 40
+    assert engine.images == report["extracted"]
+
+
+def test_loading_threads_end_with_the_run_with_an_error_and_when_nobody_reads_on(
+    tiny: Path, tmp_path: Path, engine: ColourEngine
+) -> None:
+    extract(tiny, "tiny", cache=tmp_path / "cache", workers=5)
+    assert loading_threads() == []
+    store = sync(tiny, "tiny", cache=tmp_path / "cache").stores[0]
+    loader = Loader(open_source(tiny), Preprocess(resize=36, crop=32), [store], 3)
+    images = loader(np.arange(12))
+    assert next(images).row == 0 and len(loading_threads()) > 0
+    images.close()
+    assert loading_threads() == []
+
+
+def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featx import loader as module
+
+    root = write_images(tmp_path / "data", per_class=30)
+    pixels = 3 * 32 * 32
+    monkeypatch.setattr(module, "WAITING_BYTES", 8 * pixels)
+    store = sync(write_images(tmp_path / "one"), "tiny", cache=tmp_path / "cache").stores[0]
+    made = Loader(open_source(root), Preprocess(resize=36, crop=32), [store], 2)
+    loads: list[int] = []
+    load = made._load
+    monkeypatch.setattr(made, "_load", lambda row: (loads.append(row), load(row))[1])
+    images = made(np.arange(60))
+    for taken in range(1, 20):
+        next(images)
+        time.sleep(0.005)
+        assert len(loads) <= taken + 8
+    images.close()
+    assert len(loads) < 40
+
+
+INTERRUPTED = """
+import sys, time
+import numpy as np
+sys.path.insert(0, {tests!r})
+from conftest import ColourEngine
+from featx import extraction
+from featx.backbones import BackboneInfo
+from featx.preprocess import Preprocess
+
+class Slow(ColourEngine):
+    def __call__(self, images):
+        print("batch", flush=True)
+        time.sleep(0.2)
+        return super().__call__(images)
+
+extraction.resolve = lambda request, cache: BackboneInfo(
+    "custom/tiny", "00" * 32, "features", Preprocess(resize=36, crop=32), (48,), None, False, 0, "colours")
+extraction.open_engine = lambda *a, **k: Slow()
+extraction.extract({data!r}, "tiny", cache={cache!r})
+"""
+
+
+def test_ctrl_c_ends_quickly_and_leaves_a_usable_cache(tmp_path: Path, engine: ColourEngine) -> None:
+    root, cache = write_images(tmp_path / "data", per_class=60), tmp_path / "cache"
+    code = INTERRUPTED.format(tests=str(Path(__file__).parent), data=str(root), cache=str(cache))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(5):
+        assert process.stdout.readline() == "batch\n"
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors
+    assert time.monotonic() - begin < 5
+    report = extract(root, "tiny", cache=cache).report
+    assert 8 <= report["cached"] < 60
+    assert engine.images == report["extracted"] == 120 - report["cached"]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """Tiny distinct files, in a process of its own; 100,000 of them in benchmarks/memory.py."""
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    command = [sys.executable, str(benchmark), "1000", "13000", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    growth = float(done.stdout.split("bytes an image more:")[1].split()[0])
+    assert -400 < growth < 800, done.stdout  # 12,000 images: one MiB of chance is 87 bytes an image
+
+
+def large_photo(width: int, height: int) -> Image.Image:
+    """Smooth shapes, edges and fine texture, as a camera would give."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    waves = [np.sin(x / s) + np.cos(y / (1.3 * s)) for s in (9.0, 41.0, 200.0)]
+    pixels = np.stack([127 + 40 * wave + 30 * ((x // 97 + y // 61) % 2) for wave in waves], axis=2)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
+    path = tmp_path_factory.mktemp("photo") / "large.jpg"
+    large_photo(2000, 1500).save(path, quality=92)
+    yield path.read_bytes()
+
+
+def test_the_fast_decoder_shrinks_large_jpegs_only_and_stays_near_the_exact_one(photo: bytes, tmp_path: Path) -> None:
+    exact, fast = Preprocess(), Preprocess(pixels=FAST)
+    assert exact.decode(photo).size == (2000, 1500) and fast.decode(photo).size == (1000, 750)
+    assert exact.shrinks(photo, (2000, 1500)) and not fast.shrinks(photo, (2000, 1500))
+    apart = np.abs(exact(photo).astype(int) - fast(photo).astype(int))
+    assert 0 < apart.max() <= 24 and apart.mean() < 1.5
+    small = tmp_path / "small.jpg"
+    large_photo(900, 700).save(small)
+    np.testing.assert_array_equal(exact(small.read_bytes()), fast(small.read_bytes()))
+    large_photo(2000, 1500).save(tmp_path / "large.png")
+    png = (tmp_path / "large.png").read_bytes()
+    np.testing.assert_array_equal(exact(png), fast(png))
+
+
+def test_the_fast_decoder_turns_images_upright_and_keeps_bad_ones_out(photo: bytes, tmp_path: Path) -> None:
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large_photo(2000, 1500).save(turned, quality=92, exif=exif)
+    fast = Preprocess(pixels=FAST)
+    assert fast.decode(turned.read_bytes()).size == (750, 1000)
+    with pytest.raises(ImageError):
+        fast(photo[: len(photo) // 3])
+    assert decode(photo, 400).size == (500, 375) or decode(photo, 400).size == (1000, 750)
+
+
+def test_fast_features_are_cached_apart_from_exact_ones(
+    tiny: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featx.backbones import BackboneRequest
+
+    plain = extraction.resolve
+    monkeypatch.setattr(
+        extraction,
+        "resolve",
+        lambda request, cache: (lambda info: __import__("dataclasses").replace(
+            info, preprocess=request.override(info.preprocess)))(plain(request, cache)),
+    )  # fmt: skip
+    exact = extract(tiny, "tiny", cache=tmp_path / "cache")
+    fast = extract(tiny, "tiny", cache=tmp_path / "cache", decode="fast")
+    assert engine.images == 24
+    assert fast.spec.preprocess.pixels == "pillow-draft/1" and fast.spec.digest != exact.spec.digest
+    np.testing.assert_array_equal(exact.X, fast.X)  # none of them is large
+    with pytest.raises(FeatxError, match="exact, fast"):
+        extract(tiny, BackboneRequest("tiny"), cache=tmp_path / "cache", decode="quick")
