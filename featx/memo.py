@@ -85,7 +85,7 @@ class KeyMemo:
         stats, keys = np.ascontiguousarray(stats, "<i8"), np.ascontiguousarray(keys)
         if blob.count(b"\0") + (len(stats) > 0) != len(stats):
             return  # a path with a NUL in it, which no file system has
-        arrays = [memoryview(array.reshape(-1).view(np.uint8)) for array in (stats, keys)]
+        arrays = [array.reshape(-1).view(np.uint8).data.cast("B") for array in (stats, keys)]
         body: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *arrays, blob]
         digest = hashlib.sha256()
         for part in body:
