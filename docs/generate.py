@@ -13,7 +13,10 @@ PAGE = Path(__file__).parent / "cli.md"
 
 def pages(command: click.Command, words: list[str]) -> list[str]:
     """One section for a command and each command in it."""
-    context = click.Context(command, info_name=" ".join(words), max_content_width=100, terminal_width=100)
+    names = ["-h", "--help"]  # what `featx` itself hands down to its commands
+    context = click.Context(
+        command, info_name=" ".join(words), max_content_width=100, terminal_width=100, help_option_names=names
+    )
     text = f"## {' '.join(words)}\n\n```text\n{command.get_help(context)}\n```\n"
     if not isinstance(command, click.Group):
         return [text]

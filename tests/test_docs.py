@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 from pages import Ran, run_page, working_folder
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture
@@ -19,6 +22,29 @@ def work(
     squeezenet_weights: Path,
 ) -> Path:
     return working_folder(tmp_path_factory, monkeypatch, photos, squeezenet_weights, tmp_path)
+
+
+def test_the_quick_start_of_the_readme_runs_as_it_stands(work: Path) -> None:
+    (work / "photos" / "train" / "ants" / "imageNotFound.gif").write_bytes(b"GIF89a")
+    ran = run_page(ROOT / "README.md")
+    assert (ran.commands, ran.python) == (4, 1)
+    assert (work / "export" / "insects" / "model.onnx").exists()
+
+
+def test_the_command_line_page_is_what_the_commands_say() -> None:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    assert page.count("\n## ") > 15
+    assert page == generate.render(), "`make docs` writes it anew"
+
+
+def test_every_page_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_python_page_prints_what_it_says(work: Path) -> None:
