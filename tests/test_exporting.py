@@ -69,7 +69,7 @@ def test_differences_are_within_the_limits_that_were_set(record: dict[str, Any])
         "cached features": 2e-3,
     }
     checks = dict(record["checks"])
-    logits = checks.pop("same-pixel logits")
+    logits = checks.pop("same-feature logits")
     assert logits["value"] <= logits["limit"] < 1e-4
     assert {name: check["limit"] for name, check in checks.items()} == limits
     assert all(check["value"] <= check["limit"] for check in checks.values())
@@ -191,7 +191,7 @@ def test_a_damaged_file_is_caught_and_what_is_damaged_is_named(run: Path, damage
 @pytest.mark.parametrize(
     ("damage", "missed"),
     [
-        ("head changed", {"same-pixel logits"}),
+        ("head changed", {"same-feature logits"}),
         ("class names permuted", {"labels"}),
         ("mean and std dropped", {"features", "probabilities", "same-pixel features"}),
         ("resize without antialiasing", {"features", "probabilities"}),
@@ -319,6 +319,30 @@ def test_ties_are_told_from_mistakes() -> None:
     assert (found.ties, found.differing, found.equal_labels) == (["tie", "other tie"], ["wrong"], 0)
     assert not found.passed and found.checks[0].value == 1
     assert (found.accuracy, found.torch_accuracy) == (0.0, 1.0)
+
+
+def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
+    """As for a deep network with random weights: features 5e-6 apart, a head with large weights."""
+    head = Head(np.float32([[40, 0], [0, 40]]), np.zeros(2, np.float32), ("a", "b"))
+    torch = np.float32([[1.0, 0.99], [0.5, 0.8]])
+    near = (torch * np.float32([[1 + 5e-6, 1 - 5e-6]])).astype(np.float32)
+    images = parity.Images(
+        ids=["x", "y"],
+        labels=[("a",), ("b",)],
+        keys=np.zeros((2, 32), np.uint8),
+        cached=torch,
+        scale=1.0,
+        precision="fp32",
+        read=lambda i: b"",
+    )
+    given = {"probabilities": head.probabilities(head(near)), "logits": head(near)}
+    rows = parity.Rows(None, near, torch)
+    found = parity.compare(images, head, rows, given, given, class_names=["a", "b"], method="file")
+    values = {check.name: check for check in found.checks}
+    assert values["same-pixel probabilities"].value > 5e-5 and found.passed
+    wrong = given | {"logits": head(near) + np.float32(1e-3)}
+    found = parity.compare(images, head, rows, wrong, wrong, class_names=["a", "b"], method="file")
+    assert [check.name for check in found.checks if not check.passed] == ["same-feature logits"]
 
 
 def test_nan_never_passes() -> None:
