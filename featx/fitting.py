@@ -16,7 +16,7 @@ from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
 from featx.features import Features, groups
 from featx.heads import Fitted, Head
-from featx.processes import rank
+from featx.processes import World, processes, rank
 from featx.sources import Source
 
 if TYPE_CHECKING:
@@ -64,8 +64,13 @@ def fit(
             raise HeadError("--head pretrained is the network as it is; fine-tune from --head logreg or linear")
         request = own_classifier_request(request, resolve(request, Path(cache)))
     options: dict[str, Any] = {"seed": seed, "cache": cache, "device": device, **extraction}
+    world = World.join(device) if finetune is not None and processes() > 1 else None
+    if world and not world.leads:
+        world.wait()  # the leader extracts; the others then find everything cached
     extracted = sync(data, request, views=views, **options)
     features = extracted.features()
+    if world and world.leads:
+        world.wait()
     if not features.class_names:
         raise HeadError(
             f"{extracted.source.uri} has no labels: put the images into one folder a class, or name a manifest"
@@ -113,6 +118,8 @@ def fit(
         values |= measured_averages(extracted, features, fitted.head)
         if gain:
             values |= measured_gain(extracted, features, head, seed=seed, device=device, **settings)
+    if finetune is not None and finetune.select == "val":
+        values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
     run.write("report.json", values)
     if report:
         from featx.report import write_report

@@ -24,6 +24,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def processes() -> int:
+    """How many processes `torchrun` started; 1 where it did not. Imports no torch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that train together, and this one's place among them."""
@@ -40,7 +45,7 @@ class World:
         """
         import torch
 
-        size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        size, local = processes(), int(os.environ.get("LOCAL_RANK", "0"))
         name = device
         if device in ("auto", "cuda") and torch.cuda.is_available():
             name = f"cuda:{local}" if size > 1 else "cuda:0"
