@@ -13,6 +13,7 @@ from PIL import Image
 # one environment for all: no progress bars, no network, no threads beyond the machine's
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("FEATX_FIT_REPORT", "0")  # seconds of drawing; the report has tests of its own
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("FEATX_TEST_DATA", ROOT.parent / "shared"))
@@ -116,6 +117,8 @@ def photo_run(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.T
 
     root = tmp_path_factory.mktemp("photo-run")
     weights = str(squeezenet_weights)
-    run = featx.fit(photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run")
+    run = featx.fit(
+        photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run", report=False
+    )
     featx.export(run.path)
     return root / "run"
