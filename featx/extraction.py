@@ -199,7 +199,8 @@ def sync(
     rows = report.pop("rows")
     if extracted >= RATE_IMAGES:
         remember_rate(cache, specs, stages.workers, device, report["images_per_second"])
-    return Extraction(source, request, info, cache, stores, rows, keys[rows], report)
+    keys = keys if len(rows) == len(keys) else keys[rows]
+    return Extraction(source, request, info, cache, stores, rows, keys, report)
 
 
 def content_keys(data: str | Path | Source, cache: str | Path) -> np.ndarray:

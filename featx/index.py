@@ -91,5 +91,8 @@ def as_keys(keys: np.ndarray) -> np.ndarray:
 
 def distinct(keys: np.ndarray) -> np.ndarray:
     """Ascending places, `int64 [M]`, of the first of each distinct key."""
+    first = np.sort(np.ascontiguousarray(keys).view(np.uint64)[:, 0])
+    if not (first[1:] == first[:-1]).any():  # nearly always, and in an eighth of the memory
+        return np.arange(len(keys))
     opaque = np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").ravel()
     return np.sort(np.unique(opaque, return_index=True)[1])

@@ -103,10 +103,12 @@ class KeyMemo:
 
     def _find(self, ids: list[str]) -> np.ndarray | None:
         """Where each path is in the memo, -1 where it is not; None where they are its first, in order."""
+        if not len(self._stats):
+            return np.full(len(ids), -1, np.int64)
         joined = _joined(ids)
         if ids and self._names.startswith(joined) and self._names[len(joined) : len(joined) + 1] in (b"", b"\0"):
             return None
-        names = self._names.split(b"\0") if len(self._stats) else []
+        names = self._names.split(b"\0")
         index = dict(zip(names, range(len(names)), strict=True))
         encoded = joined.split(b"\0") if ids else []
         if len(encoded) != len(ids):

@@ -48,6 +48,7 @@ class _Listing:
         self.splits += [split] * len(found.images)
         self.stats.append(found.stats)
         self.ignored += [prefix + name for name in found.others]
+        del found.images[1:]  # only whether there are any is asked from now on
 
 
 def open_folder(path: str) -> Source:
