@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from featx.cli._base import cli
 from featx.cli.caching import backbones, cache, completion
-from featx.cli.shipping import export, inspect, predict
+from featx.cli.shipping import check, export, inspect, predict
 from featx.cli.training import curve, evaluate, extract, fit, report, sweep
 
 for command in (
@@ -15,6 +15,7 @@ for command in (
     curve,
     sweep,
     export,
+    check,
     predict,
     inspect,
     backbones,

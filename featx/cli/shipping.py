@@ -35,16 +35,63 @@ if TYPE_CHECKING:
 @click.option("--split", default="val", show_default=True, help="The split these come from: val, test or train.")
 @click.option("--data", type=click.Path(), help="Where the run's images lie now, if they moved.")
 @click.option("--tolerance", default=5e-3, show_default=True, help="On probabilities, through the file's resize.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "int8", "fp16"]),
+    help="int8 and fp16 (for GPUs) are written only if they are faster here and lose few right answers.",
+)
+@click.option("--max-loss", default=0.5, show_default=True, help="int8, fp16: points of accuracy that may be lost.")
+@click.option(
+    "--provider", "providers", multiple=True, help="int8, fp16: execution provider that speed is measured on."
+)
 @json_option
-def export(run: str, outputs: str | None, as_json: bool, **options: Any) -> int:
+def export(
+    run: str,
+    outputs: str | None,
+    precision: str,
+    max_loss: float,
+    providers: tuple[str, ...],
+    tolerance: float,
+    as_json: bool,
+    **options: Any,
+) -> int:
     """Write RUN as one ONNX file, held to the torch classifier on the run's own images first.
 
     What was compared lies beside it as parity.json. A file that misses a limit is not written.
     """
     from featx.exporting import export
 
-    wanted = tuple(name.strip() for name in outputs.split(",")) if outputs else None
-    parity = export(run, outputs=wanted, **options)
+    options["outputs"] = tuple(name.strip() for name in outputs.split(",")) if outputs else None
+    if precision != "fp32":
+        from featx.reduction import export_reduced
+
+        reduced = export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options)
+        if as_json:
+            emit(reduced.to_dict())
+        else:
+            say(reduced.figures())
+        return DONE
+    parity = export(run, tolerance=tolerance, **options)
+    if as_json:
+        emit(parity.to_dict())
+    else:
+        say(parity_text(parity))
+    return DONE
+
+
+@click.command()
+@click.argument("model", type=click.Path(dir_okay=False))
+@click.argument("run", type=click.Path(file_okay=False))
+@click.option("--parity-images", "images", default=2000, show_default=True, type=click.IntRange(1))
+@click.option("--split", default="val", show_default=True, help="val, test or train.")
+@json_option
+def check(model: str, run: str, as_json: bool, **options: Any) -> int:
+    """Hold a MODEL that lies somewhere to its RUN: whole, unchanged, and answering as measured?"""
+    from featx.exporting import check
+
+    parity = check(model, run, **options)
     if as_json:
         emit(parity.to_dict())
     else:
