@@ -26,9 +26,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from featx import caching, folders
+from featx.cache import caching, folders
+from featx.cache.store import FeatureStore
 from featx.features import FeatureSpec
-from featx.store import FeatureStore
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 # images/s of the backbones that featx is likely to meet: ResNet-18 and SqueezeNet 1.1 on two cores
@@ -143,7 +143,7 @@ def lookup(folder: Path, count: int = 1_000_000) -> dict[str, Any]:
     code = f"""
 import json, sys, time, numpy as np
 from pathlib import Path
-from featx.store import FeatureStore
+from featx.cache.store import FeatureStore
 from featx.features import FeatureSpec
 asked = np.load(sys.argv[2])
 peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024

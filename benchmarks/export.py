@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from featx import fit, graph, prediction, reduction
+from featx import fit
 from featx.backbones import BackboneRequest, load_backbone, resolve
-from featx.deployed import Model, open_session
 from featx.engines import backbone_onnx
-from featx.exporting import export, gate_images, load
 from featx.heads import Head
 from featx.runs import open_run
+from featx.shipping import graph, prediction, reduction
+from featx.shipping.deployed import Model, open_session
+from featx.shipping.exporting import export, gate_images, load
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1")
 BATCHES = (1, 32)

@@ -30,8 +30,8 @@ from torchvision import datasets, models, transforms
 
 from featx.backbones import BackboneRequest
 from featx.extraction import Extraction, sync
-from featx.finetuning import finetune
-from featx.recipes import FinetuneConfig
+from featx.finetuning.recipes import FinetuneConfig
+from featx.finetuning.tuning import finetune
 from featx.runs import Run
 
 EPOCHS = 25

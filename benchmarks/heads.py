@@ -178,4 +178,4 @@ if __name__ == "__main__":
     if "ten" in options.what:
         compare_paths(50_000, 512, 10, 0.11, options.every)
     if "hundred" in options.what:
-        compare_paths(50_000, 768, 100, 0.15, options.every)
+        compare_paths(50_000, 768, 100, 0.11, options.every)

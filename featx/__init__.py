@@ -12,11 +12,11 @@ _PUBLIC = {
     "FeatxError": "errors",
     "ImageFeatures": "estimators",
     "evaluate": "evaluation",
-    "export": "exporting",
+    "export": "shipping.exporting",
     "extract": "extraction",
     "fit": "fitting",
     "load": "classifier",
-    "predict": "prediction",
+    "predict": "shipping.prediction",
 }
 __all__ = sorted(_PUBLIC)
 

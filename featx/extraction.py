@@ -15,15 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from featx.backbones import BackboneInfo, BackboneRequest, resolve
+from featx.cache.memo import KeyMemo
+from featx.cache.store import FeatureStore
 from featx.engines import Engine, available_threads, open_engine
 from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
 from featx.loader import Loader
-from featx.memo import KeyMemo
 from featx.preprocess import DECODERS
 from featx.sources import Source, open_source
 from featx.stages import Stages, remember_rate
-from featx.store import FeatureStore
 from featx.views import view_names
 
 # From so many images on, a run's rate is remembered for the next dry run.

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featx import __version__, augmentation, heads, runs
+from featx import __version__, heads, runs
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.errors import HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
 from featx.features import Features, groups
+from featx.finetuning.processes import World, processes, rank
 from featx.heads import Fitted, Head
-from featx.processes import World, processes, rank
+from featx.reporting import augmentation
 from featx.sources import Source
 
 if TYPE_CHECKING:
-    from featx.recipes import FinetuneConfig
+    from featx.finetuning.recipes import FinetuneConfig
 
 
 def fit(
@@ -85,7 +86,7 @@ def fit(
     begin = time.perf_counter()
     chosen = features
     if finetune is not None:
-        from featx import finetuning  # and torch with it
+        from featx.finetuning import tuning as finetuning  # and torch with it
 
         chosen = finetuning.hold_out(features, finetune)
     if head == "pretrained":
@@ -122,7 +123,7 @@ def fit(
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
     run.write("report.json", values)
     if report:
-        from featx.report import write_report
+        from featx.reporting.report import write_report
 
         write_report(run.path, features=features, source=extracted.source)
     return run

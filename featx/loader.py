@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from featx.cache.store import FeatureStore
 from featx.errors import ImageError
 from featx.features import content_key
 from featx.preprocess import Preprocess
 from featx.sources import Source
-from featx.store import FeatureStore
 from featx.views import pixels
 
 # Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.

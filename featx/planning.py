@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from featx.backbones import BackboneRequest, resolve
+from featx.cache.index import KEY_BYTES, distinct
+from featx.cache.memo import KeyMemo
+from featx.cache.store import FeatureStore
 from featx.engines import Engine, available_threads, open_engine
 from featx.errors import ImageError
 from featx.extraction import requested
 from featx.features import content_key
-from featx.index import KEY_BYTES, distinct
 from featx.loader import Loader
-from featx.memo import KeyMemo
 from featx.sources import Source, open_source
 from featx.stages import recall_rate
-from featx.store import FeatureStore
 from featx.views import view_names
 
 # Files whose content is not known yet are read to know it, up to so many bytes; the rest counts as missing.

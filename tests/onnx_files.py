@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from featx import graph
 from featx.features import FeatureSpec
 from featx.heads import Head
 from featx.preprocess import Preprocess
+from featx.shipping import graph
 
 WIDTH = 12
 SMALL = Preprocess(resize=36, crop=32)

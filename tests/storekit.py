@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from featx import folders
+from featx.cache import folders
+from featx.cache.store import FeatureStore
 from featx.features import FeatureSpec
-from featx.store import FeatureStore
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 NAME = folders.folder_name(SPEC)

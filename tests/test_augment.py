@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featx.augment import Augmentation, Draws, apply, crop, mirror, seed_of
 from featx.errors import TrainingError
+from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror, seed_of
 
 
 def photo(size: int = 64, seed: int = 0) -> np.ndarray:

@@ -9,13 +9,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from featx import augmentation
 from featx.errors import HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import sync
 from featx.features import groups
 from featx.fitting import fit
 from featx.heads import Head
+from featx.reporting import augmentation
 
 
 def blobs(count: int = 120, size: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

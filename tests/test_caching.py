@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from storekit import SPEC, fill, flip, table
 
-from featx import caching, folders, shards
+from featx.cache import caching, folders, shards
+from featx.cache.store import FeatureStore
 from featx.errors import StoreError
 from featx.features import Features
-from featx.store import FeatureStore
 
 NAME = folders.folder_name(SPEC)
 
@@ -55,7 +55,7 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     assert [v["notes"] for v in caching.verify(cache)] == [[]]
     shard = cache / "features" / NAME / names(cache)[1]
     now = shards.time.time_ns()
-    monkeypatch.setattr("featx.store.time.time_ns", lambda: now + 10 * 10**9)
+    monkeypatch.setattr("featx.cache.store.time.time_ns", lambda: now + 10 * 10**9)
     FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
     status = os.stat(shard)
     with shard.open("rb", buffering=0) as file:

@@ -11,8 +11,8 @@ import pytest
 from conftest import ColourEngine, write_images
 
 import featx
-from featx import card
 from featx.errors import RunError
+from featx.reporting import card
 from featx.runs import Run
 
 ODD = ("a|b <b>x", 'he said "yes": #1', "yes", "0x10", "naïve 🐝\u202e", "[link](x) *star* `code`\nend")

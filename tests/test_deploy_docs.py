@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pages import run_page, working_folder
 
-from featx import graph, parity
+from featx.shipping import graph, parity
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
 

@@ -21,12 +21,12 @@ from networks import THIRTEEN, calibrated, session_cache
 from onnx import numpy_helper
 
 import featx
-from featx import exporting, graph, parity
 from featx.errors import ExportError, ParityError
-from featx.exporting import check, export
 from featx.heads import Head
-from featx.inspection import inspect
-from featx.prediction import predict
+from featx.shipping import exporting, graph, parity
+from featx.shipping.exporting import check, export
+from featx.shipping.inspection import inspect
+from featx.shipping.prediction import predict
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +117,7 @@ def test_another_head_is_swapped_in_without_torch_and_without_a_forward_pass(run
     before = graph.part_digests(onnx.load(run / "model.onnx").graph)
     code = f"""
 import json, sys, time
-from featx.exporting import export
+from featx.shipping.exporting import export
 begin = time.process_time()
 found = export({str(run)!r})
 seconds = time.process_time() - begin

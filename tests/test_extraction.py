@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def test_a_warm_run_reads_no_image(
         os.utime(path, (old, old))
     extract(tiny, "tiny", cache=tmp_path / "cache")
     # files made within the clock's granularity are read once more; after that no more
-    monkeypatch.setattr("time.time_ns", lambda now=__import__("time").time_ns: now() + 60_000_000_000)
+    clock = time.time_ns
+    monkeypatch.setattr("time.time_ns", lambda: clock() + 60_000_000_000)
     extract(tiny, "tiny", cache=tmp_path / "cache")
     monkeypatch.setattr(extraction, "Loader", None)
     assert counts(extract(tiny, "tiny", cache=tmp_path / "cache").report) == (12, 0, 12, 0, 0, 0)
@@ -217,7 +219,7 @@ def test_the_scikit_learn_transformer_takes_paths_images_and_arrays(
     np.testing.assert_array_equal(X, transformer.transform(arrays))
     np.testing.assert_array_equal(X, transformer.transform([Image.open(path) for path in paths]))
     assert engine.images == 24  # pixels are not the files' bytes, but a Pillow image is its array
-    with pytest.raises(ImageError, match="missing.png"):
+    with pytest.raises(ImageError, match=r"missing\.png"):
         transformer.transform([*paths, tiny / "missing.png"])
     with pytest.raises(SourceError, match="sequence"):
         transformer.transform(str(paths[0]))

@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.numpy import load_file
 
-import featx.checkpoints
-import featx.pixels
-import featx.training
+import featx.finetuning.checkpoints
+import featx.finetuning.pixels
+import featx.finetuning.training
 from featx.backbones import BackboneRequest, load_backbone
 from featx.classifier import load
 from featx.errors import TrainingError
-from featx.exporting import export
 from featx.extraction import Extraction, sync
 from featx.features import Features
-from featx.finetuning import Finetuned, finetune, hold_out
+from featx.finetuning.layers import Tuned
+from featx.finetuning.recipes import FinetuneConfig
+from featx.finetuning.tuning import Finetuned, finetune, hold_out
 from featx.fitting import fit
 from featx.heads import Head
-from featx.layers import Tuned
-from featx.recipes import FinetuneConfig
 from featx.runs import Run
+from featx.shipping.exporting import export
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.02, "warmup": 0.0, "select": "val"}
 
@@ -249,7 +249,7 @@ def test_images_that_do_not_fit_into_memory_give_the_same_network(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, kept = bench.tune("plain")
-    monkeypatch.setattr(featx.pixels, "SHARE", 0.0)
+    monkeypatch.setattr(featx.finetuning.pixels, "SHARE", 0.0)
     _, streamed = bench.tune("plain")
     assert (kept / "model.safetensors").read_bytes() == (streamed / "model.safetensors").read_bytes()
 
@@ -284,7 +284,7 @@ def test_a_filled_prefix_runs_the_frozen_layers_no_more(bench: Bench, monkeypatc
     def refuse(*_: object) -> None:
         raise AssertionError("the prefix ran again")
 
-    monkeypatch.setattr("featx.prefix.Activations._fill", refuse)
+    monkeypatch.setattr("featx.finetuning.prefix.Activations._fill", refuse)
     second, _ = bench.tune("plain", **settings)
     np.testing.assert_array_equal(first.head.weight, second.head.weight)
 
@@ -377,7 +377,7 @@ def at_step(number: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 def at_write(number: int) -> Callable[[pytest.MonkeyPatch], None]:
     def arm(monkeypatch: pytest.MonkeyPatch) -> None:
-        original, left = featx.checkpoints.write_atomic, [number]
+        original, left = featx.finetuning.checkpoints.write_atomic, [number]
 
         def write(path: Path, data: bytes) -> None:
             left[0] -= 1
@@ -385,7 +385,7 @@ def at_write(number: int) -> Callable[[pytest.MonkeyPatch], None]:
                 raise Killed
             original(path, data)
 
-        monkeypatch.setattr(featx.checkpoints, "write_atomic", write)
+        monkeypatch.setattr(featx.finetuning.checkpoints, "write_atomic", write)
 
     return arm
 
@@ -402,7 +402,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     tuned, whole = bench.tune("dropping", **settings)
     folder = bench.folder()
     # each save inside an epoch too: the state of its sums, and of half an epoch's data order
-    monkeypatch.setattr(featx.training, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(featx.finetuning.training, "SAVE_SECONDS", -1.0)
     stopped = 0
     for kill in KILLS:
         with monkeypatch.context() as armed:
@@ -425,7 +425,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_can_go_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, original, writes = bench.folder(), featx.checkpoints.write_atomic, [0]
+    folder, original, writes = bench.folder(), featx.finetuning.checkpoints.write_atomic, [0]
 
     def write(path: Path, data: bytes) -> None:
         writes[0] += 1
@@ -435,7 +435,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_can_go_on(
 
     settings = {"epochs": 3, "select": "last"}
     with monkeypatch.context() as full:
-        full.setattr(featx.checkpoints, "write_atomic", write)
+        full.setattr(featx.finetuning.checkpoints, "write_atomic", write)
         with pytest.raises(TrainingError, match=r"No space left on device.; the one before is kept"):
             bench.tune("plain", folder, **settings)
     kept = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])

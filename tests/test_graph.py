@@ -13,9 +13,9 @@ from onnx import TensorProto, helper
 from onnx_files import SMALL, WIDTH, average_backbone, some_head
 from PIL import Image
 
-from featx import graph
 from featx.errors import ExportError
 from featx.preprocess import MAX_ASPECT, RESAMPLE, Preprocess, decode
+from featx.shipping import graph
 
 # width, height: 1 px sides, the most extreme aspect ratios, upscaling, exact and nearly exact sizes
 SIZES = [

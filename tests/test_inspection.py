@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import WIDTH, average_backbone, exported_file, some_head
 
 from featx.errors import ExportError
-from featx.graph import part_digests
-from featx.inspection import inspect, text
+from featx.shipping.graph import part_digests
+from featx.shipping.inspection import inspect, text
 
 
 def test_our_file_says_what_it_is(tmp_path: Path) -> None:

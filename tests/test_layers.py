@@ -9,7 +9,7 @@ from torch import nn
 
 from featx.backbones._module import Trunk, groups, without
 from featx.errors import TrainingError
-from featx.layers import Group, Tuned, linear, plan, table, train_mode, unreached
+from featx.finetuning.layers import Group, Tuned, linear, plan, table, train_mode, unreached
 from featx.preprocess import Preprocess
 
 RESNET = ["stem", "layer1", "layer2", "layer3", "head"]

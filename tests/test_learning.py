@@ -10,10 +10,10 @@ import pytest
 from conftest import ColourEngine, write_images
 from PIL import Image
 
-from featx import learning
 from featx.errors import HeadError, RunError
 from featx.fitting import fit
-from featx.report import write_report
+from featx.reporting import learning
+from featx.reporting.report import write_report
 from featx.runs import Run
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featx import memo
+from featx.cache import memo
+from featx.cache.memo import KeyMemo
 from featx.errors import StoreError
 from featx.features import content_key
-from featx.memo import KeyMemo
 
 DAY = 86_400 * 10**9
 

@@ -88,7 +88,8 @@ def test_features_do_not_depend_on_batch_size_threads_or_the_order_in_which_work
 def test_a_duplicate_is_found_however_many_claims_were_forgotten_meanwhile(
     tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featx import loader, store
+    from featx import loader
+    from featx.cache import store
 
     monkeypatch.setattr(loader, "CLAIMS", 5)
     monkeypatch.setattr(extraction, "FeatureStore", lambda cache, spec: store.FeatureStore(cache, spec, shard_bytes=1))

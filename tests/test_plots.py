@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featx import plots
+from featx.reporting import plots
 
 HOSTILE = ["<script>alert(1)</script>", "a\"b'&c", "$x^2$", "caf\udce9"]
 
@@ -77,7 +77,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path):
 def test_drawing_leaves_matplotlib_as_it_was_and_never_imports_pyplot():
     code = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams)\n"
-        "from featx import plots\n"
+        "from featx.reporting import plots\n"
         "plots.svg(plots.curves({'loss': {'training': [(1, .5), (2, .4)]}}), 'c', '')\n"
         "assert dict(matplotlib.rcParams) == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules"

@@ -22,10 +22,10 @@ from onnx.external_data_helper import set_external_data
 from onnx_files import SMALL, WIDTH, average_backbone, exported_file, some_head
 from PIL import Image
 
-from featx import graph
-from featx.deployed import Model
 from featx.errors import ExportError, SourceError
-from featx.prediction import csv_lines, expand, json_lines, predict, table_lines
+from featx.shipping import graph
+from featx.shipping.deployed import Model
+from featx.shipping.prediction import csv_lines, expand, json_lines, predict, table_lines
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_names_that_are_no_utf8_survive(model: Path, tmp_path: Path) -> None:
 def test_predicting_imports_neither_torch_nor_scikit_learn_nor_onnx(model: Path, folder: Path) -> None:
     code = f"""
 import sys
-from featx.prediction import json_lines, predict
+from featx.shipping.prediction import json_lines, predict
 assert len(list(json_lines(predict({str(model)!r}, {str(folder)!r})))) == 7
 print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """

@@ -10,8 +10,8 @@ from torchvision import models
 
 from featx.backbones._module import Trunk, groups, without
 from featx.errors import BackboneError, TrainingError
-from featx.layers import Tuned, linear, plan, train_mode
-from featx.prefix import Cut, cut
+from featx.finetuning.layers import Tuned, linear, plan, train_mode
+from featx.finetuning.prefix import Cut, cut
 from featx.preprocess import Preprocess
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featx.errors import TrainingError
-from featx.recipes import FinetuneConfig, configure
+from featx.finetuning.recipes import FinetuneConfig, configure
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import onnx
 import pytest
 from onnx_files import SMALL, average_backbone, some_head
 
-from featx import graph, reduction
 from featx.errors import ExportError
-from featx.exporting import check
-from featx.inspection import inspect
-from featx.prediction import predict
-from featx.reduction import Reduction, export_reduced
+from featx.shipping import graph, reduction
+from featx.shipping.exporting import check
+from featx.shipping.inspection import inspect
+from featx.shipping.prediction import predict
+from featx.shipping.reduction import Reduction, export_reduced
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ import pytest
 from conftest import ColourEngine
 from PIL import Image
 
-from featx import gallery, page
 from featx.errors import FeatxError, RunError
 from featx.extraction import extract
 from featx.fitting import fit
-from featx.report import write_report
+from featx.reporting import gallery, page
+from featx.reporting.report import write_report
 from featx.runs import Run
 
 ANTS = "<script>alert(1)<!--"

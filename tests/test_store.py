@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, leftovers, shard_files, table, tiny_engine
 
-from featx import store as store_module
+from featx.cache import store as store_module
+from featx.cache.index import KeyIndex
+from featx.cache.store import FeatureStore
 from featx.errors import StoreError
-from featx.index import KeyIndex
-from featx.store import FeatureStore
 
 GOLDEN = Path(__file__).parent / "golden" / "cache"
 
@@ -192,7 +192,7 @@ def test_a_read_only_cache_can_be_read_and_says_that_it_is_read_only(
         real = getattr(os, name)
         reading = lambda p, flags, *a, real=real: real(p, flags, *a) if not flags & 3 else refuse()  # noqa: E731
         monkeypatch.setattr(f"featx.files.os.{name}", reading if name == "open" else refuse)
-    monkeypatch.setattr("featx.store.os.access", lambda *_: False)
+    monkeypatch.setattr("featx.cache.store.os.access", lambda *_: False)
     store = FeatureStore(tmp_path, SPEC)
     assert np.array_equal(store.read(keys), rows) and store.notes == []
     with pytest.raises(StoreError, match=r"cannot write to the cache.*read-only; give --cache"):
@@ -229,7 +229,7 @@ def test_a_warm_store_needs_no_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(store_module.time, "time_ns", lambda: now + 10 * 10**9)
     assert len(FeatureStore(tmp_path, SPEC)) == 40  # reads the bytes once more, and remembers it
     code = (
-        "import sys, pathlib\nfrom featx.store import FeatureStore\nfrom featx.features import FeatureSpec\n"
+        "import sys, pathlib\nfrom featx.cache.store import FeatureStore\nfrom featx.features import FeatureSpec\n"
         "store = FeatureStore(pathlib.Path(sys.argv[1]), FeatureSpec('torchvision/resnet18', 'ab' * 32))\n"
         "assert len(store.read(store.keys())) == 40\n"
         "assert not {'h5py', 'torch', 'sklearn'} & set(sys.modules), sorted(sys.modules)"

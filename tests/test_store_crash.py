@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fork, leftovers, shard_files, table, tiny_engine, wait
 
-from featx import caching, files
+from featx import files
+from featx.cache import caching
+from featx.cache.store import FeatureStore
 from featx.errors import StoreError
-from featx.store import FeatureStore
 
 KEYS = table(600)[0]
 ROWS = tiny_engine(KEYS)

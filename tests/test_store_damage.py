@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, flip, fork, shard_files, table, tiny_engine, wait
 
-from featx import caching, folders, shards
+from featx.cache import caching, folders, shards
+from featx.cache.store import FeatureStore
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
-from featx.store import FeatureStore
 
 KEYS = table(64)[0]
 ROWS = tiny_engine(KEYS)
@@ -174,9 +174,9 @@ def test_a_damaged_shard_of_a_read_only_cache_is_left_out(tmp_path: Path, monkey
     def refuse(*_: object) -> None:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr("featx.shards.write_chunks", refuse)
-    monkeypatch.setattr("featx.folders.write_atomic", refuse)
-    monkeypatch.setattr("featx.store.os.replace", refuse)
+    monkeypatch.setattr("featx.cache.shards.write_chunks", refuse)
+    monkeypatch.setattr("featx.cache.folders.write_atomic", refuse)
+    monkeypatch.setattr("featx.cache.store.os.replace", refuse)
     store = FeatureStore(tmp_path, SPEC)
     assert len(store) == 5 and path.exists() and "cannot be set aside" in store.notes[0]
     with pytest.raises(StoreError, match="64 of 64"):

@@ -12,10 +12,10 @@ import pytest
 from conftest import ColourEngine, write_images
 from PIL import Image
 
-from featx import sweep as module
 from featx.errors import BackboneError, ExportError, FeatxError, HeadError, RunError
 from featx.evaluation import evaluate
-from featx.sweep import head_text, parse_head, sweep
+from featx.reporting import sweep as module
+from featx.reporting.sweep import head_text, parse_head, sweep
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ against_option = click.option(
 @json_option
 def list_(cache: str, as_json: bool) -> int:
     """Name what lies in the cache, with sizes."""
-    from featx import caching
+    from featx.cache import caching
 
     found, sizes = caching.entries(Path(cache)), caching.sizes(Path(cache))
     if as_json:
@@ -104,7 +104,7 @@ def list_(cache: str, as_json: bool) -> int:
 @json_option
 def info(name: str, cache: str, against: str | None, as_json: bool) -> int:
     """Show all about the entry NAME (or the start of its name)."""
-    from featx import caching
+    from featx.cache import caching
 
     emit_or_say(caching.info(Path(cache), name, keys_of(cache, against)), as_json)
     return DONE
@@ -116,7 +116,7 @@ def info(name: str, cache: str, against: str | None, as_json: bool) -> int:
 @json_option
 def verify(name: str | None, cache: str, as_json: bool) -> int:
     """Read every byte of NAME, or of all entries; damage is named and set aside, and ends in exit code 1."""
-    from featx import caching
+    from featx.cache import caching
 
     rows = caching.verify(Path(cache), name)
     if as_json:
@@ -136,7 +136,7 @@ def verify(name: str | None, cache: str, as_json: bool) -> int:
 @json_option
 def compact(name: str, cache: str, against: str | None, only: bool, as_json: bool) -> int:
     """Merge NAME's shards into one file that is memory-mapped, in the order of --against if given."""
-    from featx import caching
+    from featx.cache import caching
 
     if only and against is None:
         raise click.UsageError("--only drops what a data set does not use: name it with --against DATA")
@@ -150,7 +150,7 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, cache: str, yes: bool) -> int:
     """Remove the entry NAME and all its features."""
-    from featx import caching
+    from featx.cache import caching
 
     entry = caching.find(Path(cache), name)
     if not yes:
@@ -170,7 +170,7 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
 
     What the cache lacks is extracted first. h5py, MATLAB and R read the file without featx.
     """
-    from featx import caching
+    from featx.cache import caching
     from featx.extraction import extract
 
     path = caching.export(extract(data, **options), Path(file), overwrite=overwrite)

@@ -10,7 +10,7 @@ import click
 from featx.cli._base import DONE, SKIPPED, emit, json_option, printable, say
 
 if TYPE_CHECKING:
-    from featx.parity import Parity
+    from featx.shipping.parity import Parity
 
 
 @click.command()
@@ -61,11 +61,11 @@ def export(
 
     What was compared lies beside it as parity.json. A file that misses a limit is not written.
     """
-    from featx.exporting import export
+    from featx.shipping.exporting import export
 
     options["outputs"] = tuple(name.strip() for name in outputs.split(",")) if outputs else None
     if precision != "fp32":
-        from featx.reduction import export_reduced
+        from featx.shipping.reduction import export_reduced
 
         reduced = export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options)
         if as_json:
@@ -89,7 +89,7 @@ def export(
 @json_option
 def check(model: str, run: str, as_json: bool, **options: Any) -> int:
     """Hold a MODEL that lies somewhere to its RUN: whole, unchanged, and answering as measured?"""
-    from featx.exporting import check
+    from featx.shipping.exporting import check
 
     parity = check(model, run, **options)
     if as_json:
@@ -130,7 +130,7 @@ def predict(
 
     --json prints one JSON object a line, as soon as its batch is done.
     """
-    from featx import prediction
+    from featx.shipping import prediction
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other")
@@ -161,7 +161,7 @@ def predict(
 @json_option
 def inspect(file: str, as_json: bool) -> int:
     """Show what an ONNX FILE is: classes, input contract, metrics, parts; any other file's inputs and outputs."""
-    from featx import inspection
+    from featx.shipping import inspection
 
     values = inspection.inspect(file)
     if as_json:

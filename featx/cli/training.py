@@ -19,7 +19,7 @@ from featx.cli._base import (
     printable,
     say,
 )
-from featx.processes import rank
+from featx.finetuning.processes import rank
 
 
 @click.command()
@@ -126,7 +126,7 @@ def fit(
         raise click.UsageError(f"{', '.join(chosen) or 'a recipe'}: for fine-tuning; add --finetune full or partial")
     finetune = None
     if mode is not None:
-        from featx.recipes import configure
+        from featx.finetuning.recipes import configure
 
         finetune = configure(recipe, mode=mode, seed=options["seed"], **chosen)
     run = fit(data, settings=settings, finetune=finetune, **options)
@@ -141,7 +141,7 @@ def fit(
         if "views_note" in report:
             say(f"note: {report['views_note']}")
         if "views" in report:
-            from featx.augmentation import gain_text
+            from featx.reporting.augmentation import gain_text
 
             say(gain_text(report["views"]))
         click.echo(printable(str(run.path)))
@@ -190,7 +190,7 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
 @click.argument("run", type=click.Path(file_okay=False))
 def report(run: str) -> int:
     """Write report.html and plots/ of RUN anew; one page that needs no network."""
-    from featx.report import write_report
+    from featx.reporting.report import write_report
 
     click.echo(printable(str(write_report(run))))
     return DONE
@@ -204,8 +204,8 @@ def report(run: str) -> int:
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
-    from featx.learning import curve_text, learning_curve
-    from featx.report import write_report
+    from featx.reporting.learning import curve_text, learning_curve
+    from featx.reporting.report import write_report
 
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes else None
@@ -248,7 +248,7 @@ def sweep(
 
     Features are extracted once for each backbone and layer. Ranked by cross-validation on training images.
     """
-    from featx.sweep import sweep
+    from featx.reporting.sweep import sweep
 
     grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
     found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, **options)

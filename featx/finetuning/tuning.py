@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featx import layers, prefix
-from featx.augment import Augmentation
 from featx.backbones import Backbone, BackboneRequest, load_backbone
-from featx.checkpoints import Checkpoints, Progress
 from featx.errors import TrainingError
 from featx.extraction import Extraction
 from featx.features import Features, hash_fraction
 from featx.files import write_atomic
+from featx.finetuning import layers, prefix
+from featx.finetuning.augment import Augmentation
+from featx.finetuning.checkpoints import Checkpoints, Progress
+from featx.finetuning.pixels import Pictures
+from featx.finetuning.processes import World
+from featx.finetuning.recipes import FinetuneConfig
+from featx.finetuning.training import Inputs, Setup, train
 from featx.heads import Head
-from featx.pixels import Pictures
-from featx.processes import World
-from featx.recipes import FinetuneConfig
 from featx.runs import Run
-from featx.training import Inputs, Setup, train
 
 MODEL = "model.safetensors"
 HOLDOUT = "holdout"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featx import graph, parity
-from featx.deployed import open_session
 from featx.errors import ExportError
-from featx.exporting import DEFAULT, backbone_path, default_outputs, gate_images, load, metadata, put
 from featx.features import FeatureSpec
-from featx.parity import Images
 from featx.preprocess import Preprocess
 from featx.runs import open_run
+from featx.shipping import graph, parity
+from featx.shipping.deployed import open_session
+from featx.shipping.exporting import DEFAULT, backbone_path, default_outputs, gate_images, load, metadata, put
+from featx.shipping.parity import Images
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from featx import augmentation, metrics, page, plots
+from featx import metrics
 from featx.backbones import BackboneInfo, BackboneRequest
 from featx.engines import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
@@ -25,6 +25,7 @@ from featx.features import Features, groups
 from featx.files import to_json, write_atomic
 from featx.fitting import fit
 from featx.heads import _training, module
+from featx.reporting import augmentation, page, plots
 from featx.runs import Run
 from featx.sources import Source, open_source
 
@@ -134,7 +135,7 @@ def sweep(
     write_atomic(path / "sweep.html", _page(found, figure, source))
     plots.png(figure, path / "plots" / "trade-off.png", dpi=130)
     if report:
-        from featx.report import write_report
+        from featx.reporting.report import write_report
 
         write_report(found.winner.path)
     return found

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from featx.cache.hdf5 import headers, plan
+from featx.cache.index import KEY_BYTES
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
 from featx.files import write_chunks
-from featx.hdf5 import headers, plan
-from featx.index import KEY_BYTES
 
 KIND = "featx features 1"
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from featx.augment import Augmentation
 from featx.errors import TrainingError, near
+from featx.finetuning.augment import Augmentation
 
 MODES = ("full", "partial", "scratch")
 # Each is what differs from the defaults. `tutorial`: the schedule of the transfer-learning write-ups.
@@ -74,7 +74,7 @@ class FinetuneConfig:
     class_weight: str | dict[str, float] | None = None
     """`balanced` (N / (C * images of the class)), weights by class name (1 where left out), or None."""
     augment: str | None = None
-    """See `featx.augment.Augmentation`; None is `crop-flip`, or `views` with a cached prefix."""
+    """See `featx.finetuning.augment.Augmentation`; None is `crop-flip`, or `views` with a cached prefix."""
     min_area: float = 0.25
     """Smallest crop of `crop-flip`, of the image's area; the tutorials take 0.08."""
     views: int = 4

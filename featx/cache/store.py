@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from featx import folders, shards
+from featx.cache import folders, shards
+from featx.cache.index import KeyIndex, as_keys, distinct
+from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
-from featx.index import KeyIndex, as_keys, distinct
-from featx.shards import Form, Shard, StaleError
 
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from featx import folders, shards
+from featx.cache import folders, shards
+from featx.cache.hdf5 import plan, utf8
+from featx.cache.index import as_keys, distinct
+from featx.cache.shards import StaleError
+from featx.cache.store import FeatureStore
 from featx.errors import DamageError, StoreError, near
 from featx.features import Features, FeatureSpec
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
-from featx.hdf5 import plan, utf8
-from featx.index import as_keys, distinct
-from featx.shards import StaleError
-from featx.store import FeatureStore
 
 # Rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20

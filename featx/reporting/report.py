@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featx import gallery, page, plots
 from featx.errors import FeatxError
 from featx.features import Features
 from featx.files import write_atomic
-from featx.gallery import Material
+from featx.reporting import gallery, page, plots
+from featx.reporting.gallery import Material
 from featx.runs import open_run
 from featx.sources import Source
 
@@ -247,7 +247,7 @@ def _path(report: dict[str, Any], draw: Draw) -> str:
 
 
 def _learning(material: Material, draw: Draw) -> str:
-    """The learning curve, where `featx.learning.learning_curve` has left one."""
+    """The learning curve, where `featx.reporting.learning.learning_curve` has left one."""
     try:
         values = json.loads((material.run.path / "curve.json").read_bytes())
     except (OSError, ValueError):

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from featx import augmentation, heads
+from featx import heads
 from featx.errors import HeadError, RunError
 from featx.extraction import sync
 from featx.features import FeatureSpec, groups
+from featx.reporting import augmentation
 from featx.runs import open_run
 
 RESAMPLES = 1000

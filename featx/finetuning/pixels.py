@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from featx.augment import Augmentation, Draws, apply, crop, mirror
 from featx.errors import TrainingError
 from featx.extraction import Extraction
 from featx.features import content_key
+from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror
 from featx.preprocess import RESAMPLE
 from featx.views import CENTER, augmented, pixels
 

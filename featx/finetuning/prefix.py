@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from featx.augment import Draws
+from featx.cache.store import FeatureStore
 from featx.errors import BackboneError, TrainingError
 from featx.extraction import Extraction
 from featx.features import FeatureSpec
-from featx.layers import Tuned
+from featx.finetuning.augment import Draws
+from featx.finetuning.layers import Tuned
 from featx.loader import Loader
-from featx.store import FeatureStore
 from featx.views import CENTER, augmented
 
 BATCH = 32

@@ -21,10 +21,10 @@ from featx.errors import ExportError, ImageError
 from featx.extraction import Extraction
 from featx.features import Features, content_key
 from featx.files import write_atomic
-from featx.graph import FEATURES_VALUE, PIXELS
 from featx.heads import Head
-from featx.prediction import MULTILABEL
 from featx.preprocess import Preprocess
+from featx.shipping.graph import FEATURES_VALUE, PIXELS
+from featx.shipping.prediction import MULTILABEL
 
 IMAGES = 2000
 """Images that the gate looks at, at most."""

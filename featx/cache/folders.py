@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from featx import shards
+from featx.cache import shards
+from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError
 from featx.features import FeatureSpec
 from featx.files import aside_name, make_folder, sync_folder, write_atomic
-from featx.shards import Form, Shard, StaleError
 
 
 def folder_name(spec: FeatureSpec) -> str:

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featx import layers
-from featx.augment import seed_of
 from featx.backbones import Backbone
-from featx.checkpoints import Checkpoints, Progress
 from featx.errors import TrainingError
 from featx.files import write_atomic
-from featx.processes import World
-from featx.recipes import FinetuneConfig
+from featx.finetuning import layers
+from featx.finetuning.augment import seed_of
+from featx.finetuning.checkpoints import Checkpoints, Progress
+from featx.finetuning.processes import World
+from featx.finetuning.recipes import FinetuneConfig
 from featx.runs import Run
 
 METRICS = "metrics.jsonl"

@@ -21,7 +21,7 @@ class Tuned(nn.Module):
     """A backbone's trunk and a linear head: `uint8 [B, 3, H, W]` -> logits `float32 [B, C]`.
 
     `suffix`, where it is set, stands in for the trunk: the part of it that follows the cached
-    activations, sharing its modules (`featx.prefix`).
+    activations, sharing its modules (`featx.finetuning.prefix`).
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from featx import page, plots
 from featx.errors import FeatxError
 from featx.features import Features, FeatureSpec, content_key
 from featx.preprocess import Preprocess, decode
+from featx.reporting import page, plots
 from featx.runs import Run
 from featx.sources import Source, open_source
 from featx.views import CENTER, augmented
@@ -86,9 +86,9 @@ def gather(run: Run, features: Features | None = None, source: Source | None = N
 def _cached(config: dict[str, Any], source: Source) -> Features | None:
     """The run's features as far as its cache has them, in the source's order; None where it has none."""
     from featx.backbones import BackboneInfo, BackboneRequest
+    from featx.cache.memo import KeyMemo
+    from featx.cache.store import FeatureStore
     from featx.extraction import Extraction
-    from featx.memo import KeyMemo
-    from featx.store import FeatureStore
 
     keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
     cache = Path(config["cache"])

@@ -7,17 +7,19 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featx import __version__, card, graph, parity
+from featx import __version__
 from featx.backbones import BackboneInfo
-from featx.deployed import FORMAT, open_session, parse_metadata
 from featx.engines import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.extraction import Extraction, sync
 from featx.features import FeatureSpec
 from featx.files import write_atomic
 from featx.heads import Head
-from featx.parity import Images, Parity, Rows
+from featx.reporting import card
 from featx.runs import Run, open_run
+from featx.shipping import graph, parity
+from featx.shipping.deployed import FORMAT, open_session, parse_metadata
+from featx.shipping.parity import Images, Parity, Rows
 from featx.sources import Source
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featx.deployed import parse_metadata
 from featx.errors import ExportError
-from featx.exporting import load
-from featx.graph import PARTS, part_digests
+from featx.shipping.deployed import parse_metadata
+from featx.shipping.exporting import load
+from featx.shipping.graph import PARTS, part_digests
 
 if TYPE_CHECKING:
     from onnx import ValueInfoProto

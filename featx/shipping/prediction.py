@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from featx.deployed import Model
 from featx.errors import ExportError, ImageError, SourceError
+from featx.shipping.deployed import Model
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What is an image in a folder; as for class folders. Files named one by one may be anything that decodes."""

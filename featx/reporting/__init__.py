@@ -1,0 +1,1 @@
+"""Owns what people look at: pages, figures, sweeps, learning curves, model cards."""
