@@ -1,0 +1,529 @@
+"""How fast images become features: featx against the usual loops, and against what this machine can do.
+
+    python benchmarks/extraction.py --photos DIR [--networks resnet18 ...] [--rounds 5] [--peers FOLDER]
+
+All in one process tree, taken in turns, medians. Random weights: speed does not depend on them. The
+peers `img2vec-pytorch` and `thingsvision` are taken from FOLDER (`pip install --no-deps --target FOLDER
+img2vec-pytorch thingsvision`: their own pins ask for versions that exclude each other's and featx's);
+what else thingsvision imports and does not need here is replaced by empty modules.
+Writes docs/benchmarks/extraction.md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.machinery
+import importlib.util
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from featx.backbones import BackboneRequest, load_backbone, resolve
+from featx.engines import available_threads, difference, open_engine
+from featx.extraction import sync
+from featx.features import content_key
+from featx.preprocess import FAST, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from featx.sources import open_source
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+BATCH = 32
+IMAGES = {"resnet18": 160, "resnet50": 96, "squeezenet1_1": 320}
+PEERS = ("img2vec-pytorch", "thingsvision")
+TUTORIAL, TUNED = "tutorials' loop", "tuned loop"
+Run = Callable[[], float]
+"""Does all images once; returns the seconds that count."""
+
+
+class Files(Dataset):  # type: ignore[type-arg]
+    """Photographs as a tutorial loads them."""
+
+    def __init__(self, paths: list[Path], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.transform(Image.open(self.paths[i]).convert("RGB"))
+
+
+def trunk(name: str) -> torch.nn.Module:
+    """The torchvision network without its last layer, in eval mode."""
+    network = torchvision.models.get_model(name, weights=None).eval()
+    if hasattr(network, "fc"):
+        network.fc = torch.nn.Identity()
+    else:
+        network.classifier = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1))
+    return network
+
+
+def timed(work: Callable[[], Any]) -> Run:
+    def run() -> float:
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+
+    return run
+
+
+def featx(folder: Path, name: str, cache: Path) -> Run:
+    """One extraction into an empty cache that holds the exported backbone; opening the engine is not counted."""
+    request = BackboneRequest(name, weights="random")
+
+    def run() -> float:
+        shutil.rmtree(cache / "features", ignore_errors=True)
+        shutil.rmtree(cache / "memo", ignore_errors=True)
+        report = sync(folder, request, cache=cache).report
+        assert report["cached"] == 0 and report["skipped"] == 0
+        return float(report["extracted"] / report["images_per_second"])
+
+    sync(folder, request, cache=cache)
+    return run
+
+
+def tutorial(paths: list[Path], name: str) -> Run:
+    """DataLoader with 4 workers, PIL, eager fp32, batches of 32: the loop of the transfer-learning tutorials."""
+    transform = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    network = trunk(name)
+
+    def work() -> None:
+        with torch.no_grad():
+            for images in DataLoader(Files(paths, transform), BATCH, num_workers=4):
+                network(images).flatten(1).numpy()
+
+    return timed(work)
+
+
+def tuned(paths: list[Path], name: str) -> Run:
+    """As many workers as cores, uint8 to the model, channels-last, torch.compile."""
+    transform = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    network = trunk(name).to(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        pixels = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        return network(pixels).flatten(1)
+
+    compiled = torch.compile(forward, dynamic=False)
+
+    def work() -> None:
+        with torch.inference_mode():
+            for images in DataLoader(Files(paths, transform), BATCH, num_workers=available_threads()):
+                compiled(images).numpy()
+
+    return timed(work)
+
+
+def timm_loop(paths: list[Path], name: str) -> Run:
+    """timm's own transform and network behind 4 workers."""
+    import timm
+
+    network = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
+
+    def work() -> None:
+        with torch.inference_mode():
+            for images in DataLoader(Files(paths, transform), BATCH, num_workers=4):
+                network(images).numpy()
+
+    return timed(work)
+
+
+def img2vec(paths: list[Path], name: str) -> Run:
+    """img2vec-pytorch, in lists of 32: its faster way."""
+    from img2vec_pytorch import Img2Vec, img_to_vec
+
+    for each in ("resnet18", "resnet50"):  # the weights cannot be downloaded here
+        setattr(img_to_vec, each, lambda weights, each=each: torchvision.models.get_model(each, weights=None))
+    vectors = Img2Vec(model=name, layer_output_size={"resnet18": 512, "resnet50": 2048}[name])
+
+    def work() -> None:
+        for start in range(0, len(paths), BATCH):
+            vectors.get_vec([Image.open(path).convert("RGB") for path in paths[start : start + BATCH]])
+
+    return timed(work)
+
+
+def thingsvision(paths: list[Path], name: str) -> Run:
+    """thingsvision, its data set and loader, batches of 32."""
+    stubs = stub(
+        "tensorflow",
+        "torchtyping",
+        "numba",
+        "harmonization",
+        "dreamsim",
+        "skimage",
+        "clip",
+        "open_clip",
+        "ftfy",
+        "requests",
+    )
+    setattr(np, "AxisError", np.exceptions.AxisError)  # noqa: B010  where it was until numpy 2
+    from thingsvision import get_extractor
+    from thingsvision.utils.data import DataLoader as Batches
+    from thingsvision.utils.data import ImageDataset
+
+    for stubbed in stubs:  # matplotlib asks whether tensorflow was imported
+        del sys.modules[stubbed]
+    extractor = get_extractor(model_name=name, source="torchvision", device="cpu", pretrained=False)
+    root, out = paths[0].parent.parent, tempfile.mkdtemp()
+    module = "features" if name == "squeezenet1_1" else "avgpool"
+
+    def work() -> None:
+        data = ImageDataset(str(root), out, backend=extractor.get_backend(), transforms=extractor.get_transformations())
+        batches = Batches(data, BATCH, extractor.get_backend())
+        extractor.extract_features(batches, module, flatten_acts=module == "avgpool")
+
+    def quiet() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            work()
+
+    return timed(quiet)
+
+
+def stub(*names: str) -> list[str]:
+    """Put empty modules in place of those that are not installed and only imported; returns what was put."""
+    missing = [name for name in names if name not in sys.modules and importlib.util.find_spec(name) is None]
+    parts = ("keras", "keras.applications", "keras.layers", "compat", "experimental", "io", "transform")
+    stubs = [*missing, *(f"{name}.{part}" for name in missing for part in parts)]
+    for name in stubs:
+        sys.modules[name] = MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
+    return stubs
+
+
+def decode_alone(paths: list[Path]) -> Run:
+    preprocess, source = Preprocess(), open_source(paths[0].parent.parent)
+
+    def work() -> None:
+        def one(i: int) -> None:
+            data = source.read(i)
+            content_key(data)
+            preprocess(data)
+
+        with ThreadPoolExecutor(available_threads()) as executor:
+            for _ in executor.map(one, range(len(source))):
+                pass
+
+    return timed(work)
+
+
+def model_alone(pixels: np.ndarray, name: str, cache: Path) -> Run:
+    request = BackboneRequest(name, weights="random")
+    engine = open_engine(request, resolve(request, cache), cache=cache)
+    engine(pixels[:BATCH])
+
+    def work() -> None:
+        last: Callable[[], Any] = lambda: None  # noqa: E731
+        for start in range(0, len(pixels), BATCH):
+            running = engine.submit(pixels[start : start + BATCH])
+            last()
+            last = running
+        last()
+
+    return timed(work)
+
+
+def matrix_roof() -> Run:
+    """Seconds of an fp32 product of 2048 x 2048 matrices, held to be fp32: the machine may offer bf16 instead."""
+    torch.set_float32_matmul_precision("highest")
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    error = float((a @ b - (a.double() @ b.double())).abs().max() / (a.double() @ b.double()).abs().max())
+    assert error < 1e-5, f"the product is off by {error:.1e}: not fp32"
+    run = timed(lambda: [a @ b for _ in range(8)])
+    return lambda: run() / 8
+
+
+def operations(name: str) -> float:
+    """Floating-point operations of one image: two for each multiplication of convolutions and Linears."""
+    total = 0.0
+
+    def count(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * output[0].numel() * module.weight[0].numel()
+
+    network = trunk(name)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(count)
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, 224, 224))
+    return total
+
+
+def compare(name: str, photos: Path, count: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """All contenders on one network, in turns."""
+    source = open_source(photos)
+    (folder / "data" / "all").mkdir(parents=True)
+    for i in range(count):  # a photograph that is taken again gets bytes of its own behind its end
+        lap, which = divmod(i, len(source))
+        target = folder / "data" / "all" / f"{i:05d}{source.path(which).suffix}"
+        target.write_bytes(source.read(which) + bytes(lap))
+    data = open_source(folder / "data")
+    paths = [data.path(i) for i in range(len(data))]
+    preprocess = Preprocess()
+    pixels = np.stack([preprocess(data.read(i)) for i in range(min(len(data), 128))])
+    cache = folder / "cache"
+    makers: dict[str, Callable[[], Run]] = {
+        "featx": lambda: featx(folder / "data", name, cache),
+        TUTORIAL: lambda: tutorial(paths, name),
+        TUNED: lambda: tuned(paths, name),
+        "timm": lambda: timm_loop(paths, name),
+        "img2vec-pytorch": lambda: img2vec(paths, name),
+        "thingsvision": lambda: thingsvision(paths, name),
+        "decoding alone": lambda: decode_alone(paths),
+        "onnxruntime alone": lambda: model_alone(pixels, name, cache),
+        "matrix product": matrix_roof,
+    }
+    runs: dict[str, Run] = {}
+    absent: dict[str, str] = {}
+    for label, make in makers.items():
+        say(f"{name}: {label}")
+        try:
+            runs[label] = make()
+            runs[label]()
+        except Exception as error:  # a peer that does not run is reported, not measured
+            runs.pop(label, None)
+            absent[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
+    for turn in range(rounds):
+        say(f"{name}: round {turn + 1} of {rounds}")
+        for label, run in runs.items():
+            seconds[label].append(run())
+    counts = {"onnxruntime alone": len(pixels), "matrix product": 2 * 2048**3 / 1e9}
+    rates = {k: [counts.get(k, len(paths)) / s for s in v] for k, v in seconds.items()}
+    request = BackboneRequest(name, weights="random")
+    backbone = load_backbone(request)
+    with torch.inference_mode():
+        eager = backbone.module(torch.from_numpy(pixels[:BATCH])).numpy()
+    rows = open_engine(request, backbone.info, cache=cache)(pixels[:BATCH])
+    return {
+        "images": len(paths),
+        "rates": rates,
+        "absent": absent,
+        "gflop": operations(name) / 1e9,
+        "difference": difference(rows, eager),
+    }
+
+
+def start_up(name: str, photos: Path, folder: Path) -> dict[str, float]:
+    """Seconds of whole `featx extract` commands on 32 photographs, in processes of their own."""
+    data = folder / "few" / "all"
+    data.mkdir(parents=True)
+    source = open_source(photos)
+    for i in range(BATCH):
+        shutil.copy(source.path(i), data)
+    cache = folder / "start"
+    command = [sys.executable, "-m", "featx", "extract", str(data.parent), "--backbone", name]
+    command += ["--weights", "random", "--cache", str(cache)]
+    seconds: dict[str, list[float]] = {"nothing at hand": [], "exported backbone at hand": []}
+    for _ in range(3):
+        for kind, gone in (("nothing at hand", cache), ("exported backbone at hand", cache / "features")):
+            shutil.rmtree(gone, ignore_errors=True)
+            begin = time.perf_counter()
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            seconds[kind].append(time.perf_counter() - begin)
+    return {kind: statistics.median(values) for kind, values in seconds.items()}
+
+
+def fast_decoding(photos: Path, cache: Path) -> list[dict[str, Any]]:
+    """What `--decode fast` gains and changes, on the photographs that are large enough for it."""
+    exact, fast = Preprocess(), Preprocess(pixels=FAST)
+    source = open_source(photos)
+    request = BackboneRequest("resnet18", weights="random")
+    engine = open_engine(request, resolve(request, cache), cache=cache)
+    found = []
+    for i in range(len(source)):
+        data = source.read(i)
+        if not data.startswith(b"\xff\xd8") or not exact.shrinks(data, Image.open(source.path(i)).size):
+            continue
+        runs = {p.pixels: timed(partial(p, data)) for p in (exact, fast)}
+        times = {name: statistics.median(run() for _ in range(9)) for name, run in runs.items()}
+        a, b = exact(data), fast(data)
+        rows = engine(np.stack([a, b])).astype(np.float64)
+        apart = np.abs(a.astype(int) - b.astype(int))
+        found.append(
+            {
+                "size": " x ".join(map(str, Image.open(source.path(i)).size)),
+                "exact": 1000 * times[exact.pixels],
+                "fast": 1000 * times[fast.pixels],
+                "mean": float(apart.mean()),
+                "max": int(apart.max()),
+                "cosine": float(rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])),
+            }
+        )
+    return found
+
+
+def machine() -> dict[str, str]:
+    names = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            names.setdefault(key.strip(), value.strip())
+    flags = names.get("flags", "").split()
+    kinds = [f for f in ("avx2", "avx512f", "amx_bf16") if f in flags]
+    packages = ("featx", "torch", "torchvision", "timm", "onnxruntime", "numpy", "pillow")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS", "OMP", "MKL", "NVPL"))]
+    return {
+        "processor": f"{names.get('model name', platform.processor())}, {available_threads()} cores, {' '.join(kinds)}",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": versions,
+        "BLAS environment": ", ".join(variables) or "nothing set",
+        "load before": " ".join(f"{x:.1f}" for x in os.getloadavg()),
+    }
+
+
+def page(results: dict[str, Any]) -> str:
+    """The report, in Markdown."""
+    out = ["# Extraction: how fast images become features", ""]
+    out += ["Written by `python benchmarks/extraction.py`; random weights, real photographs (0.2 megapixels, 120 KB),"]
+    out += [f"batches of {BATCH}, medians of {results['rounds']} rounds in turns, one process tree, 224 px, fp32.", ""]
+    out += [f"- {key}: {value}" for key, value in results["machine"].items()]
+    out += ["", "![images per second](extraction.png)", ""]
+    for name, result in results["networks"].items():
+        rates = {label: statistics.median(values) for label, values in result["rates"].items()}
+        out += [f"## {name}", "", f"{result['images']} images a round.", ""]
+        out += ["| | images/s (least - most) | featx is |", "|---|---|---|"]
+        for label, values in result["rates"].items():
+            if label != "matrix product":
+                ratio = statistics.median(f / v for f, v in zip(result["rates"]["featx"], values, strict=True))
+                times = "" if label == "featx" or label.endswith("alone") else f"{ratio:.2f} times as fast"
+                out.append(f"| {label} | {rates[label]:.1f} ({min(values):.1f} - {max(values):.1f}) | {times} |")
+        out += [f"| {label} | not measured | {why} |" for label, why in result["absent"].items()]
+        shares = [
+            f * (1 / d + 1 / m)
+            for f, d, m in zip(
+                *(result["rates"][k] for k in ("featx", "decoding alone", "onnxruntime alone")), strict=True
+            )
+        ]
+        roof = rates["matrix product"]
+        alone, whole = (rates[label] * result["gflop"] / roof for label in ("onnxruntime alone", "featx"))
+        out += [
+            "",
+            f"- Against 1 / (1/decode + 1/model), each alone on all cores: {statistics.median(shares):.0%}.",
+            f"- The network is {result['gflop']:.2f} GFLOP an image; an fp32 matrix product runs at "
+            f"{roof:.0f} GFLOP/s. The model alone reaches {alone:.0%} of that, the whole pipeline {whole:.0%}.",
+            f"- Features differ from eager torch by {result['difference']:.1e} of their largest entry.",
+            "",
+        ]
+    out += ["## Start-up", "", "The whole command `featx extract` on 32 photographs, medians of 3.", ""]
+    out += ["| | nothing at hand | exported backbone at hand |", "|---|---|---|"]
+    for name, seconds in results["start"].items():
+        out.append(f"| {name} | " + " | ".join(f"{value:.1f} s" for value in seconds.values()) + " |")
+    out += ["", "## `--decode fast`", ""]
+    out += ["Large JPEGs decoded at 1/2, 1/4 or 1/8 of their size, on one core; pixels in levels of 255, features"]
+    out += ["of a ResNet-18. Only images whose short side has 1024 pixels or more change at all.", ""]
+    out += ["| photograph | exact | fast | mean difference | largest | cosine of the features |"]
+    out += ["|---|---|---|---|---|---|"]
+    for row in results["fast"]:
+        out.append(
+            f"| {row['size']} | {row['exact']:.1f} ms | {row['fast']:.1f} ms | {row['mean']:.2f} | {row['max']} "
+            f"| {row['cosine']:.5f} |"
+        )
+    return "\n".join([*out, ""])
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    networks = results["networks"]
+    figure, axes = plt.subplots(1, len(networks), figsize=(3.2 * len(networks), 2.6), squeeze=False)
+    for axis, (name, result) in zip(axes[0], networks.items(), strict=True):
+        rates = {k: statistics.median(v) for k, v in result["rates"].items() if k != "matrix product"}
+        bound = 1 / (1 / rates.pop("decoding alone") + 1 / rates.pop("onnxruntime alone"))
+        labels = list(rates)[::-1]
+        colours = ["#1f77b4" if label == "featx" else "#bbbbbb" for label in labels]
+        axis.barh(labels, [rates[label] for label in labels], color=colours)
+        axis.axvline(bound, color="black", linestyle=":", linewidth=1)
+        axis.set_title(f"{name}, images/s", fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.text(0.99, 0.01, "dotted: decoding and model alone, costs added", ha="right", fontsize=6)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=90)
+
+
+def write(results: dict[str, Any], output: Path, raw: Path | None) -> None:
+    """The page, the plot, and the raw figures where they are wanted."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "extraction.md").write_text(page(results))
+    with tempfile.TemporaryDirectory() as folder:
+        raw = raw or Path(folder) / "raw.json"
+        raw.write_text(json.dumps(results, indent=1))
+        # in a process without the peers, whose stand-ins confuse matplotlib
+        subprocess.run([sys.executable, __file__, "--draw", str(raw), "--output", str(output)], check=True)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, help="a data set of photographs")
+    parser.add_argument("--networks", nargs="*", default=list(IMAGES), choices=list(IMAGES))
+    parser.add_argument("--images", type=int, help="in each round; by default 5 to 10 s of the slowest loop's work")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", type=Path, help="the folder that the peers were installed to")
+    parser.add_argument("--json", type=Path, help="where the raw figures go")
+    parser.add_argument("--output", type=Path, default=DOCS)
+    parser.add_argument("--draw", type=Path, help="draw the plot of raw figures, and measure nothing")
+    options = parser.parse_args()
+    if options.draw:
+        plot(json.loads(options.draw.read_text()), options.output / "extraction.png")
+        return
+    if not options.photos:
+        parser.error("--photos is missing")
+    if options.peers:
+        sys.path.append(str(options.peers))
+    os.environ["TQDM_DISABLE"] = "1"
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(available_threads())
+    results: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "networks": {}, "start": {}}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in options.networks:
+            results["networks"][name] = compare(
+                name, options.photos, options.images or IMAGES[name], options.rounds, folder / name
+            )
+            results["start"][name] = start_up(name, options.photos, folder / name)
+        results["fast"] = fast_decoding(options.photos, folder / "fast")
+    write(results, options.output, options.json)
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()
