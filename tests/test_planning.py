@@ -1,0 +1,130 @@
+"""The dry run against the run itself, and what a run says about its own bottleneck."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ColourEngine, write_images
+
+from featx import extraction, planning
+from featx.extraction import sync
+from featx.planning import plan
+from featx.stages import Stages
+
+
+@pytest.fixture
+def planned(engine: ColourEngine, monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
+    """The dry run over the same backbone without torch."""
+    monkeypatch.setattr(planning, "resolve", extraction.resolve)
+    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
+    return engine
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_dry_run_counts_what_the_run_then_does_and_writes_no_feature(
+    tiny: Path, tmp_path: Path, planned: ColourEngine
+) -> None:
+    (tiny / "warm" / "copy.png").write_bytes((tiny / "cold" / "000.png").read_bytes())
+    (tiny / "notes.txt").write_text("no image")
+    cache = tmp_path / "cache"
+    before = plan(tiny, "tiny", cache=cache)
+    assert (before["found"], before["cached"], before["missing"], before["duplicate"]) == (13, 0, 12, 1)
+    assert before["ignored"] == 1 and before["unread"] == 0
+    assert before["bytes"] == 12 * (48 * 4 + 32) and before["enough"]
+    assert not (cache / "features").exists()
+    report = sync(tiny, "tiny", cache=cache).report
+    assert (report["extracted"], report["duplicate"]) == (before["missing"], before["duplicate"])
+    listed = files(cache)
+    after = plan(tiny, "tiny", cache=cache)
+    assert (after["cached"], after["missing"], after["duplicate"], after["bytes"]) == (12, 0, 1, 0)
+    assert files(cache) == listed
+
+
+def test_the_time_is_measured_on_a_sample_or_is_the_last_runs_and_it_says_which(
+    tmp_path: Path, planned: ColourEngine
+) -> None:
+    root, cache = write_images(tmp_path / "data", per_class=100), tmp_path / "cache"
+    before = plan(root, "tiny", cache=cache)
+    assert before["basis"] == "measured now on 64 of the missing images"
+    assert planned.images == 64
+    assert before["seconds"] == pytest.approx(200 / before["images_per_second"], abs=0.2)
+    rate = sync(root, "tiny", cache=cache).report["images_per_second"]
+    write_images(root, per_class=50, classes=("new",), seed=5)
+    after = plan(root, "tiny", cache=cache)
+    assert after["missing"] == 50 and after["images_per_second"] == pytest.approx(rate, abs=0.1)
+    assert "last run" in after["basis"]
+    assert planned.images == 64 + 200
+    other = plan(root, "tiny", cache=cache, workers=1 + (os.cpu_count() or 1))
+    assert "measured" in other["basis"]
+
+
+def test_views_cost_their_own_disk(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:
+    sync(tiny, "tiny", cache=tmp_path / "cache")
+    dry = plan(tiny, "tiny", cache=tmp_path / "cache", views=2, dtype="float16")
+    assert dry["missing"] == 12 and dry["bytes"] == 3 * 12 * (48 * 2 + 32)
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_a_dry_run(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:
+    (tiny / "cold" / "gone.png").symlink_to(tmp_path / "nothing")
+    dry = plan(tiny, "tiny", cache=tmp_path / "cache")
+    assert dry["found"] == 13 and dry["unread"] == 1 and dry["missing"] == 13
+
+
+def test_a_run_names_its_bottleneck_and_what_would_help(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+    report = sync(tiny, "tiny", cache=tmp_path / "cache").report
+    assert set(report["shares"]) == {"read", "decode", "embed", "store"}
+    assert sum(report["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert 0 <= report["used"] <= 1 and "-bound" in report["advice"]
+    assert sync(tiny, "tiny", cache=tmp_path / "cache").report["advice"] == ""
+
+
+def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float) -> Stages:
+    made = Stages(workers, cores, gpu)
+    made.elapsed = 10.0
+    made.starved, made.waited, made.blocked = (values.pop(k, 0.0) for k in ("starved", "waited", "blocked"))
+    made.large = values.pop("large", 0.0)
+    made.work |= values
+    return made
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (stages(read=0.2, decode=4.0, embed=15.0, waited=8.0), "backbone-bound 78%: a GPU or a smaller backbone"),
+        (stages(read=0.2, decode=15.0, embed=4.0, waited=2.0), "decode-bound 78%: more cores"),
+        (stages(decode=15.0, embed=4.0, large=0.9), "use --decode fast"),
+        (stages(workers=1, cores=8, decode=9.5, embed=4.0, starved=9.0), "decode-bound 95%: use --workers 8"),
+        (stages(read=0.5, blocked=18.0, decode=1.0, embed=1.0, starved=9.0), "read-bound 92%: .* --workers 4"),
+        (stages(decode=2.0, embed=5.0, waited=9.0), "35% of the cores' time, so other programs may hold them"),
+        (stages(gpu=True, decode=19.0, starved=8.0, embed=1.0, waited=1.0), "decode-bound 95%"),
+        (stages(gpu=True, decode=4.0, embed=9.0, waited=9.0), "backbone-bound 90%: --precision bf16"),
+        (stages(gpu=True, decode=4.0, store=8.0, waited=1.0), "store-bound 80%: .* --cache"),
+    ],
+)
+def test_the_advice_follows_from_where_the_time_went(run: Stages, says: str) -> None:
+    assert re.search(says, run.advice()), run.advice()
+    name, share = run.bound()
+    assert run.brief() == f"{name} {share:.0%}"
+
+
+def test_the_progress_bar_shows_the_bottleneck(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    class Bar(extraction.tqdm):  # type: ignore[misc, name-defined, type-arg]
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            shown.append(s)
+
+    monkeypatch.setattr(extraction, "tqdm", Bar)
+    sync(write_images(tmp_path / "data", per_class=20), "tiny", cache=tmp_path / "cache")
+    assert len(shown) == 40 // 4 - 1
+    assert all(text.split()[0] in ("read", "decode", "embed", "store") and text.endswith("%") for text in shown)
+    assert np.all([float(text.split()[1].rstrip("%")) <= 100 for text in shown])
