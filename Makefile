@@ -9,7 +9,7 @@ demo: $(DONE)
 	$(BIN)/python examples/demo.py
 
 test: $(DONE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 soak: $(DONE)
 	$(BIN)/python -m pytest -m soak

@@ -50,7 +50,7 @@ from featx.sources import open_source
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 BATCH = 32
-IMAGES = {"resnet18": 160, "resnet50": 96, "squeezenet1_1": 320}
+IMAGES = {"resnet18": 160, "resnet50": 64, "squeezenet1_1": 320}
 PEERS = ("img2vec-pytorch", "thingsvision")
 TUTORIAL, TUNED = "tutorials' loop", "tuned loop"
 Run = Callable[[], float]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,13 @@ os.environ.setdefault("FEATX_FIT_REPORT", "0")  # seconds of drawing; the report
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("FEATX_TEST_DATA", ROOT.parent / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make one folder for what is costly and shared, such as exported networks, before any worker starts."""
+    if not hasattr(config, "workerinput"):
+        os.environ["FEATX_TEST_SESSION"] = folder = tempfile.mkdtemp(prefix="featx-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _real(path: str) -> Path:

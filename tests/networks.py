@@ -6,9 +6,8 @@ any absolute tolerance; batch norm that is still the identity hides mistakes in 
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
+import os
 import tempfile
 from pathlib import Path
 
@@ -35,12 +34,9 @@ THIRTEEN = (
 )
 
 
-@functools.cache
 def session_folder() -> Path:
-    """A folder that lives as long as this Python process."""
-    folder = Path(tempfile.mkdtemp(prefix="featx-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    """The folder that all tests of one run share, in whatever process they are; conftest.py makes and removes it."""
+    return Path(os.environ["FEATX_TEST_SESSION"])
 
 
 def session_cache() -> Path:
@@ -52,10 +48,14 @@ def session_cache() -> Path:
 def weights_file(name: str) -> Path:
     """A torchvision state dict, .pth, of calibrated random weights; the same ones for a name each time."""
     path = session_folder() / f"{name}.pth"
+    if path.exists():
+        return path
     crop = preprocessing(first_weights(name)).crop
     network = create(name, crop, seed=1)
     calibrate(network, crop)
-    torch.save(network.state_dict(), path)
+    with tempfile.NamedTemporaryFile(dir=session_folder(), delete=False) as file:
+        torch.save(network.state_dict(), file)
+    os.replace(file.name, path)
     return path
 
 

@@ -370,7 +370,7 @@ def test_files_that_are_not_ours_or_not_whole_are_refused(run: Path, tmp_path: P
 def test_every_network_exports_a_clean_file_that_answers_as_torch_does(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_images(tmp_path / "data", per_class=8)
+    data = write_images(tmp_path / "data", per_class=5)
     run = featx.fit(data, calibrated(name), cache=session_cache(), output=tmp_path / "run", report=False)
     found = export(run.path, images=3)
     assert found.passed and found.method == "file"

@@ -63,7 +63,10 @@ def finish(cache: Path, count: int = len(KEYS)) -> None:
 
 @contextlib.contextmanager
 def killed_after(seconds: float, sign: int, work: Callable[[], None]) -> Iterator[list[int]]:
+    # an interrupt before the child is in `work` would unwind into the test runner's own code
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     child = fork(work)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, sign)
@@ -111,6 +114,7 @@ def test_an_interrupt_at_any_moment_keeps_every_row_that_was_appended(tmp_path: 
             signal.signal(signal.SIGINT, signal.default_int_handler)
             appended = 0
             with contextlib.suppress(KeyboardInterrupt), open_store(cache) as store:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
                 for start in range(0, 320, 16):
                     store.append(KEYS[start : start + 16], tiny_engine(KEYS[start : start + 16]))
                     appended += 16
