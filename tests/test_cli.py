@@ -46,6 +46,23 @@ def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, he
     assert (here / "cache").is_dir()
 
 
+def test_a_dry_run_counts_and_writes_no_feature(
+    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featx import extraction, planning
+
+    monkeypatch.setattr(planning, "resolve", extraction.resolve)
+    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
+    shutil.copy(tiny / "cold" / "000.png", tiny / "cold" / "copy.png")
+    planned = json.loads(run("extract", tiny, "--dry-run", "--json").stdout)
+    assert [planned[name] for name in ("found", "cached", "missing", "duplicate")] == [13, 0, 12, 1]
+    assert planned["bytes"] >= 12 * 48 * 4 and planned["enough"]
+    assert not (here / "cache" / "features").exists()
+    assert run("extract", tiny).exit_code == 0
+    after = run("extract", tiny, "--dry-run")
+    assert after.exit_code == 0 and "found 13  ignored 0  cached 12  missing 0  duplicate 1" in after.stderr
+
+
 def test_prose_goes_to_standard_error(tiny: Path, here: Path, engine: ColourEngine) -> None:
     result = run("extract", tiny)
     assert result.exit_code == 0

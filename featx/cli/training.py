@@ -26,13 +26,20 @@ from featx.finetuning.processes import rank
 @click.argument("data", type=click.Path())
 @backbone_options
 @extraction_options
+@click.option("--dry-run", is_flag=True, help="Say how many images, how long, how much disk; write no feature.")
 @json_option
-def extract(data: str, as_json: bool, **options: Any) -> int:
+def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
     """Run the frozen backbone once per image of DATA; the features go to the cache.
 
     DATA is a folder (one folder a class, or train/ and val/ with such folders, or images alone) or a
     manifest (.csv, .jsonl, .parquet).
     """
+    if dry_run:
+        from featx.planning import plan
+
+        planned = plan(data, **options)
+        emit(planned) if as_json else say(plan_text(planned))
+        return DONE
     from featx.extraction import sync
 
     extraction = sync(data, **options)
@@ -258,6 +265,18 @@ def sweep(
         say(found.table())
         click.echo(printable(str(found.winner.path)))
     return DONE
+
+
+def plan_text(planned: dict[str, Any]) -> str:
+    """A dry run, for people."""
+    counts = ("found", "ignored", "cached", "missing", "duplicate")
+    lines = ["  ".join(f"{name} {planned[name]}" for name in counts)]
+    if planned["missing"] and planned["images_per_second"]:
+        rate = f"{planned['images_per_second']:.0f} images/s ({planned['basis']})"
+        lines.append(f"about {planned['seconds']:.0f} s at {rate}, {planned['bytes'] / 1e6:.1f} MB of features")
+    if not planned["enough"]:
+        lines.append(f"the disk has {planned['free'] / 1e6:.0f} MB free, which is not enough")
+    return "\n".join(lines)
 
 
 def extraction_text(report: dict[str, Any]) -> str:
