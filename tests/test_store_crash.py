@@ -377,9 +377,9 @@ def test_of_two_engines_at_once_one_is_recorded_and_the_other_told(tmp_path: Pat
         cache, start = tmp_path / str(attempt), time.time() + 0.02
 
         def work(engine: str, cache: Path = cache, start: float = start) -> None:
-            store = FeatureStore(cache, SPEC, engine=engine)
-            time.sleep(max(0.0, start - time.time()))
-            try:
+            try:  # told on opening, where the other was early, or at the first append
+                store = FeatureStore(cache, SPEC, engine=engine)
+                time.sleep(max(0.0, start - time.time()))
                 with store:
                     store.append(KEYS[:32], ROWS[:32])
             except StoreError as error:

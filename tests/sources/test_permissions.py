@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import encodings.utf_8_sig  # noqa: F401  before rights are dropped: Python may lie where nobody else reads
 import os
 from collections.abc import Iterator
 from pathlib import Path
