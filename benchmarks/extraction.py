@@ -409,6 +409,10 @@ def page(results: dict[str, Any]) -> str:
     out = ["# Extraction: how fast images become features", ""]
     out += ["Written by `python benchmarks/extraction.py`; random weights, real photographs (0.2 megapixels, 120 KB),"]
     out += [f"batches of {BATCH}, medians of {results['rounds']} rounds in turns, one process tree, 224 px, fp32.", ""]
+    out += [
+        "Where the load before is above the number of cores, other work shared the machine: read the ratios, not the"
+    ]
+    out += ["rates. No GPU is used.", ""]
     out += [f"- {key}: {value}" for key, value in results["machine"].items()]
     out += ["", "![images per second](extraction.png)", ""]
     for name, result in results["networks"].items():
