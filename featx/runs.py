@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,8 @@ class Run:
 
     @property
     def request(self) -> BackboneRequest:
-        """The backbone's request. Weights that lie in the run itself, a tuned network's, move with it."""
-        request = BackboneRequest.from_dict(self.config["request"])
-        own = self.path / request.weights
-        return replace(request, weights=str(own.resolve())) if own.is_file() else request
+        """How the run's backbone is loaded."""
+        return BackboneRequest.from_dict(self.config["request"])
 
     @property
     def head(self) -> Head:
