@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # name -> module; imported when first used, so that `import featx` loads no torch, h5py or scikit-learn
 _PUBLIC = {
     "FeatxError": "errors",
+    "HeadClassifier": "estimators",
     "ImageFeatures": "estimators",
     "evaluate": "evaluation",
     "export": "shipping.exporting",

@@ -224,7 +224,8 @@ def requested(backbone: str | BackboneRequest, weights: str, layer: str, seed: i
     if decode not in DECODERS:
         raise FeatxError(f"decode is one of {', '.join(DECODERS)}, not {decode!r}.{near(decode, DECODERS)}")
     if decode != "exact":
-        backbone = replace(backbone, preprocess=(*backbone.preprocess, ("pixels", DECODERS[decode])))
+        others = [pair for pair in backbone.preprocess if pair[0] != "pixels"]
+        backbone = replace(backbone, preprocess=(*others, ("pixels", DECODERS[decode])))
     return backbone
 
 

@@ -18,11 +18,12 @@ from featx.loader import Loaded, Loader
 
 STAGES = ("read", "decode", "embed", "store")
 BUSY = 0.8  # from this share of their time on, cores or threads count as taken up
+TELLING = 1.0  # seconds that a run must have worked before its shares say what would help
 
 
 @dataclass
 class Stages:
-    """Seconds of work of each stage since `begin`, and the two waits of the thread that runs the loop.
+    """Seconds of work of each stage, and since `begin` the two waits of the thread that runs the loop.
 
     On a CPU the stages share the cores, so that their costs add; on a GPU `embed` runs beside the others.
     Reading and decoding are the loader's threads' processor time; embedding is what remains of the
@@ -43,14 +44,17 @@ class Stages:
     large: float = 0.0
     """Share of the decoded images that `--decode fast` would decode at a smaller scale."""
     ahead: float = 0.0
-    """Seconds that the loader had worked while the engine was being opened."""
+    """Seconds that the loader had worked while the engine was being opened: they count as the run's."""
+    _ahead: tuple[float, float] = (0.0, 0.0)
+    """The threads' seconds of reading and decoding in that time."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 
     def begin(self, loader: Loader, *, gpu: bool) -> None:
         """Count from here: the engine is open."""
         self.gpu = gpu
-        self.ahead = sum(loader.counted()[:2]) / self.workers
+        self._ahead = loader.counted()[:2]
+        self.ahead = sum(self._ahead) / self.workers
         self.starved = self.waited = self.work["store"] = 0.0
         self._zero = _moment(loader)
 
@@ -62,7 +66,8 @@ class Stages:
             self.blocked = max(0.0, files - read)
             self.large = loader.large / max(1, loader.decoded)
             embed = self.waited if self.gpu else max(0.0, process - loop - read - decode)
-            self.work |= {"read": read, "decode": decode, "embed": embed}
+            self.elapsed += self.ahead
+            self.work |= {"read": read + self._ahead[0], "decode": decode + self._ahead[1], "embed": embed}
         return self
 
     def waiting(self, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
@@ -116,9 +121,9 @@ class Stages:
         return f"{name} {share:.0%}" if name else ""
 
     def advice(self) -> str:
-        """What bounds the run, and what would make it faster; empty where nothing was computed."""
+        """What bounds the run, and what would make it faster; empty for a run too short to tell."""
         name, share = self.bound()
-        if not name:
+        if not name or self.elapsed < TELLING:
             return ""
         if name == "decode" and self.workers < self.cores:
             text = f"decode-bound {share:.0%}: use --workers {self.cores}"

@@ -225,6 +225,15 @@ def test_the_scikit_learn_transformer_takes_paths_images_and_arrays(
         transformer.transform(str(paths[0]))
 
 
+def test_the_transformer_takes_what_extract_takes_but_views() -> None:
+    """Views of an image are rows beside its own; a transformer gives one row for each image."""
+    import inspect
+
+    from featx import ImageFeatures
+
+    assert set(inspect.signature(sync).parameters) - {"data", "views"} == set(ImageFeatures().get_params())
+
+
 def test_the_transformer_works_in_a_grid_search_and_clones(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
     from sklearn.base import clone
     from sklearn.linear_model import LogisticRegression

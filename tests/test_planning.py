@@ -81,8 +81,16 @@ def test_a_run_names_its_bottleneck_and_what_would_help(tiny: Path, tmp_path: Pa
     report = sync(tiny, "tiny", cache=tmp_path / "cache").report
     assert set(report["shares"]) == {"read", "decode", "embed", "store"}
     assert sum(report["shares"].values()) == pytest.approx(1, abs=0.01)
-    assert 0 <= report["used"] <= 1 and "-bound" in report["advice"]
-    assert sync(tiny, "tiny", cache=tmp_path / "cache").report["advice"] == ""
+    assert 0 <= report["used"] <= 1
+    assert report["seconds"]["decode"] > 0  # although all were decoded while the engine opened
+    assert report["advice"] == ""  # too short to tell
+
+
+def test_a_short_run_gives_no_advice() -> None:
+    run = stages(decode=15.0, embed=4.0)
+    assert run.advice()
+    run.elapsed = 0.5
+    assert run.advice() == ""
 
 
 def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float) -> Stages:

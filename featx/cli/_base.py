@@ -133,6 +133,13 @@ extraction_options = options_of(
     click.option("--batch-size", type=click.IntRange(1), help="By default the engine's own choice."),
     click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core."),
     click.option("--views", default=0, show_default=True, type=click.IntRange(0), help="Augmented views to cache."),
+    click.option(
+        "--decode",
+        default="exact",
+        show_default=True,
+        type=click.Choice(["exact", "fast"]),
+        help="fast decodes large JPEGs at a smaller scale; its features differ a little and are cached apart.",
+    ),
 )
 
 

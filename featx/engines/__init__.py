@@ -83,7 +83,7 @@ def open_engine(
         raise FeatxError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
     if batch_size is not None and batch_size < 1:
         raise FeatxError(f"a batch has at least one image, not {batch_size}")
-    place = _device(device, engine)
+    place = choose_device(device, engine)
     if place != "cpu":
         from featx.engines.torch import CudaEngine
 
@@ -149,12 +149,12 @@ def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
     return backbone
 
 
-def _device(device: str, engine: str | None) -> str:
-    """`cpu`, or a CUDA device that is there."""
+def choose_device(device: str, engine: str | None = None) -> str:
+    """`cpu`, or a CUDA device that is there. engine: as for `open_engine`. Raises `FeatxError`."""
     kind = device.partition(":")[0]
     if kind not in ("auto", "cpu", "cuda"):
         raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
-    if kind == "cpu" or (kind == "auto" and (not _has_cuda() or engine in ("onnxruntime", "torch-cpu"))):
+    if kind == "cpu" or (kind == "auto" and (not has_cuda() or engine in ("onnxruntime", "torch-cpu"))):
         return "cpu"
     import torch
 
@@ -169,7 +169,7 @@ def _device(device: str, engine: str | None) -> str:
     return "cpu"
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
     """Whether the NVIDIA driver sees a GPU; asked without torch, whose import takes seconds."""
     import ctypes
     import sys

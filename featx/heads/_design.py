@@ -40,10 +40,11 @@ class Design:
         weights: np.ndarray | None = None,
         *,
         scored: np.ndarray | None = None,
-        device: str = "cpu",
+        torch_device: str = "",
     ) -> None:
         """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, the rows whose
-        held-out loss counts. A memory map, and anything that is no array, is streamed in blocks.
+        held-out loss counts. torch_device: where torch makes the passes, such as `cuda:0`; empty for numpy.
+        A memory map, and anything that is no array, is streamed in blocks.
         """
         self.several = task.several or len(task.class_names) == 2
         self.columns = 1 if not task.several and self.several else len(task.class_names)
@@ -57,8 +58,6 @@ class Design:
         self.fold = fold[order]
         self.weights = np.ones(self.count) if weights is None else weights[order]
         self.scored = np.ones(self.count, bool) if scored is None else scored[order]
-        self.device = device
-        self._on_device: dict[str, Any] = {}
         self.rotation: np.ndarray | None = None  # float64 [D, rank]: coordinates -> standardised features
         self.dual: np.ndarray | None = None  # set where rows were rotated instead
         self.rows: Rows
@@ -66,7 +65,7 @@ class Design:
             self.rows = _Streamed(task)
         else:
             self.rows = np.ones((self.count, task.X.shape[1] + 1), np.float32)
-        self._single = self.rows  # for single-precision passes
+        self.single = self.rows  # for single-precision passes
         if self.count < task.X.shape[1] and not streamed:
             self.rows[:, :-1] = task.standardise(task.X[order])  # type: ignore[index]
             self._rotate_rows()
@@ -75,6 +74,11 @@ class Design:
             with single_thread(len(gram) < 2048):
                 values, self.rotation = np.linalg.eigh(gram)
             self.eigenvalues = np.maximum(values, 0.0)
+        self._passes: Callable[..., tuple[np.ndarray, ...]] | None = None
+        if torch_device:
+            from featx.heads._torch_passes import TorchPasses
+
+            self._passes = TorchPasses(self, torch_device)
 
     def _rotate_rows(self) -> None:
         Z = np.asarray(self.rows[:])[:, :-1].astype(np.float64)
@@ -85,7 +89,7 @@ class Design:
             root = np.sqrt(self.eigenvalues)
             self.dual = Z.T @ (vectors[:, kept] / root)
         self.rows = np.concatenate([vectors[:, kept] * root, np.ones((self.count, 1))], axis=1)
-        self._single = self.rows.astype(np.float32)
+        self.single = self.rows.astype(np.float32)
 
     def _gram(self, task: Task) -> np.ndarray:
         """`X^T X` of standardised features, and the rows themselves where they are kept."""
@@ -116,7 +120,7 @@ class Design:
         """Keep the rows in the eigenbasis, in `dtype`, where they are kept at all: for many uses of it."""
         if self.rotation is None or not isinstance(self.rows, np.ndarray):
             return
-        kept = self.rows = self._single = self.rows.astype(dtype, copy=False)
+        kept = self.rows = self.single = self.rows.astype(dtype, copy=False)
         turn = self.rotation.astype(dtype)
 
         def work(rows: slice, _: None) -> None:
@@ -184,6 +188,9 @@ class Design:
         K, P, _ = A.shape
         W = np.ascontiguousarray(self._for_rows(A).reshape(K * P, -1))
         width = self.rows.shape[1]
+        if self._passes:
+            loss, held, gradient, curvature = self._passes(W, member)
+            return Visit(loss, self._from_rows(gradient.reshape(K, P, width)), curvature / self.count, held)
         parts = spread(
             lambda rows, sums: self._block(rows, W, member, sums),
             self.count,
@@ -198,7 +205,7 @@ class Design:
         return Visit(total.loss, G, total.curvature / self.count, total.held)
 
     def _block(self, rows: slice, W: np.ndarray, member: np.ndarray, sums: _Sums) -> None:
-        Z = np.asarray((self.rows if W.dtype == np.float64 else self._single)[rows], W.dtype)
+        Z = np.asarray((self.rows if W.dtype == np.float64 else self.single)[rows], W.dtype)
         y, fold, weight = self.y[rows], self.fold[rows], self.weights[rows].astype(W.dtype)
         P = len(member)
         L = (W @ Z.T).reshape(-1, P, len(Z))  # logits, then probabilities, then residuals

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx import metrics
+from featx.engines import choose_device
 from featx.errors import HeadError, near
 from featx.heads import Fitted, _training
 from featx.heads._training import Rows, Task
@@ -95,11 +96,8 @@ def fit(
         decays = decays[len(decays) // 2 :][:1]
         info["notes"].append(f"weight decay {decays[0]:g} was taken without measuring")
     measure = len(held) > 0 and (len(decays) > 1 or calibrate or reject is not None or threshold is not None)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        Z = torch.from_numpy(task.standard()).to(where)
-    except RuntimeError as error:
-        raise HeadError(f"device {where!r} cannot be used ({error}); give auto, cpu or cuda") from error
+    where = choose_device(device)
+    Z = torch.from_numpy(task.standard()).to(where)
 
     count = int(fold.max()) + 1 if measure else 0
     masks = np.stack([fold != k for k in range(count)] + [np.ones(len(fold), bool)], axis=1)

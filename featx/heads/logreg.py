@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from featx.engines import choose_device
 from featx.errors import HeadError
 from featx.heads import Fitted, _training
 from featx.heads._design import Design, single_thread
@@ -20,6 +21,8 @@ STRENGTHS = tuple(float(s) for s in np.logspace(-6, 5, 45))
 UNMEASURED = 0.01
 # Of the objective: what the optimum may be above scikit-learn's, and what is asked of the last solve.
 GAP, ASKED = 1e-4, 1e-7
+# Multiplications of one pass from which on a GPU is asked for by itself: importing torch takes seconds.
+GPU_WORTH = 1 << 28
 
 
 def fit(
@@ -51,7 +54,8 @@ def fit(
     class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
     threshold, reject: see `_training.finish`. solver: `featx`, or `scikit-learn`, which fits the chosen
     strength with its lbfgs; it is also the fall-back where featx's does not converge, and a note says so.
-    device: unused, the solver runs on the CPU.
+    device: a GPU, where there is one, makes the passes of a fit that is large enough to gain by it; `cuda`
+    asks for it, `cpu` forgoes it.
     Raises `HeadError`.
     """
     started = time.perf_counter()
@@ -66,7 +70,7 @@ def fit(
         fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
         counted = fold >= 0 if scored is None else (fold >= 0) & scored
         info: dict[str, Any] = {"notes": [*task.notes, *notes]}
-        design = Design(task, fold, weights, scored=scored)
+        design = Design(task, fold, weights, scored=scored, torch_device=_gpu(task, device))
         chosen, held_out, start = float(grid[0]), None, None
         if not counted.any():
             if len(grid) > 1:
@@ -101,6 +105,13 @@ def fit(
         )
     info |= {"strength": chosen, "seconds": time.perf_counter() - started}
     return Fitted(head, info)
+
+
+def _gpu(task: Task, device: str) -> str:
+    """The GPU to work on, or nothing."""
+    small = task.X.shape[0] * task.X.shape[1] * len(task.class_names) < GPU_WORTH
+    place = "cpu" if device == "auto" and small else choose_device(device)
+    return "" if place == "cpu" else place
 
 
 def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -254,7 +254,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu_in_silence(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FeatxError, match="no CUDA GPU"):
         open_engine(REQUEST, info, cache=session_cache(), device="cuda")
-    monkeypatch.setattr(engines, "_has_cuda", lambda: False)
+    monkeypatch.setattr(engines, "has_cuda", lambda: False)
     with pytest.warns(RuntimeWarning, match="torch-cuda cannot run here; onnxruntime does"):
         open_engine(REQUEST, info, cache=session_cache(), engine="torch-cuda")
     with warnings.catch_warnings():

@@ -11,7 +11,8 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from featx.errors import HeadError
+from featx.engines import has_cuda
+from featx.errors import FeatxError, HeadError
 from featx.heads import _design, _solver, _training, logreg
 
 
@@ -285,3 +286,54 @@ def test_a_cross_validated_fit_of_244_photographs_takes_under_50_ms_of_a_core(
         logreg.fit(X, y, ["ants", "bees"])
         spent.append(time.process_time() - started)
     assert min(spent) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["classes", "binary", "labels", "streamed", "wide"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_torch_makes_the_same_passes_as_numpy(kind: str, dtype: type) -> None:
+    """The code of the GPU, on the CPU: losses, gradients, curvature and held-out losses."""
+    rows, size, classes = (70, 90, 4) if kind == "wide" else (700, 20, 2 if kind == "binary" else 5)
+    X, y, names = clouds(rows, size, classes)
+    rng = np.random.default_rng(0)
+    if kind == "labels":
+        y = (rng.random((rows, classes)) < 0.3).astype(np.int64)
+    task = _training.check(Slices(X) if kind == "streamed" else X, y, names)
+    fold, weights, scored = rng.integers(-1, 3, rows), rng.uniform(0.5, 2, rows), rng.random(rows) < 0.7
+    numpy = _design.Design(task, fold, weights, scored=scored)
+    torch = _design.Design(task, fold, weights, scored=scored, torch_device="cpu")
+    A = (rng.normal(size=(numpy.columns, 6, numpy.size)) / 10).astype(dtype)
+    member = np.array([-1, 0, 1, 2, -1, 0])
+    one, other = numpy.visit(A, member), torch.visit(A, member)
+    rel = 1e-12 if dtype is np.float64 else 2e-5
+    for name in ("loss", "held", "curvature"):
+        assert getattr(other, name) == pytest.approx(getattr(one, name), rel=rel), name
+    assert other.gradient.dtype == dtype and np.abs(one.gradient).max() > 1
+    np.testing.assert_allclose(other.gradient, one.gradient, atol=rel * np.abs(one.gradient).max())
+
+
+def test_a_fit_by_torchs_passes_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, names = clouds(900, 40, 5)
+    usual = logreg.fit(X, y, names, calibrate=True)
+    monkeypatch.setattr(logreg, "_gpu", lambda task, device: "cpu")
+    other = logreg.fit(X, y, names, calibrate=True)
+    assert other.info["strength"] == usual.info["strength"] and other.info["converged"]
+    assert other.info["cross_validation"]["log_loss"] == pytest.approx(
+        usual.info["cross_validation"]["log_loss"], rel=1e-4
+    )
+    assert np.abs(other.head.weight - usual.head.weight).max() < 1e-3 * np.abs(usual.head.weight).max()
+
+
+@pytest.mark.gpu
+def test_a_fit_on_the_gpu_is_the_cpus() -> None:
+    if not has_cuda():
+        pytest.skip("no CUDA device here: the solver's passes on a GPU are untested on this machine")
+    X, y, names = clouds(900, 40, 5)
+    cpu, gpu = (logreg.fit(X, y, names, device=device) for device in ("cpu", "cuda"))
+    assert gpu.info["strength"] == cpu.info["strength"] and gpu.info["converged"]
+    assert np.abs(gpu.head.weight - cpu.head.weight).max() < 1e-3 * np.abs(cpu.head.weight).max()
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    X, y, names = clouds(60, 5, 2)
+    with pytest.raises(FeatxError, match="device is auto, cpu, cuda or cuda:N, not 'gpu'"):
+        logreg.fit(X, y, names, device="gpu")

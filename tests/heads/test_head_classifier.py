@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
+from featx import HeadClassifier
 from featx.errors import HeadError
-from featx.heads._estimator import HeadClassifier
 
 
 @pytest.mark.parametrize("head", ["logreg", "ncm", "ridge"])
