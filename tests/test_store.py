@@ -22,7 +22,12 @@ from featx.errors import StoreError
 GOLDEN = Path(__file__).parent / "golden" / "cache"
 
 
-def test_rows_come_back_in_the_order_asked_for_with_repeats(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_bytes", [8 << 20, 100])
+def test_rows_come_back_in_the_order_asked_for_with_repeats(
+    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one thread, and in many pieces by several."""
+    monkeypatch.setattr(store_module, "PIECE_BYTES", piece_bytes)
     keys, rows = table(500)
     fill(tmp_path, keys, rows, shard_bytes=2000)
     store = FeatureStore(tmp_path, SPEC)

@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
 # A file that changed this shortly before it was looked at can change again without another timestamp.
 CLOCK_NS = 2_000_000_000
+# Large reads and hashes are shared out to a few threads, in pieces of this many bytes of rows.
+PIECE_BYTES, READERS = 8 << 20, min(4, os.cpu_count() or 1)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -269,10 +272,20 @@ class FeatureStore:
         order = None if (of[1:] >= of[:-1]).all() else np.argsort(of, kind="stable")
         ordered = of if order is None else of[order]
         edges = np.flatnonzero(np.diff(ordered, prepend=-1, append=len(names)))
+        step = max(1, PIECE_BYTES // self.form.row_bytes)
+        pieces: list[tuple[str, np.ndarray, np.ndarray]] = []
         for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             shard = int(ordered[a])
-            to = np.arange(a, b) if order is None else order[a:b]
-            self._copy(names[shard], at[to] - starts[shard], to, out)
+            for start in range(a, b, step):
+                to = np.arange(start, min(start + step, b)) if order is None else order[start : min(start + step, b)]
+                pieces.append((names[shard], at[to] - starts[shard], to))
+        if out.nbytes <= PIECE_BYTES:
+            for name, source, to in pieces:
+                self._copy(name, source, to, out)
+        else:
+            with ThreadPoolExecutor(READERS) as pool:
+                for done in [pool.submit(self._copy, *piece, out) for piece in pieces]:
+                    done.result()
         return out
 
     def _copy(self, name: str, source: np.ndarray, to: np.ndarray, out: np.ndarray) -> None:
@@ -334,18 +347,18 @@ class FeatureStore:
         trusted = folders.read_verified(self.folder) if trust else {}
         kept: dict[str, Shard] = {}
         found: list[tuple[Shard, np.ndarray]] = []
-        for name, status in folders.list_shards(self.folder):
-            shard = trusted.get(name)
-            if shard is None or shard.stat != status:
-                now = time.time_ns()
-                try:
-                    shard, _ = shards.check(self.folder, name, self.form)
-                except DamageError as error:
-                    found += self._set_aside(name, str(error))
-                    continue
-                if shard.stat[2] < now - CLOCK_NS:
-                    kept[name] = shard
-            else:
+        listed = dict(folders.list_shards(self.folder))
+        known = {name: shard for name, shard in trusted.items() if listed.get(name) == shard.stat}
+        now = time.time_ns()
+        with ThreadPoolExecutor(READERS) as pool:
+            checked = {name: pool.submit(shards.check, self.folder, name, self.form) for name in listed.keys() - known}
+        for name in listed:
+            try:
+                shard = known[name] if name in known else checked[name].result()[0]
+            except DamageError as error:
+                found += self._set_aside(name, str(error))
+                continue
+            if name in known or shard.stat[2] < now - CLOCK_NS:
                 kept[name] = shard
             found.append((shard, shards.read_keys(self.folder, shard)))
         # one assignment: threads that ask meanwhile see the old list or the new one
