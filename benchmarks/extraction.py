@@ -42,7 +42,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from featx.backbones import BackboneRequest, load_backbone, resolve
-from featx.engines import available_threads, difference, open_engine
+from featx.devices import available_threads
+from featx.engines import difference, open_engine
 from featx.extraction import sync
 from featx.features import content_key
 from featx.preprocess import FAST, IMAGENET_MEAN, IMAGENET_STD, Preprocess

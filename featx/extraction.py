@@ -17,7 +17,8 @@ from tqdm import tqdm
 from featx.backbones import BackboneInfo, BackboneRequest, resolve
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
-from featx.engines import Engine, available_threads, open_engine
+from featx.devices import available_threads
+from featx.engines import Engine, open_engine
 from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
 from featx.loader import Loader

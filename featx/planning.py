@@ -16,7 +16,8 @@ from featx.backbones import BackboneRequest, resolve
 from featx.cache.index import KEY_BYTES, distinct
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
-from featx.engines import Engine, available_threads, open_engine
+from featx.devices import available_threads
+from featx.engines import Engine, open_engine
 from featx.errors import ImageError
 from featx.extraction import requested
 from featx.features import content_key

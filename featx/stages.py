@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featx.engines import available_threads
+from featx.devices import available_threads
 from featx.features import FeatureSpec
 from featx.files import write_atomic
 from featx.loader import Loaded, Loader

@@ -16,6 +16,15 @@ from PIL import Image
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("FEATX_FIT_REPORT", "0")  # seconds of drawing; the report has tests of its own
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and "FEATX_TEST_CORES" not in os.environ and hasattr(os, "sched_setaffinity"):  # not in its children
+    # Each worker has cores of its own, or every library would start a thread a core in every worker, and
+    # these spend most of their time waiting for each other.
+    mine = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, mine)
+    os.environ["FEATX_TEST_CORES"] = str(len(mine))
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(mine)))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(len(mine)))
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("FEATX_TEST_DATA", ROOT.parent / "shared"))

@@ -204,7 +204,7 @@ def test_ctrl_c_ends_quickly_and_leaves_a_usable_cache(tmp_path: Path, engine: C
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(5):
-        assert process.stdout.readline() == "batch\n"
+        assert process.stdout.readline() == "batch\n", process.stderr.read()
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)

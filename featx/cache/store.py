@@ -16,6 +16,7 @@ import numpy as np
 from featx.cache import folders, shards
 from featx.cache.index import KeyIndex, as_keys, distinct
 from featx.cache.shards import Form, Shard, StaleError
+from featx.devices import available_threads
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
@@ -26,7 +27,7 @@ SHARD_SECONDS = 20.0
 # A file that changed this shortly before it was looked at can change again without another timestamp.
 CLOCK_NS = 2_000_000_000
 # Large reads and hashes are shared out to a few threads, in pieces of this many bytes of rows.
-PIECE_BYTES, READERS = 8 << 20, min(4, os.cpu_count() or 1)
+PIECE_BYTES, READERS = 8 << 20, min(4, available_threads())
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone
+from featx.devices import choose_device
 from featx.errors import FeatxError, WeightsError
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def open_engine(
         raise FeatxError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
     if batch_size is not None and batch_size < 1:
         raise FeatxError(f"a batch has at least one image, not {batch_size}")
-    place = choose_device(device, engine)
+    by_cpu = device == "auto" and engine in ("onnxruntime", "torch-cpu")
+    place = "cpu" if by_cpu else choose_device(device)
     if place != "cpu":
         from featx.engines.torch import CudaEngine
 
@@ -117,12 +118,6 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     return exported(request, info, Path(cache))
 
 
-def available_threads() -> int:
-    """The cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def _onnx_or_torch(
     request: BackboneRequest, info: BackboneInfo, cache: Path, batch_size: int | None, threads: int | None
 ) -> Engine:
@@ -147,36 +142,3 @@ def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
             f"but {backbone.info.weights_note} has {backbone.info.weights_digest[:12]} now; start again"
         )
     return backbone
-
-
-def choose_device(device: str, engine: str | None = None) -> str:
-    """`cpu`, or a CUDA device that is there. engine: as for `open_engine`. Raises `FeatxError`."""
-    kind = device.partition(":")[0]
-    if kind not in ("auto", "cpu", "cuda"):
-        raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
-    if kind == "cpu" or (kind == "auto" and (not has_cuda() or engine in ("onnxruntime", "torch-cpu"))):
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        place = "cuda:0" if kind == "auto" else device
-        number = int(place.partition(":")[2] or 0)
-        if number < torch.cuda.device_count():
-            return place
-        raise FeatxError(f"there is no device {device}; this machine has {torch.cuda.device_count()} GPUs")
-    if kind == "cuda":
-        raise FeatxError(f"device {device!r} was asked for, but torch finds no CUDA GPU; use --device cpu")
-    return "cpu"
-
-
-def has_cuda() -> bool:
-    """Whether the NVIDIA driver sees a GPU; asked without torch, whose import takes seconds."""
-    import ctypes
-    import sys
-
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        count = ctypes.c_int()
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    except (OSError, AttributeError):
-        return False

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from featx.backbones._module import Backbone, Trunk
-from featx.engines import available_threads
+from featx.devices import available_threads
 from featx.errors import FeatxError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

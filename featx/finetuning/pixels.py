@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,10 +11,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from featx.devices import available_threads
 from featx.errors import TrainingError
 from featx.extraction import Extraction
 from featx.features import content_key
 from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror
+from featx.finetuning.memory import free_memory
 from featx.preprocess import RESAMPLE
 from featx.views import CENTER, augmented, pixels
 
@@ -49,7 +50,7 @@ class Pixels:
         self.extraction, self.rows, self.look, self.shape = extraction, rows, look, shape
         self.aspects = np.ones(len(rows))
         """`float64 [N]`: width / height of each image; known once it was decoded."""
-        self._executor = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="featx-pixels")
+        self._executor = ThreadPoolExecutor(workers or available_threads(), thread_name_prefix="featx-pixels")
         self._ahead: tuple[bytes, list[Future[np.ndarray]]] | None = None
         self.table: Tensor | None = None
         size = len(rows) * int(np.prod(shape))
@@ -190,19 +191,3 @@ class Pictures:
 
     def _views(self, draws: Draws, rows: np.ndarray) -> np.ndarray:
         return (draws.views[rows] * self.views).astype(np.int64)
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; half of the memory where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return 1024.0 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2.0**31

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featx.backbones import Backbone, BackboneRequest, load_backbone
+from featx.devices import available_threads
 from featx.errors import TrainingError
 from featx.extraction import Extraction
 from featx.features import Features, hash_fraction
@@ -21,6 +22,7 @@ from featx.files import write_atomic
 from featx.finetuning import layers, prefix
 from featx.finetuning.augment import Augmentation
 from featx.finetuning.checkpoints import Checkpoints, Progress
+from featx.finetuning.memory import keep_freed
 from featx.finetuning.pixels import Pictures
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
@@ -90,6 +92,7 @@ def finetune(
     Raises `TrainingError`: unknown or frozen groups, a loss that is NaN (the batch is named, the last good
     checkpoint kept), a checkpoint of another configuration, a full disk, one image that does not fit.
     """
+    keep_freed()
     world = World.join(device)
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -162,7 +165,7 @@ def prepare(
     if world.leads:
         tqdm.write(layers.table(planned), file=sys.stderr)
 
-    threads = workers or os.cpu_count() or 1
+    threads = workers or available_threads()
     augmentation = Augmentation.parse(settings.augmentation)
     views = settings.views if augmentation.geometry == "views" else 0
     first = next(group.name for group in planned if group.lr is not None)

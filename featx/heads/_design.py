@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from featx.devices import available_threads
 from featx.heads._training import Rows, Task
 
 SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
@@ -261,7 +261,7 @@ def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Calla
     """Run `work` on every block of `step` of `count` rows, in one thread or as many as there are cores;
     returns what each thread has gathered.
     """
-    threads = 1 if flops < THREADED else min(os.cpu_count() or 1, -(-count // step))
+    threads = 1 if flops < THREADED else min(available_threads(), -(-count // step))
     starts = iter(range(0, count, step))
 
     def run(gathered: T) -> T:

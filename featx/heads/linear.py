@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx import metrics
-from featx.engines import choose_device
+from featx.devices import choose_device
 from featx.errors import HeadError, near
 from featx.heads import Fitted, _training
 from featx.heads._training import Rows, Task

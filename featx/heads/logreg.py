@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featx.engines import choose_device
+from featx.devices import choose_device
 from featx.errors import HeadError
 from featx.heads import Fitted, _training
 from featx.heads._design import Design, single_thread

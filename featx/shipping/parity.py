@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from featx.devices import available_threads
 from featx.engines import difference
 from featx.errors import ExportError, ImageError
 from featx.extraction import Extraction
@@ -173,7 +173,7 @@ def batches(images: Images, preprocess: Preprocess) -> Iterator[list[tuple[np.nd
             raise ExportError(f"{images.ids[i]}, which the file is to be held to: {error}") from error
 
     numbers = range(len(images.ids))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+    with ThreadPoolExecutor(available_threads()) as executor:
         for start in range(0, len(numbers), BATCH):
             yield list(executor.map(load, numbers[start : start + BATCH]))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
 from featx.shipping.deployed import Model
 
@@ -96,7 +97,7 @@ def predict(
     opened = model if isinstance(model, Model) else Model(model, **options)
     if features and "features" not in opened.outputs:
         raise ExportError(f"{opened.path} gives {', '.join(opened.outputs)}, and no features")
-    return _predict(opened, images, top_k, batch_size, workers or os.cpu_count() or 1, features)
+    return _predict(opened, images, top_k, batch_size, workers or available_threads(), features)
 
 
 def _predict(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featx.devices import available_threads
 from featx.errors import ExportError
 from featx.features import FeatureSpec
 from featx.preprocess import Preprocess
@@ -204,7 +205,7 @@ def measure(
         images_per_second=speeds[0],
         fp32_images_per_second=speeds[1],
         batch=BATCH,
-        cores=os.cpu_count() or 1,
+        cores=available_threads(),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from networks import calibrated, session_cache
 
-from featx import engines
+from featx import devices
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.engines import TOLERANCE, backbone_onnx, difference, open_engine
 from featx.engines.torch import CudaEngine, prepared
@@ -190,11 +190,54 @@ def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
         with pytest.warns(RuntimeWarning, match=r"cannot be exported .*no such operator.*torch runs it"):
             engine = open_engine(request, small, cache=tmp_path, device="cpu")
         assert engine.name == "torch-cpu"
-    assert calls == [1]
+    assert calls == [1, 1]  # one exporter, then the other
     pixels = noise(3, small.preprocess.crop)
     with torch.inference_mode():
         reference = load_backbone(request).module(torch.from_numpy(pixels)).numpy()
     assert difference(engine(pixels), reference) <= TOLERANCE["fp32"]
+
+
+def test_where_tracing_fails_the_program_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featx.engines import onnx as module
+
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small = resolve(request, tmp_path)
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("not in this torch")
+
+    monkeypatch.setattr(module, "_traced", fails)
+    engine = open_engine(request, small, cache=tmp_path, device="cpu")
+    assert engine.name == "onnxruntime"
+    pixels = noise(3, small.preprocess.crop)
+    with torch.inference_mode():
+        reference = load_backbone(request).module(torch.from_numpy(pixels)).numpy()
+    assert difference(engine(pixels), reference) <= TOLERANCE["fp32"]
+
+
+def test_a_graph_that_tracing_fixed_to_its_batch_is_not_taken(tmp_path: Path) -> None:
+    """The captured program has the number of images as a symbol, and is taken instead."""
+    request = BackboneRequest("small:backbone_fixed", weights="random")
+    small = resolve(request, tmp_path)
+    engine = open_engine(request, small, cache=tmp_path, device="cpu")
+    assert engine.name == "onnxruntime"
+    pixels = noise(5, small.preprocess.crop)
+    with torch.inference_mode():
+        reference = load_backbone(request).module(torch.from_numpy(pixels)).numpy()
+    assert difference(engine(pixels), reference) <= TOLERANCE["fp32"]
+
+
+def test_what_went_wrong_first_is_said_in_one_line() -> None:
+    from featx.engines.onnx import _reason
+
+    try:
+        try:
+            raise NotImplementedError("aten::strange has no ONNX\nand a trace")
+        except NotImplementedError as cause:
+            raise RuntimeError("\x1b[96mFailed to export\x1b[0m\nThis is step 1/3") from cause
+    except RuntimeError as error:
+        assert _reason(error) == "NotImplementedError: aten::strange has no ONNX"
+    assert _reason(RuntimeError("\n\x1b[96mcoloured\x1b[0m\nmore")) == "RuntimeError: coloured"
 
 
 def test_an_export_that_differs_from_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +246,7 @@ def test_an_export_that_differs_from_torch_is_refused(tmp_path: Path, monkeypatc
     request = BackboneRequest("small:backbone_normed", weights="random")
     small = resolve(request, tmp_path)
     monkeypatch.setattr(module, "difference", lambda rows, reference: float("nan"))
-    with pytest.warns(RuntimeWarning, match="differs from torch by nan"):
+    with pytest.warns(RuntimeWarning, match="its rows differ from torch's by nan"):
         engine = open_engine(request, small, cache=tmp_path, device="cpu")
     assert engine.name == "torch-cpu"
 
@@ -254,7 +297,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu_in_silence(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FeatxError, match="no CUDA GPU"):
         open_engine(REQUEST, info, cache=session_cache(), device="cuda")
-    monkeypatch.setattr(engines, "has_cuda", lambda: False)
+    monkeypatch.setattr(devices, "has_cuda", lambda: False)
     with pytest.warns(RuntimeWarning, match="torch-cuda cannot run here; onnxruntime does"):
         open_engine(REQUEST, info, cache=session_cache(), engine="torch-cuda")
     with warnings.catch_warnings():

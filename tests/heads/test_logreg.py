@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from featx.engines import has_cuda
+from featx.devices import has_cuda
 from featx.errors import FeatxError, HeadError
 from featx.heads import _design, _solver, _training, logreg
 

@@ -1,0 +1,46 @@
+"""Owns what this machine has to compute with: the cores of this process, and GPUs; imports torch only to use one."""
+
+from __future__ import annotations
+
+import os
+
+from featx.errors import FeatxError
+
+
+def available_threads() -> int:
+    """The cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def choose_device(device: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> `cpu`, or a CUDA device that is there. Raises `FeatxError`."""
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
+    if kind == "cpu" or (kind == "auto" and not has_cuda()):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        place = "cuda:0" if kind == "auto" else device
+        number = int(place.partition(":")[2] or 0)
+        if number < torch.cuda.device_count():
+            return place
+        raise FeatxError(f"there is no device {device}; this machine has {torch.cuda.device_count()} GPUs")
+    if kind == "cuda":
+        raise FeatxError(f"device {device!r} was asked for, but torch finds no CUDA GPU; use --device cpu")
+    return "cpu"
+
+
+def has_cuda() -> bool:
+    """Whether the NVIDIA driver sees a GPU; asked without torch, whose import takes seconds."""
+    import ctypes
+    import sys
+
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        count = ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False
