@@ -13,18 +13,24 @@ optimum in float64. Seconds are wall-clock; CPU seconds stand beside them, for m
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path as FilePath
 
 import numpy as np
 import sklearn
 from sklearn.linear_model import LogisticRegression, Ridge
 from threadpoolctl import threadpool_info
 
+from featx.cache.store import FeatureStore
+from featx.features import FeatureSpec
 from featx.heads import _training, logreg, ridge
 from featx.heads._design import Design, single_thread
 from featx.heads._solver import Path, minimise
@@ -156,6 +162,57 @@ def small_fit() -> None:
     print(f"{len(fitted.info['cross_validation']['strengths'])} strengths tried")
 
 
+CHILD = """
+import json, resource, sys, time
+import numpy as np
+folder, streamed, limit = sys.argv[1], sys.argv[2] == "streamed", int(sys.argv[3])
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # an allocation beyond it is a MemoryError
+from pathlib import Path
+from featx.cache.store import FeatureStore
+from featx.cache.streaming import StoredRows
+from featx.features import FeatureSpec
+from featx.heads import logreg
+keys, y = np.load(f"{folder}/keys.npy"), np.load(f"{folder}/y.npy")
+store = FeatureStore(Path(folder), FeatureSpec("custom/gaussian", "00" * 32))
+begin = time.perf_counter()
+X = StoredRows(store, keys) if streamed else store.read(keys)
+fitted = logreg.fit(X, y, [str(c) for c in range(10)], device="cpu")
+seconds = time.perf_counter() - begin
+peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+new = np.load(f"{folder}/new.npy")
+right = float((fitted.head(new).argmax(axis=1) == np.load(f"{folder}/new_y.npy")).mean())
+print(json.dumps([seconds, peak, right, fitted.info["strength"], fitted.info["cross_validation"]["passes"]]))
+"""
+
+
+def million(rows: int = 1_000_000, size: int = 512, new: int = 20_000, limit: int = 10**9) -> None:
+    """A cross-validated fit on features of 2 GB in the cache, in a process that may allocate 1 GB."""
+    with tempfile.TemporaryDirectory() as folder:
+        X, y = features(rows + new, size, 10, 0.11)
+        keys = np.random.default_rng(1).integers(0, 256, (rows, 32), dtype=np.uint8)
+        with FeatureStore(FilePath(folder), FeatureSpec("custom/gaussian", "00" * 32), engine="benchmark") as store:
+            for start in range(0, rows, 8192):
+                end = min(start + 8192, rows)
+                store.append(keys[start:end], X[start:end])
+        arrays = {"keys": keys, "y": y[:rows], "new": X[rows:], "new_y": y[rows:]}
+        for name, array in arrays.items():
+            np.save(f"{folder}/{name}.npy", array)
+        del X, arrays, store
+        time.sleep(2.5)  # a younger shard is hashed again at every opening
+        print(f"\nlogreg.fit with cross-validation, N={rows:,} D={size} C=10, from the cache")
+        for how, most in (("streamed", limit), ("in memory", 0)):
+            command = [sys.executable, "-c", CHILD, folder, how, str(most)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds, peak, right, strength, passes = json.loads(done.stdout)
+            allowed = f", allowed to allocate {most / 1e9:g} GB" if most else ""
+            print(
+                f"  {how}{allowed}: {seconds:.1f} s, {peak:,.0f} MiB at most, {right:.4f} right of {new:,} new rows; "
+                f"C={strength:.3g}, {passes} passes in cross-validation",
+                flush=True,
+            )
+
+
 def environment() -> None:
     print(f"Python {platform.python_version()}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, ", end="")
     print(f"{os.cpu_count()} cores ({platform.processor() or platform.machine()})")
@@ -170,7 +227,7 @@ def environment() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["small", "ridge", "ten", "hundred"])
+    parser.add_argument("what", nargs="*", default=["small", "ridge", "ten", "hundred", "million"])
     parser.add_argument("--every", type=int, default=5, help="measure every so many of scikit-learn's fits")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -183,3 +240,5 @@ if __name__ == "__main__":
         compare_paths(50_000, 512, 10, 0.11, options.every)
     if "hundred" in options.what:
         compare_paths(50_000, 768, 100, 0.08, options.every)
+    if "million" in options.what:
+        million()

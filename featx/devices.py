@@ -13,6 +13,20 @@ def available_threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def free_memory() -> float:
+    """Bytes of main memory that are free; half of all where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return 1024.0 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2.0**31
+
+
 def choose_device(device: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> `cpu`, or a CUDA device that is there. Raises `FeatxError`."""
     kind = device.partition(":")[0]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from featx.backbones import BackboneInfo, BackboneRequest, resolve
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
+from featx.cache.streaming import StoredRows
 from featx.devices import available_threads
 from featx.engines import Engine, open_engine
 from featx.errors import FeatxError, ImageError, SourceError, near
@@ -49,8 +50,11 @@ class Extraction:
     """`uint8 [N, 32]`: their content keys."""
     report: dict[str, Any]
 
-    def features(self, view: int = 0) -> Features:
-        """The features of one view (0: the centre crop), with today's labels and splits."""
+    def features(self, view: int = 0, *, memory: float | None = None) -> Features:
+        """The features of one view (0: the centre crop), with today's labels and splits.
+
+        memory: bytes; features that take more stay in the cache, and are read by slices. By default none do.
+        """
         source, rows = self.source, self.rows.tolist()
         labels = [source.labels[i] if source.labels else "" for i in rows]
         y, class_names = (targets if source.multilabel else numbers)(labels)
@@ -58,7 +62,7 @@ class Extraction:
         labelled = y if y.ndim == 1 else np.where(np.array(labels) == "", -1, 0)
         splits, notes = assign_splits(self.keys, labelled, given, class_names)
         return Features(
-            X=self.stores[view].read(self.keys),
+            rows=self.stores[view].read(self.keys) if memory is None else self.table(view, memory),
             y=y,
             ids=[source.ids[i] for i in rows],
             class_names=class_names,
@@ -67,6 +71,13 @@ class Extraction:
             spec=self.stores[view].spec,
             report=self.report | {"notes": [*self.report["notes"], *notes]},
         )
+
+    def table(self, view: int, memory: float) -> np.ndarray | StoredRows:
+        """The features of one view, an array of at most `memory` bytes, or a table that is read by slices."""
+        store = self.stores[view]
+        assert store.form is not None
+        large = len(self.keys) * store.form.row_bytes > memory
+        return StoredRows(store, self.keys) if large else store.read(self.keys)
 
 
 def numbers(labels: list[str]) -> tuple[np.ndarray, list[str]]:

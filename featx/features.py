@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,21 @@ from featx.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
+
+
+class Rows(Protocol):
+    """A table that is read by slices: an array, a memory map, an HDF5 data set, or what lies in the cache."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+class StoredRows(Rows, Protocol):
+    """A table that can be narrowed down without reading it."""
+
+    def take(self, which: np.ndarray, /) -> StoredRows: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,9 @@ class Features:
     Only images with a feature are in it; `report` names the others.
     """
 
-    X: np.ndarray
-    """`float32 | float16 [N, D]`, in the source's order."""
+    rows: np.ndarray | StoredRows
+    """`float32 | float16 [N, D]`, in the source's order: an array, or, where that was more than was to be
+    held in memory, a table that is read by slices."""
     y: np.ndarray
     """`int64 [N]`, index into `class_names`, -1 where the source gives no label; or, where an image may
     have several labels, 0/1 `int64 [N, C]`."""
@@ -86,6 +102,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def X(self) -> np.ndarray:
+        """`float32 | float16 [N, D]`, in the source's order, in memory (or memory-mapped)."""
+        return self.rows if isinstance(self.rows, np.ndarray) else self.rows[0 : len(self.ids)]
+
     def split(self, name: str) -> Features:
         """The rows of one split."""
         return self.take(np.flatnonzero(self.splits == name))
@@ -94,7 +115,7 @@ class Features:
         """The rows with these numbers, `int [M]`."""
         return replace(
             self,
-            X=self.X[rows],
+            rows=self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows),
             y=self.y[rows],
             ids=[self.ids[i] for i in rows],
             splits=self.splits[rows],
@@ -104,9 +125,14 @@ class Features:
     @property
     def digest(self) -> str:
         """SHA-256, in hex, of what was learned from: keys, labels, splits and class names; not file names."""
-        rows = sorted(zip(map(bytes, self.keys), self.y.tolist(), self.splits.tolist(), strict=True))
-        text = json.dumps([self.class_names, [(key.hex(), label, split) for key, label, split in rows]])
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        labels = self.y.reshape(len(self), -1)
+        order = np.lexsort([self.splits, *labels.T[::-1], *self.keys.T[::-1]])
+        for start in range(0, len(order), 1 << 16):  # a million images are not a million tuples at once
+            rows = order[start : start + (1 << 16)]
+            values = self.keys[rows].tobytes(), np.ascontiguousarray(labels[rows], "<i8").tobytes()
+            digest.update(b"".join(values) + "\0".join(self.splits[rows].tolist()).encode())
+        return digest.hexdigest()
 
 
 def groups(keys: np.ndarray) -> np.ndarray:

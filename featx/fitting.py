@@ -11,10 +11,12 @@ import numpy as np
 
 from featx import __version__, heads, runs
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
+from featx.cache.streaming import Stacked, StoredRows
+from featx.devices import free_memory
 from featx.errors import HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
-from featx.features import Features, groups
+from featx.features import Features, Rows, groups
 from featx.finetuning.processes import World, processes, rank
 from featx.heads import Fitted, Head
 from featx.reporting import augmentation
@@ -41,6 +43,7 @@ def fit(
     overwrite: bool = False,
     gain: bool = True,
     report: bool = True,
+    memory: float | None = None,
     **extraction: Any,
 ) -> runs.Run:
     """Extract what is missing, fit a head on the training images, evaluate it on the others, write a run.
@@ -50,7 +53,9 @@ def fit(
     beside its centre crop. output: the run's folder, by default
     `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
     cross-validation what they bring, which costs two fits a fold. report: write `report.html` and `plots/`
-    too. The others: as for `featx.extraction.sync`.
+    too. memory: bytes that features may take, by default half of what is free; more than that stays in the
+    cache and is read by slices, pass by pass (heads logreg, ridge and ncm). The others: as for
+    `featx.extraction.sync`.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
     where there is nothing to learn from and `RunError` where a run would be overwritten.
@@ -69,7 +74,8 @@ def fit(
     if world and not world.leads:
         world.wait()  # the leader extracts; the others then find everything cached
     extracted = sync(data, request, views=views, **options)
-    features = extracted.features()
+    limit = free_memory() / 2 if memory is None else memory
+    features = extracted.features(memory=limit)
     if world and world.leads:
         world.wait()
     if not features.class_names:
@@ -94,7 +100,12 @@ def fit(
     elif finetune is not None and finetune.init == "random":
         fitted = None
     else:
-        X, y, group = training_rows(extracted, chosen)
+        X, y, group = training_rows(extracted, chosen, limit)
+        if head == "linear" and not isinstance(X, np.ndarray):
+            raise HeadError(
+                f"--head linear holds the features in memory, and {X.shape[0]:,} rows of {X.shape[1]} take more than "
+                f"{limit / 1e9:.1f} GB; use --head logreg, ridge or ncm, or a larger --memory"
+            )
         fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **settings)
     seconds = time.perf_counter() - begin
     if finetune is not None:
@@ -103,7 +114,7 @@ def fit(
             return run
         # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
         extracted = sync(data, tuned.request, **options)
-        features = extracted.features()
+        features = extracted.features(memory=limit)
         fitted = Fitted(tuned.head, (fitted.info if fitted else {}) | {"finetune": tuned.history})
         config |= {
             "request": replace(tuned.request, weights=Path(tuned.request.weights).name).to_dict(),
@@ -129,13 +140,24 @@ def fit(
     return run
 
 
-def training_rows(extracted: Extraction, features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """X, y and group numbers of all views of the training images; views and duplicates share a group."""
+def training_rows(
+    extracted: Extraction, features: Features, memory: float = float("inf")
+) -> tuple[Rows, np.ndarray, np.ndarray]:
+    """X, y and group numbers of all views of the training images; views and duplicates share a group.
+
+    memory: bytes that X may take; a larger one is read by slices.
+    """
     rows = np.flatnonzero(features.splits == "train")
-    views = [features, *(extracted.features(view) for view in range(1, len(extracted.stores)))]
-    X = np.concatenate([view.X[rows] for view in views]) if len(views) > 1 else features.X[rows]
+    train, views = features.keys[rows], extracted.stores
+    assert views[0].form is not None
+    X: Rows
+    if len(train) * len(views) * views[0].form.row_bytes > memory:
+        parts = [StoredRows(store, train) for store in views]
+        X = Stacked(parts) if len(parts) > 1 else parts[0]
+    else:
+        X = np.concatenate([store.read(train) for store in views]) if len(views) > 1 else features.take(rows).X
     times = (len(views),) + (1,) * (features.y.ndim - 1)
-    return X, np.tile(features.y[rows], times), np.tile(groups(features.keys[rows]), len(views))
+    return X, np.tile(features.y[rows], times), np.tile(groups(train), len(views))
 
 
 def check_learnable(train: Features) -> None:
@@ -222,8 +244,8 @@ def measured_averages(extracted: Extraction, features: Features, head: Head) -> 
     val = np.flatnonzero(features.splits == "val")
     if not len(val):
         return {}
-    views = [features.X, *(extracted.features(view).X for view in range(1, len(extracted.stores)))]
-    logits = augmentation.average(head, [view[val] for view in views])
+    views = [store.read(features.keys[val]) for store in extracted.stores]
+    logits = augmentation.average(head, views)
     ids = [features.ids[i] for i in val]
     averaged = evaluate_logits(logits, features.y[val], head, features.class_names, ids).to_dict()
     return {"averaged_views": {"views": len(views)} | averaged}
@@ -232,12 +254,10 @@ def measured_averages(extracted: Extraction, features: Features, head: Head) -> 
 def measured_gain(extracted: Extraction, features: Features, head: str, **settings: Any) -> dict[str, Any]:
     """`report.json`: what learning from views brings, cross-validated on the training images."""
     train = np.flatnonzero(features.splits == "train")
-    views = [features.X, *(extracted.features(view).X for view in range(1, len(extracted.stores)))]
+    views = [store.read(features.keys[train]) for store in extracted.stores]
     y, group = features.y[train], groups(features.keys[train])
     try:
-        found = augmentation.measure_gain(
-            head, [view[train] for view in views], y, features.class_names, groups=group, **settings
-        )
+        found = augmentation.measure_gain(head, views, y, features.class_names, groups=group, **settings)
     except HeadError as error:  # too few images to hold any out
         return {"views_note": f"what views bring was not measured: {error}"}
     return {"views": found}
@@ -245,4 +265,4 @@ def measured_gain(extracted: Extraction, features: Features, head: str, **settin
 
 def measure(head: Head, features: Features) -> dict[str, Any]:
     """One split's report, as JSON values."""
-    return evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids).to_dict()
+    return evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids).to_dict()

@@ -144,7 +144,7 @@ def test_remove_takes_the_entry_named_and_no_other(filled: tuple[Path, np.ndarra
 def test_export_is_plain_hdf5(tmp_path: Path) -> None:
     keys, rows = table(5)
     features = Features(
-        X=rows,
+        rows=rows,
         y=np.array([0, 1, 1, 0, -1]),
         ids=["a/é.jpg", "a/b.jpg", "a/\udcff.jpg", "c/d.jpg", "e.jpg"],
         class_names=["ants", "bees"],

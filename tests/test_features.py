@@ -209,7 +209,7 @@ def test_a_spec_of_another_precision_is_refused(change: dict[str, Any]) -> None:
 
 def table() -> Features:
     return Features(
-        X=np.arange(12, dtype=np.float32).reshape(4, 3),
+        rows=np.arange(12, dtype=np.float32).reshape(4, 3),
         y=np.array([0, 1, -1, 1]),
         ids=["a", "b", "c", "d"],
         class_names=["ant", "bee"],
@@ -231,7 +231,7 @@ def test_the_data_digest_knows_content_labels_and_splits_but_no_names_and_no_ord
     first = table()
     assert replace(first, ids=["w", "x", "y", "z"]).digest == first.digest
     assert first.take(np.array([2, 0, 3, 1])).digest == first.digest
-    assert replace(first, X=first.X + 1).digest == first.digest
+    assert replace(first, rows=first.X + 1).digest == first.digest
     others = [
         replace(first, y=np.array([1, 1, -1, 1])),
         replace(first, splits=np.array(["train", "val", "", "test"])),

@@ -215,14 +215,14 @@ class FeatureStore:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row."""
         return self._rows.locate(as_keys(keys)) >= 0
 
-    def read(self, keys: np.ndarray) -> np.ndarray:
+    def read(self, keys: np.ndarray, *, mapped: bool = True) -> np.ndarray:
         """The rows of `keys`, `uint8 [N, 32]`, in that order, with repeats: `[N, *row_shape]` as stored.
 
         A read-only `numpy.memmap` where the rows lie in one run in one file (as after a compact in this
-        order), else an array. Raises `StoreError` with the number of keys that have no row.
+        order) and `mapped` allows it, else an array. Raises `StoreError` with the number of keys that have no row.
         """
         keys = as_keys(keys)
-        return self._again(keys, lambda at: self._mapped(at) if len(at) else self._gather(at))
+        return self._again(keys, lambda at: self._mapped(at) if mapped and len(at) else self._gather(at))
 
     def batches(
         self, keys: np.ndarray, size: int, *, seed: int | None = None

@@ -85,6 +85,12 @@ finetune_options = options_of(
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write report.html and plots/.")
 @click.option("--gain/--no-gain", default=True, show_default=True, help="Cross-validate what views bring.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="Larger features are read from the cache pass by pass; by default half of the free memory.",
+)
 @finetune_options
 @backbone_options
 @extraction_options
@@ -94,6 +100,7 @@ def fit(
     pairs: tuple[str, ...],
     restrict: bool,
     mapping: tuple[str, ...],
+    memory: float | None,
     as_json: bool,
     mode: str | None,
     recipe: str | None,
@@ -136,7 +143,7 @@ def fit(
         from featx.finetuning.recipes import configure
 
         finetune = configure(recipe, mode=mode, seed=options["seed"], **chosen)
-    run = fit(data, settings=settings, finetune=finetune, **options)
+    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, **options)
     if rank() != 0:
         return DONE  # of several processes, one speaks
     report = run.report

@@ -9,24 +9,17 @@ import sys
 
 import torch
 
+from featx import devices
+
 # glibc's mallopt(3)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; half of the memory where the system does not say."""
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return 1024.0 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2.0**31
+    return devices.free_memory()
 
 
 def keep_freed() -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from featx.errors import HeadError, near
+from featx.features import Rows
+
+BLOCK = 8192  # rows of a table that is read by slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +45,14 @@ class Head:
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise HeadError("the head holds NaN or infinite weights; its fit did not converge")
 
-    def __call__(self, X: np.ndarray) -> np.ndarray:
-        """Features `[N, D]` -> logits `float32 [N, C]`."""
-        if X.ndim != 2 or X.shape[1] != self.weight.shape[1]:
+    def __call__(self, X: Rows) -> np.ndarray:
+        """Features `[N, D]`, an array or a table that is read by slices -> logits `float32 [N, C]`."""
+        if len(X.shape) != 2 or X.shape[1] != self.weight.shape[1]:
             raise HeadError(f"expected features [N, {self.weight.shape[1]}], got {list(X.shape)}")
-        return np.asarray(X, np.float32) @ self.weight.T + self.bias
+        if isinstance(X, np.ndarray):
+            return np.asarray(X, np.float32) @ self.weight.T + self.bias
+        parts = [self(np.asarray(X[i : i + BLOCK])) for i in range(0, X.shape[0], BLOCK)]
+        return np.concatenate([np.zeros((0, len(self.bias)), np.float32), *parts])
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""

@@ -64,10 +64,10 @@ class Design:
         if streamed:
             self.rows = _Streamed(task)
         else:
-            self.rows = np.ones((self.count, task.X.shape[1] + 1), np.float32)
+            self.rows = np.empty((self.count, task.X.shape[1] + 1), np.float32)
         self.single = self.rows  # for single-precision passes
         if self.count < task.X.shape[1] and not streamed:
-            self.rows[:, :-1] = task.standardise(task.X[order])  # type: ignore[index]
+            self.rows[:, :-1], self.rows[:, -1] = task.standardise(task.X[order]), 1  # type: ignore[index]
             self._rotate_rows()
         else:
             gram = self._gram(task)
@@ -98,7 +98,7 @@ class Design:
         def work(rows: slice, gram: np.ndarray) -> None:
             if isinstance(self.rows, np.ndarray):
                 part = task.standardise(np.asarray(task.X)[self.order[rows]])
-                self.rows[rows, :-1] = part
+                self.rows[rows, :-1], self.rows[rows, -1] = part, 1
             else:
                 part = self.rows[rows][:, :-1]
             gram += part.T @ part

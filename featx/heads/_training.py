@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from featx import metrics
 from featx.errors import HeadError
+from featx.features import Rows
 from featx.heads import Head
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
 CONSTANT = 1e-6
-
-
-class Rows(Protocol):
-    """What a fit reads features from: an array, a memory map, an HDF5 dataset; `[N, D]`, sliced by rows."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
 
 
 def blocks(X: Rows, columns: int = 0) -> Iterator[tuple[slice, np.ndarray]]:

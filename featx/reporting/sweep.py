@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from featx.features import Features, groups
 from featx.files import to_json, write_atomic
 from featx.fitting import fit
 from featx.heads import _training, module
-from featx.reporting import augmentation, page, plots
+from featx.reporting import augmentation, comparison
 from featx.runs import Run
 from featx.sources import Source, open_source
 
@@ -52,13 +52,7 @@ class Sweep:
 
     def table(self) -> str:
         """Plain text for people, best first."""
-        rows = [COLUMNS, *(_row(p) for p in self.points)]
-        texts = [[str("–" if v is None else v) for v in row] for row in rows]
-        widths = [max(len(row[i]) for row in texts) for i in range(len(COLUMNS))]
-        lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in texts]
-        lines += [_chosen(self.by, self.points)]
-        lines += [f"failed: {f['point']}: {f['error']}" for f in self.failed]
-        return "\n".join(lines)
+        return comparison.table(self.points, self.failed, self.by)
 
 
 def sweep(
@@ -131,9 +125,7 @@ def sweep(
             points[i]["behind"] = augmentation.paired(mine[CRITERIA.index(by)] - best[CRITERIA.index(by)])
     found = Sweep(path, [points[i] for i in order], failed, by)
     _write(path, found.points, failed, by)
-    figure = plots.trade_off([_plotted(p) for p in found.points], winner=0)
-    write_atomic(path / "sweep.html", _page(found, figure, source))
-    plots.png(figure, path / "plots" / "trade-off.png", dpi=130)
+    comparison.write_page(path, found.points, failed, by, source)
     if report:
         from featx.reporting.report import write_report
 
@@ -353,80 +345,3 @@ def _write(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]
     writer.writerow(columns)
     writer.writerows([p.get(c) for c in columns] for p in flat)
     write_atomic(path / "sweep.csv", file.getvalue().encode("utf-8", "backslashreplace"))
-
-
-# of the table, in the terminal and in the page
-COLUMNS = [
-    "backbone",
-    "head",
-    "views",
-    "cross-validated",
-    "log-loss",
-    "behind the first",
-    "validation",
-    "images/s",
-    "MB",
-]
-
-
-def _row(point: dict[str, Any]) -> list[Any]:
-    found, behind = point["cross_validated"], point["behind"]
-    layer = "" if point["layer"] == "features" else f", {point['layer']}"
-    return [
-        point["backbone"] + layer,
-        point["head"],
-        point["views"],
-        _between(found["accuracy"], found["low"], found["high"]) if found else None,
-        f"{found['log_loss']:.3f}" if found else None,
-        f"{behind['value']:+.3f} ({behind['low']:+.3f} to {behind['high']:+.3f})" if behind else None,
-        _between(point["accuracy"], point["low"], point["high"]) if point["accuracy"] is not None else None,
-        point["images_per_second"],
-        point["megabytes"],
-    ]
-
-
-def _between(value: float, low: float, high: float) -> str:
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _chosen(by: str, points: Iterable[dict[str, Any]]) -> str:
-    first, *others = points
-    if first["cross_validated"] is None:
-        return "Too few training images to cross-validate: nothing was chosen, the first of the grid comes first."
-    near = [p for p in others if p["behind"] and p["behind"]["low"] <= 0 <= p["behind"]["high"]]
-    text = (
-        f"Chosen by cross-validated {by.replace('_', '-')} on {first['cross_validated']['images']:,} training images: "
-    )
-    text += f"{first['run']}. The validation images chose nothing."
-    if near:
-        text += f" {len(near)} of the {len(others)} others cannot be told from it on these images."
-    return text
-
-
-def _plotted(point: dict[str, Any]) -> dict[str, Any]:
-    """A point for the plot: validation accuracy, or where nothing was held for that, cross-validated."""
-    if point["accuracy"] is not None:
-        return point
-    return {**point, **(point["cross_validated"] or {"accuracy": 0.0, "low": 0.0, "high": 1.0})}
-
-
-def _page(found: Sweep, figure: Any, source: Source) -> bytes:
-    title = f"{Path(source.uri).resolve().name} · sweep of {len(found.points)} runs"
-    drawing = plots.svg(figure, "trade-off", "Accuracy against images per second and file size, with intervals.")
-    chosen = _chosen(found.by, found.points)
-    link = f'<p><a href="{page.text(found.points[0]["run"])}/report.html">The report of the first</a></p>'
-    failures = [f"{f['point']}: {f['error'].replace(str(Path(source.uri).resolve().parent), '')}" for f in found.failed]
-    return page.page(
-        title,
-        f'<header><h1>{page.text(title)}</h1><p class="lead">{page.text(chosen)}</p>{link}</header>',
-        page.section(
-            "Accuracy, speed and size",
-            page.figure(drawing, 1040),
-            note="Validation accuracy with 95% intervals; heads on one backbone are set side by side.",
-        ),
-        page.section(
-            "All runs",
-            page.table(COLUMNS, [_row(p) for p in found.points], "Best first; 95% intervals in brackets.", mark=0),
-        ),
-        page.section("Failed", page.notes(failures)),
-    )

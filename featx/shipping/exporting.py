@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,11 +156,13 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
         model, {name: json.dumps(value) for name, value in entries.items()} | {"featx_format": FORMAT}
     )
     data = model.SerializeToString(deterministic=True)
-    record = found | {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    record |= {"parts": entries["parts"], "versions": entries["versions"]}
+    record = found | {"file": path.name, "bytes": len(data), "parts": entries["parts"], "versions": entries["versions"]}
     beside = path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
     try:
-        write_atomic(path, data)
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
+            write_atomic(path, data)
+        record["sha256"] = digest.result()
         write_atomic(beside, json.dumps(record, indent=2).encode() + b"\n")
     except OSError as error:
         raise ExportError(

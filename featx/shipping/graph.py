@@ -8,6 +8,7 @@ so a part can be hashed, compared and exchanged by itself.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from featx.heads import Head
 from featx.preprocess import MAX_ASPECT, Preprocess
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 
 OPSET = 18
 """The oldest operator set with an antialiased Resize, and so the one that most runtimes have."""
@@ -273,14 +274,21 @@ def opened_up(model: ModelProto, *, pixels: bool = False) -> bytes:
 def part_digests(graph: GraphProto) -> dict[str, str]:
     """SHA-256, in hex, of each part's nodes and weights, in the graph's order, by part name.
 
-    A part that is not there has the digest of nothing. Names that belong to no part count as `other`.
+    Of the SHA-256s of its entries; two threads make those of the weights. A part that is not there has the
+    digest of nothing. Names that belong to no part count as `other`.
     """
     hashes = {name: hashlib.sha256() for name in (*PARTS, "other")}
-    for entry in (*graph.node, *graph.initializer, *graph.sparse_initializer):
+    weights = [*graph.initializer, *graph.sparse_initializer]
+    with ThreadPoolExecutor(2) as pool:
+        digests = [*map(_digest, graph.node), *pool.map(_digest, weights)]
+    for entry, digest in zip([*graph.node, *weights], digests, strict=True):
         prefix = getattr(entry, "name", "").partition("/")[0]
-        data = entry.SerializeToString(deterministic=True)
-        hashes[prefix if prefix in PARTS else "other"].update(len(data).to_bytes(8, "little") + data)
+        hashes[prefix if prefix in PARTS else "other"].update(digest)
     return {name: hash.hexdigest() for name, hash in hashes.items()}
+
+
+def _digest(entry: NodeProto | TensorProto | SparseTensorProto) -> bytes:
+    return hashlib.sha256(entry.SerializeToString(deterministic=True)).digest()
 
 
 def head_of(model: ModelProto, class_names: list[str], activation: str, threshold: float | None) -> Head:
