@@ -21,7 +21,7 @@ from featx.views import pixels
 # Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.
 WAITING_BYTES = 96 << 20
 # Keys of images on their way that are remembered before the first look at which of them are stored.
-CLAIMS = 1 << 14
+CLAIMS = 1 << 11
 
 
 @dataclass(frozen=True, eq=False)

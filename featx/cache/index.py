@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,22 +15,34 @@ AT_ONCE = 1 << 16
 
 
 class KeyIndex:
-    """Keys `uint8 [N, 32]` in the order they are stored, searchable. Takes 48 bytes a key."""
+    """Keys `uint8 [N, 32]` in the order they are stored, searchable. Takes 44 bytes a key, and room to grow.
+
+    Sorted runs of the keys, each at least four times as long as the next, so that what is appended during a
+    run of millions of images is not all sorted again with every shard.
+    """
 
     def __init__(self, parts: Iterable[np.ndarray] = ()) -> None:
-        self._parts = list(parts)
-        self._sorted: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._buffer = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *parts])
+        self._count = len(self._buffer)
+        self._used = [self._count]  # of the buffer, by this index or one that grew out of it
+        self._runs: list[_Run] = []
 
     def plus(self, keys: np.ndarray) -> KeyIndex:
-        """An index with `keys` stored behind all others."""
-        return KeyIndex([*self._parts, keys])
+        """An index with `keys` stored behind all others; this one stays as it is."""
+        made, end = KeyIndex(), self._count + len(keys)
+        made._buffer, made._used = self._buffer, self._used
+        if end > len(self._buffer) or self._used[0] != self._count:
+            made._buffer, made._used = np.empty((end + end // 2, KEY_BYTES), np.uint8), [0]
+            made._buffer[: self._count] = self.keys
+        made._buffer[self._count : end] = keys
+        made._used[0] = made._count = end
+        made._runs = self._runs
+        return made
 
     @property
     def keys(self) -> np.ndarray:
         """`uint8 [N, 32]`, maybe with repeats: two writers may have stored the same."""
-        if len(self._parts) != 1:
-            self._parts = [np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *self._parts])]
-        return self._parts[0]
+        return self._buffer[: self._count]
 
     def __len__(self) -> int:
         """The number of distinct keys."""
@@ -37,48 +50,73 @@ class KeyIndex:
 
     def first(self) -> np.ndarray:
         """Ascending places, `int64 [M]`, of the first row of each distinct key."""
-        keys, prefix, order = self._index()
-        same = prefix[1:] == prefix[:-1]
-        if not same.any():
-            return np.arange(len(keys))
-        keep = np.ones(len(keys), bool)
-        near = np.zeros(len(keys), bool)
-        near[1:] |= same
-        near[:-1] |= same
-        doubtful = np.sort(order[near])
-        keep[doubtful] = False
-        keep[doubtful[distinct(keys[doubtful])]] = True
-        return np.flatnonzero(keep)
+        return distinct(self.keys)
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """The place of the first row of each key, counting through all rows; -1 for none. `int64 [N]`."""
-        if 0 < len(keys) <= len(self.keys) and np.array_equal(self.keys[: len(keys)], keys):
+        if 0 < len(keys) <= self._count and _same(self.keys, keys):
             return np.arange(len(keys))  # a data set in the order it was stored in: nothing to search
-        known, prefix, order = self._index()
+        runs, words = self._sorted(), self.keys.view(np.uint64)
         found = np.full(len(keys), -1, np.int64)
-        words = known.view(np.uint64)
-        for start in range(0, len(keys) if len(known) else 0, AT_ONCE):
+        for start in range(0, len(keys), AT_ONCE):
+            part = found[start : start + AT_ONCE]
             asked = keys[start : start + AT_ONCE].view(np.uint64)
-            at = np.searchsorted(prefix, asked[:, 0])
-            rest = np.arange(len(asked))
-            while len(rest):  # once, but for different keys that share their first 8 bytes
-                rest = rest[at[rest] < len(prefix)]
-                rest = rest[prefix[at[rest]] == asked[rest, 0]]
-                candidate = order[at[rest]]
-                hit = (words[candidate] == asked[rest]).all(axis=1)
-                found[start + rest[hit]] = candidate[hit]
-                rest = rest[~hit]
-                at[rest] += 1
+            for run in runs:
+                todo = np.flatnonzero(part < 0)
+                part[todo] = run.find(words, asked[todo])
         return found
 
-    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All keys as stored, their first 8 bytes sorted, and the permutation that sorts them."""
-        if self._sorted is None:
-            keys = self.keys
-            first = keys.view(np.uint64)[:, 0]
-            order = np.argsort(first, kind="stable")
-            self._sorted = keys, first[order], order
-        return self._sorted
+    def _sorted(self) -> list[_Run]:
+        """The runs, over all keys; what was appended since is sorted, and runs grown too alike are joined."""
+        runs = list(self._runs)
+        start = runs[-1].stop if runs else 0
+        if start < self._count:
+            while runs and runs[-1].stop - runs[-1].start < 4 * (self._count - start):
+                start = runs.pop().start
+            runs.append(_Run.of(self.keys, start, self._count))
+            self._runs = runs
+        return runs
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The keys from `start` to `stop`, by their first 8 bytes."""
+
+    start: int
+    stop: int
+    prefix: np.ndarray
+    """`uint64 [n]`, ascending."""
+    order: np.ndarray
+    """`uint32 | int64 [n]`: where each of these lies, counted from `start`; of equals the first comes first."""
+
+    @classmethod
+    def of(cls, keys: np.ndarray, start: int, stop: int) -> _Run:
+        first = keys[start:stop].view(np.uint64)[:, 0]
+        order = np.argsort(first, kind="stable")
+        if len(order) < 1 << 32:
+            order = order.astype(np.uint32)
+        return cls(start, stop, first[order], order)
+
+    def find(self, words: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        """The first place of each of `asked`, `uint64 [B, 4]`, among all keys `words` `[N, 4]`; -1 for none."""
+        found = np.full(len(asked), -1, np.int64)
+        at = np.searchsorted(self.prefix, asked[:, 0])
+        rest = np.arange(len(asked))
+        while len(rest):  # once, but for different keys that share their first 8 bytes
+            rest = rest[at[rest] < len(self.prefix)]
+            rest = rest[self.prefix[at[rest]] == asked[rest, 0]]
+            candidate = self.start + self.order[at[rest]].astype(np.int64)
+            hit = (words[candidate] == asked[rest]).all(axis=1)
+            found[rest[hit]] = candidate[hit]
+            rest = rest[~hit]
+            at[rest] += 1
+        return found
+
+
+def _same(stored: np.ndarray, keys: np.ndarray) -> bool:
+    """Whether `keys` are the first of `stored`."""
+    parts = (slice(i, min(i + AT_ONCE, len(keys))) for i in range(0, len(keys), AT_ONCE))
+    return all(np.array_equal(stored[part], keys[part]) for part in parts)
 
 
 def as_keys(keys: np.ndarray) -> np.ndarray:

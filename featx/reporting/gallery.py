@@ -159,7 +159,7 @@ def predictions(material: Material) -> tuple[str, Figure | None]:
     if features is None or material.source is None:
         return "", None
     part = features.split("val")
-    if not len(part) or part.X.ndim != 2:
+    if not len(part) or len(part.rows.shape) != 2:
         return "", None
     rng = np.random.default_rng(material.config.get("seed", 0))
     part = part.take(np.sort(rng.choice(len(part), min(GRID, len(part)), replace=False)))
@@ -235,7 +235,7 @@ def batch(material: Material) -> tuple[str, Figure | None]:
 def feature_map(material: Material, layout: str) -> tuple[Figure | None, str]:
     """The features of training and validation images in two dimensions, and what to say below it."""
     features = material.features
-    if features is None or features.X.ndim != 2:
+    if features is None or len(features.rows.shape) != 2:
         return None, ""
     rows = np.flatnonzero(np.isin(features.splits, ["train", "val"]))
     if len(rows) < 5:
@@ -257,7 +257,7 @@ def feature_map(material: Material, layout: str) -> tuple[Figure | None, str]:
         for p, y in zip(probabilities, part.y[held], strict=True)
     ]
     method = "t-SNE" if layout == "tsne" else "The first two principal components"
-    note = f"{method} of the {features.X.shape[1]} features: what is near looks alike to the backbone. "
+    note = f"{method} of the {features.rows.shape[1]} features: what is near looks alike to the backbone. "
     note += "Distances between groups say little. " if layout == "tsne" else ""
     note += "Strong colours are validation images, soft ones were trained on."
     note += f" {len(rows):,} of {every:,} images, drawn at random." if every > len(rows) else ""

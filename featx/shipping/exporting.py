@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featx import __version__
 from featx.backbones import BackboneInfo
+from featx.devices import free_memory
 from featx.engines import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.extraction import Extraction, sync
@@ -299,7 +300,7 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
         precision=spec.precision,
         dtype=spec.dtype,
     )
-    features = extraction.features()
+    features = extraction.features(memory=free_memory() / 2)
     if features.spec.digest != spec.digest:
         raise ExportError(
             f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "

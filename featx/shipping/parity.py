@@ -21,7 +21,7 @@ from featx.errors import ExportError, ImageError
 from featx.extraction import Extraction
 from featx.features import Features, content_key
 from featx.files import write_atomic
-from featx.heads import Head
+from featx.heads import BLOCK, Head
 from featx.preprocess import Preprocess
 from featx.shipping.graph import FEATURES_VALUE, PIXELS
 from featx.shipping.prediction import MULTILABEL
@@ -152,8 +152,8 @@ def choose(extraction: Extraction, features: Features, split: str, limit: int) -
         ids=[features.ids[i] for i in rows],
         labels=labels,
         keys=features.keys[rows],
-        cached=np.asarray(features.X[rows], np.float32),
-        scale=float(np.abs(features.X).max()),
+        cached=np.asarray(features.take(rows).X, np.float32),
+        scale=max(float(np.abs(features.rows[i : i + BLOCK]).max()) for i in range(0, len(features), BLOCK)),
         precision=features.spec.precision,
         read=lambda i: extraction.source.read(numbers[i]),
     )
