@@ -99,7 +99,6 @@ class KeyMemo:
                     f"cannot write {self.path} ({error.strerror}): make room and run the same command again"
                 ) from error
             return
-        self._names, self._stats, self._keys = blob, stats, keys
 
     def _find(self, ids: list[str]) -> np.ndarray | None:
         """Where each path is in the memo, -1 where it is not; None where they are its first, in order."""

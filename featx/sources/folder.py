@@ -45,7 +45,8 @@ class _Listing:
     def add(self, prefix: str, found: _Folder, label: str, split: str) -> None:
         self.ids += [prefix + name for name in found.images]
         self.labels += [label] * len(found.images)
-        self.splits += [split] * len(found.images)
+        if split:  # all images have one, or none has
+            self.splits += [split] * len(found.images)
         self.stats.append(found.stats)
         self.ignored += [prefix + name for name in found.others]
         del found.images[1:]  # only whether there are any is asked from now on
