@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -391,7 +392,9 @@ def _wrapped(network: layers.Tuned, settings: FinetuneConfig, world: World) -> n
         from torch.nn.parallel import DistributedDataParallel
 
         # statistics of batch norm stay each process's own; the leader's are measured and saved
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        with warnings.catch_warnings():  # newer releases have another name for it, which older ones lack
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(model, broadcast_buffers=False)
     return model
 
 
