@@ -1,56 +1,30 @@
-"""Owns the packaged table of torchvision's networks; `python -m featx.backbones._table` writes it anew."""
+"""Owns the packaged table of torchvision's networks, which `python -m featx.backbones._measure` writes."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
+
+# parts that only help training, and that a state dict may lack
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """`{"torchvision": version, "networks": [row, ...]}`, the rows as `measure` gives them."""
+    """`{"torchvision": version, "networks": [row, ...]}`, the rows as `_measure.measure` gives them."""
     found: dict[str, Any] = json.loads(resources.files(__package__).joinpath("torchvision.json").read_text())
     return found
 
 
-def measure(name: str) -> dict[str, Any]:
-    """One network's row, from the network itself; takes seconds for the largest."""
-    from torchvision import models
-
-    from featx.backbones import torchvision as source
-    from featx.backbones._weights import fingerprint
-
-    weights = models.get_model_weights(name)
-    preprocess = source.preprocessing(source.default_weights(name))
-    network = source.create(name, preprocess.crop)
-    head = source.last_layer(name, network)
-    state = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    layer = network.get_submodule(head)
-    return {
-        "name": name,
-        "features": layer.in_channels if hasattr(layer, "in_channels") else layer.in_features,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "crop": preprocess.crop,
-        "weights": [member.name for member in weights],
-        "default": source.default_weights(name).name,
-        "head": head,
-        "fingerprint": fingerprint(state, head),
+def fingerprint(shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
+    """Names an architecture by its tensors' names and shapes, whatever its number of classes."""
+    kept = {
+        name: list(shape)
+        for name, shape in shapes.items()
+        if not name.startswith((f"{head}.", *AUXILIARY)) and not name.endswith("num_batches_tracked")
     }
-
-
-def write(path: Path) -> None:
-    """Measure every network of the installed torchvision and write the table."""
-    import torchvision
-    from torchvision import models
-
-    rows = [measure(name) for name in models.list_models(module=models)]
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    version = torchvision.__version__.partition("+")[0]
-    path.write_text(f'{{"torchvision": "{version}", "networks": [\n{lines}\n]}}\n')
-
-
-if __name__ == "__main__":
-    write(Path(__file__).with_name("torchvision.json"))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +12,13 @@ from torch import Tensor, nn
 
 from featx.backbones import file_stats
 from featx.backbones._module import replace_module
+from featx.backbones._table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 # what training scripts wrap a state dict in, and what they put before its names
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def is_file(weights: str) -> bool:
@@ -96,7 +94,7 @@ def load_state(network: nn.Module, state: dict[str, Tensor], what: str, head: st
     """
     own = network.state_dict()
     # auxiliary classifiers only help training, and counters do not change what a network computes
-    given = _State({k: v for k, v in state.items() if k in own or not k.startswith(_AUXILIARY)})
+    given = _State({k: v for k, v in state.items() if k in own or not k.startswith(AUXILIARY)})
     for name, tensor in own.items():
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
@@ -136,19 +134,7 @@ def load_state(network: nn.Module, state: dict[str, Tensor], what: str, head: st
     return note
 
 
-def fingerprint(shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
-    """Names an architecture by its tensors' names and shapes, whatever its number of classes."""
-    kept = {
-        name: list(shape)
-        for name, shape in shapes.items()
-        if not name.startswith((f"{head}.", *_AUXILIARY)) and not name.endswith("num_batches_tracked")
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _looks_like(state: Mapping[str, Tensor]) -> str:
-    from featx.backbones._table import table
-
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     rows = table()["networks"]
     prints = {head: fingerprint(shapes, head) for head in {row["head"] for row in rows}}

@@ -76,9 +76,16 @@ class Design:
             self.eigenvalues = np.maximum(values, 0.0)
         self._passes: Callable[..., tuple[np.ndarray, ...]] | None = None
         if torch_device:
+            import torch
+
             from featx.heads._torch_passes import TorchPasses
 
-            self._passes = TorchPasses(self, torch_device)
+            self._passes = TorchPasses(
+                {torch.float32: self.single, torch.float64: self.rows},
+                *(self.y, self.fold, self.weights, self.scored),
+                several=self.several,
+                device=torch_device,
+            )
 
     def _rotate_rows(self) -> None:
         Z = np.asarray(self.rows[:])[:, :-1].astype(np.float64)

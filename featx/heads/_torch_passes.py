@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from featx.heads._design import Design
+from featx.features import Rows
 
 SCRATCH = 1 << 26  # numbers per block of logits
 FLOOR = -60.0  # as in `_design`
 
 
 class TorchPasses:
-    """Passes over a design's rows on `device`; they stay there where they take less than half of its memory."""
+    """Passes over the rows of a `Design` on `device`; they stay there where they take less than half of its memory."""
 
-    def __init__(self, design: Design, device: str) -> None:
-        self.design, self.device = design, torch.device(device)
-        self.y = torch.from_numpy(np.ascontiguousarray(design.y)).to(self.device)
-        self.fold = torch.from_numpy(design.fold).to(self.device)
-        self.weights = torch.from_numpy(design.weights).to(self.device)
-        self.scored = torch.from_numpy(design.scored).to(self.device)
+    def __init__(
+        self,
+        rows: dict[torch.dtype, Rows],
+        y: np.ndarray,
+        fold: np.ndarray,
+        weights: np.ndarray,
+        scored: np.ndarray,
+        *,
+        several: bool,
+        device: str,
+    ) -> None:
+        """rows: `[N, width]` for each arithmetic, float32 and float64; the others `[N]`, as `Design` has them.
+        several: a sigmoid for each column of `y` `[N, K]`, else a softmax.
+        """
+        self.rows, self.several, self.device = rows, several, torch.device(device)
+        self.count = len(fold)
+        self.y = torch.from_numpy(np.ascontiguousarray(y)).to(self.device)
+        self.fold, self.weights, self.scored = (torch.from_numpy(a).to(self.device) for a in (fold, weights, scored))
         self._kept: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(self, W: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -36,11 +45,11 @@ class TorchPasses:
         curvature = torch.zeros((K, P), dtype=torch.float64, device=self.device)
         gradient = torch.zeros_like(weight)
         step = max(64, SCRATCH // len(W))
-        for start in range(0, self.design.count, step):
-            rows = slice(start, min(start + step, self.design.count))
-            Z = self._rows(rows, weight.dtype)
+        for start in range(0, self.count, step):
+            rows = slice(start, min(start + step, self.count))
+            Z = self._block(rows, weight.dtype)
             L = (weight @ Z.T).view(K, P, len(Z))  # logits, then probabilities, then residuals
-            each = self._sigmoid(L, rows, curvature) if self.design.several else self._softmax(L, rows, curvature)
+            each = self._sigmoid(L, rows, curvature) if self.several else self._softmax(L, rows, curvature)
             fold = self.fold[rows]
             inside = (fold != left_out[:, None]) | (fold < 0)
             trained = inside * self.weights[rows]
@@ -50,21 +59,16 @@ class TorchPasses:
             gradient += L.view(K * P, -1) @ Z
         return loss.cpu().numpy(), held.cpu().numpy(), gradient.cpu().numpy(), curvature.cpu().numpy()
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in self._kept and self._fits(dtype):
-            whole = self.design.rows if dtype == torch.float64 else self.design.single
-            self._kept[dtype] = torch.from_numpy(np.asarray(whole)).to(self.device, dtype)
+    def _block(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        whole = self.rows[dtype]
+        if dtype not in self._kept and isinstance(whole, np.ndarray) and self._fits(whole.size * dtype.itemsize):
+            self._kept[dtype] = torch.from_numpy(whole).to(self.device, dtype)
         if dtype in self._kept:
             return self._kept[dtype][rows]
-        return torch.from_numpy(np.ascontiguousarray(self.design.rows[rows])).to(self.device, dtype)
+        return torch.from_numpy(np.ascontiguousarray(whole[rows])).to(self.device, dtype)
 
-    def _fits(self, dtype: torch.dtype) -> bool:
-        if self.design.streamed:
-            return False
-        if self.device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(np.prod(self.design.rows.shape)) * dtype.itemsize < free // 2
+    def _fits(self, size: int) -> bool:
+        return self.device.type != "cuda" or size < torch.cuda.mem_get_info(self.device)[0] // 2
 
     def _softmax(self, L: torch.Tensor, rows: slice, curvature: torch.Tensor) -> torch.Tensor:
         y = self.y[rows].expand(1, L.shape[1], -1)

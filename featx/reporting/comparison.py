@@ -46,8 +46,8 @@ def _row(point: dict[str, Any]) -> list[Any]:
         f"{found['log_loss']:.3f}" if found else None,
         f"{behind['value']:+.3f} ({behind['low']:+.3f} to {behind['high']:+.3f})" if behind else None,
         _between(point["accuracy"], point["low"], point["high"]) if point["accuracy"] is not None else None,
-        point["images_per_second"],
-        point["megabytes"],
+        None if point["images_per_second"] is None else f"{point['images_per_second']:g}",
+        f"{point['megabytes']:.1f}",
     ]
 
 

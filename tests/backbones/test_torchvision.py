@@ -31,7 +31,8 @@ from featx.backbones import (
     resolve,
     tensors_digest,
 )
-from featx.backbones._table import measure, table
+from featx.backbones._measure import measure
+from featx.backbones._table import table
 from featx.backbones.torchvision import _renamed, create, preprocessing
 from featx.engines import TOLERANCE, backbone_onnx, difference
 from featx.errors import BackboneError, WeightsError
