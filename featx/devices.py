@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from featx.errors import FeatxError
 
@@ -14,7 +15,21 @@ def available_threads() -> int:
 
 
 def free_memory() -> float:
-    """Bytes of main memory that are free; half of all where the system does not say."""
+    """Bytes of main memory that this process may still take."""
+    return max(0.0, min(_machine_memory(), _group_memory()))
+
+
+def _group_memory() -> float:
+    """What the limit of a container (Linux's control group, version 2) leaves; infinity where there is none."""
+    try:
+        most, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        return float(most) - float(used)  # `max` is no number
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def _machine_memory() -> float:
+    """What the machine has free; half of all where the system does not say."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)

@@ -31,6 +31,15 @@ class StoredRows(Rows, Protocol):
     def take(self, which: np.ndarray, /) -> StoredRows: ...
 
 
+def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
+    """The rows of a table with these numbers, `int [M]`, in memory: in one go where the table can `take`."""
+    if isinstance(X, np.ndarray):
+        return X[which]
+    if hasattr(X, "take"):
+        return np.asarray(X.take(which)[0 : len(which)])
+    return np.concatenate([X[i : i + 1] for i in which.tolist()])
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """All that changes a feature, and nothing else. Two specs with one digest have the same features."""
@@ -126,7 +135,7 @@ class Features:
     def digest(self) -> str:
         """SHA-256, in hex, of what was learned from: keys, labels, splits and class names; not file names."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        labels = self.y.reshape(len(self), -1)
+        labels = self.y[:, None] if self.y.ndim == 1 else self.y
         order = np.lexsort([self.splits, *labels.T[::-1], *self.keys.T[::-1]])
         for start in range(0, len(order), 1 << 16):  # a million images are not a million tuples at once
             rows = order[start : start + (1 << 16)]

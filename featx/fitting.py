@@ -53,9 +53,9 @@ def fit(
     beside its centre crop. output: the run's folder, by default
     `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
     cross-validation what they bring, which costs two fits a fold. report: write `report.html` and `plots/`
-    too. memory: bytes that features may take, by default half of what is free; more than that stays in the
-    cache and is read by slices, pass by pass (heads logreg, ridge and ncm). The others: as for
-    `featx.extraction.sync`.
+    too. memory: bytes that a table of features may take, by default a fifth of what is free, since a fit
+    holds up to four copies; a larger one stays in the cache and is read by slices, pass by pass (heads
+    logreg, ridge and ncm). The others: as for `featx.extraction.sync`.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
     where there is nothing to learn from and `RunError` where a run would be overwritten.
@@ -74,7 +74,7 @@ def fit(
     if world and not world.leads:
         world.wait()  # the leader extracts; the others then find everything cached
     extracted = sync(data, request, views=views, **options)
-    limit = free_memory() / 2 if memory is None else memory
+    limit = free_memory() / 5 if memory is None else memory
     features = extracted.features(memory=limit)
     if world and world.leads:
         world.wait()
@@ -129,7 +129,7 @@ def fit(
     if views and finetune is None and head != "pretrained":
         values |= measured_averages(extracted, features, fitted.head)
         if gain:
-            values |= measured_gain(extracted, features, head, seed=seed, device=device, **settings)
+            values |= measured_gain(extracted, features, head, limit, seed=seed, device=device, **settings)
     if finetune is not None and finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
     run.write("report.json", values)
@@ -244,16 +244,22 @@ def measured_averages(extracted: Extraction, features: Features, head: Head) -> 
     val = np.flatnonzero(features.splits == "val")
     if not len(val):
         return {}
-    views = [store.read(features.keys[val]) for store in extracted.stores]
+    views = [StoredRows(store, features.keys[val]) for store in extracted.stores]
     logits = augmentation.average(head, views)
     ids = [features.ids[i] for i in val]
     averaged = evaluate_logits(logits, features.y[val], head, features.class_names, ids).to_dict()
     return {"averaged_views": {"views": len(views)} | averaged}
 
 
-def measured_gain(extracted: Extraction, features: Features, head: str, **settings: Any) -> dict[str, Any]:
-    """`report.json`: what learning from views brings, cross-validated on the training images."""
+def measured_gain(
+    extracted: Extraction, features: Features, head: str, memory: float, **settings: Any
+) -> dict[str, Any]:
+    """`report.json`: what learning from views brings, cross-validated on the training images, in `memory` bytes."""
     train = np.flatnonzero(features.splits == "train")
+    form = extracted.stores[0].form
+    assert form is not None
+    if len(train) * len(extracted.stores) * form.row_bytes > memory:
+        return {"views_note": f"what views bring was not measured: their features take more than {memory / 1e9:.1f} GB"}
     views = [store.read(features.keys[train]) for store in extracted.stores]
     y, group = features.y[train], groups(features.keys[train])
     try:

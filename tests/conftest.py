@@ -20,7 +20,8 @@ worker = os.environ.get("PYTEST_XDIST_WORKER", "")
 if worker and "FEATX_TEST_CORES" not in os.environ and hasattr(os, "sched_setaffinity"):  # not in its children
     # Each worker has cores of its own, or every library would start a thread a core in every worker, and
     # these spend most of their time waiting for each other.
-    mine = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    cores, number = sorted(os.sched_getaffinity(0)), int(worker[2:])
+    mine = cores[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or [cores[number % len(cores)]]
     os.sched_setaffinity(0, mine)
     os.environ["FEATX_TEST_CORES"] = str(len(mine))
     os.environ.setdefault("OMP_NUM_THREADS", str(len(mine)))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, leftovers, shard_files, table, tiny_engine
 
+from featx.cache import reading
 from featx.cache import store as store_module
 from featx.cache.index import KeyIndex
 from featx.cache.store import FeatureStore
@@ -27,7 +28,7 @@ def test_rows_come_back_in_the_order_asked_for_with_repeats(
     piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one thread, and in many pieces by several."""
-    monkeypatch.setattr(store_module, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(reading, "PIECE_BYTES", piece_bytes)
     keys, rows = table(500)
     fill(tmp_path, keys, rows, shard_bytes=2000)
     store = FeatureStore(tmp_path, SPEC)

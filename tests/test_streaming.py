@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ColourEngine, write_images
-from storekit import SPEC, fill, table
+from storekit import NAME, SPEC, fill, table
 
+from featx.cache import caching
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import Stacked, StoredRows
 from featx.errors import HeadError
@@ -25,7 +28,32 @@ def test_stored_rows_are_those_of_the_store_whatever_slice_is_asked_for(tmp_path
     for part in (slice(0, 300), slice(7, 8), slice(290, 400), slice(5, 5)):
         assert np.array_equal(stored[part], rows[order][part])
     few = stored.take(np.array([3, 1, 299]))
-    assert few.shape == (3, 8) and np.array_equal(few[0:3], rows[order][[3, 1, 299]])
+    assert few.shape == (3, 8)
+    assert np.array_equal(few[0:3], rows[order][[3, 1, 299]])
+
+
+def test_threads_read_the_right_rows_while_the_cache_is_compacted(tmp_path: Path) -> None:
+    """Before a read was held to one listing, rows of another order came back, and nobody noticed."""
+    keys, rows = table(1000, 16)
+    fill(tmp_path, keys, rows, batch=50, shard_bytes=3200)
+    stored = StoredRows(FeatureStore(tmp_path, SPEC), keys)
+    done = threading.Event()
+
+    def read(seed: int) -> int:
+        rng, count = np.random.default_rng(seed), 0
+        while not done.is_set():
+            start = int(rng.integers(0, 900))
+            stop = start + int(rng.integers(1, 300))
+            assert np.array_equal(stored[start:stop], rows[start:stop])
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        reads = [pool.submit(read, seed) for seed in range(4)]
+        for seed in range(20):
+            caching.compact(tmp_path, NAME, keys[np.random.default_rng(seed).permutation(1000)])
+        done.set()
+        assert all(found.result() > 5 for found in reads)
 
 
 def test_stacked_tables_are_sliced_across_their_borders() -> None:
@@ -35,6 +63,8 @@ def test_stacked_tables_are_sliced_across_their_borders() -> None:
     for start in range(9):
         for stop in range(start, 10):
             assert np.array_equal(stacked[start:stop], whole[start:stop]), (start, stop)
+    order = np.array([7, 0, 3, 3, 2])
+    assert np.array_equal(stacked.take(order), whole[order])
 
 
 @pytest.mark.parametrize("head", ["logreg", "ridge", "ncm"])
@@ -55,6 +85,15 @@ def test_features_over_the_limit_are_not_read_before_they_are_sliced(tmp_path: P
     assert isinstance(stored.rows, StoredRows) and isinstance(held.rows, np.ndarray)
     assert isinstance(stored.split("train").rows, StoredRows)
     assert np.array_equal(stored.X, held.X) and np.array_equal(stored.split("val").X, held.split("val").X)
+
+
+def test_what_views_bring_is_not_measured_beyond_the_memory_given(tmp_path: Path, engine: ColourEngine) -> None:
+    data = write_images(tmp_path / "data", per_class=40)
+    options = {"cache": tmp_path / "cache", "views": 2, "report": False}
+    run = fit(data, "tiny", "ncm", output=tmp_path / "run", memory=100.0, **options)  # type: ignore[arg-type]
+    assert "more than" in run.report["views_note"] and "views" not in run.report
+    assert run.report["averaged_views"]["views"] == 3
+    assert "views" in fit(data, "tiny", "ncm", output=tmp_path / "other", **options).report  # type: ignore[arg-type]
 
 
 def test_the_linear_head_says_that_it_needs_the_features_in_memory(tmp_path: Path, engine: ColourEngine) -> None:

@@ -53,7 +53,8 @@ class KeyIndex:
         return distinct(self.keys)
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
-        """The place of the first row of each key, counting through all rows; -1 for none. `int64 [N]`."""
+        """A place of each key, counting through all rows; -1 for none. `int64 [N]`. The first one, unless the keys
+        are asked for as they are stored."""
         if 0 < len(keys) <= self._count and _same(self.keys, keys):
             return np.arange(len(keys))  # a data set in the order it was stored in: nothing to search
         runs, words = self._sorted(), self.keys.view(np.uint64)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from featx.cache import folders, shards
 from featx.cache.index import KeyIndex, as_keys, distinct
+from featx.cache.reading import Reader, readers
 from featx.cache.shards import Form, Shard, StaleError
-from featx.devices import available_threads
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
@@ -26,8 +25,6 @@ SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
 # A file that changed this shortly before it was looked at can change again without another timestamp.
 CLOCK_NS = 2_000_000_000
-# Large reads and hashes are shared out to a few threads, in pieces of this many bytes of rows.
-PIECE_BYTES, READERS = 8 << 20, min(4, available_threads())
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -66,6 +63,7 @@ class FeatureStore:
         """What all rows have in common; None before the first append."""
         self._listed: tuple[dict[str, Shard], KeyIndex] = ({}, KeyIndex())
         self._maps: dict[str, np.ndarray] = {}
+        self._refreshing = threading.Lock()
         self.refresh()
         self._check_engine()
 
@@ -222,7 +220,7 @@ class FeatureStore:
         order) and `mapped` allows it, else an array. Raises `StoreError` with the number of keys that have no row.
         """
         keys = as_keys(keys)
-        return self._again(keys, lambda at: self._mapped(at) if mapped and len(at) else self._gather(at))
+        return self._read(keys, mapped)
 
     def batches(
         self, keys: np.ndarray, size: int, *, seed: int | None = None
@@ -234,90 +232,38 @@ class FeatureStore:
         """
         keys = as_keys(keys)
         order = np.arange(len(keys)) if seed is None else np.random.default_rng(seed).permutation(len(keys))
-        self._again(keys, lambda at: at)  # name all that is missing before the first batch
+        self._place(keys)  # name all that is missing before the first batch
         for start in range(0, len(keys), size):
             chosen = order[start : start + size]
-            yield chosen, self._again(keys[chosen], self._gather)
+            yield chosen, self._read(keys[chosen], mapped=False)
 
-    def _again(self, keys: np.ndarray, use: Any) -> Any:
-        """`use(locations of keys)`, listing the folder again where another process changed it meanwhile."""
-        for attempt in range(4):
-            at = self._rows.locate(keys)
-            missing = int((at < 0).sum())
-            if not missing:
-                with contextlib.suppress(StaleError):
-                    return use(at)
-            elif attempt:
-                raise StoreError(
-                    f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
-                )
-            self.refresh()
+    def _read(self, keys: np.ndarray, mapped: bool) -> np.ndarray:
+        for _ in range(4):
+            listed, at = self._place(keys)
+            if self.form is None:
+                return np.zeros((0,), self.spec.dtype)
+            reader = Reader(self.folder, self.form, listed.values(), self._maps)
+            try:
+                return reader.mapped(at) if mapped and len(at) else reader.gather(at)
+            except StaleError:
+                self.refresh()  # another process compacts
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
-    def _mapped(self, at: np.ndarray) -> np.ndarray:
-        name, starts = self._starts()
-        shard = int(np.searchsorted(starts, at[0], "right")) - 1
-        one_run = at[-1] < starts[shard + 1] and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all()
-        if not one_run:
-            return self._gather(at)
-        first = int(at[0] - starts[shard])
-        return self._map(name[shard])[first : first + len(at)]
-
-    def _gather(self, at: np.ndarray) -> np.ndarray:
-        """Copy the rows at these locations: whole runs straight from the file, scattered rows from its map."""
-        if self.form is None:
-            return np.zeros((0,), self.spec.dtype)
-        out = np.empty((len(at), *self.form.row_shape), self.form.dtype)
-        names, starts = self._starts()
-        of = np.searchsorted(starts, at, "right") - 1
-        order = None if (of[1:] >= of[:-1]).all() else np.argsort(of, kind="stable")
-        ordered = of if order is None else of[order]
-        edges = np.flatnonzero(np.diff(ordered, prepend=-1, append=len(names)))
-        step = max(1, PIECE_BYTES // self.form.row_bytes)
-        pieces: list[tuple[str, np.ndarray, np.ndarray]] = []
-        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            shard = int(ordered[a])
-            for start in range(a, b, step):
-                to = np.arange(start, min(start + step, b)) if order is None else order[start : min(start + step, b)]
-                pieces.append((names[shard], at[to] - starts[shard], to))
-        if out.nbytes <= PIECE_BYTES:
-            for name, source, to in pieces:
-                self._copy(name, source, to, out)
-        else:
-            with ThreadPoolExecutor(READERS) as pool:
-                for done in [pool.submit(self._copy, *piece, out) for piece in pieces]:
-                    done.result()
-        return out
-
-    def _copy(self, name: str, source: np.ndarray, to: np.ndarray, out: np.ndarray) -> None:
-        assert self.form is not None
-        breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(to) != 1)) + 1
-        if len(breaks) > len(source) // 64:
-            if to[-1] - to[0] == len(to) - 1:  # ascending, so one run: no second copy
-                np.take(self._map(name), source, axis=0, out=out[to[0] : to[-1] + 1], mode="clip")
-            else:
-                out[to] = self._map(name)[source]
-            return
-        shard = self._shards[name]
-        with shard.open(self.folder) as file:
-            for a, b in zip([0, *breaks.tolist()], [*breaks.tolist(), len(source)], strict=True):
-                target = out[int(to[a]) : int(to[a]) + b - a]
-                if target.nbytes:
-                    offset = shard.rows_at + int(source[a]) * self.form.row_bytes
-                    shards.read_into(file, offset, target.data.cast("B"))
-
-    def _map(self, name: str) -> np.ndarray:
-        if name not in self._maps:
-            assert self.form is not None
-            shard = self._shards[name]
-            shape = (shard.count, *self.form.row_shape)
-            with shard.open(self.folder) as file:
-                self._maps[name] = np.memmap(file, self.form.dtype, "r", shard.rows_at, shape)
-        return self._maps[name]
-
-    def _starts(self) -> tuple[list[str], np.ndarray]:
-        counts = [shard.count for shard in self._shards.values()]
-        return list(self._shards), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    def _place(self, keys: np.ndarray) -> tuple[dict[str, Shard], np.ndarray]:
+        """A listing and where in it these keys are, `int64 [N]`: both of one moment, since threads may refresh."""
+        for again in (True, False):
+            listed, index = self._listed
+            at = index.locate(keys)
+            missing = int((at < 0).sum())
+            if not missing:
+                break
+            if again:  # another process may have stored them meanwhile
+                self.refresh()
+                continue
+            raise StoreError(
+                f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
+            )
+        return listed, at
 
     # --- the index
 
@@ -331,16 +277,17 @@ class FeatureStore:
         trust: believe the shards whose size, mtime, ctime and inode are as when their bytes were last
         checked; else every byte is read.
         """
-        for _ in range(4):
-            try:
-                self.form = self._read_form() if self.folder.is_dir() else None
-                if self.form is not None:
-                    self._load(trust)
-                return
-            except StaleError:
-                continue  # a shard went between listing and reading: another process compacts
-            except OSError as error:
-                raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
+        with self._refreshing:
+            for _ in range(4):
+                try:
+                    self.form = self._read_form() if self.folder.is_dir() else None
+                    if self.form is not None:
+                        self._load(trust)
+                    return
+                except StaleError:
+                    continue  # a shard went between listing and reading: another process compacts
+                except OSError as error:
+                    raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
     def _load(self, trust: bool) -> None:
@@ -351,17 +298,18 @@ class FeatureStore:
         listed = dict(folders.list_shards(self.folder))
         known = {name: shard for name, shard in trusted.items() if listed.get(name) == shard.stat}
         now = time.time_ns()
-        with ThreadPoolExecutor(READERS) as pool:
-            checked = {name: pool.submit(shards.check, self.folder, name, self.form) for name in listed.keys() - known}
-        for name in listed:
-            try:
-                shard = known[name] if name in known else checked[name].result()[0]
-            except DamageError as error:
-                found += self._set_aside(name, str(error))
-                continue
-            if name in known or shard.stat[2] < now - CLOCK_NS:
-                kept[name] = shard
-            found.append((shard, shards.read_keys(self.folder, shard)))
+        unknown = listed.keys() - known
+        with readers() as pool:
+            checked = {name: pool.submit(shards.check, self.folder, name, self.form) for name in unknown}
+            for name in listed:
+                try:
+                    shard = known[name] if name in known else checked[name].result()[0]
+                except DamageError as error:
+                    found += self._set_aside(name, str(error))
+                    continue
+                if name in known or shard.stat[2] < now - CLOCK_NS:
+                    kept[name] = shard
+                found.append((shard, shards.read_keys(self.folder, shard)))
         # one assignment: threads that ask meanwhile see the old list or the new one
         self._listed = ({shard.name: shard for shard, _ in found}, KeyIndex(keys for _, keys in found))
         self._maps = {}

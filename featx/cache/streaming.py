@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from featx.features import Rows
+from featx.features import Rows, gathered
 
 if TYPE_CHECKING:
     from featx.cache.store import FeatureStore
@@ -45,3 +45,10 @@ class Stacked:
             if start < at + part.shape[0] and stop > at
         ]
         return np.concatenate(found) if found else self.parts[0][0:0]
+
+    def take(self, which: np.ndarray) -> np.ndarray:
+        """A copy of the rows with these numbers, `int [M]`."""
+        of = np.searchsorted(self.starts, which, "right") - 1
+        order = np.argsort(of, kind="stable")  # part by part
+        found = [gathered(self.parts[k], which[of == k] - self.starts[k]) for k in np.unique(of)]
+        return np.concatenate(found)[np.argsort(order)] if found else self.parts[0][0:0]

@@ -89,7 +89,7 @@ finetune_options = options_of(
     "--memory",
     type=click.FloatRange(0, min_open=True),
     metavar="GB",
-    help="Larger features are read from the cache pass by pass; by default half of the free memory.",
+    help="Larger features are read from the cache pass by pass; by default a fifth of the free memory.",
 )
 @finetune_options
 @backbone_options

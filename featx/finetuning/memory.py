@@ -34,5 +34,7 @@ def keep_freed() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        for name, size in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 64 << 20)):
-            libc.mallopt(name, size)
+        # older releases refuse more than 32 MB; without this one, the others would fix the threshold at 128 kB
+        if libc.mallopt(_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(_MMAP_THRESHOLD, 32 << 20):
+            libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+            libc.mallopt(_TOP_PAD, 64 << 20)

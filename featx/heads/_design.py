@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from featx.devices import available_threads
-from featx.heads._training import Rows, Task
+from featx.features import Rows, gathered
+from featx.heads._training import Task
 
 SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
 # Below this many multiplications a pass is over before threads have started.
@@ -140,7 +141,7 @@ class Design:
     def rotated(self, rows: slice | np.ndarray, dtype: Any = np.float32) -> np.ndarray:
         """Rows in the eigenbasis, without the bias, `[B, rank]`."""
         if isinstance(rows, np.ndarray) and not isinstance(self.rows, np.ndarray):
-            part = np.concatenate([self.rows[i : i + 1] for i in rows.tolist()])
+            part = self.rows.take(rows)  # type: ignore[attr-defined]
         else:
             part = self.rows[rows]  # type: ignore[index]
         part = np.asarray(part, dtype)[:, :-1]
@@ -325,5 +326,12 @@ class _Streamed:
         self.shape = (task.X.shape[0], task.X.shape[1] + 1)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        part = self.task.standardise(self.task.X[rows])
+        return self._made(self.task.X[rows])
+
+    def take(self, which: np.ndarray) -> np.ndarray:
+        """The rows with these numbers, `int [M]`."""
+        return self._made(gathered(self.task.X, which))
+
+    def _made(self, part: np.ndarray) -> np.ndarray:
+        part = self.task.standardise(part)
         return np.concatenate([part, np.ones((len(part), 1), np.float32)], axis=1)

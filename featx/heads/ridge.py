@@ -128,7 +128,7 @@ def leave_out(
     inverse = 1 / (design.eigenvalues[:, None] + penalties)  # [rank, S]
     shrunk = inverse.astype(dtype)
     solve = (coefficients.T[:, None, :] * inverse[:, :, None]).reshape(size, S * C).astype(dtype)
-    alone, blocks = _shared_groups(groups, design.count)
+    alone, blocks = _shared_groups(groups, design.count, size)
 
     def left_out(rows: slice, into: np.ndarray) -> None:
         Q = design.rotated(rows, dtype)
@@ -159,7 +159,7 @@ def _left_out_scores(
     """What each row is scored when it is left out, `float32 [N, C]`, in `design`'s order."""
     dtype = _precision(design)
     scores = np.empty(targets.shape, np.float32)
-    _, blocks = _shared_groups(groups, design.count)
+    _, blocks = _shared_groups(groups, design.count, design.size)
     values = design.eigenvalues + penalty
     solve, shrunk = (coefficients / values).T.astype(dtype), (1 / values).astype(dtype)
 
@@ -178,9 +178,9 @@ def _left_out_scores(
     return scores
 
 
-def _shared_groups(groups: np.ndarray | None, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def _shared_groups(groups: np.ndarray | None, count: int, width: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """Which rows are alone in their group, `bool [N]`, and the others as `int [G, k]`, by group size k, cut
-    to a million numbers of the groups' hat matrices.
+    to four million numbers of the groups' rows, of `width`, and hat matrices.
     """
     if groups is None:
         return np.ones(count, bool), []
@@ -190,7 +190,7 @@ def _shared_groups(groups: np.ndarray | None, count: int) -> tuple[np.ndarray, l
     blocks = []
     for k in np.unique(size[size > 1]):
         members = order[first[size == k][:, None] + np.arange(k)]
-        most = max(1, (1 << 20) // int(k) ** 2)
+        most = max(1, (1 << 22) // (int(k) * max(int(k), width)))
         blocks += [members[i : i + most] for i in range(0, len(members), most)]
     return size[inverse] == 1, blocks
 

@@ -9,13 +9,14 @@ import numpy as np
 
 from featx import heads, metrics
 from featx.errors import HeadError
+from featx.features import Rows
 from featx.heads import Head
 from featx.heads._training import folds as make_folds
 
 RESAMPLES = 2000
 
 
-def average(head: Head, views: Sequence[np.ndarray]) -> np.ndarray:
+def average(head: Head, views: Sequence[Rows]) -> np.ndarray:
     """Logits `float64 [N, C]` whose probabilities are the mean over views of the head's, `views` of `[N, D]` each.
 
     For `softmax` they are logarithms of the mean, for `sigmoid` its log-odds, so that whatever takes a

@@ -245,13 +245,14 @@ def feature_map(material: Material, layout: str) -> tuple[Figure | None, str]:
     if every > MOST_POINTS:
         rows = np.sort(rng.choice(rows, MOST_POINTS, replace=False))
     part = features.take(rows)
-    points = project(part.X, layout)
+    X = part.X
+    points = project(X, layout)
     alone = part.y.sum(axis=1) == 1 if part.y.ndim == 2 else None
     group = part.y if alone is None else np.where(alone, part.y.argmax(axis=1), -1)
     held = part.splits == "val"
     wrong = np.zeros(len(part), bool)
     head = material.run.head
-    probabilities = head.probabilities(head(part.X[held]))
+    probabilities = head.probabilities(head(X[held]))
     wrong[held] = [
         _answer(p, head.class_names, head.activation == "sigmoid")[0] != _label(y, part.class_names)
         for p, y in zip(probabilities, part.y[held], strict=True)

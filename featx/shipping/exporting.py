@@ -300,7 +300,7 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
         precision=spec.precision,
         dtype=spec.dtype,
     )
-    features = extraction.features(memory=free_memory() / 2)
+    features = extraction.features(memory=free_memory() / 5)
     if features.spec.digest != spec.digest:
         raise ExportError(
             f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "
