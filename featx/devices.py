@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from featx.errors import FeatxError
@@ -42,11 +43,16 @@ def _machine_memory() -> float:
         return 2.0**31
 
 
+def check_device(device: str) -> None:
+    """Raise `FeatxError` for what is no device's name, without asking whether it is there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
+
+
 def choose_device(device: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> `cpu`, or a CUDA device that is there. Raises `FeatxError`."""
+    check_device(device)
     kind = device.partition(":")[0]
-    if kind not in ("auto", "cpu", "cuda"):
-        raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
     if kind == "cpu" or (kind == "auto" and not has_cuda()):
         return "cpu"
     import torch

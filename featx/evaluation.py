@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from featx import metrics
-from featx.errors import HeadError, RunError
+from featx.errors import HeadError, RunError, near
 from featx.extraction import extract
 from featx.features import FeatureSpec
 from featx.heads import Head
@@ -154,6 +154,14 @@ def evaluate(
     )
     if features.spec != spec:
         raise RunError(f"{run} was fitted on other features than its backbone gives today; fit again")
+    there = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
+    if split and not there.get(split):
+        listed = ", ".join(f"{name} ({count})" for name, count in there.items() if count)
+        raise HeadError(f"no image of {data} is in the split {split!r}; there are {listed}.{near(split, list(there))}")
+    if (opened.head.activation == "sigmoid") != (features.y.ndim == 2):
+        kinds = ("one label for each image", "several labels for an image")
+        run_has, data_has = kinds if features.y.ndim == 2 else kinds[::-1]
+        raise HeadError(f"{run} was fitted on {run_has}, and {data} has {data_has}: they cannot be compared")
     if split:
         features = features.split(split)
     labelled = np.flatnonzero(features.y >= 0) if features.y.ndim == 1 else np.arange(len(features))

@@ -18,7 +18,7 @@ from featx.backbones import BackboneInfo, BackboneRequest, resolve
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
-from featx.devices import available_threads
+from featx.devices import available_threads, check_device
 from featx.engines import Engine, open_engine
 from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
@@ -137,6 +137,7 @@ def sync(
     images with the same bytes as an earlier one of this data set; `ignored` counts files that are no images.
     """
     begin = time.perf_counter()
+    check_device(device)
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
     request = requested(backbone, weights, layer, seed, decode)
@@ -300,7 +301,7 @@ def _report(
                 conflicts.append({source.ids[i]: source.labels[i] for i in run})
     notes = list(source.notes)
     if conflicts:
-        notes.append(f"{len(conflicts)} images appear with the same bytes under several labels; see `conflicts`")
+        notes.append(f"{len(conflicts)} images appear with the same bytes under several labels")
     busy = seconds["total"] - seconds["list"] - seconds["start"] + stages.ahead
     return {
         "rows": rows,

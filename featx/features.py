@@ -184,8 +184,9 @@ def assign_splits(
         full, empty = ("train", "val") if sides[0][label] else ("val", "train")
         name = class_names[label]
         mine = np.unique(fraction[pool & (y == label)])
-        if len(mine) == 1:
-            notes.append(f"class {name!r} has one distinct image, in {full}: its {empty} side stays empty")
+        if len(mine) == 1:  # learned from, or it could never be answered
+            splits[pool & (fraction == mine[0])] = "train"
+            notes.append(f"class {name!r} has one distinct image, in train: its val side stays empty")
             continue
         # an image with two labels moves only if it must: it would take its other class along
         alone = mine[~np.isin(mine, fraction[pool & (y != label)])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from featx import __version__, heads, runs
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.cache.streaming import Stacked, StoredRows
 from featx.devices import free_memory
-from featx.errors import HeadError
+from featx.errors import FeatxError, HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
 from featx.features import Features, Rows, groups
@@ -62,6 +63,7 @@ def fit(
     """
     settings = settings or {}
     fitter = heads.module(head)
+    heads.check_settings(head, settings)
     request = backbone
     if isinstance(request, str):
         request = BackboneRequest(name=request, weights=weights, layer=layer, seed=seed)
@@ -86,6 +88,7 @@ def fit(
         check_learnable(features.split("train"))
     config = configuration(extracted, features, head, settings, seed, finetune)
     path = Path(output) if output else runs.default_path("export", config)
+    fresh = not path.exists()
     # of several processes that train together, the leader writes the run
     run = runs.start(path, config, overwrite=overwrite) if rank() == 0 else runs.Run(path)
 
@@ -95,18 +98,23 @@ def fit(
         from featx.finetuning import tuning as finetuning  # and torch with it
 
         chosen = finetuning.hold_out(features, finetune)
-    if head == "pretrained":
-        fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
-    elif finetune is not None and finetune.init == "random":
-        fitted = None
-    else:
-        X, y, group = training_rows(extracted, chosen, limit)
-        if head == "linear" and not isinstance(X, np.ndarray):
-            raise HeadError(
-                f"--head linear holds the features in memory, and {X.shape[0]:,} rows of {X.shape[1]} take more than "
-                f"{limit / 1e9:.1f} GB; use --head logreg, ridge or ncm, or a larger --memory"
-            )
-        fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **settings)
+    try:
+        if head == "pretrained":
+            fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
+        elif finetune is not None and finetune.init == "random":
+            fitted = None
+        else:
+            X, y, group = training_rows(extracted, chosen, limit)
+            if head == "linear" and not isinstance(X, np.ndarray):
+                raise HeadError(
+                    f"--head linear holds the features in memory, and {X.shape[0]:,} rows of {X.shape[1]} take more "
+                    f"than {limit / 1e9:.1f} GB; use --head logreg, ridge or ncm, or a larger --memory"
+                )
+            fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **settings)
+    except FeatxError:
+        if fresh:  # nothing was trained: the corrected command finds no unfinished run in its way
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
     seconds = time.perf_counter() - begin
     if finetune is not None:
         tuned = finetuning.finetune(extracted, chosen, fitted.head if fitted else None, finetune, run, device)
@@ -167,7 +175,11 @@ def check_learnable(train: Features) -> None:
         raise HeadError("there are no training images; expected class folders, or train/ with class folders")
     if train.y.ndim == 1 and len(seen) < 2:
         only = train.class_names[seen[0]]
-        raise HeadError(f"all {len(train)} training images are {only!r}; a classifier needs at least two classes")
+        others = [name for name in train.class_names if name != only]
+        none = f"; of {', '.join(map(repr, others[:5]))} there is none to learn from: add images" if others else ""
+        raise HeadError(
+            f"all {len(train)} training images are {only!r}, and a classifier needs at least two classes{none}"
+        )
 
 
 def own_classifier_request(request: BackboneRequest, info: BackboneInfo) -> BackboneRequest:

@@ -107,6 +107,9 @@ def start(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Run
                 f"{path} holds an unfinished run with another configuration; "
                 "use --overwrite to replace it, or another --output"
             )
-    path.mkdir(parents=True, exist_ok=True)
-    run.write("config.json", config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        run.write("config.json", config)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
     return run

@@ -19,6 +19,7 @@ import pytest
 from conftest import write_images
 from networks import THIRTEEN, calibrated, session_cache
 from onnx import numpy_helper
+from PIL import Image
 
 import featx
 from featx.errors import ExportError, ParityError
@@ -383,3 +384,49 @@ def test_every_network_exports_a_clean_file_that_answers_as_torch_does(
     assert capfd.readouterr().err == ""
     assert outputs[0].shape == (2, 2) and outputs[2].shape == (2, run.head.weight.shape[1])
     shutil.rmtree(run.path)  # up to half a gigabyte
+
+
+@pytest.fixture
+def large_jpegs(tmp_path: Path) -> Path:
+    """Large enough for the small backbone's `--decode fast` to decode them at another scale."""
+    rng = np.random.default_rng(3)
+    for number, name in enumerate(("cold", "warm")):
+        (tmp_path / "jpegs" / name).mkdir(parents=True)
+        for i in range(10):
+            coarse = rng.integers(100 * number, 100 * number + 150, (40, 40, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((320, 320), Image.Resampling.BICUBIC)
+            image.save(tmp_path / "jpegs" / name / f"{i}.jpg", quality=90)
+    return tmp_path / "jpegs"
+
+
+def test_runs_of_both_decoders_on_one_cache_are_each_held_to_their_own_pixels(
+    large_jpegs: Path, tmp_path: Path
+) -> None:
+    features = {}
+    for decode in ("exact", "fast", "exact"):
+        run = featx.fit(
+            large_jpegs,
+            "small:backbone_normed",
+            weights="random",
+            decode=decode,
+            cache=tmp_path / "cache",
+            output=tmp_path / f"run-{decode}",
+            overwrite=True,
+            report=False,
+        )
+        assert export(run.path, images=4).passed
+        options = {"weights": "random", "decode": decode, "cache": tmp_path / "cache"}
+        features[decode] = featx.extract(large_jpegs, "small:backbone_normed", **options).X
+    assert np.abs(features["exact"] - features["fast"]).max() > 0
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_an_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(parity, "load_rows", lambda *_: None)
+    monkeypatch.setattr(parity, "save_rows", refuse)
+    assert export(run, images=2, output=tmp_path / "model.onnx").passed
+    assert (tmp_path / "model.onnx").exists()

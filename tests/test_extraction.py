@@ -13,7 +13,7 @@ from conftest import ColourEngine, write_images
 from PIL import Image
 
 from featx import extraction
-from featx.errors import ImageError, SourceError
+from featx.errors import FeatxError, HeadError, ImageError, RunError, SourceError
 from featx.extraction import extract, sync
 from featx.preprocess import Preprocess
 
@@ -249,3 +249,42 @@ def test_the_transformer_works_in_a_grid_search_and_clones(tiny: Path, tmp_path:
     search = GridSearchCV(clone(pipeline), {"logisticregression__C": [0.1, 10.0]}, cv=2).fit(paths, y)
     assert search.best_score_ == 1.0
     assert engine.images == 20
+
+
+def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
+    tiny: Path, tmp_path: Path, engine: ColourEngine
+) -> None:
+    sync(tiny, "tiny", cache=tmp_path / "cache")
+    with pytest.raises(FeatxError, match="device is auto, cpu, cuda or cuda:N, not 'gpu'"):
+        sync(tiny, "tiny", cache=tmp_path / "cache", device="gpu")
+
+
+def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+    from featx.fitting import fit
+
+    run = tmp_path / "run"
+    for wrong in ({"Cs": 5}, {"strengths": [-1.0]}):
+        with pytest.raises(HeadError):
+            fit(tiny, "tiny", settings=wrong, cache=tmp_path / "cache", output=run, report=False)
+        assert not run.exists()
+    fitted = fit(tiny, "tiny", cache=tmp_path / "cache", output=run, report=False)
+    assert fitted.finished
+    with pytest.raises(RunError, match="give another --output"):
+        (tmp_path / "file").write_text("")
+        fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "file" / "run", report=False)
+
+
+def test_a_split_that_is_not_there_and_other_kinds_of_labels_are_named(
+    tiny: Path, tmp_path: Path, engine: ColourEngine
+) -> None:
+    from featx.evaluation import evaluate
+    from featx.fitting import fit
+
+    run = fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    with pytest.raises(HeadError, match=r"the split 'vla'; there are train .*val .*Did you mean val"):
+        evaluate(run.path, tiny, split="vla")
+    table = tmp_path / "several.csv"
+    rows = [f"{path},cold|warm" for path in sorted(tiny.rglob("*.png"))]
+    table.write_text("\n".join(["path,label", *rows]))
+    with pytest.raises(HeadError, match=r"fitted on one label for each image, and .* has several labels"):
+        evaluate(run.path, table)

@@ -95,9 +95,9 @@ class KeyMemo:
             write_chunks(self.path.parent, [MAGIC, digest.digest(), *body], lambda: self.path.name)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise StoreError(
-                    f"cannot write {self.path} ({error.strerror}): make room and run the same command again"
-                ) from error
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                what = "make room and run the same command again" if full else "give another --cache"
+                raise StoreError(f"cannot write {self.path} ({error.strerror}): {what}") from error
             return
 
     def _find(self, ids: list[str]) -> np.ndarray | None:

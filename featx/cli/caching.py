@@ -35,6 +35,8 @@ def backbones(pattern: str, as_json: bool) -> int:
     from featx.backbones import listing
 
     rows = [row for row in listing() if pattern in row["name"]]
+    if not rows:
+        say(f"no name contains {pattern!r}; `featx backbones` lists them all")
     if as_json:
         emit(rows)
         return DONE
@@ -140,7 +142,10 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
 
     if only and against is None:
         raise click.UsageError("--only drops what a data set does not use: name it with --against DATA")
-    emit_or_say(caching.compact(Path(cache), name, keys_of(cache, against), only=only), as_json)
+    found = caching.compact(Path(cache), name, keys_of(cache, against), only=only)
+    emit_or_say(found, as_json)
+    if not as_json and not found["done"]:
+        say("one file in this order already: there was nothing to do")
     return DONE
 
 
@@ -154,7 +159,13 @@ def remove(name: str, cache: str, yes: bool) -> int:
 
     entry = caching.find(Path(cache), name)
     if not yes:
-        click.confirm(f"Remove {entry.name}, {entry.bytes / 1e6:.1f} MB?", abort=True, err=True)
+        try:
+            agreed = click.confirm(f"Remove {entry.name}, {entry.bytes / 1e6:.1f} MB?", err=True)
+        except click.Abort:  # nobody there to ask, or Ctrl-C
+            raise click.UsageError("nothing was removed; --yes removes without asking") from None
+        if not agreed:
+            say("nothing was removed")
+            return DONE
     say(f"removed {caching.remove(Path(cache), entry.name).name}")
     return DONE
 

@@ -271,7 +271,7 @@ def sweep(
     else:
         say(found.table())
         click.echo(printable(str(found.winner.path)))
-    return DONE
+    return SKIPPED if found.failed else DONE
 
 
 def plan_text(planned: dict[str, Any]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +107,26 @@ class Fitted:
 def names() -> list[str]:
     """The heads there are: the names of the files in this folder."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def settings_of(name: str) -> dict[str, inspect.Parameter]:
+    """The settings that a head's `fit` takes, by name. Raises `HeadError` for an unknown head."""
+    given = ("groups", "seed", "device", "scored")  # by featx, not by the user
+    found = inspect.signature(module(name).fit).parameters.values()
+    return {p.name: p for p in found if p.kind is p.KEYWORD_ONLY and p.name not in given}
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise `HeadError` for settings that the head does not have, or that are text where it wants none."""
+    known = settings_of(name)
+    for key, value in settings.items():
+        if key not in known:
+            only = "; --restrict and --map are for --head pretrained" if key in ("restrict", "mapping") else ""
+            raise HeadError(
+                f"--head {name} has no setting {key!r}; there are {', '.join(known)}{only}.{near(key, list(known))}"
+            )
+        if isinstance(value, str) and "str" not in str(known[key].annotation):
+            raise HeadError(f"the setting {key} of --head {name} is {known[key].annotation}, not {value!r}")
 
 
 def module(name: str) -> ModuleType:

@@ -24,7 +24,7 @@ from featx.extraction import Extraction, sync
 from featx.features import Features, groups
 from featx.files import to_json, write_atomic
 from featx.fitting import fit
-from featx.heads import _training, module
+from featx.heads import _training, check_settings
 from featx.reporting import augmentation, comparison
 from featx.runs import Run
 from featx.sources import Source, open_source
@@ -92,8 +92,8 @@ def sweep(
     path = Path(output) if output else Path("export") / f"{Path(source.uri).resolve().stem}-sweep"
     if path.exists() and not (path.is_dir() and ((path / "sweep.json").is_file() or not any(path.iterdir()))):
         raise RunError(f"{path} exists and is no sweep; give another --output")
-    for head, _ in variants:
-        module(head)  # a mistyped name is not one failed point among many
+    for head, settings in variants:
+        check_settings(head, settings)  # a mistyped name is not one failed point among many
     former = _former(path)
     speeds: dict[str, float] = {}
     points: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,8 @@ def export(
             f"{found.failures()}. {_named(found)}Nothing was written. {_advice(found)}"
         )
     if rows is not None and found.method == "file":
-        parity.save_rows(parity.verified_path(_cache(opened), chosen, parts), chosen, rows)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next export a full gate
+            parity.save_rows(parity.verified_path(_cache(opened), chosen, parts), chosen, rows)
     short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")}
     short |= {"split": split, **{check.name.replace(" ", "_"): check.value for check in found.checks[1:]}}
     put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | {"split": split})

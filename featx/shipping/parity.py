@@ -61,6 +61,8 @@ class Images:
     through the file's resize are relative to."""
     precision: str
     """That these were computed in."""
+    spec_digest: str
+    """Of what they are: two decoders give other pixels to one graph."""
     read: Callable[[int], bytes]
     """The bytes of image i."""
 
@@ -155,6 +157,7 @@ def choose(extraction: Extraction, features: Features, split: str, limit: int) -
         cached=np.asarray(features.take(rows).X, np.float32),
         scale=max(float(np.abs(features.rows[i : i + BLOCK]).max()) for i in range(0, len(features), BLOCK)),
         precision=features.spec.precision,
+        spec_digest=features.spec.digest,
         read=lambda i: extraction.source.read(numbers[i]),
     )
 
@@ -297,7 +300,8 @@ def verified_path(cache: Path, images: Images, parts: dict[str, str]) -> Path:
     """Where the rows of these images and this backbone part are kept once they passed the gate."""
     import onnxruntime
 
-    identity = [parts["preprocess"], parts["backbone"], onnxruntime.__version__, images.keys.tobytes().hex()]
+    identity = [images.spec_digest, parts["preprocess"], parts["backbone"], onnxruntime.__version__]
+    identity.append(images.keys.tobytes().hex())
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return cache / "engines" / f"{digest[:32]}.verified.npz"
 

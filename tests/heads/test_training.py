@@ -177,3 +177,24 @@ def test_calibration_without_held_out_images_is_an_error() -> None:
     X, y, names = clouds(3)
     with pytest.raises(HeadError, match="too few training images"):
         heads.module("logreg").fit(X, y, names, calibrate=True)
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "says"),
+    [
+        ("logreg", {"Cs": 5}, r"--head logreg has no setting 'Cs'; there are strengths, folds"),
+        ("linear", {"epoch": 2}, r"Did you mean epochs\?"),
+        ("linear", {"lr": "abc"}, r"the setting lr of --head linear is float.*, not 'abc'"),
+        ("ridge", {"restrict": True}, r"--restrict and --map are for --head pretrained"),
+        ("pretrained", {"folds": 3}, r"--head pretrained has no setting 'folds'; there are mapping, restrict"),
+    ],
+)
+def test_settings_that_a_head_does_not_have_are_named(head: str, settings: dict[str, object], says: str) -> None:
+    with pytest.raises(HeadError, match=says):
+        heads.check_settings(head, settings)
+
+
+@pytest.mark.parametrize("head", ["logreg", "linear", "ridge", "ncm"])
+def test_settings_that_a_head_has_are_taken(head: str) -> None:
+    assert {"threshold", "reject"} <= set(heads.settings_of(head))
+    heads.check_settings(head, {"threshold": 0.5, **({"class_weight": "balanced"} if head == "logreg" else {})})
