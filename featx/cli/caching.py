@@ -87,9 +87,10 @@ def list_(cache: str, as_json: bool) -> int:
     click.echo(f"{'name':<{width}}  {'MB':>9}  shards  row       what")
     for entry in found:
         spec = entry.spec
-        what = (
-            f"{spec.backbone} {spec.layer} {spec.view} {spec.precision} {spec.dtype}" if spec else "spec.json is lost"
-        )
+        what = "spec.json is lost"
+        if spec:
+            what = f"{spec.backbone} {spec.layer} {spec.view} {spec.precision} {spec.dtype} {spec.preprocess.pixels}"
+            what += f", weights {spec.weights[:8]}"
         shape = "x".join(map(str, entry.row_shape or ())) or "?"
         damaged = f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
         click.echo(f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}")

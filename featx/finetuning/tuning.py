@@ -104,6 +104,9 @@ def finetune(
                 progress = setup.checkpoints.load(setup.network, setup.optimizer)
                 if progress is None:
                     progress = Progress(micro=settings.batch_size)
+                elif world.leads:
+                    step = f" and {progress.step} steps of the next" if progress.step else ""
+                    tqdm.write(f"going on from the checkpoint after epoch {progress.epoch}{step}", file=sys.stderr)
                 progress.micro = min(progress.micro, setup.micro)
                 try:
                     train(setup, progress)
