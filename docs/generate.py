@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from featx import heads
 from featx.cli import cli
 
 PAGE = Path(__file__).parent / "cli.md"
@@ -23,10 +24,24 @@ def pages(command: click.Command, words: list[str]) -> list[str]:
     return [text, *(page for name, sub in command.commands.items() for page in pages(sub, [*words, name]))]
 
 
+def settings() -> str:
+    """What `--set` takes, head by head, with the defaults."""
+    rows = ["## Settings of the heads", "", "`--set NAME=VALUE`, repeatable; what each does stands in the docstring of"]
+    rows += ["`featx.heads.<head>.fit`.", "", "| head | settings and defaults |", "|---|---|"]
+    for name in heads.names():
+        shown = []
+        for key, parameter in heads.settings_of(name).items():
+            default = parameter.default
+            some = f"{len(default)} values" if isinstance(default, tuple) and len(default) > 4 else repr(default)
+            shown.append(f"`{key}` ({some})")
+        rows.append(f"| `{name}` | {', '.join(shown)} |")
+    return "\n".join([*rows, ""])
+
+
 def render() -> str:
     """The whole page."""
     head = "# Command line\n\nWritten by `make docs` from `featx --help` and its commands; do not edit.\n"
-    return "\n".join([head, *pages(cli, ["featx"])])
+    return "\n".join([head, *pages(cli, ["featx"]), settings()])
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ finetune_options = options_of(
 @click.command()
 @click.argument("data", type=click.Path())
 @click.option("--head", "-H", default="logreg", show_default=True, help="logreg, linear, ridge, ncm or pretrained.")
-@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head; repeatable.")
+@click.option(
+    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head, see docs/cli.md; repeatable."
+)
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="The run's folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that lies there.")
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
