@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def export(
 
     What was compared lies beside it as parity.json. A file that misses a limit is not written.
     """
-    from featx.shipping.exporting import export
+    from featx.shipping.exporting import DEFAULT, export
 
     options["outputs"] = tuple(name.strip() for name in outputs.split(",")) if outputs else None
     if precision != "fp32":
@@ -78,6 +79,7 @@ def export(
         emit(parity.to_dict())
     else:
         say(parity_text(parity))
+        click.echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE
 
 
