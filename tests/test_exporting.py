@@ -310,6 +310,7 @@ def test_ties_are_told_from_mistakes() -> None:
         cached=X,
         scale=3.0,
         precision="fp32",
+        spec_digest="",
         read=lambda i: b"",
     )
     swapped = {"probabilities": head.probabilities(X)[:, ::-1], "logits": X[:, ::-1]}
@@ -334,6 +335,7 @@ def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
         cached=torch,
         scale=1.0,
         precision="fp32",
+        spec_digest="",
         read=lambda i: b"",
     )
     given = {"probabilities": head.probabilities(head(near)), "logits": head(near)}
