@@ -117,18 +117,15 @@ def test_another_head_is_swapped_in_without_torch_and_without_a_forward_pass(run
     new.save(run / "head.safetensors")
     before = graph.part_digests(onnx.load(run / "model.onnx").graph)
     code = f"""
-import json, sys, time
+import json, sys
 from featx.shipping.exporting import export
-begin = time.process_time()
 found = export({str(run)!r})
-seconds = time.process_time() - begin
-print(json.dumps([found.to_dict(), seconds, sorted({{name.partition(".")[0] for name in sys.modules}})]))
+print(json.dumps([found.to_dict(), sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found, seconds, loaded = json.loads(out.stdout)
+    found, loaded = json.loads(out.stdout)
     assert found["passed"] and found["method"] == "head" and found["images"] == 153
     assert not set(loaded) & {"torch", "torchvision", "sklearn", "timm"}
-    assert seconds < 2  # of a processor, imports included; measured 0.3
     after = graph.part_digests(onnx.load(run / "model.onnx").graph)
     assert {name for name in after if after[name] != before[name]} == {"head"}
     np.testing.assert_array_equal(numpy_helper.to_array(head_weight(run / "model.onnx")), new.weight)
