@@ -50,34 +50,33 @@ class Extraction:
     """`uint8 [N, 32]`: their content keys."""
     report: dict[str, Any]
 
-    def features(self, view: int = 0, *, memory: float | None = None) -> Features:
+    def features(self, view: int = 0, *, memory: float = float("inf")) -> Features:
         """The features of one view (0: the centre crop), with today's labels and splits.
 
         memory: bytes; features that take more stay in the cache, and are read by slices. By default none do.
         """
-        source, rows = self.source, self.rows.tolist()
+        source, store, rows = self.source, self.stores[view], self.rows.tolist()
         labels = [source.labels[i] if source.labels else "" for i in rows]
         y, class_names = (targets if source.multilabel else numbers)(labels)
         given = np.array([source.splits[i] if source.splits else "" for i in rows], dtype="U5")
         labelled = y if y.ndim == 1 else np.where(np.array(labels) == "", -1, 0)
         splits, notes = assign_splits(self.keys, labelled, given, class_names)
         return Features(
-            rows=self.stores[view].read(self.keys) if memory is None else self.table(view, memory),
+            rows=StoredRows(store, self.keys) if self.exceeds(memory, len(self.keys)) else store.read(self.keys),
             y=y,
             ids=[source.ids[i] for i in rows],
             class_names=class_names,
             splits=splits,
             keys=self.keys,
-            spec=self.stores[view].spec,
+            spec=store.spec,
             report=self.report | {"notes": [*self.report["notes"], *notes]},
         )
 
-    def table(self, view: int, memory: float) -> np.ndarray | StoredRows:
-        """The features of one view, an array of at most `memory` bytes, or a table that is read by slices."""
-        store = self.stores[view]
-        assert store.form is not None
-        large = len(self.keys) * store.form.row_bytes > memory
-        return StoredRows(store, self.keys) if large else store.read(self.keys)
+    def exceeds(self, memory: float, rows: int) -> bool:
+        """Whether so many rows of features take more than `memory` bytes."""
+        form = self.stores[0].form
+        assert form is not None
+        return rows * form.row_bytes > memory
 
 
 def numbers(labels: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -157,9 +157,8 @@ def training_rows(
     """
     rows = np.flatnonzero(features.splits == "train")
     train, views = features.keys[rows], extracted.stores
-    assert views[0].form is not None
     X: Rows
-    if len(train) * len(views) * views[0].form.row_bytes > memory:
+    if extracted.exceeds(memory, len(train) * len(views)):
         parts = [StoredRows(store, train) for store in views]
         X = Stacked(parts) if len(parts) > 1 else parts[0]
     else:
@@ -268,9 +267,7 @@ def measured_gain(
 ) -> dict[str, Any]:
     """`report.json`: what learning from views brings, cross-validated on the training images, in `memory` bytes."""
     train = np.flatnonzero(features.splits == "train")
-    form = extracted.stores[0].form
-    assert form is not None
-    if len(train) * len(extracted.stores) * form.row_bytes > memory:
+    if extracted.exceeds(memory, len(train) * len(extracted.stores)):
         return {"views_note": f"what views bring was not measured: their features take more than {memory / 1e9:.1f} GB"}
     views = [store.read(features.keys[train]) for store in extracted.stores]
     y, group = features.y[train], groups(features.keys[train])

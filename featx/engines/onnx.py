@@ -24,7 +24,7 @@ from featx.files import write_atomic
 OPSET = 18
 WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that one more image in a piece pays for
 MOST_BYTES = 2_000_000_000  # of weights; protobuf ends at 2**31
-LARGE_BYTES = 300_000_000
+LARGE_BYTES = 300_000_000  # of weights, from which on copying them costs more than capturing the program
 EXPORT_VERSION = 2  # raised when the exported graph changes
 
 

@@ -12,15 +12,11 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.features import Rows, gathered
-from featx.heads._training import Task
+from featx.heads._training import FLOOR, Task
 
 SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
-
-# Logits this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would make the
-# products denormal, which costs ten times the time.
-FLOOR = -60.0
 
 T = TypeVar("T")
 

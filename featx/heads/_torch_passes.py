@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from featx.features import Rows
+from featx.heads._training import FLOOR
 
 SCRATCH = 1 << 26  # numbers per block of logits
-FLOOR = -60.0  # as in `_design`
 
 
 class TorchPasses:

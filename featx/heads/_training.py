@@ -16,6 +16,9 @@ from featx.heads import Head
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
 CONSTANT = 1e-6
+# Logits this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would make the
+# products denormal, which costs ten times the time.
+FLOOR = -60.0
 
 
 def blocks(X: Rows, columns: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
