@@ -121,11 +121,11 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
 def _onnx_or_torch(
     request: BackboneRequest, info: BackboneInfo, cache: Path, batch_size: int | None, threads: int | None
 ) -> Engine:
-    from featx.engines.onnx import OnnxEngine
+    from featx.engines.onnx import OnnxEngine, accelerated
     from featx.errors import ExportError
 
     try:
-        return OnnxEngine(backbone_onnx(request, info, cache), batch_size, threads)
+        return OnnxEngine(accelerated(backbone_onnx(request, info, cache)), batch_size, threads)
     except ExportError as error:
         warnings.warn(f"{error}; torch runs it instead, slower", RuntimeWarning, stacklevel=3)
     from featx.engines.torch import CpuEngine

@@ -1,0 +1,181 @@
+"""A network with fewer multiplications gives the rows it gave, for any batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import calibrated, session_cache
+from torch import nn
+
+from featx.backbones import resolve
+from featx.engines import TOLERANCE, backbone_onnx, difference
+from featx.engines import onnx as exports
+from featx.engines.onnx import accelerated, session
+from featx.engines.winograd import CONSTANT, OUTPUT, rewritten
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Two(nn.Module):
+    """Two convolutions side by side, and whatever else a test puts around them."""
+
+    def __init__(self, channels: int = 128, middle: int = 128, bias: bool = True, **first: Any) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(channels, middle, 3, padding=1, bias=bias, **first)
+        self.two = nn.Conv2d(middle, channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).relu())
+
+
+class Block(Two):
+    """As ResNet's first block of a stage: what is added is computed after what it is added to, and read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Conv2d(128, 128, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.two(self.one(x).relu())
+        y = (y + self.side(x)).relu()
+        z = self.two(self.one(y).relu())
+        return torch.cat([(z + y).relu(), y, z + z], 1)
+
+
+class Within(nn.Module):
+    """The convolutions between layers that know nothing of tiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.two = nn.Conv2d(3, 128, 3, stride=2, padding=1), Two()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.max_pool2d(self.two(self.stem(x)), 2)
+        return self.two(y).mean((2, 3))
+
+
+def exported(module: nn.Module, *shape: int) -> Any:
+    torch.manual_seed(0)
+    for parameter in module.parameters():  # biases that matter
+        parameter.data = torch.randn_like(parameter) * (0.04 if parameter.ndim > 1 else 0.3)
+    return exports._traced(module.eval(), torch.randn(2, *shape))
+
+
+def convolutions(model: Any) -> int:
+    return sum(node.op_type == "Conv" for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "left"),
+    [
+        (Two(), (128, 12, 12), 0),
+        (Two(bias=False), (128, 12, 12), 0),
+        (Two(middle=160), (128, 5, 8), 0),  # no whole number of tiles, and no square
+        (Two(), (128, 7, 7), 0),
+        (Two(), (128, 29, 18), 0),  # more tiles than are multiplied one by one
+        (Two(bias=False), (128, 29, 18), 0),
+        (Block(), (128, 14, 14), 1),
+        (Block(), (128, 21, 21), 1),
+        (Within(), (3, 32, 40), 1),
+    ],
+)
+def test_rewritten_networks_agree_with_torch_in_double_precision(
+    module: nn.Module, shape: tuple[int, ...], left: int
+) -> None:
+    model = exported(module, *shape)
+    new = rewritten(model)
+    assert new is not None
+    onnx.checker.check_model(new, full_check=True)
+    assert convolutions(new) == left
+    images = torch.randn(5, *shape)
+    with torch.inference_mode():
+        reference = module.double()(images.double()).numpy()
+        module.float()
+    run = session(new.SerializeToString(), 2).run
+    rows = run(None, {"images": images.numpy()})[0]
+    assert rows.shape == reference.shape
+    assert difference(rows, reference) < 3e-6
+    parts = [run(None, {"images": part.numpy()})[0] for part in images.split(1)]
+    assert np.array_equal(np.concatenate(parts), rows)  # whatever else is in the batch
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (Two(channels=64, middle=64), (64, 16, 16)),  # the change of layout costs more than it saves
+        (Two(stride=2), (128, 16, 16)),  # one by itself
+        (Two(dilation=2), (128, 16, 16)),
+        (Two(groups=2), (128, 16, 16)),
+        (Two(), (128, 4, 4)),  # a matrix of one row
+        (nn.Sequential(nn.Conv2d(128, 128, 5, padding=2), nn.Conv2d(128, 128, 5, padding=2)), (128, 16, 16)),
+        (nn.Sequential(nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 3)), (128, 16, 16)),  # not padded
+    ],
+)
+def test_what_would_not_pay_or_cannot_be_rewritten_is_left_alone(module: nn.Module, shape: tuple[int, ...]) -> None:
+    assert rewritten(exported(module, *shape)) is None
+
+
+def test_a_constant_can_be_added_to_the_products() -> None:
+    """The bias goes into the products of few tiles, whose sums then hold it exactly once."""
+    assert OUTPUT[:16] @ CONSTANT == pytest.approx(np.ones(16), abs=1e-12)
+    assert not OUTPUT[16].any()
+
+
+def test_the_engine_runs_a_file_that_is_made_once_and_never_shipped() -> None:
+    request = calibrated("resnet18")
+    info = resolve(request, session_cache())
+    plain = backbone_onnx(request, info, session_cache())
+    fast = accelerated(plain)
+    assert fast != plain
+    assert (convolutions(onnx.load(plain)), convolutions(onnx.load(fast))) == (20, 11)
+    assert backbone_onnx(request, info, session_cache()) == plain
+    before = fast.stat().st_mtime_ns
+    program = "import sys; from pathlib import Path; from featx.engines.onnx import accelerated;"
+    program += f"print(accelerated(Path({str(plain)!r})).name, 'onnx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [fast.name, "False"]
+    assert fast.stat().st_mtime_ns == before
+
+
+def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    plain = _two(tmp_path)
+    fast = accelerated(plain)
+    whole = fast.read_bytes()
+    fast.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert accelerated(plain) == fast
+    assert fast.read_bytes() == whole
+
+
+def test_a_network_that_gains_nothing_runs_as_it_was_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _two(tmp_path, channels=64, middle=64)
+    assert accelerated(plain) == plain
+    monkeypatch.setattr(onnx, "load", None)  # the answer is remembered
+    assert accelerated(plain) == plain
+    assert [json.loads(p.read_text()) for p in tmp_path.glob("*.json")] == [{"plain": True}]
+
+
+def test_rows_too_far_from_the_export_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _two(tmp_path)
+    monkeypatch.setattr(exports, "TOLERANCE", TOLERANCE | {"fp32": 1e-9})
+    assert accelerated(plain) == plain
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".onnx"]
+
+
+def _two(folder: Path, **options: Any) -> Path:
+    class Bytes(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.float() / 255)
+
+    module = Bytes(**options)
+    path = folder / "two.onnx"
+    images = torch.zeros((2, module.one.in_channels, 12, 12), dtype=torch.uint8)
+    onnx.save(exports._traced(module.eval(), images), path)
+    return path
