@@ -7,7 +7,8 @@ import errno
 import hashlib
 import os
 import time
-from itertools import repeat
+from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ MAGIC = b"featx memo 1\n"
 # A file that changed this shortly before it was listed can change again without another timestamp
 # (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
 CLOCK_NS = 2_000_000_000
+AT_ONCE = 1 << 12  # paths that are encoded at a time
 
 
 class KeyMemo:
@@ -69,30 +71,29 @@ class KeyMemo:
             same = (self._stats == stats).all(axis=1) & (self._keys == keys).all(axis=1)
             if (same == keep).all() and keep.all():
                 return
-        chosen = np.flatnonzero(keep)
-        names = ids if keep.all() else [ids[i] for i in chosen.tolist()]
+        names = ids if keep.all() else [ids[i] for i in np.flatnonzero(keep).tolist()]
         # files of another data set under the same root, as long as they are not many
         others = np.ones(len(self._stats), bool)
         others[slice(len(ids)) if at is None else at[at >= 0]] = False
         other = np.flatnonzero(others)[: 4 * len(ids) + 100_000]
         old = self._names.split(b"\0") if len(other) else []
-        blob = b"\0".join([_joined(names), *(old[i] for i in other.tolist())] if names or len(other) else [])
-        if not names:
-            blob = blob[1:]
         if len(other) or len(names) < len(ids):  # else no copies: with a million images they are what memory peaks at
-            stats = np.concatenate([stats[chosen], self._stats[other]])
-            keys = np.concatenate([keys[chosen], self._keys[other]])
+            stats = np.concatenate([stats[keep], self._stats[other]])
+            keys = np.concatenate([keys[keep], self._keys[other]])
         stats, keys = np.ascontiguousarray(stats, "<i8"), np.ascontiguousarray(keys)
-        if blob.count(b"\0") + (len(stats) > 0) != len(stats):
-            return  # a path with a NUL in it, which no file system has
         arrays = [array.reshape(-1).view(np.uint8).data.cast("B") for array in (stats, keys)]
-        body: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *arrays, blob]
+        head: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *arrays]
+        behind = [old[i] for i in other.tolist()]
         digest = hashlib.sha256()
-        for part in body:
+        for part in chain(head, _parts(names, behind)):
             digest.update(part)
+        nuls = sum(part.count(b"\0") for part in _parts(names, behind))
+        if nuls + (len(stats) > 0) != len(stats):
+            return  # a path with a NUL in it, which no file system has
         try:
             make_folder(self.path.parent)
-            write_chunks(self.path.parent, [MAGIC, digest.digest(), *body], lambda: self.path.name)
+            body = chain([MAGIC, digest.digest()], head, _parts(names, behind))
+            write_chunks(self.path.parent, body, lambda: self.path.name)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -126,6 +127,16 @@ class KeyMemo:
             self._stats = np.frombuffer(body[8:keys_at], "<i8").reshape(count, 4)
             self._keys = np.frombuffer(body[keys_at : keys_at + 32 * count], np.uint8).reshape(count, 32)
             self._names = bytes(body[keys_at + 32 * count :])
+
+
+def _parts(names: list[str], others: list[bytes]) -> Iterator[bytes]:
+    """The paths with a NUL between each two, some thousand at a time: a million are not copied at once."""
+    between = b""
+    for start in range(0, len(names), AT_ONCE):
+        yield between + _joined(names[start : start + AT_ONCE])
+        between = b"\0"
+    if others:
+        yield between + b"\0".join(others)
 
 
 def _joined(ids: list[str]) -> bytes:
