@@ -14,6 +14,10 @@ from featx.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
+# How far two rows of one image and one spec may lie apart, by the largest entry of the row, at each precision:
+# computed by any two engines, in any batch, by any number of threads (`featx.engines.difference`). fp32 is held to
+# torch's eager fp32 on the CPU, the others to that as well.
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 
 
 class Rows(Protocol):
@@ -62,13 +66,18 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
             raise FeatxError(f"features are stored as float32 or float16, not {self.dtype!r}")
-        if self.precision not in ("fp32", "bf16", "fp16"):
+        if self.precision not in TOLERANCE:
             raise FeatxError(f"precision is fp32, bf16 or fp16, not {self.precision!r}")
 
     @property
     def digest(self) -> str:
         """SHA-256, in hex, of the spec's canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def tolerance(self) -> float:
+        """How far two rows of one image may lie apart, as computed; a store records it beside the spec."""
+        return TOLERANCE[self.precision]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

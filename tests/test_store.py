@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, leftovers, shard_files, table, tiny_engine
 
-from featx.cache import reading
+from featx.cache import caching, reading
 from featx.cache import store as store_module
 from featx.cache.index import KeyIndex
 from featx.cache.store import FeatureStore
@@ -149,6 +150,14 @@ def test_another_engine_is_refused_with_what_to_do(tmp_path: Path) -> None:
     fill(tmp_path / "new", keys, rows)  # another writer comes first
     with pytest.raises(StoreError, match="engine 'tiny', not 'other'"):
         late.append(keys, rows)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2), ("fp16", 5e-3)])
+def test_a_store_says_how_far_rows_of_one_image_may_lie_apart(tmp_path: Path, precision: str, tolerance: float) -> None:
+    with FeatureStore(tmp_path, replace(SPEC, precision=precision), engine="onnxruntime") as store:
+        store.append(*table(3))
+    assert json.loads((store.folder / "spec.json").read_text())["tolerance"] == tolerance
+    assert caching.info(tmp_path, store.folder.name)["tolerance"] == tolerance
 
 
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class Entry:
             "path": str(self.path),
             "spec": self.spec.to_dict() if self.spec else None,
             "engine": self.engine,
+            "tolerance": self.spec.tolerance if self.spec else None,
             "row_shape": list(self.row_shape) if self.row_shape is not None else None,
             "shards": self.shards,
             "bytes": self.bytes,

@@ -71,6 +71,7 @@ def write_form(path: Path, form: Form) -> None:
         "kind": shards.KIND,
         "spec": form.spec.to_dict(),
         "engine": form.engine,
+        "tolerance": form.spec.tolerance,
         "row_shape": list(form.row_shape),
     }
     write_atomic(path, _sealed(values))

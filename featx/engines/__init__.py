@@ -12,13 +12,11 @@ import numpy as np
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone
 from featx.devices import choose_device
 from featx.errors import FeatxError, WeightsError
+from featx.features import TOLERANCE
 
 if TYPE_CHECKING:
     from featx.backbones import Backbone
 
-# What `difference` may be between any two engines' rows of the same image, or two batch sizes of one
-# engine, at each precision. fp32 is held to torch's eager fp32 on the CPU, the others to that as well.
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 ENGINES = ("onnxruntime", "torch-cpu", "torch-cuda")
 CPU_BATCH = 32
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from featx.backbones import BackboneInfo, BackboneRequest
 from featx.devices import available_threads
-from featx.engines import CPU_BATCH, TOLERANCE, difference, loaded
+from featx.engines import CPU_BATCH, difference, loaded
 from featx.errors import ExportError, StoreError
+from featx.features import TOLERANCE
 from featx.files import write_atomic
 
 OPSET = 18

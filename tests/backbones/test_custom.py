@@ -11,8 +11,9 @@ import torch
 
 from featx.backbones import BackboneRequest, load_backbone, resolve
 from featx.backbones.custom import load as load_custom
-from featx.engines import TOLERANCE, difference, open_engine
+from featx.engines import difference, open_engine
 from featx.errors import BackboneError, WeightsError
+from featx.features import TOLERANCE
 from featx.preprocess import Preprocess
 
 NETS = """

@@ -10,7 +10,8 @@ from torch import nn
 from torchvision import models
 
 from featx.backbones import listing, load_backbone
-from featx.engines import TOLERANCE, difference, open_engine
+from featx.engines import difference, open_engine
+from featx.features import TOLERANCE
 
 # GoogLeNet and Inception v3 were trained on inputs that torchvision's own loading rescales inside them
 OPTIONS = {

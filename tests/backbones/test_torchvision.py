@@ -34,8 +34,9 @@ from featx.backbones import (
 from featx.backbones._measure import measure
 from featx.backbones._table import table
 from featx.backbones.torchvision import _renamed, create, preprocessing
-from featx.engines import TOLERANCE, backbone_onnx, difference
+from featx.engines import backbone_onnx, difference
 from featx.errors import BackboneError, WeightsError
+from featx.features import TOLERANCE
 from featx.preprocess import Preprocess
 
 SQUEEZE = "squeezenet1_1"

@@ -17,9 +17,10 @@ from networks import calibrated, session_cache
 
 from featx import devices
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
-from featx.engines import TOLERANCE, backbone_onnx, difference, open_engine
+from featx.engines import backbone_onnx, difference, open_engine
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import FeatxError, StoreError, WeightsError
+from featx.features import TOLERANCE
 
 REQUEST = calibrated("resnet18")
 

@@ -16,10 +16,11 @@ from networks import calibrated, session_cache
 from torch import nn
 
 from featx.backbones import resolve
-from featx.engines import TOLERANCE, backbone_onnx, difference
+from featx.engines import backbone_onnx, difference
 from featx.engines import onnx as exports
 from featx.engines.onnx import accelerated, session
 from featx.engines.winograd import CONSTANT, OUTPUT, rewritten
+from featx.features import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
