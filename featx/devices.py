@@ -20,6 +20,11 @@ def free_memory() -> float:
     return max(0.0, min(_machine_memory(), _group_memory()))
 
 
+def memory_for_features() -> float:
+    """Bytes that features may take by default: a fifth of what is free, since a fit holds about four copies."""
+    return free_memory() / 5
+
+
 def _group_memory() -> float:
     """What the limit of a container (Linux's control group, version 2) leaves; infinity where there is none."""
     try:

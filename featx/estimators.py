@@ -137,6 +137,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         module = heads.module(self.head)
         if self.head == "pretrained":
             raise HeadError("the pretrained head is not fitted to data; use linear, logreg, ncm or ridge")
+        heads.check_settings(self.head, self.settings or {})
         fitted = module.fit(
             X,
             numbers.astype(np.int64),

@@ -13,7 +13,7 @@ import numpy as np
 from featx import __version__, heads, runs
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.cache.streaming import Stacked, StoredRows
-from featx.devices import free_memory
+from featx.devices import memory_for_features
 from featx.errors import FeatxError, HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
@@ -76,7 +76,7 @@ def fit(
     if world and not world.leads:
         world.wait()  # the leader extracts; the others then find everything cached
     extracted = sync(data, request, views=views, **options)
-    limit = free_memory() / 5 if memory is None else memory
+    limit = memory_for_features() if memory is None else memory
     features = extracted.features(memory=limit)
     if world and world.leads:
         world.wait()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from featx import __version__
 from featx.backbones import BackboneInfo
-from featx.devices import free_memory
+from featx.devices import memory_for_features
 from featx.engines import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.extraction import Extraction, sync
@@ -302,7 +302,7 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
         precision=spec.precision,
         dtype=spec.dtype,
     )
-    features = extraction.features(memory=free_memory() / 5)
+    features = extraction.features(memory=memory_for_features())
     if features.spec.digest != spec.digest:
         raise ExportError(
             f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "

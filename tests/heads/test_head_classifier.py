@@ -58,3 +58,9 @@ def test_an_unknown_head_is_named_with_near_ones() -> None:
         HeadClassifier("logregs").fit(np.eye(4), [0, 1, 0, 1])
     with pytest.raises(HeadError, match="not fitted to data"):
         HeadClassifier("pretrained").fit(np.eye(4), [0, 1, 0, 1])
+
+
+def test_a_mistyped_setting_is_named_before_anything_is_fitted() -> None:
+    model = HeadClassifier(settings={"strenghts": [0.1]})
+    with pytest.raises(HeadError, match=r"no setting 'strenghts'.*Did you mean strengths"):
+        model.fit(np.eye(4), [0, 1, 0, 1])
