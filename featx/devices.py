@@ -73,7 +73,7 @@ def decoding_device(device: str) -> str:
     place = choose_device(device)
     if place == "cpu":
         why = "--device cpu was asked for" if device == "cpu" else "there is none here"
-        raise FeatxError(f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact")
+        raise FeatxError(f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact, or a machine with one")
     return place
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -197,7 +200,9 @@ def test_a_warm_run_needs_no_gpu_and_a_cold_one_says_so_before_any_work(
     np.testing.assert_array_equal(extract(mixed, "tiny", cache=filled, decode="gpu", device="cpu").X, before)
     monkeypatch.setattr(extraction, "resolve", lambda *a: pytest.fail("weights were asked for"))
     for device, why in (("auto", "there is none here"), ("cpu", "--device cpu was asked for")):
-        with pytest.raises(FeatxError, match=f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact"):
+        with pytest.raises(
+            FeatxError, match=f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact, or a machine"
+        ):
             extract(mixed, "tiny", cache=tmp_path / "new", decode="gpu", device=device)
     assert not (tmp_path / "new").exists()
 
@@ -254,6 +259,57 @@ def test_the_decoder_stays_only_some_groups_ahead(
         time.sleep(0.002)
         assert made.decoded <= taken + 4 * (module.GROUPS + 1)
     images.close()
+
+
+INTERRUPTED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from conftest import ColourEngine
+from featx import decoder, extraction
+from featx.backbones import BackboneInfo
+from featx.preprocess import Preprocess
+
+class Slow(ColourEngine):
+    def __call__(self, images):
+        print("batch", flush=True)
+        time.sleep(0.2)
+        return super().__call__(images)
+
+decoder.decoding_device = lambda device: "cpu"
+decoder.GROUP = 8
+extraction.resolve = lambda request, cache: BackboneInfo("custom/tiny", "00" * 32, "features",
+    request.override(Preprocess(resize=36, crop=32)), (48,), None, False, 0, "colours")
+extraction.open_engine = lambda *a, **k: Slow()
+extraction.extract({data!r}, "tiny", cache={cache!r}, decode="gpu")
+"""
+
+
+def test_ctrl_c_ends_quickly_and_keeps_what_was_computed(tmp_path: Path, engine: ColourEngine) -> None:
+    for i in range(80):
+        save(tmp_path / "data" / "all" / f"{i}.jpg", i)
+    (tmp_path / "cache").mkdir()  # else the GPU is asked for at once
+    data, cache = str(tmp_path / "data"), str(tmp_path / "cache")
+    code = INTERRUPTED.format(tests=str(Path(__file__).parent), data=data, cache=cache)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    for _ in range(12):  # eight of them compare the decoders
+        assert process.stdout.readline() == "batch\n", process.stderr.read()
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors
+    assert time.monotonic() - begin < 5
+    report = extract(data, "tiny", cache=cache, decode="gpu").report
+    assert 4 <= report["cached"] < 60 and report["cached"] + report["extracted"] == 80
+
+
+def test_a_warm_run_with_a_damaged_image_loads_no_torch(mixed: Path, tmp_path: Path, engine: ColourEngine) -> None:
+    extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
+    code = INTERRUPTED.format(tests=str(Path(__file__).parent), data=str(mixed), cache=str(tmp_path / "cache"))
+    code = code.replace('decoder.decoding_device = lambda device: "cpu"', "del decoder.decoding_device")
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_time_of_the_device_counts_as_decoding(mixed: Path, tmp_path: Path, engine: ColourEngine) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 # Pixels that one chroma sample covers, across and down, which can be interpolated here.
 SAMPLINGS = ((2, 1), (2, 2))
 # Images of one sampling share a call when they round up to the same size, up to so many pixels together.
-SIZE, PIXELS = 64, 1 << 24
+SIZE, PIXELS = 128, 1 << 23
 
 
 def interpolated(images: Sequence[Tensor], samplings: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -47,7 +47,10 @@ class Gpu:
         out: list[list[Tensor] | None] = []
         with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
             for part in _parts(images):
-                out += self._views(part)
+                try:
+                    out += self._views(part)
+                except torch.cuda.OutOfMemoryError:  # left to Pillow, as all that fails here
+                    out += [None] * len(part)
                 if self.stream is not None:
                     # nvJPEG writes on another stream, which does not wait for this one: memory that is given
                     # out again while this one still reads it would be overwritten

@@ -134,7 +134,8 @@ class CudaEngine:
                     self.module(images)
             self.computing.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.computing):
+            # a thread that decodes on the GPU meanwhile takes memory and waits, which "global" would forbid it
+            with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
                 rows = self.module(images)
             self.computing.synchronize()
         return images, rows, graph

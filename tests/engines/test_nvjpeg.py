@@ -12,6 +12,7 @@ from PIL import Image
 
 from featx.engines import nvjpeg
 from featx.engines.nvjpeg import Gpu
+from featx.engines.resample import Resize
 from featx.jpeg import Encoded, Header, header
 from featx.preprocess import Preprocess
 
@@ -72,6 +73,21 @@ def test_chroma_that_a_decoder_repeats_is_interpolated_before_the_image_is_turne
         found = np.stack([views[0].numpy() for views in gpu(asked(files, preprocess)) if views])
         apart[repeats] = np.abs(found - exact)
     assert apart[False].max() > 3 and apart[True].max() <= 1
+
+
+def test_images_that_the_devices_memory_does_not_hold_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess = Preprocess(36, 32)
+    plain = nvjpeg.resized
+
+    def full(images: list[torch.Tensor], resizes: list[Resize]) -> list[torch.Tensor]:
+        if images[0].shape[2] > 100:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(images, resizes)
+
+    monkeypatch.setattr(nvjpeg, "resized", full)
+    monkeypatch.setattr(nvjpeg, "PIXELS", 1)
+    found = Gpu(preprocess, "cpu")(asked([encoded(photo(size, 40)) for size in (60, 120, 61)], preprocess))
+    assert [views is None for views in found] == [False, True, False]
 
 
 def test_pixels_of_another_size_than_the_headers_are_not_taken() -> None:
