@@ -47,6 +47,8 @@ class Decoder:
         """Images that were decoded on the GPU."""
         self.cosine: float | None = None
         """What `hold` found; None where nothing was compared."""
+        self.opening = 0.0
+        """Seconds until the GPU was ready, torch's import among them."""
         self._gpu: Gpu | None = None
         self._sample: list[tuple[Pixels, Pixels]] | None = None  # None: not taken yet; empty: compared
 
@@ -92,12 +94,14 @@ class Decoder:
 
     def _decode(self, group: list[Loaded]) -> list[Loaded]:
         """The same with `views` in place of `encoded`."""
-        begin = time.perf_counter()
         encoded = [image.encoded for image in group if image.encoded]
         if not encoded:
             return group
+        begin = time.perf_counter()
         if self._gpu is None:
             self._gpu = _open(self.loader, self.device)
+            self.opening = time.perf_counter() - begin
+            begin += self.opening
         made = iter(self._gpu(encoded))
         out = [self._finished(image, next(made)) if image.encoded else image for image in group]
         if self._sample is None:

@@ -217,6 +217,7 @@ def sync(
             while running:
                 _keep(running.popleft(), stores, stages)
             stages.update(loader)
+    seconds["start"] += decoder.opening if decoder else 0.0
     seconds["total"] = time.perf_counter() - begin
     report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds, stages)
     report["notes"] += [note for store in stores for note in store.notes]

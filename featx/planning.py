@@ -17,7 +17,7 @@ from featx.cache.index import KEY_BYTES, distinct
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
 from featx.decoder import Decoder, stacked
-from featx.devices import available_threads
+from featx.devices import available_threads, decoding_device
 from featx.engines import Engine, open_engine
 from featx.errors import ImageError
 from featx.extraction import requested
@@ -77,6 +77,8 @@ def plan(
     if rate is None and len(missing):
         engine_of = next((store.engine for store in stores if store.engine), None)
         begin = time.perf_counter()
+        if info.preprocess.pixels == GPU:
+            decoding_device(device)
         engine = open_engine(
             request, info, cache=cache, device=device, precision=precision, batch_size=batch_size, engine=engine_of
         )

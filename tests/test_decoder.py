@@ -23,6 +23,7 @@ import featx
 from featx import decoder as module
 from featx import extraction, planning
 from featx.backbones import BackboneInfo, BackboneRequest
+from featx.cache.store import FeatureStore
 from featx.cli import cli
 from featx.decoder import Decoder
 from featx.engines import cosines, nvjpeg
@@ -38,7 +39,7 @@ from featx.sources import open_source
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU in the GPU's place."""
-    for user in (extraction, module):
+    for user in (extraction, planning, module):
         monkeypatch.setattr(user, "decoding_device", lambda device: "cpu")
 
 
@@ -194,7 +195,7 @@ def test_a_warm_run_needs_no_gpu_and_a_cold_one_says_so_before_any_work(
 
     filled = tmp_path / "cache"
     before = extract(mixed, "tiny", cache=filled, decode="gpu").X
-    for user in (extraction, module):
+    for user in (extraction, planning, module):
         monkeypatch.setattr(user, "decoding_device", decoding_device)
     monkeypatch.setattr("featx.devices.has_cuda", lambda: False)
     np.testing.assert_array_equal(extract(mixed, "tiny", cache=filled, decode="gpu", device="cpu").X, before)
@@ -204,6 +205,8 @@ def test_a_warm_run_needs_no_gpu_and_a_cold_one_says_so_before_any_work(
             FeatxError, match=f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact, or a machine"
         ):
             extract(mixed, "tiny", cache=tmp_path / "new", decode="gpu", device=device)
+        with pytest.raises(FeatxError, match=why):
+            plan(mixed, "tiny", cache=tmp_path / "new", decode="gpu", device=device)
     assert not (tmp_path / "new").exists()
 
 
@@ -221,14 +224,17 @@ def test_new_images_beside_cached_ones_need_the_gpu(
         extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
 
 
+def decoder_of(data: Path, folder: Path) -> Decoder:
+    """By itself, on two threads, for a store that holds nothing."""
+    spec = sync(data, "tiny", cache=folder / "other").stores[0].spec
+    return Decoder(Loader(open_source(data), Preprocess(36, 32), [FeatureStore(folder / "none", spec)], 2), "cpu")
+
+
 def test_the_threads_end_with_an_error_and_when_nobody_reads_on(
     mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "GROUP", 2)
-    store = sync(mixed, "tiny", cache=tmp_path / "other").stores[0]
-    empty = sync(mixed, "tiny", cache=tmp_path / "cache", layer="logits").stores
-    made = Decoder(Loader(open_source(mixed), Preprocess(36, 32), [type(store)(tmp_path / "x", store.spec)], 2), "cpu")
-    assert empty
+    made = decoder_of(mixed, tmp_path)
     images = made(np.arange(12))
     first = next(images)
     assert first.row == 0 and first.encoded is None and first.views[0][1].shape == (3, 32, 32)
@@ -251,8 +257,7 @@ def test_the_decoder_stays_only_some_groups_ahead(
     for i in range(60):
         save(mixed / "all" / f"more{i}.jpg", 100 + i)
     monkeypatch.setattr(module, "GROUP", 4)
-    store = sync(mixed, "tiny", cache=tmp_path / "other").stores[0]
-    made = Decoder(Loader(open_source(mixed), Preprocess(36, 32), [type(store)(tmp_path / "x", store.spec)], 2), "cpu")
+    made = decoder_of(mixed, tmp_path)
     images = made(np.arange(60))
     for taken in range(1, 30):
         assert next(images).row == taken - 1
