@@ -73,6 +73,15 @@ def choose_device(device: str) -> str:
     return "cpu"
 
 
+def decoding_device(device: str) -> str:
+    """The GPU that decodes JPEGs where `device` is to compute. Raises `FeatxError` where there is none."""
+    place = choose_device(device)
+    if place == "cpu":
+        why = "--device cpu was asked for" if device == "cpu" else "there is none here"
+        raise FeatxError(f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact, or a machine with one")
+    return place
+
+
 def has_cuda() -> bool:
     """Whether the NVIDIA driver sees a GPU; asked without torch, whose import takes seconds."""
     import ctypes

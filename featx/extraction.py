@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,15 +18,19 @@ from featx.backbones import BackboneInfo, BackboneRequest, resolve
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
-from featx.devices import available_threads, check_device
+from featx.decoder import Decoder, stacked
+from featx.devices import available_threads, check_device, decoding_device
 from featx.engines import Engine, open_engine
 from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
 from featx.loader import Loader
-from featx.preprocess import DECODERS
+from featx.preprocess import DECODERS, GPU
 from featx.sources import Source, open_source
 from featx.stages import Stages, remember_rate
 from featx.views import view_names
+
+if TYPE_CHECKING:
+    from featx.loader import Pixels
 
 # From so many images on, a run's rate is remembered for the next dry run.
 RATE_IMAGES = 128
@@ -125,8 +129,9 @@ def sync(
     data: a folder, a manifest or a `Source`. backbone, weights, layer, seed: see `BackboneRequest`.
     device: `auto`, `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16` or `fp16`. dtype: `float32` or
     `float16`, as stored. workers: decoding threads, by default one a core. views: augmented views of
-    every image beside its centre crop, seeded by `seed`. decode: `exact`, or `fast`, which decodes large
-    JPEGs at a smaller scale; its features differ a little and are cached apart.
+    every image beside its centre crop, seeded by `seed`. decode: `exact`; `fast`, which decodes large
+    JPEGs at a smaller scale; or `gpu`, which decodes them on the GPU. The features of these two differ a
+    little and are cached apart; `gpu` compares some of them with `exact` ones first.
 
     A row's key is the SHA-256 of the image's bytes: a second run computes nothing, nor does one after
     renaming, moving, relabelling or duplicating images. An image that cannot be read or decoded is
@@ -140,6 +145,8 @@ def sync(
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
     request = requested(backbone, weights, layer, seed, decode)
+    if ("pixels", GPU) in request.preprocess and not cache.exists():
+        decoding_device(device)  # no image is cached: what cannot run ends before weights are loaded
     info = resolve(request, cache)
     specs = [info.spec(view=v, precision=precision, dtype=dtype) for v in view_names(seed, views)]
     stores = [FeatureStore(cache, spec) for spec in specs]
@@ -153,10 +160,13 @@ def sync(
     stages = Stages(workers or cores, cores)
     errors: dict[int, str] = {}
     extracted = 0
+    decoder: Decoder | None = None
     if len(todo):
         loader = Loader(source, info.preprocess, stores, stages.workers)
+        if info.preprocess.pixels == GPU:
+            decoder, stages.by_gpu = Decoder(loader, device), True
         engine: Engine | None = None
-        batch: list[tuple[int, bytes, np.ndarray]] = []
+        batch: list[tuple[int, bytes, Pixels]] = []
         running: deque[Running] = deque()
         with ExitStack() as stack:  # left in reverse: threads end, rows are committed, keys remembered
             stack.enter_context(warnings.catch_warnings())
@@ -166,7 +176,7 @@ def sync(
             for store in stores:
                 stack.enter_context(store)
             bar = stack.enter_context(tqdm(total=len(todo), desc="extract", unit=" images", disable=None))
-            loaded = stack.enter_context(closing(loader(todo)))
+            loaded = stack.enter_context(closing(decoder(todo) if decoder else loader(todo)))
             for image in stages.waiting(loaded):
                 bar.update()
                 if image.key:
@@ -191,6 +201,8 @@ def sync(
                         store.computed_by(engine.name)
                     seconds["start"] = time.perf_counter() - opening
                     stages.begin(loader, gpu=engine.name == "torch-cuda")
+                if decoder and engine:
+                    decoder.hold(engine)
                 for view, pixels in image.views:
                     assert engine is not None
                     batch.append((view, image.key, pixels))
@@ -205,9 +217,14 @@ def sync(
             while running:
                 _keep(running.popleft(), stores, stages)
             stages.update(loader)
+    seconds["start"] += decoder.opening if decoder else 0.0
     seconds["total"] = time.perf_counter() - begin
     report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds, stages)
     report["notes"] += [note for store in stores for note in store.notes]
+    report["decoded_on_gpu"] = decoder.decoded if decoder else 0
+    report["decode_cosine"] = decoder.cosine if decoder else None
+    if decoder and extracted and not decoder.decoded:
+        report["notes"].append("no image was decoded on the GPU: it takes baseline JPEGs alone")
     rows = report.pop("rows")
     if extracted >= RATE_IMAGES:
         remember_rate(cache, specs, stages.workers, device, report["images_per_second"])
@@ -241,9 +258,9 @@ def requested(backbone: str | BackboneRequest, weights: str, layer: str, seed: i
     return backbone
 
 
-def _submit(engine: Engine, batch: list[tuple[int, bytes, np.ndarray]]) -> Running:
+def _submit(engine: Engine, batch: list[tuple[int, bytes, Pixels]]) -> Running:
     """Start the engine on one batch of (view, key, pixels)."""
-    result = engine.submit(np.stack([pixels for _, _, pixels in batch]))
+    result = engine.submit(stacked([pixels for _, _, pixels in batch], engine))
     keys = np.frombuffer(b"".join(key for _, key, _ in batch), np.uint8).reshape(-1, 32)
     return result, keys, np.array([view for view, _, _ in batch])
 

@@ -8,18 +8,28 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from featx.cache.store import FeatureStore
 from featx.errors import ImageError
 from featx.features import content_key
+from featx.jpeg import Encoded, header
 from featx.preprocess import Preprocess
 from featx.sources import Source
-from featx.views import pixels
+from featx.views import look, pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pixels = np.ndarray | Tensor
 
 # Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.
 WAITING_BYTES = 96 << 20
+# Files that may wait where they are not decoded here.
+ENCODED = 128
 # Keys of images on their way that are remembered before the first look at which of them are stored.
 CLAIMS = 1 << 11
 
@@ -31,9 +41,11 @@ class Loaded:
     row: int
     key: bytes
     """The content key, 32 bytes; empty where the file could not be read."""
-    views: list[tuple[int, np.ndarray]]
+    views: list[tuple[int, Pixels]]
     """View number and `uint8 [3, H, W]` of each view that no store has; empty for a duplicate."""
     error: str = ""
+    encoded: Encoded | None = None
+    """In place of `views`, where whoever asked decodes JPEGs himself."""
 
 
 class Loader:
@@ -53,19 +65,24 @@ class Loader:
         """The threads' time in reading and hashing, waiting included."""
         self.decoded = self.large = 0
         """Images decoded, and how many of them `--decode fast` would decode at a smaller scale."""
+        self.device_seconds = 0.0
+        """Wall time that a GPU's decoder worked, waiting for the GPU included."""
         self._claimed: set[bytes] = set()
         self._most_claimed = CLAIMS
         self._lock = threading.Lock()
 
-    def __call__(self, rows: np.ndarray) -> Generator[Loaded]:
-        """Yield a `Loaded` for every row (`int [M]`), in order. Closing the iterator ends the threads."""
+    def __call__(self, rows: np.ndarray, *, encoded: bool = False) -> Generator[Loaded]:
+        """Yield a `Loaded` for every row (`int [M]`), in order. Closing the iterator ends the threads.
+
+        encoded: leave the JPEGs that a GPU can decode as they are.
+        """
         waiting: deque[Future[Loaded]] = deque()
         most = WAITING_BYTES // (3 * self.preprocess.crop**2 * len(self.stores))
-        most = max(2 * self.workers, min(most, 512))
+        most = max(2 * self.workers, min(most, ENCODED if encoded else 512))
         executor = ThreadPoolExecutor(self.workers, thread_name_prefix="featx-load")
         try:
             for row in rows:  # an array's numbers are made one by one
-                waiting.append(executor.submit(self._load, int(row)))
+                waiting.append(executor.submit(self._load, int(row), encoded))
                 if len(waiting) >= most:
                     yield waiting.popleft().result()
             while waiting:
@@ -73,12 +90,22 @@ class Loader:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def counted(self) -> tuple[float, float, float]:
-        """`read_seconds`, `decode_seconds` and `file_seconds` of this moment."""
+    def counted(self) -> tuple[float, float, float, float]:
+        """`read_seconds`, `decode_seconds`, `file_seconds` and `device_seconds` of this moment."""
         with self._lock:
-            return self.read_seconds, self.decode_seconds, self.file_seconds
+            return self.read_seconds, self.decode_seconds, self.file_seconds, self.device_seconds
 
-    def _load(self, row: int) -> Loaded:
+    def decoded_elsewhere(self, images: int, seconds: float) -> None:
+        """Count images that somebody else has decoded, in so many seconds."""
+        with self._lock:
+            self.decoded += images
+            self.device_seconds += seconds
+
+    def seen(self, image: Image.Image, key: bytes, view: int) -> np.ndarray:
+        """One view of a decoded image."""
+        return pixels(self.preprocess, image, key, self.stores[view].spec.view)
+
+    def _load(self, row: int, encoded: bool) -> Loaded:
         key = b""
         begin, middle, opened, read = time.thread_time(), None, time.perf_counter(), None
         large = None
@@ -89,10 +116,14 @@ class Loader:
             middle, read = time.thread_time(), time.perf_counter()
             if not missing:
                 return Loaded(row, key, [])
+            if encoded and (found := header(data)):
+                names = [self.stores[v].spec.view for v in missing]
+                looks = [look(self.preprocess, *found.upright, key, name) for name in names]
+                whole = [(v, *drawn) for v, drawn in zip(missing, looks, strict=True)]
+                return Loaded(row, key, [], encoded=Encoded(data, found, whole))
             image = self.preprocess.decode(data)
             large = self.preprocess.shrinks(data, image.size)
-            views = [(v, pixels(self.preprocess, image, key, self.stores[v].spec.view)) for v in missing]
-            return Loaded(row, key, views)
+            return Loaded(row, key, [(v, self.seen(image, key, v)) for v in missing])
         except ImageError as error:
             return Loaded(row, key, [], str(error))
         finally:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,15 +16,20 @@ from featx.backbones import BackboneRequest, resolve
 from featx.cache.index import KEY_BYTES, distinct
 from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
-from featx.devices import available_threads
+from featx.decoder import Decoder, stacked
+from featx.devices import available_threads, decoding_device
 from featx.engines import Engine, open_engine
 from featx.errors import ImageError
 from featx.extraction import requested
 from featx.features import content_key
-from featx.loader import Loader
+from featx.loader import Loaded, Loader
+from featx.preprocess import GPU
 from featx.sources import Source, open_source
 from featx.stages import recall_rate
 from featx.views import view_names
+
+if TYPE_CHECKING:
+    from featx.loader import Pixels
 
 # Files whose content is not known yet are read to know it, up to so many bytes; the rest counts as missing.
 READ_BYTES = 1 << 30
@@ -72,6 +77,8 @@ def plan(
     if rate is None and len(missing):
         engine_of = next((store.engine for store in stores if store.engine), None)
         begin = time.perf_counter()
+        if info.preprocess.pixels == GPU:
+            decoding_device(device)
         engine = open_engine(
             request, info, cache=cache, device=device, precision=precision, batch_size=batch_size, engine=engine_of
         )
@@ -79,7 +86,9 @@ def plan(
             start = time.perf_counter() - begin
             size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))
             sample = missing[np.linspace(0, len(missing) - 1, size).astype(int)]
-            rate = _measured(Loader(source, info.preprocess, stores, workers), engine, sample)
+            loader = Loader(source, info.preprocess, stores, workers)
+            images = Decoder(loader, device)(sample) if info.preprocess.pixels == GPU else loader(sample)
+            rate = _measured(images, engine, size)
         basis = f"measured now on {size} of the missing images"
     row_bytes = int(np.prod(info.row_shape)) * np.dtype(dtype).itemsize + KEY_BYTES
     needed = len(missing) * len(stores) * row_bytes
@@ -122,22 +131,22 @@ def _keys(source: Source, cache: Path) -> tuple[np.ndarray, np.ndarray]:
     return keys, known
 
 
-def _measured(loader: Loader, engine: Engine, rows: np.ndarray) -> float:
+def _measured(images: Generator[Loaded], engine: Engine, count: int) -> float:
     """Images per second from file to features, one batch decoded while the last is computed."""
-    batch: list[np.ndarray] = []
+    batch: list[Pixels] = []
     running: deque[Callable[[], np.ndarray]] = deque()
     begin = time.perf_counter()
-    with closing(loader(rows)) as loaded:
+    with closing(images) as loaded:
         for image in loaded:
             for _, pixels in image.views:
                 batch.append(pixels)
                 if len(batch) == engine.batch_size:
-                    running.append(engine.submit(np.stack(batch)))
+                    running.append(engine.submit(stacked(batch, engine)))
                     batch = []
                 if len(running) > 1:
                     running.popleft()()
     if batch:
-        running.append(engine.submit(np.stack(batch)))
+        running.append(engine.submit(stacked(batch, engine)))
     while running:
         running.popleft()()
-    return len(rows) / (time.perf_counter() - begin)
+    return count / (time.perf_counter() - begin)

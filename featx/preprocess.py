@@ -20,8 +20,11 @@ MAX_PIXELS = 178_956_970
 MAX_ASPECT = 64
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # The decoders, by their names in a spec, and what people call them (`--decode`).
-EXACT, FAST = "pillow/1", "pillow-draft/1"
-DECODERS = {"exact": EXACT, "fast": FAST}
+EXACT, FAST, GPU = "pillow/1", "pillow-draft/1", "nvjpeg/1"
+DECODERS = {"exact": EXACT, "fast": FAST, "gpu": GPU}
+# The least cosine between an image's features by `GPU` and by `EXACT`: a run that finds less ends.
+CLOSE = 0.999
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 # what turns an image upright, by the value of EXIF's orientation tag
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -57,8 +60,9 @@ class Preprocess:
     std: tuple[float, ...] = IMAGENET_STD
     """Divides after `mean`; applied by the model's first layer, not here."""
     pixels: str = EXACT
-    """The decoder's name and our own revision, raised only when golden pixels change: `pillow/1`, or
-    `pillow-draft/1`, which decodes large JPEGs at a smaller scale."""
+    """The decoder's name and our own revision, raised only when golden pixels change: `pillow/1`,
+    `pillow-draft/1`, which decodes large JPEGs at a smaller scale, or `nvjpeg/1`, by which an extraction
+    decodes JPEGs on the GPU; here and on any CPU it means the same as `pillow/1`."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLE:
@@ -92,26 +96,38 @@ class Preprocess:
 
         Its centre `crop` holds the same pixels for every `side`, to at most 1 level (Pillow keeps the
         box in single precision). An exported model that resizes by itself leaves a square of side
-        `resize` as it is, so images of many sizes can share a batch. Raises `ImageError` beyond an aspect
-        ratio of 1:64, where the centre crop would show next to nothing of the image.
+        `resize` as it is, so images of many sizes can share a batch. Raises `ImageError` as `box` does.
+        """
+        return self._across_then_down(image, side, self.box(*image.size, side))
+
+    def box(self, width: int, height: int, side: int) -> Box:
+        """What `square` sees of an upright image of this size, in its pixels.
+
+        Raises `ImageError` beyond an aspect ratio of 1:64, where the centre crop would show next to
+        nothing of the image.
         """
         assert self.crop <= side <= self.resize
-        if max(image.size) > MAX_ASPECT * min(image.size):
+        if max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError(
-                f"{image.width} x {image.height} pixels are beyond the aspect ratio of 1:{MAX_ASPECT} "
+                f"{width} x {height} pixels are beyond the aspect ratio of 1:{MAX_ASPECT} "
                 "that featx takes; cut the image to the part that matters"
             )
-        width, height = self.resized(*image.size)
+        wide, high = self.resized(width, height)
         margin = round((side - self.crop) / 2)
-        left = round((width - self.crop) / 2) - margin
-        top = round((height - self.crop) / 2) - margin
-        across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        left = round((wide - self.crop) / 2) - margin
+        top = round((high - self.crop) / 2) - margin
+        across, down = width / wide, height / high
         # rounding may put the far edge one ulp outside the image, which Pillow refuses
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        return self._across_then_down(image, side, box)
+        right, bottom = min((left + side) * across, width), min((top + side) * down, height)
+        return left * across, top * down, right, bottom
 
-    def _across_then_down(self, image: Image.Image, side: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    def rows(self, box: Box, side: int, height: int) -> tuple[int, int]:
+        """The first row of the image that matters to a box resized to `side`, and the one after the last."""
+        kernel = 2 if self.interpolation == "bicubic" else 1  # its reach at no change of size, in pixels
+        reach = kernel * max((box[3] - box[1]) / side, 1) + 1
+        return max(0, int(box[1] - reach)), min(height, int(box[3] + reach) + 1)
+
+    def _across_then_down(self, image: Image.Image, side: int, box: Box) -> np.ndarray:
         """Resize the box to `side` x `side`, first across, then down, as Pillow before 13 and onnxruntime do.
 
         Each pass rounds to 8 bits. Pillow 13 takes the cheaper order, which depends on the box: bicubic
@@ -119,9 +135,7 @@ class Preprocess:
         which took probabilities 7e-3 from the exported model's instead of 2e-3 (measured).
         """
         resample = RESAMPLE[self.interpolation]
-        kernel = 2 if self.interpolation == "bicubic" else 1  # its reach at no change of size, in pixels
-        reach = kernel * max((box[3] - box[1]) / side, 1) + 1
-        first, last = max(0, int(box[1] - reach)), min(image.height, int(box[3] + reach) + 1)
+        first, last = self.rows(box, side, image.height)
         across = image.resize((side, last - first), resample, box=(box[0], first, box[2], last))
         down = (0, box[1] - first, side, min(box[3] - first, last - first))
         return np.asarray(across.resize((side, side), resample, box=down))

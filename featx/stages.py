@@ -43,18 +43,23 @@ class Stages:
     """Seconds that loading threads waited for files, summed over the threads."""
     large: float = 0.0
     """Share of the decoded images that `--decode fast` would decode at a smaller scale."""
+    device: float = 0.0
+    """Of the work of decoding, the seconds that a GPU's decoder took: wall time of one thread."""
+    by_gpu: bool = False
+    """Whether JPEGs are decoded on the GPU."""
     ahead: float = 0.0
     """Seconds that the loader had worked while the engine was being opened: they count as the run's."""
-    _ahead: tuple[float, float] = (0.0, 0.0)
-    """The threads' seconds of reading and decoding in that time."""
+    _ahead: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """The threads' seconds of reading and decoding in that time, and a GPU's decoder's."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 
     def begin(self, loader: Loader, *, gpu: bool) -> None:
         """Count from here: the engine is open."""
         self.gpu = gpu
-        self._ahead = loader.counted()[:2]
-        self.ahead = sum(self._ahead) / self.workers
+        read, decode, _, device = loader.counted()
+        self._ahead = read, decode, device
+        self.ahead = max((read + decode) / self.workers, device)
         self.starved = self.waited = self.work["store"] = 0.0
         self._zero = _moment(loader)
 
@@ -62,12 +67,16 @@ class Stages:
         """Take in what has been counted; cheap enough for every batch."""
         if self._zero:
             now = _moment(loader)
-            self.elapsed, process, loop, read, decode, files = (a - b for a, b in zip(now, self._zero, strict=True))
+            counted = (a - b for a, b in zip(now, self._zero, strict=True))
+            self.elapsed, process, loop, read, decode, files, device = counted
             self.blocked = max(0.0, files - read)
             self.large = loader.large / max(1, loader.decoded)
-            embed = self.waited if self.gpu else max(0.0, process - loop - read - decode)
+            embed = self.waited if self.gpu else max(0.0, process - loop - read - decode - device)
             self.elapsed += self.ahead
-            self.work |= {"read": read + self._ahead[0], "decode": decode + self._ahead[1], "embed": embed}
+            before_read, before_decode, before_device = self._ahead
+            self.device = device + before_device
+            decode += before_decode + self.device
+            self.work |= {"read": read + before_read, "decode": decode, "embed": embed}
         return self
 
     def waiting(self, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
@@ -90,6 +99,7 @@ class Stages:
     def used(self) -> float:
         """The part of the cores' time that this run used."""
         seconds = sum(value for name, value in self.work.items() if not (self.gpu and name == "embed"))
+        seconds -= self.device if self.gpu else 0.0
         return min(1.0, seconds / (self.elapsed * self.cores)) if self.elapsed > 0 else 0.0
 
     def bound(self) -> tuple[str, float]:
@@ -102,7 +112,7 @@ class Stages:
         if self.elapsed <= 0 or not self.shares:
             return "", 0.0
         threads = self.elapsed * self.workers
-        reading, decoding = (self.work["read"] + self.blocked) / threads, self.work["decode"] / threads
+        reading, decoding = (self.work["read"] + self.blocked) / threads, self._decoding()
         starved = self.starved > self.elapsed / 2
         if starved and reading > max(decoding, 0.5):
             return "read", min(1.0, reading)
@@ -115,6 +125,11 @@ class Stages:
         name = max(self.shares, key=lambda stage: self.shares[stage])
         return name, self.shares[name]
 
+    def _decoding(self) -> float:
+        """How busy the threads that decode are, or the GPU's decoder where that is busier."""
+        threads = (self.work["decode"] - self.device) / (self.elapsed * self.workers)
+        return max(threads, self.device / self.elapsed)
+
     def brief(self) -> str:
         """For the progress bar: `decode 83 %`."""
         name, share = self.bound()
@@ -125,10 +140,15 @@ class Stages:
         name, share = self.bound()
         if not name or self.elapsed < TELLING:
             return ""
-        if name == "decode" and self.workers < self.cores:
-            text = f"decode-bound {share:.0%}: use --workers {self.cores}"
+        by_gpu = " or --decode gpu" if self.gpu and not self.by_gpu else ""
+        if name == "decode" and self.device > self.elapsed / 2:
+            text = f"decode-bound {share:.0%}: the GPU's decoder is busy; smaller copies of the images would help"
+        elif name == "decode" and self.workers < self.cores:
+            text = f"decode-bound {share:.0%}: use --workers {self.cores}{by_gpu}"
         elif name == "decode" and self.large > 0.5:
-            text = f"decode-bound {share:.0%}: use --decode fast, for large JPEGs at a smaller scale"
+            text = f"decode-bound {share:.0%}: use --decode fast, for large JPEGs at a smaller scale{by_gpu}"
+        elif name == "decode" and by_gpu:
+            text = f"decode-bound {share:.0%}: use --decode gpu if these are JPEGs, or more cores"
         elif name == "decode":
             text = f"decode-bound {share:.0%}: more cores would help, or smaller copies of the images"
         elif name == "read":

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from featx.preprocess import RESAMPLE, Preprocess
+from featx.preprocess import RESAMPLE, Box, Preprocess
 
 CENTER = "center"
 # Of the image's area. Milder than the 0.08 of ImageNet training from scratch, since a handful of cached
@@ -27,20 +27,27 @@ def view_names(seed: int, views: int) -> list[str]:
     return [CENTER, *(augmented(seed, k) for k in range(1, views + 1))]
 
 
-def pixels(preprocess: Preprocess, image: Image.Image, key: bytes, view: str) -> np.ndarray:
-    """`uint8 [3, crop, crop]` of one view of a decoded image.
+def look(preprocess: Preprocess, width: int, height: int, key: bytes, view: str) -> tuple[Box, bool]:
+    """What a view shows of an image: a box of its pixels, which is resized to the crop, and whether mirrored.
 
     What is drawn depends on the image's content key and the view's name alone: not on the order of the
     images, on threads or on other views, so that adding images or views later changes no row.
     """
+    if view == CENTER:
+        return preprocess.box(width, height, preprocess.crop), False
+    seed = int.from_bytes(hashlib.sha256(key + view.encode()).digest()[:16], "big")
+    rng = np.random.default_rng(seed)
+    return _crop(rng, width, height), bool(rng.random() < 0.5)
+
+
+def pixels(preprocess: Preprocess, image: Image.Image, key: bytes, view: str) -> np.ndarray:
+    """`uint8 [3, crop, crop]` of one view of a decoded image."""
     side = preprocess.crop
     if view == CENTER:
         return np.ascontiguousarray(preprocess.square(image, side).transpose(2, 0, 1))
-    seed = int.from_bytes(hashlib.sha256(key + view.encode()).digest()[:16], "big")
-    rng = np.random.default_rng(seed)
-    box = _crop(rng, *image.size)
+    box, mirrored = look(preprocess, *image.size, key, view)
     array = np.asarray(image.resize((side, side), RESAMPLE[preprocess.interpolation], box=box))
-    if rng.random() < 0.5:
+    if mirrored:
         array = array[:, ::-1]
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 

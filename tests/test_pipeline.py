@@ -166,7 +166,7 @@ def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
     made = Loader(open_source(root), Preprocess(resize=36, crop=32), [store], 2)
     loads: list[int] = []
     load = made._load
-    monkeypatch.setattr(made, "_load", lambda row: (loads.append(row), load(row))[1])
+    monkeypatch.setattr(made, "_load", lambda row, *how: (loads.append(row), load(row, *how))[1])
     images = made(np.arange(60))
     for taken in range(1, 20):
         next(images)

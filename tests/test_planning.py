@@ -101,7 +101,8 @@ def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float)
     made = Stages(workers, cores, gpu)
     made.elapsed = 10.0
     made.starved, made.waited, made.blocked = (values.pop(k, 0.0) for k in ("starved", "waited", "blocked"))
-    made.large = values.pop("large", 0.0)
+    made.large, made.device = values.pop("large", 0.0), values.pop("device", 0.0)
+    made.by_gpu = bool(values.pop("by_gpu", False))
     made.work |= values
     return made
 
@@ -116,6 +117,12 @@ def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float)
         (stages(read=0.5, blocked=18.0, decode=1.0, embed=1.0, starved=9.0), "read-bound 92%: .* --workers 4"),
         (stages(decode=2.0, embed=5.0, waited=9.0), "35% of the cores' time, so other programs may hold them"),
         (stages(gpu=True, decode=19.0, starved=8.0, embed=1.0, waited=1.0), "decode-bound 95%"),
+        (stages(gpu=True, decode=19.0, starved=8.0), "use --decode gpu if these are JPEGs, or more cores"),
+        (stages(gpu=True, decode=19.0, starved=8.0, large=0.9), "use --decode fast, .* or --decode gpu"),
+        (stages(1, 8, gpu=True, decode=9.5, starved=9.0), "decode-bound 95%: use --workers 8 or --decode gpu$"),
+        (stages(1, 8, gpu=True, by_gpu=True, decode=9.5, starved=9.0), "decode-bound 95%: use --workers 8$"),
+        (stages(gpu=True, by_gpu=True, decode=19.0, starved=8.0), "decode-bound 95%: more cores"),
+        (stages(gpu=True, by_gpu=True, decode=11.0, device=9.7, starved=9.0), "decode-bound 97%: the GPU's decoder"),
         (stages(gpu=True, decode=4.0, embed=9.0, waited=9.0), "backbone-bound 90%: --precision bf16"),
         (stages(gpu=True, decode=4.0, store=8.0, waited=1.0), "store-bound 80%: .* --cache"),
     ],

@@ -137,8 +137,9 @@ extraction_options = options_of(
         "--decode",
         default="exact",
         show_default=True,
-        type=click.Choice(["exact", "fast"]),
-        help="fast decodes large JPEGs at a smaller scale; its features differ a little and are cached apart.",
+        type=click.Choice(["exact", "fast", "gpu"]),
+        help="fast decodes large JPEGs at a smaller scale, gpu decodes them on the GPU; "
+        "their features differ a little and are cached apart.",
     ),
 )
 

@@ -308,4 +308,9 @@ def extraction_text(report: dict[str, Any]) -> str:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in report["shares"].items())
         lines.append(f"{report['images_per_second']} images/s; work: {shares}")
         lines += [report["advice"]] if report["advice"] else []
+    if report["decode_cosine"] is not None:
+        lines.append(
+            f"{report['decoded_on_gpu']} images decoded on the GPU; features of some by Pillow's pixels: "
+            f"cosine {report['decode_cosine']:.5f} or more"
+        )
     return "\n".join(lines)

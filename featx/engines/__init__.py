@@ -30,7 +30,10 @@ class Engine(Protocol):
     """The most images of one call, and the best number."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """`uint8 [B, 3, crop, crop]`, 0 < B <= batch_size -> `float32 [B, *row_shape]`."""
+        """`uint8 [B, 3, crop, crop]`, 0 < B <= batch_size -> `float32 [B, *row_shape]`.
+
+        An engine on a GPU takes a tensor on that GPU as well.
+        """
         ...
 
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
@@ -53,6 +56,14 @@ def difference(rows: np.ndarray, reference: np.ndarray) -> float:
     a, b = (np.asarray(x, np.float64).reshape(len(rows), -1) for x in (rows, reference))
     scale = np.maximum(np.abs(b).max(axis=1), np.finfo(np.float32).tiny)
     return float((np.abs(a - b).max(axis=1) / scale).max())
+
+
+def cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The cosine between each row and its other, `[N, ...]` each -> `float64 [N]`; 1 for two rows of zeros."""
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (rows, others))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = (a == b).all(axis=1)
+    return np.where(same, 1.0, (a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))
 
 
 def open_engine(

@@ -78,21 +78,27 @@ class CudaEngine:
         self.slots = [_Slot(self.images, self.rows) for _ in range(2)]
         self.turn = 0
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """`uint8 [B, 3, crop, crop]`, B <= batch_size -> `float32 [B, *row_shape]`."""
+    def __call__(self, images: np.ndarray | torch.Tensor) -> np.ndarray:
+        """`uint8 [B, 3, crop, crop]`, B <= batch_size -> `float32 [B, *row_shape]`. A tensor lies on this GPU."""
         return self.submit(images)()
 
     @torch.inference_mode()
-    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+    def submit(self, images: np.ndarray | torch.Tensor) -> Callable[[], np.ndarray]:
         """Queue the batch; the result waits for its rows, and stays valid whatever is submitted after it."""
         checked(images, self.images)
+        size = len(images)
         slot = self.slots[self.turn % len(self.slots)]
         self.turn += 1
         if slot.pending is not None:
             slot.pending()  # its buffers are needed now
-        slot.pinned_images.numpy()[: len(images)] = images
+        if isinstance(images, np.ndarray):
+            slot.pinned_images.numpy()[: len(images)] = images
+            images = slot.pinned_images
+        else:
+            self.copying.wait_stream(torch.cuda.current_stream(self.device))  # that is still making them
+            images.record_stream(self.copying)
         with torch.cuda.stream(self.copying):
-            slot.images.copy_(slot.pinned_images, non_blocking=True)
+            slot.images[: len(images)].copy_(images, non_blocking=True)
             slot.copied.record(self.copying)
         with torch.cuda.stream(self.computing):
             self.computing.wait_event(slot.copied)
@@ -100,7 +106,7 @@ class CudaEngine:
             self.graph.replay()
             slot.pinned_rows.copy_(self.rows, non_blocking=True)
             slot.done.record(self.computing)
-        slot.pending = _Pending(slot, len(images))
+        slot.pending = _Pending(slot, size)
         return slot.pending
 
     def close(self) -> None:
@@ -128,7 +134,8 @@ class CudaEngine:
                     self.module(images)
             self.computing.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.computing):
+            # a thread that decodes on the GPU meanwhile takes memory and waits, which "global" would forbid it
+            with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
                 rows = self.module(images)
             self.computing.synchronize()
         return images, rows, graph
@@ -199,10 +206,10 @@ def folded(network: nn.Module) -> nn.Module:
         return network
 
 
-def checked(images: np.ndarray, batch: torch.Tensor) -> None:
+def checked(images: np.ndarray | torch.Tensor, batch: torch.Tensor) -> None:
     """Raise `FeatxError` for what does not fit into a batch."""
     size, *shape = batch.shape
-    if images.dtype != np.uint8 or list(images.shape[1:]) != shape or not 0 < len(images) <= size:
+    if images.dtype not in (np.uint8, torch.uint8) or list(images.shape[1:]) != shape or not 0 < len(images) <= size:
         raise FeatxError(
             f"expected uint8 [B, {', '.join(map(str, shape))}] with 1 to {size} images, "
             f"got {images.dtype} {list(images.shape)}"

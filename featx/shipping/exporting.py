@@ -329,6 +329,8 @@ def _advice(found: Parity) -> str:
         )
     if missed == {"cached features"}:
         return "The cache holds features of other pixels or another network: remove its folder and fit again"
+    if missed == {"cached features, 1 - cosine"}:
+        return "They were computed from images decoded on the GPU, too far from Pillow's: fit again with --decode exact"
     return "Please report this with the names and versions of the backbone, torch and onnxruntime"
 
 

@@ -327,3 +327,6 @@ def test_the_gpu_agrees_with_the_cpu(precision: str, images: np.ndarray, eager: 
     rows = np.concatenate([call() for call in calls])
     assert difference(rows, eager) <= TOLERANCE[precision]
     assert np.array_equal(np.concatenate([engine(image[None]) for image in images]), rows)
+    there = torch.from_numpy(images).to("cuda:0")  # as a decoder on the GPU leaves them
+    calls = [engine.submit(there[start : start + 4].clone()) for start in range(0, 9, 4)]
+    assert np.array_equal(np.concatenate([call() for call in calls]), rows)
