@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from featx.engines.chroma import interpolated
@@ -38,9 +40,9 @@ class Gpu:
     def __init__(self, preprocess: Preprocess, device: str) -> None:
         self.preprocess = preprocess
         self.device = torch.device(device)
-        self.repeats = self.device.type == "cuda"
-        """Whether the decoder repeats samples of chroma: nvJPEG does, where the CPU's libjpeg interpolates them."""
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
+            self.repeats = repeats_chroma(self.device)
 
     def __call__(self, images: Sequence[Encoded]) -> list[list[Tensor] | None]:
         """The views of each image, `uint8 [3, crop, crop]`; None for what cannot be decoded. Waits for the device."""
@@ -95,6 +97,22 @@ def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]
         if len(files) == 1:
             return [None]
     return [image for data in files for image in decoded([data], device)]
+
+
+def repeats_chroma(device: torch.device) -> bool:
+    """Whether the device's decoder repeats samples of chroma, where Pillow's libjpeg interpolates them.
+
+    nvJPEG under torchvision is said to, and may not always: it is asked, with a small picture of many colours.
+    """
+    tints = np.random.default_rng(0).integers(64, 192, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(tints).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=2)
+    own = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float()
+    (made,) = decoded([buffer.getvalue()], device)
+    if made is None:
+        return False  # nor will it decode anything else
+    mended = interpolated([made], [(2, 2)])[0]
+    return bool((mended.cpu() - own).abs().mean() < (made.cpu() - own).abs().mean())
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

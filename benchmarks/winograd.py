@@ -1,0 +1,88 @@
+"""What rewriting 3x3 convolutions gains on a CPU: each network as exported and as it is run, in turns.
+
+    python benchmarks/winograd.py [--networks resnet18 vgg16 ...] [--page docs/benchmarks/winograd.md]
+
+Random weights, noise for pixels: speed depends on neither. Features are compared on the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from extraction import machine, say
+from peers import BATCH, timed
+
+from featx.backbones import BackboneRequest, resolve
+from featx.engines import backbone_onnx, difference
+from featx.engines.onnx import OnnxEngine, accelerated
+
+NETWORKS = ("resnet18", "resnet34", "vgg16", "alexnet", "resnet50", "wide_resnet50_2", "squeezenet1_1", "inception_v3")
+TEXT = """\
+# Winograd's convolutions on a CPU
+
+Written by `python benchmarks/winograd.py`: onnxruntime on the network as it is exported, and on the graph that featx
+makes of it and runs ([featx/engines/winograd.py](../../featx/engines/winograd.py)); batches of {batch}, fp32, medians of
+{rounds} rounds in turns. Random weights, noise for pixels. A graph stays as it is where no two convolutions of 3x3, stride 1
+and 128 channels or more are neighbours.
+
+{told}
+
+| network | as exported, images/s | as run | times as fast | features differ | file | as run |
+|---|---|---|---|---|---|---|
+{rows}
+
+Features differ by so much of their largest entry; 1e-5 is allowed. The first run makes the file, later runs take it.
+"""
+
+
+def row(name: str, rounds: int, folder: Path) -> str:
+    request = BackboneRequest(name, weights="random")
+    info = resolve(request, folder)
+    plain = backbone_onnx(request, info, folder)
+    fast = accelerated(plain)
+    size = plain.stat().st_size / 1e6
+    if fast == plain:
+        return f"| {name} | | stays | | | {size:.0f} MB | |"
+    crop = info.preprocess.crop
+    images = np.random.default_rng(0).integers(0, 256, (2 * BATCH, 3, crop, crop), dtype=np.uint8)
+    engines = [OnnxEngine(path, BATCH) for path in (plain, fast)]
+
+    def through(engine: OnnxEngine) -> np.ndarray:
+        pieces = [engine.submit(images[i : i + BATCH]) for i in (0, BATCH)]  # as an extraction does: one ahead
+        return np.concatenate([piece() for piece in pieces])
+
+    apart = difference(through(engines[1]), through(engines[0]))
+    runs = [timed(lambda engine=engine: through(engine)) for engine in engines]
+    seconds = [[run() for run in runs] for _ in range(rounds)]
+    before, after = (len(images) / statistics.median(times) for times in zip(*seconds, strict=True))
+    gain = statistics.median(a / b for a, b in seconds)
+    return (
+        f"| {name} | {before:.1f} | {after:.1f} | {gain:.2f} | {apart:.1e} | {size:.0f} MB | "
+        f"{fast.stat().st_size / 1e6:.0f} MB |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--page", type=Path)
+    options = parser.parse_args()
+    rows = []
+    told = "\n".join(f"- {key}: {value}" for key, value in machine().items())
+    for name in options.networks:
+        say(name)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(name, options.rounds, Path(folder)))
+    text = TEXT.format(batch=BATCH, rounds=options.rounds, told=told, rows="\n".join(rows))
+    print(text)
+    if options.page:
+        options.page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
