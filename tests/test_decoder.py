@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from conftest import ColourEngine
 from PIL import Image
+from slow_run import interrupt, program
 
 import featx
 from featx import decoder as module
@@ -266,52 +266,22 @@ def test_the_decoder_stays_only_some_groups_ahead(
     images.close()
 
 
-INTERRUPTED = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from conftest import ColourEngine
-from featx import decoder, extraction
-from featx.backbones import BackboneInfo
-from featx.preprocess import Preprocess
-
-class Slow(ColourEngine):
-    def __call__(self, images):
-        print("batch", flush=True)
-        time.sleep(0.2)
-        return super().__call__(images)
-
-decoder.decoding_device = lambda device: "cpu"
-decoder.GROUP = 8
-extraction.resolve = lambda request, cache: BackboneInfo("custom/tiny", "00" * 32, "features",
-    request.override(Preprocess(resize=36, crop=32)), (48,), None, False, 0, "colours")
-extraction.open_engine = lambda *a, **k: Slow()
-extraction.extract({data!r}, "tiny", cache={cache!r}, decode="gpu")
-"""
+ON_CPU = 'decoder.GROUP, decoder.decoding_device = 8, lambda device: "cpu"'
 
 
 def test_ctrl_c_ends_quickly_and_keeps_what_was_computed(tmp_path: Path, engine: ColourEngine) -> None:
     for i in range(80):
         save(tmp_path / "data" / "all" / f"{i}.jpg", i)
     (tmp_path / "cache").mkdir()  # else the GPU is asked for at once
-    data, cache = str(tmp_path / "data"), str(tmp_path / "cache")
-    code = INTERRUPTED.format(tests=str(Path(__file__).parent), data=data, cache=cache)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    for _ in range(12):  # eight of them compare the decoders
-        assert process.stdout.readline() == "batch\n", process.stderr.read()
-    begin = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors
-    assert time.monotonic() - begin < 5
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    interrupt(program(data, cache, ON_CPU, decode="gpu"), batches=12)  # eight of them compare the decoders
     report = extract(data, "tiny", cache=cache, decode="gpu").report
     assert 4 <= report["cached"] < 60 and report["cached"] + report["extracted"] == 80
 
 
 def test_a_warm_run_with_a_damaged_image_loads_no_torch(mixed: Path, tmp_path: Path, engine: ColourEngine) -> None:
     extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
-    code = INTERRUPTED.format(tests=str(Path(__file__).parent), data=str(mixed), cache=str(tmp_path / "cache"))
-    code = code.replace('decoder.decoding_device = lambda device: "cpu"', "del decoder.decoding_device")
+    code = program(mixed, tmp_path / "cache", "del decoder.decoding_device", decode="gpu")
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "False\n", done.stderr

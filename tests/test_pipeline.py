@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ColourEngine, write_images
 from PIL import Image
+from slow_run import interrupt, program
 
 from featx import extraction
 from featx.errors import FeatxError, ImageError
@@ -179,40 +179,9 @@ def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
     assert len(loads) < 40
 
 
-INTERRUPTED = """
-import sys, time
-import numpy as np
-sys.path.insert(0, {tests!r})
-from conftest import ColourEngine
-from featx import extraction
-from featx.backbones import BackboneInfo
-from featx.preprocess import Preprocess
-
-class Slow(ColourEngine):
-    def __call__(self, images):
-        print("batch", flush=True)
-        time.sleep(0.2)
-        return super().__call__(images)
-
-extraction.resolve = lambda request, cache: BackboneInfo(
-    "custom/tiny", "00" * 32, "features", Preprocess(resize=36, crop=32), (48,), None, False, 0, "colours")
-extraction.open_engine = lambda *a, **k: Slow()
-extraction.extract({data!r}, "tiny", cache={cache!r})
-"""
-
-
 def test_ctrl_c_ends_quickly_and_leaves_a_usable_cache(tmp_path: Path, engine: ColourEngine) -> None:
     root, cache = write_images(tmp_path / "data", per_class=60), tmp_path / "cache"
-    code = INTERRUPTED.format(tests=str(Path(__file__).parent), data=str(root), cache=str(cache))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for _ in range(5):
-        assert process.stdout.readline() == "batch\n", process.stderr.read()
-    begin = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors
-    assert time.monotonic() - begin < 5
+    interrupt(program(root, cache), batches=5)
     report = extract(root, "tiny", cache=cache).report
     assert 8 <= report["cached"] < 60
     assert engine.images == report["extracted"] == 120 - report["cached"]
