@@ -72,10 +72,13 @@ class _Rewriter:
             if node.op_type == "Identity" and node.input[0] in self.constants:
                 self.constants[node.output[0]] = self.constants[node.input[0]]
         inferred = shape_inference.infer_shapes(model).graph
-        self.shapes = {
-            value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]  # 0 where it is not known
-            for value in [*inferred.value_info, *inferred.input, *inferred.output]
-        }
+        batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        self.shapes: dict[str, list[int]] = {}
+        """C, H and W of tensors of so many images as the network is given; of no others."""
+        for value in [*inferred.value_info, *inferred.input, *inferred.output]:
+            dims = value.type.tensor_type.shape.dim
+            if len(dims) == 4 and batch and dims[0].dim_param == batch and all(d.dim_value for d in dims[1:]):
+                self.shapes[value.name] = [d.dim_value for d in dims[1:]]
         self.readers: dict[str, int] = {}
         for name in [name for node in model.graph.node for name in node.input] + [o.name for o in model.graph.output]:
             self.readers[name] = self.readers.get(name, 0) + 1
@@ -142,14 +145,14 @@ class _Rewriter:
             and list(dims[2:]) == [3, 3]
             and min(dims[:2]) >= CHANNELS
             and self.constants[node.input[1]].data_type == TensorProto.FLOAT
-            and len(shape) == 4
-            and 0 not in shape[1:]
-            and _tiles(shape[2]) * _tiles(shape[3]) >= LEAST_TILES
+            and node.output[0] in self.shapes
+            and len(shape) == 3
+            and _tiles(shape[1]) * _tiles(shape[2]) >= LEAST_TILES
         )
 
     def _alike(self, node: Any) -> bool:
-        one, other = (self.shapes.get(name, []) for name in node.input)
-        return len(one) == 4 and 0 not in one[1:] and one[1:] == other[1:]
+        one, other = (self.shapes.get(name) for name in node.input)
+        return one is not None and one == other
 
     def _tiled(self, name: str) -> bool:
         return name in self.tiles or name in self.waiting
@@ -171,7 +174,7 @@ class _Rewriter:
         inputs = self._op("Gather", *self._rows_and_inputs(node.input[0]), axis=0)  # [36*B*T, C]
         inputs = self._op("Reshape", inputs, self._ints(36, -1))
         spread = self._op("MatMul", self._constant(INPUT.astype(np.float32)), inputs)  # [36, B*T*C]
-        height, width = self.shapes[node.input[0]][2:]
+        height, width = self.shapes[node.input[0]][1:]
         few = _tiles(height) * _tiles(width) <= FEW_TILES
         if few:
             parts = [self._new("part") for _ in range(36)]
@@ -200,7 +203,7 @@ class _Rewriter:
         if name in self.waiting:
             self.tiles[name] = self._convolved(self.waiting.pop(name))
         if name not in self.tiles:
-            height, width = self.shapes[name][2:]
+            height, width = self.shapes[name][1:]
             y, x = _grid(_tiles(height), _tiles(width), 4, 0)
             outside = np.full((1, y.shape[1]), -1)
             y, x = np.concatenate([y, outside]), np.concatenate([x, outside])
@@ -212,7 +215,7 @@ class _Rewriter:
         """Have a tensor under its own name, `[B, C, H, W]`, for nodes that know nothing of tiles."""
         if not self._tiled(name) or ("out", name) in self.made:
             return
-        _, c, height, width = self.shapes[name]
+        c, height, width = self.shapes[name]
         y, x = (a.reshape(1, -1) for a in np.meshgrid(np.arange(height), np.arange(width), indexing="ij"))
         rows = self._op("Reshape", self._in_tiles(name), self._ints(-1, c))
         rows = self._op("Gather", rows, self._in_slabs(y, x, height, width), axis=0)
@@ -225,7 +228,7 @@ class _Rewriter:
 
     def _rows_and_inputs(self, name: str) -> tuple[str, str]:
         """A tensor as rows of C, and which of them are the 36 inputs of every tile."""
-        c, height, width = self.shapes[name][1:]
+        c, height, width = self.shapes[name]
         y, x = _grid(_tiles(height), _tiles(width), 6, -1)
         if self._tiled(name):
             rows = self._op("Reshape", self._in_tiles(name), self._ints(-1, c))
@@ -236,7 +239,7 @@ class _Rewriter:
         """`[B, C, H, W]` as rows `[1 + B*H*W, C]`, the first of zeros."""
         if ("rows", name) not in self.made:
             last = self._op("Transpose", name, perm=[0, 2, 3, 1])
-            rows = self._op("Reshape", last, self._ints(-1, self.shapes[name][1]))
+            rows = self._op("Reshape", last, self._ints(-1, self.shapes[name][0]))
             self.made["rows", name] = self._op("Pad", rows, self._ints(1, 0, 0, 0))
         return self.made["rows", name]
 

@@ -51,6 +51,25 @@ class Block(Two):
         return torch.cat([(z + y).relu(), y, z + z], 1)
 
 
+class Halves(Two):
+    """Twice as many images inside as outside."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top, bottom = x[:, :, :8], x[:, :, 8:]
+        return super().forward(torch.cat([top, bottom], 0))
+
+
+class Offset(Two):
+    """Adds what is the same for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(1, 128, 12, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (super().forward(x) + self.offset.exp()).relu()
+
+
 class Within(nn.Module):
     """The convolutions between layers that know nothing of tiles."""
 
@@ -86,6 +105,7 @@ def convolutions(model: Any) -> int:
         (Block(), (128, 14, 14), 1),
         (Block(), (128, 21, 21), 1),
         (Within(), (3, 32, 40), 1),
+        (Offset(), (128, 12, 12), 0),
     ],
 )
 def test_rewritten_networks_agree_with_torch_in_double_precision(
@@ -116,6 +136,7 @@ def test_rewritten_networks_agree_with_torch_in_double_precision(
         (Two(dilation=2), (128, 16, 16)),
         (Two(groups=2), (128, 16, 16)),
         (Two(), (128, 4, 4)),  # a matrix of one row
+        (Halves(), (128, 16, 8)),  # the number of images is not the one given
         (nn.Sequential(nn.Conv2d(128, 128, 5, padding=2), nn.Conv2d(128, 128, 5, padding=2)), (128, 16, 16)),
         (nn.Sequential(nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 3)), (128, 16, 16)),  # not padded
     ],
