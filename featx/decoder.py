@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Images that go to the GPU together, and groups that may wait there: memory does not grow with the data set.
 GROUP, GROUPS = 64, 2
+GROUP_BYTES = 64 << 20  # a group of large files is smaller
 # Images at the start of a run that are decoded both ways, to hold their features to each other.
 SAMPLE = 16
 
@@ -47,8 +48,8 @@ class Decoder:
         """Images that were decoded on the GPU."""
         self.cosine: float | None = None
         """What `hold` found; None where nothing was compared."""
-        self.opening = 0.0
-        """Seconds until the GPU was ready, torch's import among them."""
+        self.opening = (0.0, 0.0)
+        """When the GPU began to be made ready, torch's import first, and when it was; by `time.perf_counter`."""
         self._gpu: Gpu | None = None
         self._sample: list[tuple[Pixels, Pixels]] | None = None  # None: not taken yet; empty: compared
 
@@ -64,7 +65,7 @@ class Decoder:
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             executor = ThreadPoolExecutor(1, thread_name_prefix="featx-decode")
             try:
-                while group := list(islice(loaded, GROUP)):
+                while group := list(_grouped(loaded)):
                     waiting.append(executor.submit(self._decode, group))
                     if len(waiting) > GROUPS:
                         yield from waiting.popleft().result()
@@ -100,8 +101,8 @@ class Decoder:
         begin = time.perf_counter()
         if self._gpu is None:
             self._gpu = _open(self.loader, self.device)
-            self.opening = time.perf_counter() - begin
-            begin += self.opening
+            self.opening = begin, time.perf_counter()
+            begin = self.opening[1]
         made = iter(self._gpu(encoded))
         out = [self._finished(image, next(made)) if image.encoded else image for image in group]
         if self._sample is None:
@@ -131,6 +132,16 @@ class Decoder:
             if before.encoded and after.views and not isinstance(after.views[0][1], np.ndarray):
                 with contextlib.suppress(ImageError):  # the GPU's decoder may take what is damaged
                     yield after.views[0][1], self._by_pillow(before.key, before.encoded)[0]
+
+
+def _grouped(loaded: Iterator[Loaded]) -> Iterator[Loaded]:
+    """The images of the next group."""
+    size = 0
+    for image in islice(loaded, GROUP):
+        yield image
+        size += len(image.encoded.data) if image.encoded else 0
+        if size > GROUP_BYTES:
+            return
 
 
 def stacked(pixels: list[Pixels], engine: Engine) -> Any:

@@ -60,6 +60,8 @@ def choose_device(device: str) -> str:
     kind = device.partition(":")[0]
     if kind == "cpu" or (kind == "auto" and not has_cuda()):
         return "cpu"
+    if not has_cuda():  # known without torch, whose import takes seconds
+        raise FeatxError(f"device {device!r} was asked for, but there is no CUDA GPU here; use --device cpu")
     import torch
 
     if torch.cuda.is_available():

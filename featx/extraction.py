@@ -19,7 +19,7 @@ from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
 from featx.decoder import Decoder, stacked
-from featx.devices import available_threads, check_device, decoding_device
+from featx.devices import available_threads, check_device, choose_device, decoding_device
 from featx.engines import Engine, open_engine
 from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
@@ -145,8 +145,7 @@ def sync(
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
     request = requested(backbone, weights, layer, seed, decode)
-    if ("pixels", GPU) in request.preprocess and not cache.exists():
-        decoding_device(device)  # no image is cached: what cannot run ends before weights are loaded
+    check_place(request, cache, device)
     info = resolve(request, cache)
     specs = [info.spec(view=v, precision=precision, dtype=dtype) for v in view_names(seed, views)]
     stores = [FeatureStore(cache, spec) for spec in specs]
@@ -155,7 +154,8 @@ def sync(
         memo = KeyMemo(cache, source.root)
         keys, known = memo.lookup(source.ids, source.stats)
     todo = np.flatnonzero(~(known & _stored(stores, keys)))
-    seconds = {"list": time.perf_counter() - begin, "start": 0.0}
+    seconds = {"list": time.perf_counter() - begin}
+    opening = 0.0, 0.0
     cores = available_threads()
     stages = Stages(workers or cores, cores)
     errors: dict[int, str] = {}
@@ -186,7 +186,7 @@ def sync(
                     errors[image.row] = image.error
                 extracted += bool(image.views)
                 if image.views and engine is None:
-                    opening = time.perf_counter()
+                    begun, before = time.perf_counter(), loader.counted()
                     engine = open_engine(
                         request,
                         info,
@@ -199,8 +199,8 @@ def sync(
                     stack.callback(engine.close)
                     for store in stores:
                         store.computed_by(engine.name)
-                    seconds["start"] = time.perf_counter() - opening
-                    stages.begin(loader, gpu=engine.name == "torch-cuda")
+                    opening = begun, time.perf_counter()
+                    stages.begin(loader, before, gpu=engine.name == "torch-cuda")
                 if decoder and engine:
                     decoder.hold(engine)
                 for view, pixels in image.views:
@@ -217,14 +217,14 @@ def sync(
             while running:
                 _keep(running.popleft(), stores, stages)
             stages.update(loader)
-    seconds["start"] += decoder.opening if decoder else 0.0
+    seconds["start"] = _covered(opening, decoder.opening if decoder else (0.0, 0.0))
     seconds["total"] = time.perf_counter() - begin
     report = _report(source, keys, known, _stored(stores, keys), errors, extracted, seconds, stages)
     report["notes"] += [note for store in stores for note in store.notes]
     report["decoded_on_gpu"] = decoder.decoded if decoder else 0
     report["decode_cosine"] = decoder.cosine if decoder else None
     if decoder and extracted and not decoder.decoded:
-        report["notes"].append("no image was decoded on the GPU: it takes baseline JPEGs alone")
+        report["notes"].append("no image was decoded on the GPU: none was a baseline JPEG, or it refused them")
     rows = report.pop("rows")
     if extracted >= RATE_IMAGES:
         remember_rate(cache, specs, stages.workers, device, report["images_per_second"])
@@ -258,6 +258,15 @@ def requested(backbone: str | BackboneRequest, weights: str, layer: str, seed: i
     return backbone
 
 
+def check_place(request: BackboneRequest, cache: Path, device: str) -> None:
+    """Raise `FeatxError` for a GPU that is not here, before weights are loaded; a filled cache may need none."""
+    if not (cache / "features").exists():
+        if ("pixels", GPU) in request.preprocess:
+            decoding_device(device)
+        else:
+            choose_device(device)
+
+
 def _submit(engine: Engine, batch: list[tuple[int, bytes, Pixels]]) -> Running:
     """Start the engine on one batch of (view, key, pixels)."""
     result = engine.submit(stacked([pixels for _, _, pixels in batch], engine))
@@ -275,6 +284,12 @@ def _keep(running: Running, stores: list[FeatureStore], stages: Stages) -> None:
         stores[view].append(keys[views == view], rows[views == view])
     stages.waited += middle - begin
     stages.work["store"] += time.perf_counter() - middle
+
+
+def _covered(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Seconds that either of two spans of time takes, each from its begin to its end."""
+    both = min(one[1], other[1]) - max(one[0], other[0])
+    return one[1] - one[0] + other[1] - other[0] - max(0.0, both)
 
 
 def _stored(stores: list[FeatureStore], keys: np.ndarray) -> np.ndarray:
@@ -318,7 +333,7 @@ def _report(
     notes = list(source.notes)
     if conflicts:
         notes.append(f"{len(conflicts)} images appear with the same bytes under several labels")
-    busy = seconds["total"] - seconds["list"] - seconds["start"] + stages.ahead
+    busy = seconds["total"] - seconds["list"] - seconds["start"] + stages.meanwhile
     return {
         "rows": rows,
         "found": len(source),

@@ -63,7 +63,7 @@ def header(data: bytes) -> Header | None:
 
 
 def _header(data: bytes) -> Header | None:
-    frame, notes, at = b"", b"", 2
+    frame, notes, at = b"", [b""], 2
     while True:
         if data[at] != 0xFF:
             return None
@@ -84,7 +84,7 @@ def _header(data: bytes) -> Header | None:
         elif 0xC1 <= marker <= 0xCF and marker != 0xC4:  # progressive, lossless, arithmetic ...
             return None
         elif marker == 0xE1:
-            notes += segment
+            notes.append(segment)
         elif marker == 0xEE and segment[:5] == b"Adobe" and segment[11] != ADOBE_YCC:
             return None
     if not frame or data[at + 2] != frame[5] or data.rfind(b"\xff\xd9", max(at, len(data) - TAIL)) < 0:
@@ -98,7 +98,7 @@ def _header(data: bytes) -> Header | None:
         known = sampling in SAMPLINGS and frame[10] == frame[13] == 0x11 and frame[6:15:3] != b"RGB"
     else:
         known = components == 1 and sampling == (1, 1)
-    return Header(width, height, sampling, _orientation(data, notes)) if known else None
+    return Header(width, height, sampling, _orientation(data, b"".join(notes))) if known else None
 
 
 def _orientation(data: bytes, notes: bytes) -> int:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.
 WAITING_BYTES = 96 << 20
 # Files that may wait where they are not decoded here.
-ENCODED = 128
+ENCODED = 64
 # Keys of images on their way that are remembered before the first look at which of them are stored.
 CLAIMS = 1 << 11
 

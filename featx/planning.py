@@ -20,7 +20,7 @@ from featx.decoder import Decoder, stacked
 from featx.devices import available_threads, decoding_device
 from featx.engines import Engine, open_engine
 from featx.errors import ImageError
-from featx.extraction import requested
+from featx.extraction import check_place, requested
 from featx.features import content_key
 from featx.loader import Loaded, Loader
 from featx.preprocess import GPU
@@ -58,11 +58,13 @@ def plan(
     looked into, and may be cached or duplicates after all; `ignored` files that are no images. `seconds`
     for the missing at `images_per_second`, and `basis`, which says where that rate is from: the last
     run of this kind here, else a measurement now on a sample (that opens, and so may export, the
-    backbone). `bytes` the features will take, `free` bytes on the cache's disk, and `enough`.
+    backbone, in `exported_bytes` that stay in the cache). `bytes` the features will take, `free` bytes on the
+    cache's disk, and `enough`.
     """
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
     request = requested(backbone, weights, layer, seed, decode)
+    check_place(request, cache, device)
     info = resolve(request, cache)
     specs = [info.spec(view=v, precision=precision, dtype=dtype) for v in view_names(seed, views)]
     stores = [FeatureStore(cache, spec) for spec in specs]
@@ -73,15 +75,19 @@ def plan(
     first[np.flatnonzero(known)[distinct(keys[known])]] = True
     missing = np.flatnonzero(~stored & (first | ~known))
     rate, basis = recall_rate(cache, specs, workers, device), "the last run of this kind on this machine"
-    start = 0.0
+    start, exported = 0.0, 0
     if rate is None and len(missing):
         engine_of = next((store.engine for store in stores if store.engine), None)
-        begin = time.perf_counter()
         if info.preprocess.pixels == GPU:
             decoding_device(device)
-        engine = open_engine(
-            request, info, cache=cache, device=device, precision=precision, batch_size=batch_size, engine=engine_of
-        )
+        options: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
+        begin, before = time.perf_counter(), _engine_bytes(cache)
+        engine = open_engine(request, info, cache=cache, engine=engine_of, **options)
+        exported = _engine_bytes(cache) - before
+        if exported:  # the run itself will find what this one has exported
+            engine.close()
+            begin = time.perf_counter()
+            engine = open_engine(request, info, cache=cache, engine=engine_of, **options)
         with closing(engine):
             start = time.perf_counter() - begin
             size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))
@@ -105,12 +111,18 @@ def plan(
         "seconds": None if rate is None else round(len(missing) / rate + start, 1),
         "basis": basis if rate is not None else "",
         "bytes": needed,
+        "exported_bytes": exported,
         "free": free,
         "enough": needed < free,
         "backbone": info.name,
         "row_shape": list(info.row_shape),
         "notes": list(source.notes),
     }
+
+
+def _engine_bytes(cache: Path) -> int:
+    """What the cache's exported backbones take."""
+    return sum(path.stat().st_size for path in (cache / "engines").glob("*.onnx"))
 
 
 def _keys(source: Source, cache: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -48,20 +48,29 @@ class Stages:
     by_gpu: bool = False
     """Whether JPEGs are decoded on the GPU."""
     ahead: float = 0.0
-    """Seconds that the loader had worked while the engine was being opened: they count as the run's."""
+    """Seconds that the loader had worked before the engine was open."""
+    meanwhile: float = 0.0
+    """Those of them in which the engine was being opened: they count as the run's, which opening does not."""
     _ahead: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """The threads' seconds of reading and decoding in that time, and a GPU's decoder's."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 
-    def begin(self, loader: Loader, *, gpu: bool) -> None:
-        """Count from here: the engine is open."""
+    def begin(self, loader: Loader, before: tuple[float, ...], *, gpu: bool) -> None:
+        """Count from here: the engine is open. before: what the loader had counted when it began to be opened."""
         self.gpu = gpu
-        read, decode, _, device = loader.counted()
+        now = loader.counted()
+        read, decode, _, device = now
         self._ahead = read, decode, device
-        self.ahead = max((read + decode) / self.workers, device)
+        self.ahead = self._wall(now)
+        self.meanwhile = self.ahead - self._wall(before)
         self.starved = self.waited = self.work["store"] = 0.0
         self._zero = _moment(loader)
+
+    def _wall(self, counted: tuple[float, ...]) -> float:
+        """Seconds that the loader's threads, or a GPU's decoder beside them, take for what is counted."""
+        read, decode, _, device = counted
+        return max((read + decode) / self.workers, device)
 
     def update(self, loader: Loader) -> Stages:
         """Take in what has been counted; cheap enough for every batch."""

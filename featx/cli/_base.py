@@ -43,7 +43,10 @@ class Commands(click.Group):
             error.show()
             code = error.exit_code
         except (click.Abort, KeyboardInterrupt):
-            say("Interrupted. What was computed is kept; the same command goes on from there.")
+            say(
+                "Interrupted. Features that were computed stay in the cache, and the same command goes on from there. "
+                "A run that has a report.json is finished: featx report RUN writes its page."
+            )
             code = INTERRUPTED
         sys.exit(code or DONE)
 

@@ -283,6 +283,8 @@ def plan_text(planned: dict[str, Any]) -> str:
     if planned["missing"] and planned["images_per_second"]:
         rate = f"{planned['images_per_second']:.0f} images/s ({planned['basis']})"
         lines.append(f"about {planned['seconds']:.0f} s at {rate}, {planned['bytes'] / 1e6:.1f} MB of features")
+    if planned["exported_bytes"]:
+        lines.append(f"the backbone is exported now: {planned['exported_bytes'] / 1e6:.1f} MB in the cache, once")
     if not planned["enough"]:
         lines.append(f"the disk has {planned['free'] / 1e6:.0f} MB free, which is not enough")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featx.engines.chroma import interpolated
 from featx.engines.resample import Resize, resized
+from featx.errors import FeatxError
 from featx.jpeg import Encoded, Header
 from featx.preprocess import Preprocess
 
@@ -103,6 +104,7 @@ def repeats_chroma(device: torch.device) -> bool:
     """Whether the device's decoder repeats samples of chroma, where Pillow's libjpeg interpolates them.
 
     nvJPEG under torchvision is said to, and may not always: it is asked, with a small picture of many colours.
+    Raises `FeatxError` where the decoder does not work at all.
     """
     tints = np.random.default_rng(0).integers(64, 192, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -110,7 +112,10 @@ def repeats_chroma(device: torch.device) -> bool:
     own = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float()
     (made,) = decoded([buffer.getvalue()], device)
     if made is None:
-        return False  # nor will it decode anything else
+        raise FeatxError(
+            f"torchvision's JPEG decoder does not work on {device}: not even a plain picture can be decoded. Its "
+            "build may be without nvJPEG; use --decode exact"
+        )
     mended = interpolated([made], [(2, 2)])[0]
     return bool((mended.cpu() - own).abs().mean() < (made.cpu() - own).abs().mean())
 

@@ -20,7 +20,7 @@ from featx.devices import available_threads
 from featx.engines import CPU_BATCH, difference, loaded
 from featx.errors import ExportError, StoreError
 from featx.features import TOLERANCE
-from featx.files import write_atomic
+from featx.files import sweep, write_atomic
 
 OPSET = 18
 WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that one more image in a piece pays for
@@ -114,7 +114,12 @@ def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
         with contextlib.suppress(OSError):  # only costs the next run another try
             write_atomic(_record(path), json.dumps(known | {"error": str(error)}, indent=1).encode())
         raise
-    _keep(path, data, known)
+    try:
+        _keep(path, data, known)
+    except OSError as error:
+        raise StoreError(
+            f"the exported backbone cannot be written to {path.parent} ({error}); give another folder by --cache"
+        ) from error
     return path
 
 
@@ -125,22 +130,26 @@ def accelerated(model: Path) -> Path:
     tolerance, so that with the export's own difference from torch they keep within it. What ships is never this.
     """
     path = model.with_name(f"{model.stem}.winograd{WINOGRAD_REVISION}.onnx")
+    made_of = {
+        "of": _known(model).get("sha256") or _sha256(model),
+        "libraries": {name: metadata.version(name) for name in ("onnx", "onnxruntime")},
+    }
     known = _known(path)
-    if known.get("plain"):
+    if known == made_of | {"plain": True}:
         return model
-    if _intact(path, known):
+    if known.get("of") == made_of["of"] and _intact(path, known):
         return path
     import onnx
 
     from featx.engines.winograd import rewritten
 
-    new = rewritten(onnx.load(model))
-    data = new.SerializeToString() if new is not None and new.ByteSize() < MOST_BYTES else b""
-    if data and _alike(model, data):
-        _keep(path, data, {})
-        return path
-    with contextlib.suppress(OSError):  # only costs the next run another try
-        write_atomic(_record(path), json.dumps({"plain": True}).encode())
+    with contextlib.suppress(OSError):  # no room, or read-only: the export is run, and the next run tries again
+        new = rewritten(onnx.load(model), MOST_BYTES)
+        data = new.SerializeToString() if new is not None else b""
+        if data and _alike(model, data):
+            _keep(path, data, made_of)
+            return path
+        write_atomic(_record(path), json.dumps(made_of | {"plain": True}, indent=1).encode())
     return model
 
 
@@ -151,6 +160,8 @@ def _alike(model: Path, data: bytes) -> bool:
     try:
         rows, reference = (s.run(None, {"images": images})[0] for s in (session(data), plain))
         return difference(rows, reference) <= TOLERANCE["fp32"] / 2
+    except MemoryError:
+        raise
     except Exception:  # a graph of a kind that was not thought of runs as it was exported
         return False
 
@@ -165,15 +176,12 @@ def _intact(path: Path, known: dict[str, Any]) -> bool:
 
 
 def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
-    """Write a graph, and then its record: without one it is made again. Raises `StoreError`."""
-    try:
-        write_atomic(path, data)
-        digest = hashlib.sha256(data).hexdigest()
-        write_atomic(_record(path), json.dumps(known | {"sha256": digest}, indent=1).encode())
-    except OSError as error:
-        raise StoreError(
-            f"the exported backbone cannot be written to {path.parent} ({error}); give another folder by --cache"
-        ) from error
+    """Write a graph, and then its record: without one it is made again. Raises `OSError`."""
+    with contextlib.suppress(OSError):  # what a killed run left aside is large
+        sweep(path.parent)
+    write_atomic(path, data)
+    known = known | {"sha256": hashlib.sha256(data).hexdigest()}
+    write_atomic(_record(path), json.dumps(known, indent=1).encode())
 
 
 def _known(path: Path) -> dict[str, Any]:

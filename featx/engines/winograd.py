@@ -7,36 +7,36 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-# From so many channels on, in and out, a convolution pays that stands with another one: alone, what the change of
-# layout costs takes the gain (ResNet-50: 1.02 times as fast, for a file 1.6 times as large).
+# From so many channels on, in and out, a convolution pays that stands with another one: alone, the change of layout
+# costs about what it gains, as in ResNet-50. Both found on one machine (docs/benchmarks/winograd.md).
 CHANNELS = 128
 # Up to so many tiles an image, onnxruntime multiplies faster by 36 packed matrices than by one stack of them.
 FEW_TILES = 16
 # Fewer leave a single image with a matrix of a row or two, which other kernels multiply, with other last bits.
 LEAST_TILES = 4
-# Where polynomials are evaluated, infinity apart. With the usual 0, 1, -1, 2, -2 errors are 2.2 times as large.
+# Where polynomials are evaluated, infinity apart. The usual 0, 1, -1, 2, -2 give about twice the error (tested).
 POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 
 
-def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def transforms(points: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """B^T `[6, 6]`, G `[6, 3]` and A^T `[4, 6]`, by which four outputs of a filter g of three taps over six inputs
     d are A^T [(G g) * (B^T d)]: six products instead of twelve.
 
     Winograd's minimal filtering for networks: Lavin and Gray, arXiv:1509.09308. Its construction by Toom and
     Cook, and the choice of points: Barabasz and others, arXiv:1803.10986.
     """
-    others = [[q for q in POINTS if q != p] for p in POINTS]
+    others = [[q for q in points if q != p] for p in points]
     inputs = [[*np.poly(rest)[::-1], 0] for rest in others]
-    weights = [np.power(p, range(3)) / np.prod(p - np.array(rest)) for p, rest in zip(POINTS, others, strict=True)]
-    outputs = [np.power(p, range(4)) for p in POINTS]
+    weights = [np.power(p, range(3)) / np.prod(p - np.array(rest)) for p, rest in zip(points, others, strict=True)]
+    outputs = [np.power(p, range(4)) for p in points]
     return (
-        np.array([*inputs, np.poly(POINTS)[::-1]]),
+        np.array([*inputs, np.poly(points)[::-1]]),
         np.array([*weights, [0, 0, 1]]),
         np.array([*outputs, [0, 0, 0, 1]]).T,
     )
 
 
-_BT, _G, _AT = _transforms()
+_BT, _G, _AT = transforms(POINTS)
 # In two dimensions the products of two of them act on a tile's 36 inputs, 9 weights and 36 products at once.
 INPUT, FILTER = np.kron(_BT, _BT), np.kron(_G, _G)
 # A row of zeros more: every tensor in tiles carries what lies outside of the image along.
@@ -46,15 +46,16 @@ _ONE = np.concatenate([[0], np.linalg.solve(_AT[:, 1:5], np.ones(4)), [0]])
 CONSTANT = np.kron(_ONE, _ONE)
 
 
-def rewritten(model: Any) -> Any | None:
+def rewritten(model: Any, most_bytes: int) -> Any | None:
     """The same network (`onnx.ModelProto`) with fewer multiplications; None where that gains nothing.
 
-    Its rows differ from the model's in their last bits (2.5e-6 of the largest entry with ResNet-18, where
-    direct convolution is 6e-7 from eager torch), and do not depend on the batch. The file is larger: a filter
-    of 9 weights becomes 36.
+    Its rows differ from the model's in their last bits (by 5e-7 to 1.3e-6 of their largest entry in four
+    networks, docs/benchmarks/winograd.md), and do not depend on the batch. A filter of 9 weights becomes 36;
+    None too where the file would then be larger than `most_bytes`.
     """
     rewriter = _Rewriter(model)
-    return rewriter.run() if rewriter.chosen else None
+    size = model.ByteSize() + sum(4 * (36 - 9) * c * k for c, k in rewriter.chosen.values())
+    return rewriter.run() if rewriter.chosen and size < most_bytes else None
 
 
 class _Rewriter:
@@ -109,29 +110,36 @@ class _Rewriter:
                 self.nodes.append(node)
         for output in graph.output:
             self._out_of_tiles(output.name)
-        read = {name for node in self.nodes for name in node.input}
-        kept = [tensor for tensor in graph.initializer if tensor.name in read]
-        new = helper.make_graph(self.nodes, graph.name, graph.input, graph.output, [*kept, *self.initializers])
+        read, nodes = {output.name for output in graph.output}, []
+        for node in reversed(self.nodes):  # what only the old convolutions read goes with them
+            if read.intersection(node.output):
+                read.update(node.input)
+                nodes.append(node)
+        kept = [tensor for tensor in [*graph.initializer, *self.initializers] if tensor.name in read]
+        new = helper.make_graph(nodes[::-1], graph.name, graph.input, graph.output, kept)
         made = helper.make_model(new, opset_imports=self.model.opset_import)
         made.ir_version = self.model.ir_version
         return made
 
-    def _choose(self) -> set[str]:
-        """The convolutions that pay, by their outputs' names."""
+    def _choose(self) -> dict[str, tuple[int, int]]:
+        """The convolutions that pay, by their outputs' names: their channels out and in."""
         origins: dict[str, set[str]] = {}
         """Of tensors that could stay in tiles: the convolutions that they come from."""
         linked: set[str] = set()
-        if any(a.type in (a.GRAPH, a.GRAPHS) for node in self.model.graph.node for a in node.attribute):
-            return set()  # what a branch reads is not among its node's inputs
+        attributes = (a for node in self.model.graph.node for a in node.attribute)
+        if self.model.functions or any(a.type in (a.GRAPH, a.GRAPHS) for a in attributes):
+            return {}  # what a branch reads is not among its node's inputs
+        channels = {}
         for node in self.model.graph.node:
             name = node.output[0]
             come = set().union(*(origins.get(read, ()) for read in node.input))
             if self._possible(node):
+                channels[name] = tuple(self.constants[node.input[1]].dims[:2])
                 linked |= come | {name} if come else set()
                 origins[name] = {name}
             elif come and (node.op_type == "Relu" or (node.op_type == "Add" and self._alike(node))):
                 origins[name] = come
-        return linked
+        return {name: channels[name] for name in linked}
 
     def _possible(self, node: Any) -> bool:
         """Whether this is a convolution that can be rewritten, with enough channels."""

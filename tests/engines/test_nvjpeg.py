@@ -13,6 +13,7 @@ from PIL import Image
 from featx.engines import nvjpeg
 from featx.engines.nvjpeg import Gpu
 from featx.engines.resample import Resize
+from featx.errors import FeatxError
 from featx.jpeg import Encoded, Header, header
 from featx.preprocess import Preprocess
 
@@ -33,7 +34,8 @@ def test_whether_a_decoder_repeats_chroma_is_asked_of_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [torch.from_numpy(repeated(f)) for f in files])
     assert Gpu(Preprocess(36, 32), "cpu").repeats
     monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [None] * len(files))
-    assert not Gpu(Preprocess(36, 32), "cpu").repeats
+    with pytest.raises(FeatxError, match=r"does not work on cpu.*use --decode exact"):
+        Gpu(Preprocess(36, 32), "cpu")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from featx.backbones import resolve
 from featx.engines import backbone_onnx, difference
 from featx.engines import onnx as exports
 from featx.engines.onnx import accelerated, session
-from featx.engines.winograd import CONSTANT, OUTPUT, rewritten
+from featx.engines.winograd import CONSTANT, OUTPUT, POINTS, rewritten, transforms
 from featx.features import TOLERANCE
 
+NO_LIMIT = 1 << 40
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -112,7 +114,7 @@ def test_rewritten_networks_agree_with_torch_in_double_precision(
     module: nn.Module, shape: tuple[int, ...], left: int
 ) -> None:
     model = exported(module, *shape)
-    new = rewritten(model)
+    new = rewritten(model, NO_LIMIT)
     assert new is not None
     onnx.checker.check_model(new, full_check=True)
     assert convolutions(new) == left
@@ -142,7 +144,7 @@ def test_rewritten_networks_agree_with_torch_in_double_precision(
     ],
 )
 def test_what_would_not_pay_or_cannot_be_rewritten_is_left_alone(module: nn.Module, shape: tuple[int, ...]) -> None:
-    assert rewritten(exported(module, *shape)) is None
+    assert rewritten(exported(module, *shape), NO_LIMIT) is None
 
 
 def test_a_constant_can_be_added_to_the_products() -> None:
@@ -167,6 +169,51 @@ def test_the_engine_runs_a_file_that_is_made_once_and_never_shipped() -> None:
     assert fast.stat().st_mtime_ns == before
 
 
+def test_a_file_that_would_be_too_large_is_not_made() -> None:
+    model = exported(Two(), 128, 12, 12)
+    size = model.ByteSize() + 2 * 4 * 27 * 128 * 128  # each filter of 9 weights becomes one of 36
+    assert rewritten(model, size) is None
+    new = rewritten(model, size + 1)
+    assert new is not None and abs(new.ByteSize() - size) < 200_000
+
+
+def test_the_points_give_half_the_error_of_the_usual_ones() -> None:
+    rng = np.random.default_rng(0)
+    inputs, filters = np.maximum(rng.standard_normal((6, 6, 128, 256)), 0), rng.standard_normal((3, 3, 128, 32))
+    windows = [[inputs[y + i, x + j] for y in range(4) for x in range(4)] for i in range(3) for j in range(3)]
+    exact = np.einsum("tocn,tck->okn", np.array(windows), filters.reshape(9, 128, 32), optimize=True)
+    error = {}
+    for points in (POINTS, (0.0, 1.0, -1.0, 2.0, -2.0)):
+        bt, g, at = (np.kron(m, m) for m in transforms(points))
+        spread = (bt.astype(np.float32) @ inputs.reshape(36, -1).astype(np.float32)).reshape(36, 128, 256)
+        weights = (g @ filters.reshape(9, -1)).reshape(36, 128, 32).astype(np.float32)
+        products = np.einsum("pck,pcn->pkn", weights, spread, optimize=True).reshape(36, -1)
+        made = (at.astype(np.float32) @ products).reshape(exact.shape)
+        error[points] = np.linalg.norm(made - exact) / np.linalg.norm(exact)
+    assert error[POINTS] < 2e-6
+    assert error[POINTS] < 0.6 * error[0.0, 1.0, -1.0, 2.0, -2.0]
+
+
+def test_the_export_runs_where_another_file_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plain = _two(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "write_atomic", full)
+        assert accelerated(plain) == plain
+    assert [p.name for p in tmp_path.iterdir()] == [plain.name]
+    assert accelerated(plain) != plain
+
+
+def test_a_file_made_of_another_export_is_not_taken(tmp_path: Path) -> None:
+    plain = _two(tmp_path)
+    first = accelerated(plain).read_bytes()
+    torch.manual_seed(1)
+    _two(tmp_path)
+    assert accelerated(plain).read_bytes() != first
+
+
 def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     plain = _two(tmp_path)
     fast = accelerated(plain)
@@ -181,7 +228,8 @@ def test_a_network_that_gains_nothing_runs_as_it_was_exported(tmp_path: Path, mo
     assert accelerated(plain) == plain
     monkeypatch.setattr(onnx, "load", None)  # the answer is remembered
     assert accelerated(plain) == plain
-    assert [json.loads(p.read_text()) for p in tmp_path.glob("*.json")] == [{"plain": True}]
+    (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("*.json"))
+    assert record["plain"] is True
 
 
 def test_rows_too_far_from_the_export_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
