@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ColourEngine, write_images
 
-from featx import extraction, planning
+from featx import devices, extraction, planning
+from featx.cli.training import plan_text
+from featx.errors import FeatxError
 from featx.extraction import sync
 from featx.planning import plan
 from featx.stages import Stages
@@ -63,6 +67,39 @@ def test_the_time_is_measured_on_a_sample_or_is_the_last_runs_and_it_says_which(
     assert planned.images == 64 + 200
     other = plan(root, "tiny", cache=cache, workers=1 + (os.cpu_count() or 1))
     assert "measured" in other["basis"]
+
+
+def test_what_a_dry_run_exports_is_named_and_not_counted_again(
+    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = tmp_path / "cache" / "engines" / "tiny.onnx"
+
+    def exporting(*given: Any, **options: Any) -> ColourEngine:
+        if not graph.exists():
+            time.sleep(3)
+            graph.parent.mkdir(parents=True)
+            graph.write_bytes(bytes(1_500_000))
+        return planned
+
+    monkeypatch.setattr(planning, "open_engine", exporting)
+    found = plan(tiny, "tiny", cache=tmp_path / "cache")
+    assert found["exported_bytes"] == 1_500_000 and found["seconds"] < 2
+    assert "exported now: 1.5 MB in the cache" in plan_text(found)
+    again = plan(tiny, "tiny", cache=tmp_path / "cache")
+    assert again["exported_bytes"] == 0 and "exported" not in plan_text(again)
+
+
+def test_a_gpu_that_is_not_here_is_missed_before_weights_are_loaded(
+    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "has_cuda", lambda: False)
+    monkeypatch.setattr(planning, "resolve", None)
+    monkeypatch.setattr(extraction, "resolve", None)
+    for run in (plan, sync):
+        for options in ({"device": "cuda"}, {"decode": "gpu"}, {"decode": "gpu", "device": "cuda:1"}):
+            with pytest.raises(FeatxError, match=r"use --de(vice cpu|code exact)"):
+                run(tiny, "tiny", cache=tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_views_cost_their_own_disk(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:

@@ -206,6 +206,15 @@ def test_the_export_runs_where_another_file_finds_no_room(tmp_path: Path, monkey
     assert accelerated(plain) != plain
 
 
+def test_what_a_killed_run_left_beside_it_goes(tmp_path: Path) -> None:
+    program = "from featx.files import aside_name; print(aside_name())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    left = tmp_path / done.stdout.strip()
+    left.write_bytes(b"half a graph")
+    accelerated(_two(tmp_path))
+    assert not left.exists()
+
+
 def test_a_file_made_of_another_export_is_not_taken(tmp_path: Path) -> None:
     plain = _two(tmp_path)
     first = accelerated(plain).read_bytes()
