@@ -91,7 +91,7 @@ class _Rewriter:
         self.waiting: dict[str, Any] = {}
         """Convolutions that are made when they are read, so that an addition can be made with them."""
         self.tiles: dict[str, str] = {}
-        """Names of tensors, and of what holds them in tiles."""
+        """Names of tensors that exist in tiles alone, and of what holds them."""
         self.chosen = self._choose()
 
     def run(self) -> Any:
@@ -210,14 +210,16 @@ class _Rewriter:
     def _in_tiles(self, name: str) -> str:
         if name in self.waiting:
             self.tiles[name] = self._convolved(self.waiting.pop(name))
-        if name not in self.tiles:
+        if name in self.tiles:
+            return self.tiles[name]
+        if ("tiles", name) not in self.made:
             height, width = self.shapes[name][1:]
             y, x = _grid(_tiles(height), _tiles(width), 4, 0)
             outside = np.full((1, y.shape[1]), -1)
             y, x = np.concatenate([y, outside]), np.concatenate([x, outside])
             rows = self._op("Gather", self._rows(name), self._in_rows(y, x, height, width), axis=0)
-            self.tiles[name] = self._op("Reshape", rows, self._ints(17, -1))
-        return self.tiles[name]
+            self.made["tiles", name] = self._op("Reshape", rows, self._ints(17, -1))
+        return self.made["tiles", name]
 
     def _out_of_tiles(self, name: str) -> None:
         """Have a tensor under its own name, `[B, C, H, W]`, for nodes that know nothing of tiles."""

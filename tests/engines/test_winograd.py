@@ -72,6 +72,16 @@ class Offset(Two):
         return (super().forward(x) + self.offset.exp()).relu()
 
 
+class Kept(Two):
+    """What is added in tiles is read by others as well, the network's input among it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (super().forward(x) + x).relu()
+        pooled = nn.functional.max_pool2d(x, 3, 1, 1)
+        z = (super().forward(pooled) + pooled).relu()
+        return torch.cat([y, x, x.relu(), z, pooled], 1)
+
+
 class Within(nn.Module):
     """The convolutions between layers that know nothing of tiles."""
 
@@ -108,6 +118,7 @@ def convolutions(model: Any) -> int:
         (Block(), (128, 21, 21), 1),
         (Within(), (3, 32, 40), 1),
         (Offset(), (128, 12, 12), 0),
+        (Kept(), (128, 12, 12), 0),
     ],
 )
 def test_rewritten_networks_agree_with_torch_in_double_precision(
