@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def rewritten(model: Any, most_bytes: int) -> Any | None:
     None too where the file would then be larger than `most_bytes`.
     """
     rewriter = _Rewriter(model)
-    size = model.ByteSize() + sum(4 * (36 - 9) * c * k for c, k in rewriter.chosen.values())
+    size = sum(4 * math.prod(tensor.dims) for tensor in model.graph.initializer)
+    size += sum(4 * (36 - 9) * c * k for c, k in rewriter.chosen.values())
     return rewriter.run() if rewriter.chosen and size < most_bytes else None
 
 
@@ -72,7 +74,7 @@ class _Rewriter:
         for node in model.graph.node:  # exporters share equal constants so
             if node.op_type == "Identity" and node.input[0] in self.constants:
                 self.constants[node.output[0]] = self.constants[node.input[0]]
-        inferred = shape_inference.infer_shapes(model).graph
+        inferred = _inferred(model.graph, model.opset_import)
         batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
         self.shapes: dict[str, list[int]] = {}
         """C, H and W of tensors of so many images as the network is given; of no others."""
@@ -115,10 +117,11 @@ class _Rewriter:
             if read.intersection(node.output):
                 read.update(node.input)
                 nodes.append(node)
-        kept = [tensor for tensor in [*graph.initializer, *self.initializers] if tensor.name in read]
-        new = helper.make_graph(nodes[::-1], graph.name, graph.input, graph.output, kept)
-        made = helper.make_model(new, opset_imports=self.model.opset_import)
+        light = helper.make_graph(nodes[::-1], graph.name, graph.input, graph.output)
+        made = helper.make_model(light, opset_imports=self.model.opset_import)
         made.ir_version = self.model.ir_version
+        kept = (tensor for tensor in [*graph.initializer, *self.initializers] if tensor.name in read)
+        made.graph.initializer.extend(kept)  # the weights last: each of these makers copies its parts
         return made
 
     def _choose(self) -> dict[str, tuple[int, int]]:
@@ -309,6 +312,15 @@ class _Rewriter:
         name = self._new("constant")
         self.initializers.append(numpy_helper.from_array(values, name))
         return name
+
+
+def _inferred(graph: Any, opsets: Any) -> Any:
+    """The graph with its tensors' shapes. Of large weights the shape alone takes part, so that they are not copied."""
+    large = [tensor for tensor in graph.initializer if math.prod(tensor.dims) > 1 << 10]
+    small = [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= 1 << 10]
+    given = [helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in large]
+    light = helper.make_graph(graph.node, graph.name, [*graph.input, *given], graph.output, small)
+    return shape_inference.infer_shapes(helper.make_model(light, opset_imports=opsets)).graph
 
 
 def _tiles(size: int) -> int:

@@ -182,7 +182,7 @@ def test_the_engine_runs_a_file_that_is_made_once_and_never_shipped() -> None:
 
 def test_a_file_that_would_be_too_large_is_not_made() -> None:
     model = exported(Two(), 128, 12, 12)
-    size = model.ByteSize() + 2 * 4 * 27 * 128 * 128  # each filter of 9 weights becomes one of 36
+    size = 2 * 4 * (36 * 128 * 128 + 128)  # each filter of 9 weights becomes one of 36
     assert rewritten(model, size) is None
     new = rewritten(model, size + 1)
     assert new is not None and abs(new.ByteSize() - size) < 200_000
