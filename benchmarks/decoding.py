@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from featx.backbones import BackboneRequest, load_backbone
-from featx.engines import cosines, nvjpeg
-from featx.engines.nvjpeg import Gpu
-from featx.jpeg import Encoded, header
+from featx.decoding import nvjpeg
+from featx.decoding.jpeg import Encoded, header
+from featx.decoding.nvjpeg import Gpu
+from featx.engines import cosines
 from featx.preprocess import CLOSE, Preprocess
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
@@ -78,10 +79,10 @@ The photographs were saved anew as 4:2:0, quality 90; features of squeezenet1_1 
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-- *repeated* is what the decoder gives; *interpolated* is what featx makes of it (`featx/engines/chroma.py`) and stores.
+- *repeated* is what the decoder gives; *interpolated* is what featx makes of it (`decoding/chroma.py`) and stores.
   Without that step 4:2:0 files would miss the cosine of {close} that a run is held to.
 - What differs after it lies at colours cut off at 0 or 255, from which a sample cannot be told exactly.
-- The resize adds nothing: it is Pillow's, bit for bit (`tests/engines/test_resample.py`).
+- The resize adds nothing: it is Pillow's, bit for bit (`tests/decoding/test_resample.py`).
 """
 
 

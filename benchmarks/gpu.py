@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from featx.backbones import BackboneRequest, resolve
+from featx.decoding.jpeg import Encoded, header
+from featx.decoding.nvjpeg import Gpu
 from featx.devices import available_threads
 from featx.engines import cosines, open_engine
-from featx.engines.nvjpeg import Gpu
 from featx.extraction import sync
-from featx.jpeg import Encoded, header
 from featx.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from featx.sources import open_source
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featx.decoding.jpeg import Encoded
 from featx.devices import decoding_device
 from featx.engines import Engine, cosines
 from featx.errors import FeatxError, ImageError
-from featx.jpeg import Encoded
 from featx.loader import Loaded, Loader
 from featx.preprocess import CLOSE
 
 if TYPE_CHECKING:
-    from featx.engines.nvjpeg import Gpu
+    from featx.decoding.nvjpeg import Gpu
     from featx.loader import Pixels
 
 # Images that go to the GPU together, and groups that may wait there: memory does not grow with the data set.
@@ -151,13 +151,13 @@ def stacked(pixels: list[Pixels], engine: Engine) -> Any:
         return np.stack(arrays)
     if engine.name != "torch-cuda":
         return np.stack([p if isinstance(p, np.ndarray) else p.cpu().numpy() for p in pixels])
-    from featx.engines import nvjpeg
+    from featx.decoding import nvjpeg
 
     return nvjpeg.stacked(pixels)
 
 
 def _open(loader: Loader, device: str) -> Gpu:
     place = decoding_device(device)
-    from featx.engines.nvjpeg import Gpu
+    from featx.decoding.nvjpeg import Gpu
 
     return Gpu(loader.preprocess, place)

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from featx.cache.store import FeatureStore
+from featx.decoding.jpeg import Encoded, header
 from featx.errors import ImageError
 from featx.features import content_key
-from featx.jpeg import Encoded, header
 from featx.preprocess import Preprocess
 from featx.sources import Source
 from featx.views import look, pixels

@@ -26,7 +26,8 @@ from featx.backbones import BackboneInfo, BackboneRequest
 from featx.cache.store import FeatureStore
 from featx.cli import cli
 from featx.decoder import Decoder
-from featx.engines import cosines, nvjpeg
+from featx.decoding import nvjpeg
+from featx.engines import cosines
 from featx.errors import FeatxError, ParityError
 from featx.extraction import extract, sync
 from featx.loader import Loader
@@ -270,7 +271,7 @@ def test_the_decoder_stays_only_some_groups_ahead(
 ON_CPU = 'decoder.GROUP, decoder.decoding_device = 8, lambda device: "cpu"'
 
 
-def test_ctrl_c_ends_quickly_and_keeps_what_was_computed(tmp_path: Path, engine: ColourEngine) -> None:
+def test_ctrl_c_ends_it_and_keeps_what_was_computed(tmp_path: Path, engine: ColourEngine) -> None:
     for i in range(80):
         save(tmp_path / "data" / "all" / f"{i}.jpg", i)
     (tmp_path / "cache" / "features").mkdir(parents=True)  # else the GPU is asked for at once

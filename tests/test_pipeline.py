@@ -179,7 +179,7 @@ def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
     assert len(loads) < 40
 
 
-def test_ctrl_c_ends_quickly_and_leaves_a_usable_cache(tmp_path: Path, engine: ColourEngine) -> None:
+def test_ctrl_c_ends_it_and_leaves_a_usable_cache(tmp_path: Path, engine: ColourEngine) -> None:
     root, cache = write_images(tmp_path / "data", per_class=60), tmp_path / "cache"
     interrupt(program(root, cache), batches=5)
     report = extract(root, "tiny", cache=cache).report

@@ -11,8 +11,8 @@ import torch
 from jpegs import colours, encoded, photo, repeated
 from PIL import Image
 
-from featx.engines import chroma
-from featx.engines.chroma import interpolated
+from featx.decoding import chroma
+from featx.decoding.chroma import interpolated
 
 
 def halved(image: Image.Image) -> bytes:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from featx import views
-from featx.engines import resample
-from featx.engines.resample import Resize, resized
+from featx.decoding import resample
+from featx.decoding.resample import Resize, resized
 from featx.preprocess import RESAMPLE, Preprocess
 
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featx.engines.chroma import interpolated
-from featx.engines.resample import Resize, resized
+from featx.decoding.chroma import interpolated
+from featx.decoding.jpeg import Encoded, Header
+from featx.decoding.resample import Resize, resized
 from featx.errors import FeatxError
-from featx.jpeg import Encoded, Header
 from featx.preprocess import Preprocess
 
 # Decoded pixels that lie on the device at a time; a group of larger images is decoded in parts.

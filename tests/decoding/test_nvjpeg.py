@@ -10,11 +10,11 @@ import torch
 from jpegs import encoded, photo, repeated
 from PIL import Image
 
-from featx.engines import nvjpeg
-from featx.engines.nvjpeg import Gpu
-from featx.engines.resample import Resize
+from featx.decoding import nvjpeg
+from featx.decoding.jpeg import Encoded, Header, header
+from featx.decoding.nvjpeg import Gpu
+from featx.decoding.resample import Resize
 from featx.errors import FeatxError
-from featx.jpeg import Encoded, Header, header
 from featx.preprocess import Preprocess
 
 pytestmark = [  # `Decoder` keeps these to itself

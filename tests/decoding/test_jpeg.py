@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jpegs import encoded, photo
 
-from featx import jpeg
-from featx.jpeg import Header, header
+from featx.decoding import jpeg
+from featx.decoding.jpeg import Header, header
 from featx.preprocess import decode
 
 
