@@ -19,6 +19,7 @@ MAX_PIXELS = 178_956_970
 # Long side over short side. An exported model resizes the whole image, and this bounds its memory.
 MAX_ASPECT = 64
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+REACH = {"bilinear": 1, "bicubic": 2}  # of each kernel at no change of size, in pixels
 # The decoders, by their names in a spec, and what people call them (`--decode`).
 EXACT, FAST, GPU = "pillow/1", "pillow-draft/1", "nvjpeg/1"
 DECODERS = {"exact": EXACT, "fast": FAST, "gpu": GPU}
@@ -123,8 +124,7 @@ class Preprocess:
 
     def rows(self, box: Box, side: int, height: int) -> tuple[int, int]:
         """The first row of the image that matters to a box resized to `side`, and the one after the last."""
-        kernel = 2 if self.interpolation == "bicubic" else 1  # its reach at no change of size, in pixels
-        reach = kernel * max((box[3] - box[1]) / side, 1) + 1
+        reach = REACH[self.interpolation] * max((box[3] - box[1]) / side, 1) + 1
         return max(0, int(box[1] - reach)), min(height, int(box[3] + reach) + 1)
 
     def _across_then_down(self, image: Image.Image, side: int, box: Box) -> np.ndarray:

@@ -47,23 +47,19 @@ class Stages:
     """Of the work of decoding, the seconds that a GPU's decoder took: wall time of one thread."""
     by_gpu: bool = False
     """Whether JPEGs are decoded on the GPU."""
-    ahead: float = 0.0
-    """Seconds that the loader had worked before the engine was open."""
     meanwhile: float = 0.0
-    """Those of them in which the engine was being opened: they count as the run's, which opening does not."""
-    _ahead: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """The threads' seconds of reading and decoding in that time, and a GPU's decoder's."""
+    """Seconds that the loader worked while the engine was being opened: they count as the run's, which opening does
+    not."""
+    _ahead: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """What the loader had counted when the engine was open."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 
     def begin(self, loader: Loader, before: tuple[float, ...], *, gpu: bool) -> None:
         """Count from here: the engine is open. before: what the loader had counted when it began to be opened."""
         self.gpu = gpu
-        now = loader.counted()
-        read, decode, _, device = now
-        self._ahead = read, decode, device
-        self.ahead = self._wall(now)
-        self.meanwhile = self.ahead - self._wall(before)
+        self._ahead = loader.counted()
+        self.meanwhile = self._wall(self._ahead) - self._wall(before)
         self.starved = self.waited = self.work["store"] = 0.0
         self._zero = _moment(loader)
 
@@ -81,8 +77,8 @@ class Stages:
             self.blocked = max(0.0, files - read)
             self.large = loader.large / max(1, loader.decoded)
             embed = self.waited if self.gpu else max(0.0, process - loop - read - decode - device)
-            self.elapsed += self.ahead
-            before_read, before_decode, before_device = self._ahead
+            self.elapsed += self._wall(self._ahead)
+            before_read, before_decode, _, before_device = self._ahead
             self.device = device + before_device
             decode += before_decode + self.device
             self.work |= {"read": read + before_read, "decode": decode, "embed": embed}

@@ -84,10 +84,12 @@ class KeyMemo:
         arrays = [array.reshape(-1).view(np.uint8).data.cast("B") for array in (stats, keys)]
         head: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *arrays]
         behind = [old[i] for i in other.tolist()]
-        digest = hashlib.sha256()
-        for part in chain(head, _parts(names, behind)):
+        digest, nuls = hashlib.sha256(), 0
+        for array in head:
+            digest.update(array)
+        for part in _parts(names, behind):
             digest.update(part)
-        nuls = sum(part.count(b"\0") for part in _parts(names, behind))
+            nuls += part.count(b"\0")
         if nuls + (len(stats) > 0) != len(stats):
             return  # a path with a NUL in it, which no file system has
         try:

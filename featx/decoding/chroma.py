@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from featx.decoding.resample import rounded_up
+
 # Pixels that one chroma sample covers, across and down, which can be interpolated here.
 SAMPLINGS = ((2, 1), (2, 2))
 # Images of one sampling share a call when they round up to the same size, up to so many pixels together.
@@ -30,7 +32,7 @@ def interpolated(images: Sequence[Tensor], samplings: Sequence[tuple[int, int]])
         if sampling != (1, 1):
             assert sampling in SAMPLINGS
             # one sample more on the far sides, which repeats the last one
-            alike[sampling, _up(image.shape[1] + 3), _up(image.shape[2] + 3)].append(i)
+            alike[sampling, rounded_up(image.shape[1] + 3, SIZE), rounded_up(image.shape[2] + 3, SIZE)].append(i)
     for (sampling, rows, columns), members in alike.items():
         most = max(1, PIXELS // (rows * columns))
         for start in range(0, len(members), most):
@@ -90,7 +92,3 @@ def _offsets(chroma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     green = (-22554 * blueness - 46802 * redness + half).bitwise_right_shift(16)
     blue = (116130 * blueness + half).bitwise_right_shift(16)
     return red, green, blue
-
-
-def _up(number: int) -> int:
-    return -(-number // SIZE) * SIZE

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featx.preprocess import Box, Preprocess
+from featx.preprocess import REACH, Box, Preprocess
 
 # Bits behind the point of Pillow's coefficients: sums of their products with 8-bit pixels stay below 2**31.
 BITS = 32 - 8 - 2
-SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 # Images share a call when their windows and taps round up to the same sizes; it makes products of so many bytes.
 WINDOW, TAPS = 64, 4
 PRODUCTS = 256 << 20
@@ -64,7 +63,7 @@ def taps(size: int, start: float, stop: float, side: int, interpolation: str) ->
     begin, end = np.float32(start), np.float32(stop)
     scale = float(end - begin) / side
     stretch = max(scale, 1.0)
-    support = SUPPORT[interpolation] * stretch
+    support = REACH[interpolation] * stretch
     centre = float(begin) + (np.arange(side) + 0.5) * scale
     low = np.maximum((centre - support + 0.5).astype(np.int64), 0)
     high = np.minimum((centre + support + 0.5).astype(np.int64), size)
@@ -101,7 +100,12 @@ def _together(resizes: Sequence[Resize]) -> Iterator[tuple[list[int], int, int]]
     alike = defaultdict(list)
     for i, resize in enumerate(resizes):
         x, y = resize.across, resize.down
-        sizes = _up(y.length, WINDOW), _up(x.length, WINDOW), _up(len(x.index), TAPS), _up(len(y.index), TAPS)
+        sizes = (
+            rounded_up(y.length, WINDOW),
+            rounded_up(x.length, WINDOW),
+            rounded_up(len(x.index), TAPS),
+            rounded_up(len(y.index), TAPS),
+        )
         alike[sizes].append(i)
     for (rows, columns, wide, _), members in alike.items():
         most = max(1, PRODUCTS // (12 * rows * wide * resizes[members[0]].across.index.shape[1]))
@@ -132,5 +136,6 @@ def _weight(x: np.ndarray, interpolation: str) -> np.ndarray:
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
-def _up(number: int, step: int) -> int:
+def rounded_up(number: int, step: int) -> int:
+    """The least multiple of `step` that is not below `number`."""
     return -(-number // step) * step

@@ -192,10 +192,11 @@ class _Rewriter:
             rows = self._op("Reshape", spread, self._ints(-1, c))
             self.nodes.append(helper.make_node("Split", [rows], parts, axis=0, num_outputs=36))
             for i, part in enumerate(parts):
-                added_bias = (
-                    [self._weights((CONSTANT[i] * bias).astype(np.float32))] if CONSTANT[i] and bias is not None else []
-                )
-                parts[i] = self._op("Gemm" if added_bias else "MatMul", part, self._weights(filters[i]), *added_bias)
+                factors = part, self._weights(filters[i])
+                if bias is not None and CONSTANT[i]:
+                    parts[i] = self._op("Gemm", *factors, self._weights((CONSTANT[i] * bias).astype(np.float32)))
+                else:
+                    parts[i] = self._op("MatMul", *factors)
             products = self._op("Concat", *parts, axis=0)
         else:
             rows = self._op("Reshape", spread, self._ints(36, -1, c))
