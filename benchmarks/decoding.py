@@ -21,7 +21,6 @@ from PIL import Image
 
 from featx.backbones import BackboneRequest, load_backbone
 from featx.decoding import nvjpeg
-from featx.decoding.jpeg import Encoded, header
 from featx.decoding.nvjpeg import Gpu
 from featx.engines import cosines
 from featx.preprocess import CLOSE, Preprocess
@@ -29,7 +28,7 @@ from featx.preprocess import CLOSE, Preprocess
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
 
 from extraction import machine  # noqa: E402
-from jpegs import encoded, repeated  # noqa: E402
+from jpegs import asked, encoded, repeated  # noqa: E402
 
 warnings.filterwarnings("ignore")
 
@@ -37,11 +36,6 @@ warnings.filterwarnings("ignore")
 def features(module: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return np.concatenate([module(torch.from_numpy(x)).numpy() for x in np.array_split(pixels, len(pixels) // 16)])
-
-
-def asked(files: list[bytes], preprocess: Preprocess) -> list[Encoded]:
-    found = [(data, header(data)) for data in files]
-    return [Encoded(d, h, [(0, preprocess.box(*h.upright, preprocess.crop), False)]) for d, h in found if h]
 
 
 def compared(files: list[bytes], interpolation: str, device: str, networks: dict[str, torch.nn.Module]) -> list[Any]:

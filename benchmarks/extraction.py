@@ -40,25 +40,24 @@ from featx.engines import difference, open_engine
 from featx.extraction import sync
 from featx.features import content_key
 from featx.preprocess import FAST, Preprocess
-from featx.sources import open_source
+from featx.sources import Source, open_source
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 IMAGES = {"resnet18": 160, "resnet50": 64, "squeezenet1_1": 320}
 TUTORIAL, TUNED = "tutorials' loop", "tuned loop"
 
 
-def featx(folder: Path, name: str, cache: Path) -> Run:
+def featx(folder: Path, name: str, cache: Path, **options: Any) -> Run:
     """One extraction into an empty cache that holds the exported backbone; opening the engine is not counted."""
     request = BackboneRequest(name, weights="random")
 
     def run() -> float:
         shutil.rmtree(cache / "features", ignore_errors=True)
         shutil.rmtree(cache / "memo", ignore_errors=True)
-        report = sync(folder, request, cache=cache).report
+        report = sync(folder, request, cache=cache, **options).report
         assert report["cached"] == 0 and report["skipped"] == 0
         return float(report["extracted"] / report["images_per_second"])
 
-    sync(folder, request, cache=cache)
     return run
 
 
@@ -78,15 +77,15 @@ def decode_alone(paths: list[Path]) -> Run:
     return timed(work)
 
 
-def model_alone(pixels: np.ndarray, name: str, cache: Path) -> Run:
+def model_alone(pixels: np.ndarray, name: str, cache: Path, **options: Any) -> Run:
+    """featx's engine alone; it takes pixels from main memory, batch by batch."""
     request = BackboneRequest(name, weights="random")
-    engine = open_engine(request, resolve(request, cache), cache=cache)
-    engine(pixels[:BATCH])
+    engine = open_engine(request, resolve(request, cache), cache=cache, **options)
 
     def work() -> None:
         last: Callable[[], Any] = lambda: None  # noqa: E731
-        for start in range(0, len(pixels), BATCH):
-            running = engine.submit(pixels[start : start + BATCH])
+        for start in range(0, len(pixels), engine.batch_size):
+            running = engine.submit(pixels[start : start + engine.batch_size])
             last()
             last = running
         last()
@@ -121,15 +120,41 @@ def operations(name: str) -> float:
     return total
 
 
+def repeated_photos(photos: Path, count: int, folder: Path) -> Source:
+    """`count` files in `folder`; a photograph that is taken again gets bytes of its own behind its end."""
+    source = open_source(photos)
+    (folder / "all").mkdir(parents=True)
+    for i in range(count):
+        lap, which = divmod(i, len(source))
+        (folder / "all" / f"{i:06d}{source.path(which).suffix}").write_bytes(source.read(which) + bytes(lap))
+    return open_source(folder)
+
+
+def in_turns(
+    name: str, makers: dict[str, Callable[[], Run]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every round of each contender, run once before; and why those are absent that do not run."""
+    runs: dict[str, Run] = {}
+    absent: dict[str, str] = {}
+    for label, make in makers.items():
+        say(f"{name}: {label}")
+        try:
+            runs[label] = make()
+            runs[label]()
+        except Exception as error:  # reported, not measured
+            runs.pop(label, None)
+            absent[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
+    for turn in range(rounds):
+        say(f"{name}: round {turn + 1} of {rounds}")
+        for label, run in runs.items():
+            seconds[label].append(run())
+    return seconds, absent
+
+
 def compare(name: str, photos: Path, count: int, rounds: int, folder: Path) -> dict[str, Any]:
     """All contenders on one network, in turns."""
-    source = open_source(photos)
-    (folder / "data" / "all").mkdir(parents=True)
-    for i in range(count):  # a photograph that is taken again gets bytes of its own behind its end
-        lap, which = divmod(i, len(source))
-        target = folder / "data" / "all" / f"{i:05d}{source.path(which).suffix}"
-        target.write_bytes(source.read(which) + bytes(lap))
-    data = open_source(folder / "data")
+    data = repeated_photos(photos, count, folder / "data")
     paths = [data.path(i) for i in range(len(data))]
     preprocess = Preprocess()
     pixels = np.stack([preprocess(data.read(i)) for i in range(min(len(data), 128))])
@@ -145,21 +170,7 @@ def compare(name: str, photos: Path, count: int, rounds: int, folder: Path) -> d
         "onnxruntime alone": lambda: model_alone(pixels, name, cache),
         "matrix product": matrix_roof,
     }
-    runs: dict[str, Run] = {}
-    absent: dict[str, str] = {}
-    for label, make in makers.items():
-        say(f"{name}: {label}")
-        try:
-            runs[label] = make()
-            runs[label]()
-        except Exception as error:  # a peer that does not run is reported, not measured
-            runs.pop(label, None)
-            absent[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-    seconds: dict[str, list[float]] = {label: [] for label in runs}
-    for turn in range(rounds):
-        say(f"{name}: round {turn + 1} of {rounds}")
-        for label, run in runs.items():
-            seconds[label].append(run())
+    seconds, absent = in_turns(name, makers, rounds)
     counts = {"onnxruntime alone": len(pixels), "matrix product": 2 * 2048**3 / 1e9}
     rates = {k: [counts.get(k, len(paths)) / s for s in v] for k, v in seconds.items()}
     request = BackboneRequest(name, weights="random")

@@ -9,45 +9,27 @@ are repeated, each copy with bytes of its own behind its end. `--device cpu` is 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from extraction import decode_alone, machine, operations, say
+from decoding import asked
+from extraction import decode_alone, featx, in_turns, machine, model_alone, operations, repeated_photos, say
 from peers import Files, Run, timed, trunk
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from featx.backbones import BackboneRequest, resolve
-from featx.decoding.jpeg import Encoded, header
 from featx.decoding.nvjpeg import Gpu
 from featx.devices import available_threads
 from featx.engines import cosines, open_engine
-from featx.extraction import sync
 from featx.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from featx.sources import open_source
 
 BATCH = 256
-
-
-def featx(folder: Path, name: str, cache: Path, device: str, precision: str, decode: str) -> Run:
-    """From files to shards, into an empty cache; opening the engine is not counted."""
-
-    def run() -> float:
-        shutil.rmtree(cache / "features", ignore_errors=True)
-        shutil.rmtree(cache / "memo", ignore_errors=True)
-        request = BackboneRequest(name, weights="random")
-        report = sync(folder, request, cache=cache, device=device, precision=precision, decode=decode).report
-        say(f"  {name} {precision} {decode}: {report['images_per_second']} images/s, {report['advice']}")
-        return float(report["extracted"] / report["images_per_second"])
-
-    return run
 
 
 def usual(paths: list[Path], name: str, device: str, workers: int) -> Run:
@@ -79,29 +61,10 @@ def eager(pixels: np.ndarray, name: str, device: str) -> Run:
     return timed(work)
 
 
-def alone(pixels: np.ndarray, name: str, cache: Path, device: str, precision: str) -> Run:
-    """featx's engine alone; it takes pixels from main memory, batch by batch."""
-    request = BackboneRequest(name, weights="random")
-    engine = open_engine(request, resolve(request, cache), cache=cache, device=device, precision=precision)
-    parts = [pixels[i : i + engine.batch_size] for i in range(0, len(pixels), engine.batch_size)]
-
-    def work() -> None:
-        last: Callable[[], Any] = lambda: None  # noqa: E731
-        for part in parts:
-            running = engine.submit(part)
-            last()
-            last = running
-        last()
-
-    return timed(work)
-
-
 def decoding(paths: list[Path], device: str) -> Run:
     """The GPU's decoder and resize alone, from bytes in memory, in groups of 64."""
-    preprocess, gpu = Preprocess(), Gpu(Preprocess(), device)
-    files = [path.read_bytes() for path in paths[:2048]]
-    found = [(data, header(data)) for data in files]
-    images = [Encoded(d, h, [(0, preprocess.box(*h.upright, preprocess.crop), False)]) for d, h in found if h]
+    gpu, files = Gpu(Preprocess(), device), [path.read_bytes() for path in paths[:2048]]
+    images = asked(files, gpu.preprocess)
     say(f"  {len(images)} of {len(files)} files are for the GPU's decoder")
 
     def work() -> None:
@@ -134,45 +97,33 @@ def _forward(network: torch.nn.Module, images: torch.Tensor, device: str) -> tor
 
 
 def compare(name: str, photos: Path, count: int, rounds: int, device: str, folder: Path) -> str:
-    source = open_source(photos)
-    (folder / "data" / "all").mkdir(parents=True)
-    for i in range(count):
-        lap, which = divmod(i, len(source))
-        target = folder / "data" / "all" / f"{i:06d}{source.path(which).suffix}"
-        target.write_bytes(source.read(which) + bytes(lap))
-    data = open_source(folder / "data")
+    data = repeated_photos(photos, count, folder / "data")
     paths = [data.path(i) for i in range(len(data))]
-    pixels = np.stack([Preprocess()(data.read(i)) for i in range(min(len(data), len(source)))])
+    pixels = np.stack([Preprocess()(data.read(i)) for i in range(min(len(data), 256))])
     many = np.concatenate([pixels] * max(1, min(count, 8192) // len(pixels)))
     cache, cores = folder / "cache", available_threads()
     precisions = ("bf16",) if device == "cpu" else ("bf16", "fp16", "fp32")
     ways = ("exact",) if device == "cpu" else ("exact", "gpu")
     makers: dict[str, Callable[[], Run]] = {
-        f"featx {p}, --decode {way}": lambda p=p, way=way: featx(folder / "data", name, cache / p / way, device, p, way)
+        f"featx {p}, --decode {way}": lambda p=p, way=way: featx(
+            folder / "data", name, cache / p / way, device=device, precision=p, decode=way
+        )
         for p in precisions
         for way in ways
     }
     makers |= {
         f"DataLoader({cores}) + AMP + compile": lambda: usual(paths, name, device, cores),
         "backbone alone, eager AMP channels-last": lambda: eager(many, name, device),
-        **{f"backbone alone, featx {p}": lambda p=p: alone(many, name, cache / "alone", device, p) for p in precisions},
+        **{
+            f"backbone alone, featx {p}": lambda p=p: model_alone(
+                many, name, cache / "alone", device=device, precision=p
+            )
+            for p in precisions
+        },
         "decoding alone, all cores": lambda: decode_alone(paths),
         "decoding alone, the GPU": lambda: decoding(paths, device),
     }
-    seconds: dict[str, list[float]] = {}
-    runs, absent = {}, {}
-    for label, make in {**makers, "roof": lambda: roof(device)}.items():
-        say(f"{name}: {label}")
-        try:
-            runs[label] = make()
-            runs[label]()
-        except Exception as error:  # reported, not measured
-            runs.pop(label, None)
-            absent[label] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
-    for turn in range(rounds):
-        say(f"{name}: round {turn + 1} of {rounds}")
-        for label, run in runs.items():
-            seconds.setdefault(label, []).append(run())
+    seconds, absent = in_turns(name, {**makers, "roof": lambda: roof(device)}, rounds)
     middle = {label: statistics.median(values) for label, values in seconds.items()}
     peak = 2 * 8192**3 / middle.pop("roof") / 1e12
     gflop = operations(name) / 1e9

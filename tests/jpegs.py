@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from featx.decoding.jpeg import Encoded, header
+from featx.preprocess import Preprocess
+
 
 def photo(width: int = 61, height: int = 37, mode: str = "RGB", *, seed: int = 0, low: int = 0, high: int = 256) -> Any:
     """A smooth Pillow image of colours between `low` and `high`, and a little beyond."""
@@ -44,3 +47,9 @@ def repeated(data: bytes) -> np.ndarray:
     assert whole.mode == "L" and samples.shape[:2] == ((whole.height + 1) // 2, (whole.width + 1) // 2)
     twice = samples.repeat(2, axis=0).repeat(2, axis=1)[: whole.height, : whole.width]
     return colours(np.asarray(whole).astype(int), twice[..., 1], twice[..., 2])
+
+
+def asked(files: list[bytes], preprocess: Preprocess) -> list[Encoded]:
+    """Of the files that a GPU may decode, each with its whole crop asked for."""
+    found = [(data, header(data)) for data in files]
+    return [Encoded(d, h, [(0, preprocess.box(*h.upright, preprocess.crop), False)]) for d, h in found if h]

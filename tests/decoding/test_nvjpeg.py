@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jpegs import encoded, photo, repeated
+from jpegs import asked, encoded, photo, repeated
 from PIL import Image
 
 from featx.decoding import nvjpeg
-from featx.decoding.jpeg import Encoded, Header, header
+from featx.decoding.jpeg import Encoded, Header
 from featx.decoding.nvjpeg import Gpu
 from featx.decoding.resample import Resize
 from featx.errors import FeatxError
@@ -21,12 +21,6 @@ pytestmark = [  # `Decoder` keeps these to itself
     pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
 ]
-
-
-def asked(files: list[bytes], preprocess: Preprocess) -> list[Encoded]:
-    """The whole crop of each file."""
-    found = [(data, header(data)) for data in files]
-    return [Encoded(d, h, [(0, preprocess.box(*h.upright, preprocess.crop), False)]) for d, h in found if h]
 
 
 def test_whether_a_decoder_repeats_chroma_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
