@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,10 +291,16 @@ def test_a_warm_run_with_a_damaged_image_loads_no_torch(mixed: Path, tmp_path: P
     assert done.stdout == "False\n", done.stderr
 
 
-def test_the_time_of_the_device_counts_as_decoding(mixed: Path, tmp_path: Path, engine: ColourEngine) -> None:
+def test_the_time_of_the_device_counts_as_decoding(
+    mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that moves by 1,000 s at each look, so that nothing else that runs here can weigh as much."""
+    monkeypatch.setattr(module, "GROUP", 8)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=count(0, 1000).__next__))
     report = sync(mixed, "tiny", cache=tmp_path / "cache", decode="gpu").report
-    assert report["shares"]["decode"] > 0.3
-    assert report["seconds"]["decode"] > 0
+    assert report["decoded_on_gpu"] == 11
+    assert 2000 <= report["seconds"]["decode"] < 3000  # two of the three groups hold JPEGs for the device
+    assert report["shares"]["decode"] > 0.9
 
 
 def test_a_dry_run_measures_by_the_same_way_and_writes_no_feature(
