@@ -47,7 +47,8 @@ class OnnxEngine:
         threads = threads or available_threads()
         self.batch_size = batch_size or max(CPU_BATCH, 4 * threads)
         # each piece reads all weights once: the larger they are, the more images have to share that
-        self.piece = min(max(2, model.stat().st_size // WEIGHTS_PER_IMAGE), 16, -(-self.batch_size // threads))
+        most = min(max(2, model.stat().st_size // WEIGHTS_PER_IMAGE), 16, -(-self.batch_size // threads))
+        self.piece = -(-self.batch_size // -(-self.batch_size // most))  # no batch ends with a small one
         self.session = session(model, 1)
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="featx-embed")
 

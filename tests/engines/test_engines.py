@@ -18,6 +18,7 @@ from networks import calibrated, session_cache
 from featx import devices
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.engines import backbone_onnx, difference, open_engine
+from featx.engines.onnx import OnnxEngine, accelerated
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import FeatxError, StoreError, WeightsError
 from featx.features import TOLERANCE
@@ -99,6 +100,20 @@ def test_thread_count_does_not_change_onnxruntime_rows(info: BackboneInfo, image
     ]
     assert difference(rows[1], rows[0]) <= TOLERANCE["fp32"]
     assert difference(rows[2], rows[0]) <= TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize(("threads", "size", "sizes"), [(2, 32, [8, 8, 8, 8]), (1, 10, [5, 5]), (4, 9, [3, 3, 3])])
+def test_a_batch_is_cut_into_pieces_of_one_size(
+    threads: int, size: int, sizes: list[int], info: BackboneInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = accelerated(backbone_onnx(REQUEST, info, session_cache()))
+    assert path.stat().st_size // (16 << 20) == 9  # more images than that share its weights in no piece
+    engine = OnnxEngine(path, size, threads)
+    taken: list[int] = []
+    monkeypatch.setattr(engine, "_run", lambda images: (taken.append(len(images)), images)[1])
+    assert engine(np.zeros((size, 1), np.uint8)).shape == (size, 1)
+    assert taken == sizes
+    engine.close()
 
 
 def test_difference_is_the_worst_rows_share_of_its_largest_entry() -> None:
