@@ -12,7 +12,7 @@ from featx.backbones import Backbone, load_backbone
 from featx.errors import WeightsError
 from featx.heads import Head
 from featx.preprocess import Preprocess
-from featx.runs import open_run
+from featx.runs import Run, open_run
 
 BATCH = 32
 
@@ -47,14 +47,14 @@ class Classifier:
         return self.head.probabilities(self(images))
 
 
-def load(run: str | Path) -> Classifier:
+def load(run: str | Path | Run) -> Classifier:
     """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed."""
     opened = open_run(run)
     config = opened.config
     backbone = load_backbone(opened.request)
     if backbone.info.weights_digest != config["backbone"]["weights_digest"]:
         raise WeightsError(
-            f"{run} was fitted on weights {config['backbone']['weights_digest'][:12]} of "
+            f"{opened.path} was fitted on weights {config['backbone']['weights_digest'][:12]} of "
             f"{backbone.info.name}, but {backbone.info.weights_note} is {backbone.info.weights_digest[:12]} "
             "now; put the former weights back, or fit again"
         )

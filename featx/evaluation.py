@@ -14,7 +14,7 @@ from featx.errors import HeadError, RunError, near
 from featx.extraction import extract
 from featx.features import FeatureSpec
 from featx.heads import Head
-from featx.runs import open_run
+from featx.runs import Run, open_run
 from featx.sources import Source
 
 OTHER = "other"
@@ -128,7 +128,7 @@ class Report:
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | Run,
     data: str | Path | Source,
     *,
     split: str | None = None,
@@ -153,7 +153,7 @@ def evaluate(
         **options,
     )
     if features.spec != spec:
-        raise RunError(f"{run} was fitted on other features than its backbone gives today; fit again")
+        raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")
     there = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
     if split and not there.get(split):
         listed = ", ".join(f"{name} ({count})" for name, count in there.items() if count)
@@ -161,7 +161,7 @@ def evaluate(
     if (opened.head.activation == "sigmoid") != (features.y.ndim == 2):
         kinds = ("one label for each image", "several labels for an image")
         run_has, data_has = kinds if features.y.ndim == 2 else kinds[::-1]
-        raise HeadError(f"{run} was fitted on {run_has}, and {data} has {data_has}: they cannot be compared")
+        raise HeadError(f"{opened.path} was fitted on {run_has}, and {data} has {data_has}: they cannot be compared")
     if split:
         features = features.split(split)
     labelled = np.flatnonzero(features.y >= 0) if features.y.ndim == 1 else np.arange(len(features))

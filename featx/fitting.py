@@ -141,10 +141,11 @@ def fit(
     if finetune is not None and finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
     run.write("report.json", values)
+    run = replace(run, features=features, source=extracted.source)
     if report:
         from featx.reporting.report import write_report
 
-        write_report(run.path, features=features, source=extracted.source)
+        write_report(run)
     return run
 
 

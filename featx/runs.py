@@ -6,14 +6,18 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featx.backbones import BackboneRequest
 from featx.errors import RunError
 from featx.files import to_json, write_atomic
 from featx.heads import Head
+
+if TYPE_CHECKING:
+    from featx.features import Features
+    from featx.sources import Source
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
@@ -24,6 +28,9 @@ class Run:
     """One run's folder: `config.json`, `head.safetensors`, `report.json` (written last), and its exports."""
 
     path: Path
+    features: Features | None = field(default=None, repr=False, compare=False)
+    """What it was fitted and measured on, with `source`, in the process that fitted it; else None."""
+    source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -66,9 +73,9 @@ class Run:
             raise RunError(f"{path} is damaged ({error}); fit again with --overwrite") from error
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(run: str | Path | Run) -> Run:
     """A finished run. Raises `RunError` for anything else."""
-    run = Run(Path(path))
+    run = run if isinstance(run, Run) else Run(Path(run))
     _ = run.config, run.report
     return run
 

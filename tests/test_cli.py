@@ -15,6 +15,8 @@ from conftest import ColourEngine, write_images
 
 import featx
 from featx.cli import cli
+from featx.errors import FeatxError
+from featx.runs import Run
 
 
 def run(*arguments: str | Path) -> Result:
@@ -98,6 +100,23 @@ def test_fit_makes_a_run_named_after_data_backbone_head_and_configuration(
     assert (data, head) == ("tiny", "logreg") and len(digest) == 8 and int(digest, 16) >= 0
     assert report["accuracy"] == 1.0
     assert {p.name for p in path.iterdir()} >= {"config.json", "head.safetensors", "report.json"}
+
+
+def test_people_have_the_answer_before_its_page_is_drawn(
+    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fitted: Run) -> Path:
+        assert fitted.features is not None and fitted.source is not None  # nothing is read again
+        assert fitted.features.ids == fitted.source.ids
+        raise FeatxError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("featx.reporting.report.write_report", full)
+        result = run("fit", tiny, "-b", "tiny", "-o", "run", "--report")
+        assert run("fit", tiny, "-b", "tiny", "-o", "other", "--report", "--json").stdout == ""
+    assert result.exit_code == 1 and result.stdout == ""  # what a program reads comes when all is there
+    assert result.stderr.index("accuracy") < result.stderr.index("Error: the disk is full")
+    assert run("report", "run").exit_code == 0 and (here / "run" / "report.html").is_file()
 
 
 def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, engine: ColourEngine) -> None:

@@ -26,7 +26,7 @@ from featx.extraction import extract
 from featx.fitting import fit
 from featx.reporting import gallery, page
 from featx.reporting.report import write_report
-from featx.runs import Run
+from featx.runs import Run, open_run
 
 ANTS = "<script>alert(1)<!--"
 BEES = "b&\"es'"
@@ -159,9 +159,10 @@ def test_the_same_run_gives_the_same_page(run: Run):
 
 def test_a_report_makes_no_forward_pass_and_finds_the_features_the_run_had(run: Run, engine: ColourEngine):
     before = engine.images
-    material = gallery.gather(run)
+    material = gallery.gather(open_run(run.path))
     assert engine.images == before
     assert material.missing == []
+    assert gallery.gather(run).features is run.features  # of a run of this process
     wanted = extract(run.config["data"], "colours", cache=run.config["cache"])
     assert material.features is not None
     assert material.features.ids == wanted.ids

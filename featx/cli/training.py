@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from featx.cli._base import (
     say,
 )
 from featx.finetuning.processes import rank
+
+if TYPE_CHECKING:
+    from featx.runs import Run
 
 
 @click.command()
@@ -103,6 +106,7 @@ def fit(
     restrict: bool,
     mapping: tuple[str, ...],
     memory: float | None,
+    report: bool,
     as_json: bool,
     mode: str | None,
     recipe: str | None,
@@ -145,23 +149,33 @@ def fit(
         from featx.finetuning.recipes import configure
 
         finetune = configure(recipe, mode=mode, seed=options["seed"], **chosen)
-    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, **options)
+    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, report=False, **options)
     if rank() != 0:
         return DONE  # of several processes, one speaks
-    report = run.report
-    if as_json:
-        emit({"run": str(run.path), **report})
-    else:
-        say(extraction_text(report["extract"]))
-        say(Report.from_dict(report).table() if report["count"] else "\n".join(report["notes"]))
-        if "views_note" in report:
-            say(f"note: {report['views_note']}")
-        if "views" in report:
+    values = run.report
+    if not as_json:
+        say(extraction_text(values["extract"]))
+        say(Report.from_dict(values).table() if values["count"] else "\n".join(values["notes"]))
+        if "views_note" in values:
+            say(f"note: {values['views_note']}")
+        if "views" in values:
             from featx.reporting.augmentation import gain_text
 
-            say(gain_text(report["views"]))
+            say(gain_text(values["views"]))
+    if report:
+        page_of(run)
+    if as_json:
+        emit({"run": str(run.path), **values})
+    else:
         click.echo(printable(str(run.path)))
-    return SKIPPED if report["extract"]["skipped"] else DONE
+    return SKIPPED if values["extract"]["skipped"] else DONE
+
+
+def page_of(run: str | Run) -> None:
+    """Write a run's page, once people have the answer: it takes ten times as long as a head on cached features."""
+    from featx.reporting.report import write_report
+
+    write_report(run)
 
 
 def rates(text: str | None) -> dict[str, Any]:
@@ -221,18 +235,17 @@ def report(run: str) -> int:
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
     from featx.reporting.learning import curve_text, learning_curve
-    from featx.reporting.report import write_report
 
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes else None
     except ValueError:
         raise click.BadParameter(f"{sizes!r} is no list of whole numbers", param_hint="--sizes") from None
     values = learning_curve(run, sizes=wanted, **options)
-    write_report(run)
+    if not as_json:
+        click.echo(curve_text(values))
+    page_of(run)
     if as_json:
         emit(values)
-    else:
-        click.echo(curve_text(values))
     return DONE
 
 
@@ -257,6 +270,7 @@ def sweep(
     heads: tuple[str, ...],
     layers: tuple[str, ...],
     views: tuple[int, ...],
+    report: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -267,11 +281,14 @@ def sweep(
     from featx.reporting.sweep import sweep
 
     grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
-    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, **options)
+    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, report=False, **options)
+    if not as_json:
+        say(found.table())
+    if report:
+        page_of(found.winner)
     if as_json:
         emit({"path": str(found.path), "by": found.by, "points": found.points, "failed": found.failed})
     else:
-        say(found.table())
         click.echo(printable(str(found.winner.path)))
     return SKIPPED if found.failed else DONE
 

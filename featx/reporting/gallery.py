@@ -64,9 +64,9 @@ class Material:
         return Preprocess.from_dict(self.config["backbone"]["preprocess"])
 
 
-def gather(run: Run, features: Features | None = None, source: Source | None = None) -> Material:
+def gather(run: Run) -> Material:
     """A finished run with its features and photographs, as far as they are still there."""
-    config, report = run.config, run.report
+    config, report, features, source = run.config, run.report, run.features, run.source
     missing = []
     if source is None:
         try:

@@ -13,7 +13,7 @@ from featx.errors import HeadError, RunError
 from featx.extraction import sync
 from featx.features import FeatureSpec, groups
 from featx.reporting import augmentation
-from featx.runs import open_run
+from featx.runs import Run, open_run
 
 RESAMPLES = 1000
 MOST_SIZES = 7
@@ -21,7 +21,7 @@ LEAST_POINTS = 4  # of a curve that anything is foretold from: two are fitted, o
 
 
 def learning_curve(
-    run: str | Path,
+    run: str | Path | Run,
     *,
     sizes: Sequence[int] | None = None,
     repeats: int = 5,
@@ -60,7 +60,7 @@ def learning_curve(
     )
     features = extraction.features()
     if features.spec != spec or features.digest != config["data_digest"]:
-        raise RunError(f"the data or the backbone of {run} have changed since; fit again")
+        raise RunError(f"the data or the backbone of {opened.path} have changed since; fit again")
     train, held = features.split("train"), features.split("val")
     if not len(held):
         raise HeadError("there are no validation images to measure on")

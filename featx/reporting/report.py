@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx.errors import FeatxError
-from featx.features import Features
 from featx.files import write_atomic
 from featx.reporting import gallery, page, plots
 from featx.reporting.gallery import Material
-from featx.runs import open_run
-from featx.sources import Source
+from featx.runs import Run, open_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,20 +33,17 @@ SCORES = {
 }
 
 
-def write_report(
-    run: str | Path, *, features: Features | None = None, source: Source | None = None, layout: str = "tsne"
-) -> Path:
+def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
     """Write `report.html`, one file that needs nothing else, and the same figures as `plots/*.png`.
 
-    features, source: the run's own, where the caller has them; else they come from its cache and its data,
-    without any forward pass, and what is not there any more is left out and said. layout: of the map of
-    features, `tsne` (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` for what is no
-    finished run.
+    Of a run that another process fitted, features and photographs come from its cache and its data, without
+    any forward pass; what is not there any more is left out and said. layout: of the map of features, `tsne`
+    (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` for what is no finished run.
     """
     if layout not in ("tsne", "pca"):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
     opened = open_run(run)
-    material = gallery.gather(opened, features, source)
+    material = gallery.gather(opened)
     figures: dict[str, Figure] = {}
 
     def draw(name: str, figure: Figure, description: str, width: int = 640, caption: str = "") -> str:

@@ -34,7 +34,7 @@ METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "log_lo
 
 
 def export(
-    run: str | Path,
+    run: str | Path | Run,
     *,
     output: str | Path | None = None,
     input: str = "pixels",
@@ -85,7 +85,7 @@ def export(
     return found
 
 
-def check(model: str | Path, run: str | Path, *, images: int = parity.IMAGES, split: str = "val") -> Parity:
+def check(model: str | Path, run: str | Path | Run, *, images: int = parity.IMAGES, split: str = "val") -> Parity:
     """Hold a file that lies somewhere to a run: is it, whole and unchanged, what was exported?
 
     Its classes, its preprocessing, and every node and weight of its parts are compared with the run's

@@ -17,7 +17,7 @@ from featx.devices import available_threads
 from featx.errors import ExportError
 from featx.features import FeatureSpec
 from featx.preprocess import Preprocess
-from featx.runs import open_run
+from featx.runs import Run, open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import open_session
 from featx.shipping.exporting import DEFAULT, backbone_path, default_outputs, gate_images, load, metadata, put
@@ -75,7 +75,7 @@ class Reduction:
 
 
 def export_reduced(
-    run: str | Path,
+    run: str | Path | Run,
     precision: str,
     *,
     output: str | Path | None = None,
