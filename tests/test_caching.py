@@ -141,6 +141,22 @@ def test_remove_takes_the_entry_named_and_no_other(filled: tuple[Path, np.ndarra
     assert sorted(p.name for p in (cache / "features").iterdir()) == [folders.folder_name(other)]
 
 
+def test_remove_takes_what_runs_make_again_and_nothing_else_beside_the_features(
+    filled: tuple[Path, np.ndarray, np.ndarray],
+) -> None:
+    cache, keys, rows = filled
+    (cache / "engines").mkdir()
+    (cache / "engines" / "1.onnx").write_bytes(b"graph")
+    (cache / "mine").mkdir()
+    assert caching.removable(cache, "engines") == (cache / "engines", 5)
+    assert caching.remove(cache, "engines") == cache / "engines"
+    for name in ("engines", "mine", "features", "../elsewhere"):
+        with pytest.raises(StoreError, match="there is no entry"):
+            caching.remove(cache, name)
+    assert sorted(p.name for p in cache.iterdir()) == ["features", "mine"]
+    np.testing.assert_array_equal(FeatureStore(cache, SPEC).read(keys), rows)
+
+
 def test_export_is_plain_hdf5(tmp_path: Path) -> None:
     keys, rows = table(5)
     features = Features(

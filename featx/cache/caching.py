@@ -24,6 +24,8 @@ from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunk
 
 # Rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20
+# What lies beside the features, of which the next run makes anew what it needs.
+MADE_AGAIN = ("engines", "memo", "rates", "resolved")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def find(cache: Path, name: str) -> Entry:
 
 
 def sizes(cache: Path) -> dict[str, int]:
-    """Bytes in each folder of a cache: `features`, and what can be deleted at any time (memo, engines ...)."""
+    """Bytes in each folder of a cache: `features`, and those of `MADE_AGAIN`, which can be removed at any time."""
     with _reading(cache), os.scandir(cache) as found:
         return {e.name: _bytes(Path(e.path)) for e in sorted(found, key=lambda e: e.name) if e.is_dir()}
 
@@ -180,17 +182,27 @@ def _merge(store: FeatureStore, keys: np.ndarray) -> dict[str, int]:
     return {shard.name: shard.stat[0]}
 
 
-def remove(cache: Path, name: str) -> Entry:
-    """Remove an entry with all its features; returns what it was. Raises `StoreError`."""
+def removable(cache: Path, name: str) -> tuple[Path, int]:
+    """The folder that `remove` takes for this name, an entry's or one of `MADE_AGAIN`, and its bytes."""
+    path = Path(cache) / name
+    if name in MADE_AGAIN and path.is_dir():
+        return path, _bytes(path)
     entry = find(cache, name)
-    aside = entry.path.parent / aside_name()
+    return entry.path, entry.bytes
+
+
+def remove(cache: Path, name: str) -> Path:
+    """Remove what `removable` names, and all that lies in it; returns the folder it was. Raises `StoreError`."""
+    path, _ = removable(cache, name)
+    aside = path.parent / aside_name()
     try:
-        os.rename(entry.path, aside)  # gone at once for all others; a crash leaves what a sweep removes
-        sync_folder(entry.path.parent)
+        sweep(path.parent)
+        os.rename(path, aside)  # gone at once for all others; a crash leaves what a sweep removes
+        sync_folder(path.parent)
         shutil.rmtree(aside)
     except OSError as error:
-        raise StoreError(f"{entry.path} cannot be removed ({error.strerror})") from error
-    return entry
+        raise StoreError(f"{path} cannot be removed ({error.strerror})") from error
+    return path
 
 
 def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:

@@ -96,7 +96,7 @@ def list_(cache: str, as_json: bool) -> int:
         click.echo(f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}")
     others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
     if others:
-        say(f"beside the features, all of it made again when missing: {others}")
+        say(f"beside the features, made again when `featx cache remove` has taken it: {others}")
     return DONE
 
 
@@ -155,19 +155,19 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
 @cache_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, cache: str, yes: bool) -> int:
-    """Remove the entry NAME and all its features."""
+    """Remove the entry NAME and all its features; or engines, memo, rates or resolved, which runs make again."""
     from featx.cache import caching
 
-    entry = caching.find(Path(cache), name)
+    path, size = caching.removable(Path(cache), name)
     if not yes:
         try:
-            agreed = click.confirm(f"Remove {entry.name}, {entry.bytes / 1e6:.1f} MB?", err=True)
+            agreed = click.confirm(f"Remove {path.name}, {size / 1e6:.1f} MB?", err=True)
         except click.Abort:  # nobody there to ask, or Ctrl-C
             raise click.UsageError("nothing was removed; --yes removes without asking") from None
         if not agreed:
             say("nothing was removed")
             return DONE
-    say(f"removed {caching.remove(Path(cache), entry.name).name}")
+    say(f"removed {caching.remove(Path(cache), path.name).name}")
     return DONE
 
 

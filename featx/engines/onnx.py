@@ -142,6 +142,9 @@ def accelerated(model: Path) -> Path:
         return path
     with contextlib.suppress(OSError):  # no room, or read-only: the export is run, and the next run tries again
         data = _rewritten(model)
+        for old in model.parent.glob(f"{model.stem}.winograd*"):  # of other revisions: they are large
+            if old.stem != path.stem:
+                old.unlink()
         if data and _alike(model, data):
             _keep(path, data, made_of)
             return path

@@ -226,6 +226,15 @@ def test_what_a_killed_run_left_beside_it_goes(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_files_of_another_revision_go(tmp_path: Path) -> None:
+    plain = _two(tmp_path)
+    for name in (f"{plain.stem}.winograd0.onnx", f"{plain.stem}.winograd0.json", "other.winograd0.onnx"):
+        (tmp_path / name).write_bytes(b"made by another featx")
+    fast = accelerated(plain)
+    kept = {plain.name, fast.name, fast.with_suffix(".json").name, "other.winograd0.onnx"}
+    assert {p.name for p in tmp_path.iterdir()} == kept
+
+
 def test_a_file_made_of_another_export_is_not_taken(tmp_path: Path) -> None:
     plain = _two(tmp_path)
     first = accelerated(plain).read_bytes()
