@@ -38,6 +38,7 @@ def grid(data: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.M
     monkeypatch.setattr(module, "open_engine", lambda *a, **k: ColourEngine())
     monkeypatch.setattr(module, "backbone_onnx", no_export)
     monkeypatch.setattr(module, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(module, "names", lambda: ["colours", "sounds"])
     return {
         "data": data,
         "backbones": ["colours"],
@@ -152,6 +153,8 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(
 def test_a_wrong_grid_is_refused_before_anything_runs(grid: dict[str, Any], engine: ColourEngine, tmp_path: Path):
     with pytest.raises(HeadError, match="logreg"):
         sweep(**{**grid, "heads": ["logregg"]})
+    with pytest.raises(BackboneError, match=r"no classification network 'squeezenet1_2'.*squeezenet1_1"):
+        sweep(**{**grid, "backbones": ["colours", "squeezenet1_2"]})
     with pytest.raises(FeatxError, match="accuracy or log_loss"):
         sweep(**grid, by="luck")
     with pytest.raises(FeatxError, match="at least one"):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from featx import metrics
-from featx.backbones import BackboneInfo, BackboneRequest
+from featx.backbones import BackboneInfo, BackboneRequest, locate, names, resolve
 from featx.engines import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
 from featx.extraction import Extraction, sync
@@ -94,6 +94,10 @@ def sweep(
         raise RunError(f"{path} exists and is no sweep; give another --output")
     for head, settings in variants:
         check_settings(head, settings)  # a mistyped name is not one failed point among many
+    for request in requests:
+        kind, network = locate(request.name)
+        if kind == "torchvision" and network not in names():
+            resolve(request, Path(cache))  # says what it may have meant, unless this torchvision is newer than featx
     former = _former(path)
     speeds: dict[str, float] = {}
     points: list[dict[str, Any]] = []
