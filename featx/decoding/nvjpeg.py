@@ -86,9 +86,13 @@ class Gpu:
 def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
     """`uint8 [3, H, W]` of each JPEG file, as stored; None for those that fail.
 
-    All in one call, or one by one where that fails: one bad file fails its whole batch.
+    All in one call, or one by one where that fails: one bad file fails its whole batch. Raises `FeatxError`
+    for a torchvision without the decoder, which has announced its end.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        raise FeatxError("this torchvision has no decode_jpeg, by which GPUs decode; use --decode exact") from None
 
     tensors = [torch.frombuffer(data, dtype=torch.uint8) for data in files]
     try:

@@ -42,6 +42,12 @@ def test_an_image_is_turned_upright_and_cropped_as_by_pillow(orientation: int, m
     assert np.abs(found.numpy().astype(int) - preprocess(data)).max() <= 2
 
 
+def test_a_torchvision_without_the_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    with pytest.raises(FeatxError, match=r"has no decode_jpeg.*--decode exact"):
+        Gpu(Preprocess(), "cpu")
+
+
 def test_one_file_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     preprocess = Preprocess(36, 32)
     good, other = encoded(photo()), encoded(photo(50, 40), quality=95)
