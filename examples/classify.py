@@ -15,7 +15,10 @@ class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_name
 
 for path in sys.argv[2:]:
     with Image.open(path) as image:
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # uint8 [H, W, 3], of any size, upright
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip
+        upright = Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))
+    pixels = np.asarray(upright.convert("RGB"))  # uint8 [H, W, 3], of any size
     (probabilities,) = session.run(["probabilities"], {"images": pixels[None]})
     best = probabilities[0].argmax()
     print(f"{path}\t{class_names[best]}\t{probabilities[0, best]:.4f}")

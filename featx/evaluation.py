@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError, RunError, near
 from featx.extraction import extract
-from featx.features import FeatureSpec
-from featx.heads import Head
+from featx.features import FeatureSpec, short_keys
+from featx.heads import MULTILABEL, Head
 from featx.runs import Run, open_run
 from featx.sources import Source
 
@@ -32,7 +32,8 @@ class Estimate:
     low: float
     high: float
     method: str
-    """`wilson` (proportions), `bootstrap` (1,000 resamples of the images, seeded), or `normal`."""
+    """`wilson` (proportions), `bootstrap` (1,000 resamples of the images, seeded), `normal`, or, for averages over
+    classes where every answer is right or every one wrong, `exact`: no resample would differ."""
 
     def __str__(self) -> str:
         return f"{self.value:.4f}  [{self.low:.4f}, {self.high:.4f}]"
@@ -64,6 +65,8 @@ class Report:
     """At the head's threshold: coverage (share answered), accuracy of the answered, both in [0, 1]."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what the numbers leave out."""
+    skipped: int = 0
+    """Images of the data that could not be read; they are not measured."""
 
     @property
     def accuracy(self) -> float:
@@ -95,7 +98,8 @@ class Report:
         """The report that `to_dict` gave these values of; other values, such as a run's, are left out."""
         scores = {name: Estimate(values[name], **interval) for name, interval in values["intervals"].items()}
         table = values["confusion"]
-        kept = {f.name: values[f.name] for f in fields(cls) if f.name not in ("labels", "scores", "confusion")}
+        apart = ("labels", "scores", "confusion")
+        kept = {f.name: values[f.name] for f in fields(cls) if f.name not in apart and f.name in values}
         confusion = None if table is None else np.array(table, np.int64)
         return cls(labels=tuple(values["labels"]), scores=scores, confusion=confusion, **kept)
 
@@ -164,13 +168,24 @@ def evaluate(
         raise HeadError(f"{opened.path} was fitted on {run_has}, and {data} has {data_has}: they cannot be compared")
     if split:
         features = features.split(split)
-    labelled = np.flatnonzero(features.y >= 0) if features.y.ndim == 1 else np.arange(len(features))
-    features = features.take(labelled)
+    features = features.take(np.flatnonzero(features.labelled))
     if not features.class_names or not len(features):
         what = f"image in the split {split!r}" if split else "labelled image"
         raise HeadError(f"there is no {what} in {data}; put images into one folder a class, or name a manifest")
     head = opened.head
-    return evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids)
+    report = evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids)
+    notes = list(report.notes)
+    seen = int(np.isin(short_keys(features.keys), opened.trained_on).sum())
+    if seen:
+        notes.append(
+            f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
+            "measured here promises too much"
+        )
+    skipped = features.report["skipped_images"]
+    if skipped:
+        first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
+        notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")
+    return replace(report, notes=notes, skipped=len(skipped))
 
 
 def evaluate_logits(
@@ -277,13 +292,18 @@ def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str,
 
 def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str, ...], ids: list[str]) -> Report:
     rows = {name: i for i, name in enumerate(head.class_names)}
+    notes = []
     unknown = [name for name in labels if name not in rows]
-    if unknown:
+    if len(unknown) == len(labels):
         raise HeadError(f"the head never learned {_listed(unknown)}; it knows {_listed(list(rows))}")
+    if unknown:
+        notes.append(f"the head never learned {_listed(unknown)}, which are not measured")
+        y = y[:, [name in rows for name in labels]]
+        labels = tuple(name for name in labels if name in rows)
     logits = logits[:, [rows[name] for name in labels]]
     probabilities = head.probabilities(logits)
     truth: np.ndarray = y.astype(bool)
-    said: np.ndarray = np.greater_equal(logits, 0)  # probability 0.5 and above
+    said: np.ndarray = np.greater_equal(probabilities, MULTILABEL)
     count = len(y)
     rng = np.random.default_rng(0)
     resamples = max(50, min(RESAMPLES, int(2e8 / logits.size)))
@@ -299,8 +319,10 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
 
     here = np.asarray(truth.any(axis=0))
     precisions = np.array([metrics.average_precision(logits[:, i], truth[:, i])[0] for i in range(len(labels))])
-    drawn_precisions = [metrics.average_precision(logits[:, i], truth[:, i], drawn) for i in np.flatnonzero(here)]
-    notes = []
+    drawn_precisions = np.array(
+        [metrics.average_precision(logits[:, i], truth[:, i], drawn) for i in np.flatnonzero(here)]
+    ).reshape(int(here.sum()), resamples)
+    drawn_precisions = drawn_precisions[:, ~np.isnan(drawn_precisions).all(axis=0)]  # NaN: drew no image of a label
     if not here.all():
         missing = [labels[i] for i in np.flatnonzero(~here)]
         notes.append(f"no image has {_listed(missing)}: averages over labels leave them out")
@@ -308,11 +330,12 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
     table = parts.sum(axis=0)
     scores = {"accuracy": _proportion(exact)}
     if here.any():
-        scores["mean_average_precision"] = _bootstrapped(
-            float(precisions[here].mean()), np.nanmean(drawn_precisions, axis=0)
+        sizes = truth.sum(axis=0)
+        scores["mean_average_precision"] = _average(
+            float(precisions[here].mean()), np.nanmean(drawn_precisions, axis=0), sizes
         )
-        scores["macro_f1"] = _bootstrapped(float(f1(table)[here].mean()), f1(sums)[:, here].mean(axis=1))
-    scores["micro_f1"] = _bootstrapped(float(f1(table.sum(axis=0))), f1(sums.sum(axis=1)))
+        scores["macro_f1"] = _average(float(f1(table)[here].mean()), f1(sums)[:, here].mean(axis=1), sizes)
+    scores["micro_f1"] = _average(float(f1(table.sum(axis=0))), f1(sums.sum(axis=1)), truth.sum(keepdims=True))
     scores["log_loss"] = _mean(metrics.binary_losses(logits, truth).mean(axis=1))
     per_class = [
         {
@@ -357,6 +380,28 @@ def _bootstrapped(value: float, drawn: np.ndarray) -> Estimate:
     return Estimate(value, float(low), float(high), "bootstrap")
 
 
+def _average(value: float, drawn: np.ndarray, sizes: np.ndarray) -> Estimate:
+    """An average over classes of so many images (`int [C]`), with the interval of its resamples `[R]`.
+
+    Where all answers are right, so they are in each resample, which would claim certainty. Then the least
+    average recall at which this still happens once in 40 times: 1 - the largest mean of error rates e with
+    sum(n log(1 - e)) >= log(1/40), found by its Lagrange multiplier; for one class it is Clopper and Pearson's
+    limit. The F1's is about the same. Where all are wrong, the same from below.
+    """
+    if value not in (0.0, 1.0) or np.ptp(drawn):
+        return _bootstrapped(value, drawn)
+    n, room = np.sort(sizes.ravel()[sizes.ravel() > 0]).astype(np.float64), np.log(40)
+    if not len(n):  # no image has any of the labels: nothing bounds it
+        return Estimate(value, 0.0, 1.0, "exact")
+    low, high = np.exp(-room / n[0]) / n[-1] / 2, 1 / n[0]  # of the multiplier
+    for _ in range(100):
+        middle = (low + high) / 2
+        spent = -n * np.log(np.minimum(1, middle * n))
+        low, high = (middle, high) if spent.sum() > room else (low, middle)
+    worst = float((1 - np.exp(-spent / n)).mean())
+    return Estimate(value, *((1 - worst, 1.0) if value else (0.0, worst)), "exact")
+
+
 def _mean(values: np.ndarray) -> Estimate:
     mean, count = float(values.mean()), len(values)
     if count > MANY_ROWS:
@@ -394,8 +439,8 @@ def _class_averages(table: np.ndarray) -> dict[str, Estimate]:
         recalls[start : start + share] = (each_recall * alive).sum(axis=1) / alive.sum(axis=1)
         f1s[start : start + share] = (each_f1 * alive).sum(axis=1) / alive.sum(axis=1)
     return {
-        "balanced_accuracy": _bootstrapped(float(recall[here].mean()), recalls),
-        "macro_f1": _bootstrapped(float(f1[here].mean()), f1s),
+        "balanced_accuracy": _average(float(recall[here].mean()), recalls, table.sum(axis=1)),
+        "macro_f1": _average(float(f1[here].mean()), f1s, table.sum(axis=1)),
     }
 
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from featx.errors import FeatxError, ImageError, SourceError, near
 from featx.features import Features, assign_splits, content_key, groups
 from featx.loader import Loader
 from featx.preprocess import DECODERS, GPU
-from featx.sources import Source, open_source
+from featx.sources import Source, open_source, printable
 from featx.stages import Stages, remember_rate
 from featx.views import view_names
 
@@ -63,8 +63,8 @@ class Extraction:
         labels = [source.labels[i] if source.labels else "" for i in rows]
         y, class_names = (targets if source.multilabel else numbers)(labels)
         given = np.array([source.splits[i] if source.splits else "" for i in rows], dtype="U5")
-        labelled = y if y.ndim == 1 else np.where(np.array(labels) == "", -1, 0)
-        splits, notes = assign_splits(self.keys, labelled, given, class_names)
+        one = y if y.ndim == 1 else np.minimum(y[:, 0], 0)  # of several labels, whether there are any
+        splits, notes = assign_splits(self.keys, one, given, class_names)
         return Features(
             rows=StoredRows(store, self.keys) if self.exceeds(memory, len(self.keys)) else store.read(self.keys),
             y=y,
@@ -91,7 +91,7 @@ def numbers(labels: list[str]) -> tuple[np.ndarray, list[str]]:
 
 
 def targets(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels such as `cat|indoor` -> 0/1 `int64 [N, C]` and the sorted class names of its columns."""
+    """Labels such as `cat|indoor` -> 0/1 `int64 [N, C]`, -1 for an empty label, and the columns' sorted class names."""
     sets = [set(label.split("|")) - {""} for label in labels]
     class_names = sorted(set().union(*sets))
     if not class_names:
@@ -100,6 +100,7 @@ def targets(labels: list[str]) -> tuple[np.ndarray, list[str]]:
     y = np.zeros((len(labels), len(class_names)), dtype=np.int64)
     for row, names in enumerate(sets):
         y[row, [number[name] for name in names]] = 1
+    y[[label == "" for label in labels]] = -1
     return y, class_names
 
 
@@ -142,6 +143,7 @@ def sync(
     """
     begin = time.perf_counter()
     check_device(device)
+    check_numbers(seed, views, workers, batch_size)
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
     request = requested(backbone, weights, layer, seed, decode)
@@ -161,6 +163,10 @@ def sync(
     errors: dict[int, str] = {}
     extracted = 0
     decoder: Decoder | None = None
+
+    def named(key: np.ndarray) -> str:
+        return source.ids[int(np.flatnonzero((keys == key).all(axis=1))[0])]
+
     if len(todo):
         loader = Loader(source, info.preprocess, stores, stages.workers)
         if info.preprocess.pixels == GPU:
@@ -194,7 +200,7 @@ def sync(
                         device=device,
                         precision=precision,
                         batch_size=batch_size,
-                        engine=next((store.engine for store in stores if store.engine), None),
+                        engine=recorded_engine(stores),
                     )
                     stack.callback(engine.close)
                     for store in stores:
@@ -210,12 +216,12 @@ def sync(
                         running.append(_submit(engine, batch))
                         batch = []
                     if len(running) > 1:  # the engine works on one batch while the rows of the last are stored
-                        _keep(running.popleft(), stores, stages)
+                        _keep(running.popleft(), stores, stages, named)
                         bar.set_postfix_str(stages.update(loader).brief(), refresh=False)
             if engine and batch:
                 running.append(_submit(engine, batch))
             while running:
-                _keep(running.popleft(), stores, stages)
+                _keep(running.popleft(), stores, stages, named)
             stages.update(loader)
     seconds["start"] = _covered(opening, decoder.opening if decoder else (0.0, 0.0))
     seconds["total"] = time.perf_counter() - begin
@@ -232,16 +238,25 @@ def sync(
     return Extraction(source, request, info, cache, stores, rows, keys, report)
 
 
-def content_keys(data: str | Path | Source, cache: str | Path) -> np.ndarray:
-    """`uint8 [N, 32]`: the keys of a data set's readable files; only those that changed are read."""
+def content_keys(data: str | Path | Source, cache: str | Path, *, whole: bool = False) -> np.ndarray:
+    """`uint8 [N, 32]`: the keys of a data set's readable files; only those that changed are read.
+
+    whole: raise `SourceError` where one cannot be read now, rather than leave it out.
+    """
     source = data if isinstance(data, Source) else open_source(data)
     assert source.stats is not None
     memo = KeyMemo(Path(cache), source.root)
     keys, known = memo.lookup(source.ids, source.stats)
     for row in np.flatnonzero(~known).tolist():
-        with suppress(ImageError):
+        try:
             keys[row] = np.frombuffer(content_key(source.read(row)), np.uint8)
-            known[row] = True
+        except ImageError as error:
+            if whole:
+                raise SourceError(
+                    f"{source.ids[row]} cannot be read now ({error}), so its row would be lost"
+                ) from error
+            continue
+        known[row] = True
     memo.record(source.ids, source.stats, keys, known)
     return keys[known]
 
@@ -258,6 +273,16 @@ def requested(backbone: str | BackboneRequest, weights: str, layer: str, seed: i
     return backbone
 
 
+def check_numbers(seed: int, views: int, workers: int | None, batch_size: int | None) -> None:
+    """Raise `FeatxError` for what `sync` cannot count with."""
+    given = (("seed", seed, 0), ("views", views, 0), ("workers", workers, 1), ("batch_size", batch_size, 1))
+    for name, value, least in given:
+        if value is not None and value < least:
+            raise FeatxError(f"{name} is {least} or more, not {value}")
+    if seed >= 2**63:  # what numpy and torch both take
+        raise FeatxError(f"seed is less than 2**63, not {seed}")
+
+
 def check_place(request: BackboneRequest, cache: Path, device: str) -> None:
     """Raise `FeatxError` for a GPU that is not here, before weights are loaded; a filled cache may need none."""
     if not (cache / "features").exists():
@@ -267,6 +292,15 @@ def check_place(request: BackboneRequest, cache: Path, device: str) -> None:
             choose_device(device)
 
 
+def recorded_engine(stores: list[FeatureStore]) -> str | None:
+    """What computed the rows that are there; None where there are none. Raises `StoreError` where two engines did."""
+    engine = next((store.engine for store in stores if store.engine), None)
+    if engine:
+        for store in stores:
+            store.computed_by(engine)
+    return engine
+
+
 def _submit(engine: Engine, batch: list[tuple[int, bytes, Pixels]]) -> Running:
     """Start the engine on one batch of (view, key, pixels)."""
     result = engine.submit(stacked([pixels for _, _, pixels in batch], engine))
@@ -274,12 +308,23 @@ def _submit(engine: Engine, batch: list[tuple[int, bytes, Pixels]]) -> Running:
     return result, keys, np.array([view for view, _, _ in batch])
 
 
-def _keep(running: Running, stores: list[FeatureStore], stages: Stages) -> None:
-    """Wait for a batch's rows and hand them to the stores they belong to."""
+def _keep(running: Running, stores: list[FeatureStore], stages: Stages, named: Callable[[np.ndarray], str]) -> None:
+    """Wait for a batch's rows and hand them to the stores they belong to; raise `FeatxError` if one is not finite.
+
+    Once cached, such a row would come back however often it is extracted again. named: an image's id by its key.
+    """
     result, keys, views = running
     begin = time.perf_counter()
     rows = result()
     middle = time.perf_counter()
+    if not np.isfinite(rows).all():
+        bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
+        reduced = stores[0].spec.precision != "fp32"
+        remedy = "use --precision fp32" if reduced else "its weights are damaged or another network's, so use others"
+        raise FeatxError(
+            f"the backbone gives NaN or infinity for {printable(named(keys[bad[0]]))} ({len(bad)} of the "
+            f"{len(rows)} images in its batch, which is not stored); {remedy}"
+        )
     for view in np.unique(views):
         stores[view].append(keys[views == view], rows[views == view])
     stages.waited += middle - begin

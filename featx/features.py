@@ -103,14 +103,14 @@ class Features:
     """`float32 | float16 [N, D]`, in the source's order: an array, or, where that was more than was to be
     held in memory, a table that is read by slices."""
     y: np.ndarray
-    """`int64 [N]`, index into `class_names`, -1 where the source gives no label; or, where an image may
-    have several labels, 0/1 `int64 [N, C]`."""
+    """`int64 [N]`, index into `class_names`; or, where an image may have several labels, 0/1 `int64 [N, C]`.
+    -1 where the source gives no label, which is not the same as several labels of which none applies."""
     ids: list[str]
     """Paths under the source's root, with `/`; unique."""
     class_names: list[str]
     """Sorted."""
     splits: np.ndarray
-    """`str [N]`: `train`, `val`, `test`, or an empty string where there are no labels to split for."""
+    """`str [N]`: `train`, `val`, `test`, or an empty string for an image without a label."""
     keys: np.ndarray
     """`uint8 [N, 32]`: `content_key` of each image."""
     spec: FeatureSpec
@@ -124,6 +124,11 @@ class Features:
     def X(self) -> np.ndarray:
         """`float32 | float16 [N, D]`, in the source's order, in memory (or memory-mapped)."""
         return self.rows if isinstance(self.rows, np.ndarray) else self.rows[0 : len(self.ids)]
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """`bool [N]`: which images have a label, or several."""
+        return (self.y if self.y.ndim == 1 else self.y[:, 0]) >= 0
 
     def split(self, name: str) -> Features:
         """The rows of one split."""
@@ -159,6 +164,25 @@ def groups(keys: np.ndarray) -> np.ndarray:
     return np.unique(flat, return_inverse=True)[1].astype(np.int64)
 
 
+def short_keys(keys: np.ndarray) -> np.ndarray:
+    """`uint64 [N]`: the first 8 bytes of each key (`uint8 [N, 32]`), which are enough to tell SHA-256s apart."""
+    return np.ascontiguousarray(keys[:, :8]).view("<u8").ravel()
+
+
+def repeated(features: Features) -> list[str]:
+    """One sentence for each split that is measured and holds images that are trained on, byte for byte."""
+    keys, notes = short_keys(features.keys), []
+    for name in ("val", "test"):
+        mine = keys[features.splits == name]
+        seen = int(np.isin(mine, keys[features.splits == "train"]).sum())
+        if seen:
+            notes.append(
+                f"{seen} of {len(mine)} {name} images are training images too, byte for byte: what is measured "
+                f"on {name} promises too much"
+            )
+    return notes
+
+
 def hash_fraction(keys: np.ndarray) -> np.ndarray:
     """`float64 [N]` in [0, 1): the first 8 bytes of each key (`uint8 [N, 32]`), big-endian, over 2**64."""
     first = np.ascontiguousarray(keys[:, :8]).view(">u8").ravel()
@@ -176,17 +200,20 @@ def assign_splits(
 
     keys: `uint8 [N, 32]`; y: `int64 [N]`, -1 for no label; given: `str [N]`, empty where unknown.
     Where the source gives a `val` split, its rows without one become `train`; where it gives `train`
-    but no `val`, validation is taken out of `train`. Returns the splits, `str [N]`, and one sentence
-    for each class that had to borrow or could not.
+    but no `val`, validation is taken out of `train`. Images without a label are in no split: nothing can be
+    learned from or measured on them. Returns the splits, `str [N]`, and one sentence for these and for each
+    class that had to borrow or could not.
     """
     splits = given.astype("U5")
+    unlabelled = (splits != "") & (y < 0)
+    splits[unlabelled] = ""
+    notes = [f"{unlabelled.sum()} images have a split and no label, and take part in none"] if unlabelled.any() else []
     if (splits == "val").any():
         splits[(splits == "") & (y >= 0)] = "train"
-        return splits, []
+        return splits, notes
     pool = np.isin(splits, ["", "train"]) & (y >= 0)
     fraction = hash_fraction(keys)
     splits[pool] = np.where(fraction[pool] < VALIDATION_SHARE, "val", "train")
-    notes = []
     validating = splits == "val"
     sides = [np.bincount(y[pool & side], minlength=len(class_names)) > 0 for side in (~validating, validating)]
     for label in np.flatnonzero(sides[0] ^ sides[1]):

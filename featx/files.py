@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -27,6 +28,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     make_folder(path.parent)
     write_chunks(path.parent, [data], lambda: path.name)
+
+
+def write_array(path: Path, values: Any) -> None:
+    """A numpy array as `.npy`, by `write_atomic`."""
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    write_atomic(path, file.getvalue())
 
 
 def to_json(values: Any) -> str:

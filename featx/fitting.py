@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from featx.devices import memory_for_features
 from featx.errors import FeatxError, HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
-from featx.features import Features, Rows, groups
+from featx.features import Features, Rows, groups, repeated, short_keys
+from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
 from featx.heads import Fitted, Head
 from featx.reporting import augmentation
@@ -88,9 +88,7 @@ def fit(
         check_learnable(features.split("train"))
     config = configuration(extracted, features, head, settings, seed, finetune)
     path = Path(output) if output else runs.default_path("export", config)
-    fresh = not path.exists()
-    # of several processes that train together, the leader writes the run
-    run = runs.start(path, config, overwrite=overwrite) if rank() == 0 else runs.Run(path)
+    runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
 
     begin = time.perf_counter()
     chosen = features
@@ -98,26 +96,29 @@ def fit(
         from featx.finetuning import tuning as finetuning  # and torch with it
 
         chosen = finetuning.hold_out(features, finetune)
-    try:
-        if head == "pretrained":
-            fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
-        elif finetune is not None and finetune.init == "random":
-            fitted = None
-        else:
-            X, y, group = training_rows(extracted, chosen, limit)
-            if head == "linear" and not isinstance(X, np.ndarray):
-                raise HeadError(
-                    f"--head linear holds the features in memory, and {X.shape[0]:,} rows of {X.shape[1]} take more "
-                    f"than {limit / 1e9:.1f} GB; use --head logreg, ridge or ncm, or a larger --memory"
-                )
-            fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **settings)
-    except FeatxError:
-        if fresh:  # nothing was trained: the corrected command finds no unfinished run in its way
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+    if head == "pretrained":
+        fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
+    elif finetune is not None and finetune.init == "random":
+        fitted = None
+    else:
+        X, y, group = training_rows(extracted, chosen, limit)
+        if head == "linear" and not isinstance(X, np.ndarray):
+            raise HeadError(
+                f"--head linear holds the features in memory, and {X.shape[0]:,} rows of {X.shape[1]} take more "
+                f"than {limit / 1e9:.2g} GB; use --head logreg, ridge or ncm, or a larger --memory"
+            )
+        centre = heads.scoring(head, np.arange(X.shape[0]) < X.shape[0] // len(extracted.stores))  # as it will be used
+        fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **centre, **settings)
     seconds = time.perf_counter() - begin
     if finetune is not None:
-        tuned = finetuning.finetune(extracted, chosen, fitted.head if fitted else None, finetune, run, device)
+        # of several processes that train together, the leader writes the run
+        run = runs.start(path, config, overwrite=overwrite) if rank() == 0 else runs.Run(path)
+        try:
+            tuned = finetuning.finetune(extracted, chosen, fitted.head if fitted else None, finetune, run, device)
+        except FeatxError:
+            if rank() == 0 and not list(path.glob("checkpoints/*")):
+                runs.clear(path)  # nothing was trained: a corrected command finds no unfinished run in its way
+            raise
         if rank() != 0:
             return run
         # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
@@ -130,9 +131,8 @@ def fit(
             "spec": features.spec.to_dict(),
             "base": {name: config[name] for name in ("request", "backbone", "spec")},
         }
-        run.write("config.json", config)
+        run.write_config(config)
     assert fitted is not None
-    fitted.head.save(run.path / "head.safetensors")
     values = measured(features, fitted, seconds)
     if views and finetune is None and head != "pretrained":
         values |= measured_averages(extracted, features, fitted.head)
@@ -140,6 +140,10 @@ def fit(
             values |= measured_gain(extracted, features, head, limit, seed=seed, device=device, **settings)
     if finetune is not None and finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
+    if finetune is None:
+        run = runs.start(path, config, overwrite=overwrite)
+    fitted.head.save(run.path / "head.safetensors")
+    write_array(run.path / "trained-on.npy", np.unique(short_keys(features.split("train").keys)))
     run.write("report.json", values)
     run = replace(run, features=features, source=extracted.source)
     if report:
@@ -243,12 +247,24 @@ def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, An
         if len(part):
             values |= measure(fitted.head, part) if name == "val" else {"test": measure(fitted.head, part)}
     train = features.split("train")
-    values["train_accuracy"] = measure(fitted.head, train)["accuracy"] if len(train) else None
+    values["train_accuracy"] = share_right(fitted.head, train) if len(train) else None
     values["fit"] = fitted.info | {"seconds": round(seconds, 4)}
     values["extract"] = features.report
     if not values["count"]:
         values["notes"] = ["there are no validation images: nothing was measured on images the head has not seen"]
+    values["notes"] += repeated(features)
     return values
+
+
+def share_right(head: Head, features: Features) -> float:
+    """The accuracy alone, in [0, 1]: images whose label, or labels, are all answered."""
+    logits = head(features.rows)
+    if head.activation == "sigmoid":
+        known = [i for i, name in enumerate(features.class_names) if name in head.class_names]
+        columns = [head.class_names.index(features.class_names[i]) for i in known]
+        return float(((logits[:, columns] >= 0) == features.y[:, known]).all(axis=1).mean())
+    answers, labels = (np.array(names, object) for names in (head.class_names, features.class_names))
+    return float((answers[logits.argmax(axis=1)] == labels[features.y]).mean())
 
 
 def measured_averages(extracted: Extraction, features: Features, head: Head) -> dict[str, Any]:
@@ -269,7 +285,7 @@ def measured_gain(
     """`report.json`: what learning from views brings, cross-validated on the training images, in `memory` bytes."""
     train = np.flatnonzero(features.splits == "train")
     if extracted.exceeds(memory, len(train) * len(extracted.stores)):
-        return {"views_note": f"what views bring was not measured: their features take more than {memory / 1e9:.1f} GB"}
+        return {"views_note": f"what views bring was not measured: their features take more than {memory / 1e9:.2g} GB"}
     views = [store.read(features.keys[train]) for store in extracted.stores]
     y, group = features.y[train], groups(features.keys[train])
     try:

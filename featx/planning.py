@@ -20,7 +20,7 @@ from featx.decoder import Decoder, stacked
 from featx.devices import available_threads, decoding_device
 from featx.engines import Engine, open_engine
 from featx.errors import ImageError
-from featx.extraction import check_place, requested
+from featx.extraction import check_numbers, check_place, recorded_engine, requested
 from featx.features import content_key
 from featx.loader import Loaded, Loader
 from featx.preprocess import GPU
@@ -61,6 +61,7 @@ def plan(
     backbone, in `exported_bytes` that stay in the cache). `bytes` the features will take, `free` bytes on the
     cache's disk, and `enough`.
     """
+    check_numbers(seed, views, workers, batch_size)
     cache = Path(cache)
     source = data if isinstance(data, Source) else open_source(data)
     request = requested(backbone, weights, layer, seed, decode)
@@ -77,17 +78,17 @@ def plan(
     rate, basis = recall_rate(cache, specs, workers, device), "the last run of this kind on this machine"
     start, exported = 0.0, 0
     if rate is None and len(missing):
-        engine_of = next((store.engine for store in stores if store.engine), None)
+        recorded = recorded_engine(stores)
         if info.preprocess.pixels == GPU:
             decoding_device(device)
         options: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
         begin, before = time.perf_counter(), _engine_bytes(cache)
-        engine = open_engine(request, info, cache=cache, engine=engine_of, **options)
+        engine = open_engine(request, info, cache=cache, engine=recorded, **options)
         exported = _engine_bytes(cache) - before
         if exported:  # the run itself will find what this one has exported
             engine.close()
             begin = time.perf_counter()
-            engine = open_engine(request, info, cache=cache, engine=engine_of, **options)
+            engine = open_engine(request, info, cache=cache, engine=recorded, **options)
         with closing(engine):
             start = time.perf_counter() - begin
             size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))

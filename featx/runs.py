@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from featx.backbones import BackboneRequest
 from featx.errors import RunError
@@ -21,6 +25,14 @@ if TYPE_CHECKING:
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
+# What featx writes into a run's folder beside its card; nothing else there is ever removed.
+WRITTEN = (
+    *("report.json", "report.html", "plots", "curve.json", "held-out-by-key.npy", "trained-on.npy"),
+    *("metrics.jsonl", "checkpoints"),
+    *("head.safetensors", "model.safetensors", "*.onnx", "parity.json", "*.parity.json", "config.json"),
+)
+CARD = "README.md"
+CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """What was asked and what it resolved to. Raises `RunError` where there is none."""
         values = self._json("config.json")
+        for name, relative in values.pop("from_here", {}).items():  # a project may have moved as a whole
+            holder, key = (values["request"], name) if name == "weights" else (values, name)
+            moved = (self.path / relative).resolve()
+            if not Path(holder[key]).exists() and moved.exists():
+                holder[key] = str(moved)
         if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
             values["request"]["weights"] = str(self.path.absolute() / "model.safetensors")
         return values
@@ -55,8 +72,27 @@ class Run:
         return Head.load(self.path / "head.safetensors")
 
     @property
+    def trained_on(self) -> np.ndarray:
+        """`uint64 [M]`: `short_keys` of the training images, sorted; none of a run that an older featx made."""
+        try:
+            found: np.ndarray = np.load(self.path / "trained-on.npy", allow_pickle=False)
+            return found
+        except (OSError, ValueError):
+            return np.zeros(0, np.uint64)
+
+    @property
     def finished(self) -> bool:
         return (self.path / "report.json").is_file()
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write `config.json`, with where the data, the cache and the weights lie from the run's folder."""
+        paths = {name: config[name] for name in ("data", "cache")} | {"weights": config["request"]["weights"]}
+        here = self.path.resolve()
+        relative: dict[str, str] = {}
+        for name, path in paths.items():
+            with contextlib.suppress(ValueError):  # on another drive
+                relative |= {name: os.path.relpath(path, here)} if os.path.isabs(path) else {}
+        self.write("config.json", config | {"from_here": relative})
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Write a JSON file of the run, whole or not at all."""
@@ -65,12 +101,17 @@ class Run:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            return json.loads(path.read_bytes())
+            values = json.loads(path.read_bytes())
+            if not isinstance(values, dict):
+                raise ValueError("it holds no object")
+            return values
         except (FileNotFoundError, NotADirectoryError):
             what = "is no run" if name == "config.json" else f"has no {name}: the run is unfinished"
             raise RunError(f"{self.path} {what}; `featx fit DATA` makes one") from None
         except ValueError as error:
-            raise RunError(f"{path} is damaged ({error}); fit again with --overwrite") from error
+            raise RunError(f"{path} is damaged ({error}); fit again into another --output") from error
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def open_run(run: str | Path | Run) -> Run:
@@ -94,29 +135,58 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def start(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Run:
-    """Make a run's folder and write its configuration.
+def check(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Raise `RunError` where a run with this configuration may not be written to `path`; changes nothing.
 
-    An unfinished run with the same configuration is continued. Anything else that lies at `path` raises
-    `RunError`, unless `overwrite`, which removes a former run (and only a run).
+    It may where there is nothing, an unfinished run with the same configuration, or, with `overwrite`, any run.
     """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
     run = Run(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        mine = (path / "config.json").is_file()
-        if not mine:
-            raise RunError(f"{path} exists and is no run of featx; give another --output")
-        if overwrite:
-            shutil.rmtree(path)
-        elif run.finished:
-            raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
-        elif run.config.get("digest") != config["digest"]:
-            raise RunError(
-                f"{path} holds an unfinished run with another configuration; "
-                "use --overwrite to replace it, or another --output"
-            )
+    try:
+        former = run.config
+    except (RunError, OSError):
+        former = {}
+    if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
+        raise RunError(f"{path} exists and is no run of featx; give another --output")
+    if not overwrite and run.finished:
+        raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
+    if not overwrite and former["digest"] != config["digest"]:
+        raise RunError(
+            f"{path} holds an unfinished run with another configuration; "
+            "use --overwrite to replace it, or another --output"
+        )
+
+
+def start(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Run:
+    """Make a run's folder and write its configuration, where `check` lets it.
+
+    Of a run that is replaced, what featx wrote goes; other files in its folder stay. An unfinished one with the
+    same configuration is continued.
+    """
+    check(path, config, overwrite=overwrite)
+    run = Run(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        run.write("config.json", config)
+        former = overwrite and (path / "config.json").is_file()
+        if former and (run.finished or run.config["digest"] != config["digest"]):
+            clear(path)
+            path.mkdir(exist_ok=True)
+        run.write_config(config)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
     return run
+
+
+def clear(path: Path) -> None:
+    """Remove from a run's folder what featx has written there, `report.json` first; the folder too, if that was all."""
+    card = path / CARD
+    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        card = path / "report.json"  # somebody's own
+    for found in [path / "report.json", card, *(found for name in WRITTEN for found in path.glob(name))]:
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found)
+        else:
+            found.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or the working folder
+        path.rmdir()

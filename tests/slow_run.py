@@ -1,4 +1,4 @@
-"""A slow extraction in a process of its own, for tests that interrupt it."""
+"""An extraction in a process of its own that stops after some batches, for tests that interrupt it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,38 @@ from featx import decoder, extraction
 from featx.backbones import BackboneInfo
 from featx.preprocess import Preprocess
 
-class Slow(ColourEngine):
+class Stopping(ColourEngine):
+    left = int(sys.argv[1])
     def __call__(self, images):
+        self.left -= 1
         print("batch", flush=True)
-        time.sleep(0.2)
+        if not self.left:
+            time.sleep(3600)
         return super().__call__(images)
 
 extraction.resolve = lambda request, cache: BackboneInfo("custom/tiny", "00" * 32, "features",
     request.override(Preprocess(resize=36, crop=32)), (48,), None, False, 0, "colours")
-extraction.open_engine = lambda *a, **k: Slow()
+extraction.open_engine = lambda *a, **k: Stopping()
 {setup}
 extraction.extract({data!r}, "tiny", cache={cache!r}, **{options!r})
 """
 
 
 def program(data: Path, cache: Path, setup: str = "", **options: Any) -> str:
-    """Python that extracts `data` by a backbone without torch, 0.2 s a batch; `setup` goes before."""
+    """Python that extracts `data` by a backbone without torch and waits, once it was given as many batches as its
+    argument says; `setup` goes before."""
     return PROGRAM.format(
         tests=str(Path(__file__).parent), data=str(data), cache=str(cache), setup=setup, options=options
     )
 
 
 def interrupt(code: str, batches: int) -> None:
-    """Run it, send Ctrl-C after so many batches, and hold it to ending as an interrupted program does."""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Run it, send Ctrl-C in the last of so many batches, and hold it to ending as an interrupted program does."""
+    command = [sys.executable, "-c", code, str(batches)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     for _ in range(batches):
         assert process.stdout.readline() == "batch\n", process.stderr.read()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors

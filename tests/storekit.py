@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -82,6 +83,7 @@ def fork(work: Callable[[], None]) -> int:
     child = os.fork()
     if child:
         return child
+    gc.freeze()  # garbage of other tests may be an onnxruntime session, which waits for threads that are not here
     code = 1
     try:
         work()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from featx.evaluation import evaluate_logits
 from featx.extraction import sync
 from featx.features import groups
 from featx.fitting import fit
-from featx.heads import Head
+from featx.heads import Fitted, Head, logreg
 from featx.reporting import augmentation
 
 
@@ -110,6 +112,24 @@ def test_views_that_average_noise_away_are_found_to_help():
     text = augmentation.gain_text(found)
     assert text.startswith("8 views, cross-validated on 160 training images")
     assert f"{found['center']['accuracy']:.4f} -> {found['views']['accuracy']:.4f}" in text
+
+
+def test_a_head_keeps_its_own_folds_and_measures_on_centre_crops(monkeypatch: pytest.MonkeyPatch):
+    X, y = blobs()
+    given: list[dict[str, Any]] = []
+    fit_it = logreg.fit
+
+    @functools.wraps(fit_it)
+    def spy(*data: Any, **keywords: Any) -> Fitted:
+        given.append({"rows": len(data[0]), **keywords})
+        return fit_it(*data, **keywords)
+
+    monkeypatch.setattr(logreg, "fit", spy)
+    found = augmentation.measure_gain("logreg", [X, X, X], y, ["a", "b"], folds=3, outer_folds=4)
+    assert found["folds"] == 4
+    assert [one["folds"] for one in given] == [3] * 8
+    assert [one["rows"] for one in given] == [90] * 4 + [270] * 4
+    assert all((np.flatnonzero(one["scored"]) == np.arange(90)).all() for one in given)
 
 
 def test_views_with_several_labels_per_image():

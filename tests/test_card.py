@@ -13,7 +13,7 @@ from conftest import ColourEngine, write_images
 import featx
 from featx.errors import RunError
 from featx.reporting import card
-from featx.runs import Run
+from featx.runs import CARD_MARK, Run
 
 ODD = ("a|b <b>x", 'he said "yes": #1', "yes", "0x10", "naïve 🐝\u202e", "[link](x) *star* `code`\nend")
 
@@ -69,7 +69,7 @@ def test_the_hub_s_own_library_reads_the_card(run: Run) -> None:
 
 def test_every_class_name_is_shown_as_it_is_and_breaks_no_table(run: Run) -> None:
     text = card.card(run.path)
-    body = text.split(card.MARK)[1]
+    body = text.split(CARD_MARK)[1]
     rows = [line for line in body.splitlines() if line.startswith("| ") and line.count(" | ") >= 4]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
     assert cells[0] == ["class", "precision", "recall", "F1", "images"]

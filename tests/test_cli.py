@@ -232,6 +232,23 @@ def test_a_name_that_is_no_utf8_survives_the_way_to_the_terminal(tiny: Path, her
     assert featx.evaluate("run", tiny).accuracy == 1.0
 
 
+def test_control_characters_in_a_name_reach_the_terminal_as_escapes(
+    tiny: Path, here: Path, engine: ColourEngine
+) -> None:
+    for name, data in (("title\x1b]0;x\x07.png", b""), ("two\nlines.txt", b"no image")):
+        (tiny / "cold" / name).write_bytes(data)
+    words = run("extract", tiny).stderr
+    assert "skipped: cold/title\\x1b]0;x\\x07.png: an empty file" in words
+    assert "ignored: cold/two\\x0alines.txt (no image)\n" in words
+    assert not set(words) & set("\x1b\x07")
+    report = json.loads(run("extract", tiny, "--json").stdout)
+    assert report["skipped_images"][0]["id"] == "cold/title\x1b]0;x\x07.png"
+    assert run("fit", tiny, "-o", "an ordinary, ünï name").stdout == "an ordinary, ünï name\n"
+    assert run("fit", tiny, "-o", "a\x1b[31mname").stdout == "a\\x1b[31mname\n"
+    missing = run("extract", "no\x1b[31m\nfolder").stderr
+    assert "there is no no\\x1b[31m\\x0afolder" in missing
+
+
 def test_the_module_and_the_script_are_one_program() -> None:
     version = f"featx, version {featx.__version__}\n"
     script = Path(sys.executable).parent / "featx"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import browser
+import numpy as np
 import pytest
 from photo_run import photo_run
 from PIL import Image, ImageCms
@@ -43,6 +44,8 @@ def odd_files(photograph: Path, folder: Path) -> dict[str, Path]:
     image.save(folder / "profile.jpg", icc_profile=profile, quality=95)
     image.save(folder / "naïve 100 % #1?.png")
     image.convert("L").save(folder / "grey.png")
+    deep = np.asarray(image.convert("L")).astype(np.uint16) * 230 + 3000
+    Image.fromarray(deep).save(folder / "grey16.png")  # nearly white where it is clipped to 8 bits
     image.quantize(64).save(folder / "palette.png")
     image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     image.crop((0, 0, 333, 211)).save(folder / "odd.webp", quality=90)

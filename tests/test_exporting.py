@@ -16,18 +16,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from conftest import write_images
 from networks import THIRTEEN, calibrated, session_cache
 from onnx import numpy_helper
 from PIL import Image
 
 import featx
+from featx.cli import cli
 from featx.errors import ExportError, ParityError
 from featx.heads import Head
 from featx.shipping import exporting, graph, parity
 from featx.shipping.exporting import check, export
 from featx.shipping.inspection import inspect
 from featx.shipping.prediction import predict
+from featx.shipping.reduction import export_reduced
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +66,7 @@ def test_all_153_validation_photographs_get_the_torch_classifiers_labels(
 def test_differences_are_within_the_limits_that_were_set(record: dict[str, Any]) -> None:
     limits = {
         "labels": 0,
-        "features": 2e-3,
+        "features": 3e-2,
         "probabilities": 5e-3,
         "same-pixel features": 1e-5,
         "same-pixel probabilities": 1e-5,
@@ -222,6 +225,17 @@ def test_a_miss_leaves_the_former_file_and_writes_none_where_there_was_none(run:
     assert not [name for name in os.listdir(run) if "tmp" in name]
 
 
+def test_what_the_tolerance_is_said_to_accept_it_accepts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "FEATURES", 1e-4)
+    with pytest.raises(ParityError, match=r"features 0\.00\d+ \(limit 0\.001\); probabilities .*a larger --tolerance"):
+        export(run, tolerance=1e-3)
+    found = export(run, tolerance=0.01)
+    assert {check.name: check.limit for check in found.checks if check.limit == 0.01}.keys() == {
+        "features",
+        "probabilities",
+    }
+
+
 def test_a_full_disk_leaves_the_former_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (run / "model.onnx").read_bytes()
 
@@ -290,10 +304,105 @@ def test_a_split_without_images_says_what_to_do(run: Path) -> None:
 def test_data_that_moved_is_found_again(run: Path, photos: Path, tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["data"] = str(tmp_path / "gone")
+    config.pop("from_here", None)
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(featx.FeatxError, match="gone"):
         export(run)
     assert export(run, data=photos).method == "head"
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Path:
+    """A run on `data/train` and `data/val` that is fast to export in full."""
+    for split, seed in (("train", 0), ("val", 1)):
+        write_images(tmp_path / "data" / split, per_class=12, seed=seed)
+    options = {"weights": "random", "cache": tmp_path / "cache", "output": tmp_path / "run", "report": False}
+    return featx.fit(tmp_path / "data", "small:backbone_normed", **options).path
+
+
+def test_after_the_data_have_changed_the_file_is_held_to_torch_and_no_accuracy_is_claimed(
+    small_run: Path, tmp_path: Path
+) -> None:
+    found = export(small_run)
+    assert (found.images, found.accuracy) == (24, json.loads((small_run / "report.json").read_text())["accuracy"])
+    assert json.loads((small_run / "parity.json").read_text())["split"] == "val"
+
+    (tmp_path / "data" / "val").rename(tmp_path / "val")  # validation images are now taken out of the training images
+    found = export(small_run)
+    assert found.passed and 0 < found.images < 24
+    assert (found.accuracy, found.torch_accuracy) == (None, None)
+    assert check(small_run / "model.onnx", small_run).accuracy is None
+    for record in (json.loads((small_run / "parity.json").read_text()), inspected(small_run)["parity"]):
+        assert [record[name] for name in ("split", "accuracy", "torch_accuracy")] == [None] * 3
+        assert record["images"] == record["equal_labels"] == found.images
+    shown = CliRunner().invoke(cli, ["export", str(small_run)])
+    assert shown.exit_code == 0
+    assert (
+        "no accuracy: the data have changed since the fit, and the head may have learned from these images"
+        in shown.stderr
+    )
+    with pytest.raises(
+        ExportError, match=r"have changed since .* was fitted.*give --data FOLDER of such images, or fit"
+    ):
+        export_reduced(small_run, "int8")
+
+    (tmp_path / "val").rename(tmp_path / "data" / "val")
+    assert export(small_run).accuracy is not None
+
+
+def test_images_that_the_head_has_not_learned_from_have_an_accuracy_but_are_not_called_the_runs_split(
+    small_run: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "more", per_class=14, seed=2)
+    shutil.copy(tmp_path / "more" / "warm" / "013.png", tmp_path / "data" / "train" / "warm")
+    found = export(small_run)
+    assert (found.images, found.accuracy) == (24, json.loads((small_run / "report.json").read_text())["accuracy"])
+    assert json.loads((small_run / "parity.json").read_text())["split"] is None
+    assert export(small_run, data=tmp_path / "more").accuracy is not None
+    assert export(small_run, split="train").accuracy is None
+    (small_run / "trained-on.npy").unlink()  # as a run of an older featx
+    assert export(small_run).accuracy is None
+
+
+def inspected(run: Path) -> dict[str, Any]:
+    values: dict[str, Any] = inspect(run / "model.onnx")["featx"]
+    return values
+
+
+@pytest.mark.parametrize("existing", ["photo.jpg", "model.onnx", "parity.json", "folder.onnx"])
+def test_a_file_that_featx_did_not_export_is_never_replaced(
+    run: Path, tmp_path: Path, photos: Path, existing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / existing
+    if existing == "folder.onnx":
+        theirs.mkdir()
+    else:
+        theirs.write_bytes(next(photos.glob("val/ants/*.jpg")).read_bytes() if existing == "photo.jpg" else b"{}")
+    output = tmp_path / "model.onnx" if existing == "parity.json" else theirs
+    before = sorted(os.listdir(tmp_path)), theirs.is_dir() or theirs.read_bytes()
+    monkeypatch.setattr(exporting, "gate_images", None)  # nothing is computed for nothing
+    for make in (
+        lambda: export(run, output=output),
+        lambda: export(run, output=output, input="features"),
+        lambda: export_reduced(run, "int8", output=output),
+    ):
+        with pytest.raises(ExportError, match=f"{existing} exists and is not .* by featx.*give another --output"):
+            make()
+    assert (sorted(os.listdir(tmp_path)), theirs.is_dir() or theirs.read_bytes()) == before
+
+
+def test_the_features_of_one_image_do_not_set_the_scale_for_the_others() -> None:
+    rng = np.random.default_rng(0)
+    torch = rng.uniform(1, 2, (40, 64)).astype(np.float32)
+    file = torch * np.float32(1.001)
+    assert parity.resized_difference(file, torch) == pytest.approx(1e-3, rel=1e-2)
+    for factor in (100, 0):  # a glaring image, and a black one
+        torch[0], file[0] = torch[0] * factor, file[0] * factor
+        assert parity.resized_difference(file, torch) == pytest.approx(1e-3, rel=1e-2)
+    file[0] += 0.5  # the black one as far from what it was as half of another's length is no error of rounding
+    assert parity.resized_difference(file, torch) == pytest.approx(1 / 3, rel=0.05)
+    file[0, 0] = np.nan
+    assert np.isnan(parity.resized_difference(file, torch))
 
 
 def test_ties_are_told_from_mistakes() -> None:
@@ -305,10 +414,10 @@ def test_ties_are_told_from_mistakes() -> None:
         labels=[("a",), ("a",), ("b",)],
         keys=np.zeros((3, 32), np.uint8),
         cached=X,
-        scale=3.0,
         precision="fp32",
         spec_digest="",
         read=lambda i: b"",
+        split="val",
     )
     swapped = {"probabilities": head.probabilities(X)[:, ::-1], "logits": X[:, ::-1]}
     same = {"probabilities": head.probabilities(X), "logits": X}
@@ -330,7 +439,6 @@ def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
         labels=[("a",), ("b",)],
         keys=np.zeros((2, 32), np.uint8),
         cached=torch,
-        scale=1.0,
         precision="fp32",
         spec_digest="",
         read=lambda i: b"",

@@ -177,6 +177,27 @@ def test_an_interrupt_keeps_what_was_computed(tiny: Path, tmp_path: Path, engine
     np.testing.assert_array_equal(features.X, undisturbed.X)
 
 
+def test_a_row_that_is_not_finite_is_refused_with_its_image_and_never_cached(
+    tiny: Path, tmp_path: Path, engine: ColourEngine
+) -> None:
+    class Overflowing(ColourEngine):
+        def __call__(self, images: np.ndarray) -> np.ndarray:
+            rows = super().__call__(images)
+            if self.images == 8:
+                rows[1, 7], rows[3] = np.inf, np.nan
+            return rows
+
+    for options, remedy in (({}, "weights are damaged"), ({"precision": "bf16"}, "use --precision fp32")):
+        broken = Overflowing()
+        extraction.open_engine = lambda *a, made=broken, **k: made  # the fixture's monkeypatch restores it
+        with pytest.raises(FeatxError, match=rf"infinity for cold/005.png \(2 of the 4 images.*{remedy}"):
+            extract(tiny, "tiny", cache=tmp_path / "cache", **options)
+        extraction.open_engine = lambda *a, **k: engine
+        features = extract(tiny, "tiny", cache=tmp_path / "cache", **options)
+        assert counts(features.report) == (12, 0, 4, 8, 0, 0)
+        assert np.isfinite(features.X).all()
+
+
 def test_adding_views_computes_only_the_new_ones(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
     cache = tmp_path / "cache"
     extract(tiny, "tiny", cache=cache)

@@ -25,8 +25,9 @@ from featx.errors import TrainingError
 from featx.extraction import Extraction, sync
 from featx.features import Features
 from featx.finetuning.layers import Tuned
+from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
-from featx.finetuning.tuning import Finetuned, finetune, hold_out
+from featx.finetuning.tuning import Finetuned, finetune, hold_out, prepare
 from featx.fitting import fit
 from featx.heads import Head
 from featx.runs import Run
@@ -459,6 +460,20 @@ def test_a_damaged_checkpoint_is_refused(bench: Bench) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(TrainingError, match=r"cannot be read .*start anew with --overwrite"):
         bench.tune("plain", folder, epochs=1)
+
+
+def test_batches_with_fewer_images_than_processes_are_refused_by_each_of_them(bench: Bench) -> None:
+    extraction = bench.extraction()
+    features = extraction.features()
+    count = int((features.splits == "train").sum())
+    half = count // 2  # what two batches share, where one holds an image less than all of them
+    for batch, smallest, size in ((4, count // -(-count // 4), 8), (count - 1, half, half + 1)):
+        config = FinetuneConfig(**{**QUICK, "batch_size": batch, "init": "random"})
+        said = rf"batches of {batch} give some batches {smallest} images.* {size} processes; use a larger batch size"
+        for rank in (0, size - 1):
+            world = World(rank, size, torch.device("cpu"))
+            with pytest.raises(TrainingError, match=said):
+                prepare(extraction, features, None, config, Run(bench.folder()), world, 1)
 
 
 def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:

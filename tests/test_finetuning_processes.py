@@ -40,23 +40,22 @@ def environment() -> dict[str, str]:
 
 
 def test_sigkill_then_the_same_command_ends_with_the_same_bits(bench: Bench) -> None:
-    settings = {"epochs": 60, "select": "val", "lr": 0.01}
+    settings = {"epochs": 8, "select": "val", "lr": 0.01}
     folder = bench.folder()
     run = [sys.executable, *command(bench, folder, "dropping", settings)]
-    first = subprocess.Popen(run, env=environment(), stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*run, "4"], env=environment(), stderr=subprocess.DEVNULL)
     metrics = folder / "metrics.jsonl"
-    patience = time.monotonic() + 120
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 4:
-        assert first.poll() is None and time.monotonic() < patience
+        assert first.poll() is None
         time.sleep(0.005)
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    assert len(metrics.read_text().splitlines()) < 61 and not (folder / "model.safetensors").exists()
+    assert len(metrics.read_text().splitlines()) == 4 and not (folder / "model.safetensors").exists()
     subprocess.run(run, env=environment(), check=True, stderr=subprocess.DEVNULL)
     _, whole = bench.tune("dropping", **settings)
     assert (whole / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     ours, theirs = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (whole, folder))
-    assert [row["held_loss"] for row in ours] == [row["held_loss"] for row in theirs] and len(ours) == 61
+    assert [row["held_loss"] for row in ours] == [row["held_loss"] for row in theirs] and len(ours) == 9
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(bench: Bench) -> None:

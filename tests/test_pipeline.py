@@ -183,8 +183,8 @@ def test_ctrl_c_ends_it_and_leaves_a_usable_cache(tmp_path: Path, engine: Colour
     root, cache = write_images(tmp_path / "data", per_class=60), tmp_path / "cache"
     interrupt(program(root, cache), batches=5)
     report = extract(root, "tiny", cache=cache).report
-    assert 8 <= report["cached"] < 60
-    assert engine.images == report["extracted"] == 120 - report["cached"]
+    assert report["cached"] == 12  # of four batches, the last was still on its way to the store
+    assert engine.images == report["extracted"] == 108
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:

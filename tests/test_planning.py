@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import time
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ColourEngine, write_images
 
-from featx import devices, extraction, planning
+from featx import devices, engines, extraction, planning
+from featx.backbones import BackboneRequest, resolve
+from featx.cache.store import FeatureStore
 from featx.cli.training import plan_text
-from featx.errors import FeatxError
+from featx.errors import FeatxError, StoreError
 from featx.extraction import sync
 from featx.planning import plan
 from featx.stages import Stages
@@ -73,17 +76,23 @@ def test_what_a_dry_run_exports_is_named_and_not_counted_again(
     tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = tmp_path / "cache" / "engines" / "tiny.onnx"
+    clock = [0.0]
+
+    def look() -> float:
+        clock[0] += 0.25
+        return clock[0]
 
     def exporting(*given: Any, **options: Any) -> ColourEngine:
         if not graph.exists():
-            time.sleep(3)
+            clock[0] += 1000
             graph.parent.mkdir(parents=True)
             graph.write_bytes(bytes(1_500_000))
         return planned
 
     monkeypatch.setattr(planning, "open_engine", exporting)
+    monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=look))
     found = plan(tiny, "tiny", cache=tmp_path / "cache")
-    assert found["exported_bytes"] == 1_500_000 and found["seconds"] < 2
+    assert found["exported_bytes"] == 1_500_000 and found["seconds"] == 0.5  # to open the engine, and for the sample
     assert "exported now: 1.5 MB in the cache" in plan_text(found)
     again = plan(tiny, "tiny", cache=tmp_path / "cache")
     assert again["exported_bytes"] == 0 and "exported" not in plan_text(again)
@@ -100,6 +109,37 @@ def test_a_gpu_that_is_not_here_is_missed_before_weights_are_loaded(
             with pytest.raises(FeatxError, match=r"use --de(vice cpu|code exact)"):
                 run(tiny, "tiny", cache=tmp_path / "cache", **options)
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_engine_that_cannot_run_here_ends_a_dry_run_as_it_ends_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = BackboneRequest("small:backbone_plain", weights="random")
+    spec = resolve(request, tmp_path).spec()
+    with FeatureStore(tmp_path, spec, engine="torch-cuda") as store:
+        store.append(np.ones((1, 32), np.uint8), np.ones((1, *resolve(request, tmp_path).row_shape), np.float32))
+    monkeypatch.setattr(devices, "has_cuda", lambda: False)
+    monkeypatch.setattr(engines, "loaded", None)  # nothing is opened, nor exported
+    monkeypatch.setattr(engines, "backbone_onnx", None)
+    for run in (plan, sync):
+        with pytest.raises(FeatxError, match=r"engine torch-cuda.*here onnxruntime.*use a GPU, another --cache"):
+            run(tiny, request, cache=tmp_path)
+
+
+def test_views_that_two_engines_computed_are_refused_before_any_is_opened(
+    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = sync(tiny, "tiny", cache=tmp_path, views=1)
+    for store, name in zip(found.stores, ("one", "two"), strict=True):
+        shutil.rmtree(store.folder)
+        with FeatureStore(tmp_path, store.spec, engine=name) as filled:
+            filled.append(found.keys[:1], np.ones((1, 48), np.float32))
+    shutil.rmtree(tmp_path / "rates", ignore_errors=True)
+    monkeypatch.setattr(planning, "open_engine", None)
+    monkeypatch.setattr(extraction, "open_engine", None)
+    for run in (plan, sync):
+        with pytest.raises(StoreError, match="come from the engine 'two', not 'one'"):
+            run(tiny, "tiny", cache=tmp_path, views=1)
 
 
 def test_views_cost_their_own_disk(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:

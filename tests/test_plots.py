@@ -49,12 +49,20 @@ def test_names_from_files_are_text_and_neither_markup_nor_formulas():
     assert ElementTree.fromstring(drawing).get("aria-label") == HOSTILE[0] + HOSTILE[1]
 
 
+def test_a_name_that_looks_like_an_attribute_is_shown_as_it_is():
+    names = ['id="x"', "fill: #1f2328", 'href="#a', "url(#b)"]
+    drawing = plots.svg(plots.confusion(np.eye(4, dtype=int), names, names), "confusion", "")
+    assert [text for text in texts(drawing) if text in names] == names * 2
+    assert "fill: var(--ink)" in drawing and 'id="confusion-' in drawing
+
+
 def test_a_drawing_follows_the_pages_colours_and_has_ids_of_its_own():
     bins = [{"confidence": 0.9, "accuracy": 0.8, "count": 10}]
     first, second = (plots.svg(plots.reliability(bins), name, "") for name in ("first", "second"))
     assert "var(--ink)" in first or "var(--muted)" in first
     for colour in plots.THEME:
         assert colour not in first
+    assert ("fill: #2f7de1" in first) or ("stroke: #2f7de1" in first)  # the page has no variable for it
     ids = [{e.get("id") for e in ElementTree.fromstring(s).iter() if e.get("id")} for s in (first, second)]
     assert ids[0]
     assert not ids[0] & ids[1]

@@ -84,26 +84,7 @@ def test_missing_keys_are_counted(tmp_path: Path) -> None:
     other, _ = table(4, seed=8)
     with pytest.raises(StoreError, match=r"4 of 34 features.*featx extract"):
         store.read(np.concatenate([keys, other]))
-    with pytest.raises(StoreError, match="4 of 34"):
-        next(store.batches(np.concatenate([keys, other]), 8))
     assert store.contains(np.concatenate([other, keys])).tolist() == [False] * 4 + [True] * 30
-
-
-def test_batches_stream_every_row_once_and_a_seed_gives_one_order_however_stored(tmp_path: Path) -> None:
-    keys, rows = table(101)
-    fill(tmp_path / "one", keys, rows)
-    fill(tmp_path / "many", keys[::-1], rows[::-1], batch=7, shard_bytes=100)
-    orders = []
-    for cache in ("one", "many"):
-        for seed in (None, 5):
-            seen = []
-            for at, part in FeatureStore(tmp_path / cache, SPEC).batches(keys, 16, seed=seed):
-                assert np.array_equal(part, rows[at]) and len(part) <= 16
-                seen.append(at)
-            orders.append(np.concatenate(seen))
-    assert orders[0].tolist() == orders[2].tolist() == list(range(101))
-    assert np.array_equal(orders[1], orders[3]) and sorted(orders[1]) == list(range(101))
-    assert not np.array_equal(orders[0], orders[1])
 
 
 def test_a_shard_is_committed_when_it_is_full_or_when_its_first_row_is_old(

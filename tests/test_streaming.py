@@ -38,6 +38,7 @@ def test_threads_read_the_right_rows_while_the_cache_is_compacted(tmp_path: Path
     fill(tmp_path, keys, rows, batch=50, shard_bytes=3200)
     stored = StoredRows(FeatureStore(tmp_path, SPEC), keys)
     done = threading.Event()
+    turns = [threading.Semaphore(0) for _ in range(4)]
 
     def read(seed: int) -> int:
         rng, count = np.random.default_rng(seed), 0
@@ -46,14 +47,18 @@ def test_threads_read_the_right_rows_while_the_cache_is_compacted(tmp_path: Path
             stop = start + int(rng.integers(1, 300))
             assert np.array_equal(stored[start:stop], rows[start:stop])
             count += 1
+            turns[seed].release()
         return count
 
     with ThreadPoolExecutor(4) as pool:
         reads = [pool.submit(read, seed) for seed in range(4)]
         for seed in range(20):
             caching.compact(tmp_path, NAME, keys[np.random.default_rng(seed).permutation(1000)])
+            for found, turn in zip(reads, turns, strict=True):  # each has read since the last compact, or has failed
+                while not found.done() and not turn.acquire(timeout=0.05):
+                    pass
         done.set()
-        assert all(found.result() > 5 for found in reads)
+        assert all(found.result() >= 20 for found in reads)
 
 
 def test_stacked_tables_are_sliced_across_their_borders() -> None:

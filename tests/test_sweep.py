@@ -72,7 +72,7 @@ def test_the_winner_is_the_best_of_held_out_training_images_and_a_run_like_any(g
     ranks = [(-p["cross_validated"]["accuracy"], p["cross_validated"]["log_loss"]) for p in found.points]
     assert ranks == sorted(ranks)
     for point in found.points:
-        right, loss = np.load(found.path / point["run"] / "held-out.npy")
+        right, loss = np.load(found.path / point["run"] / "held-out-by-key.npy")
         assert len(right) == 24 == point["cross_validated"]["images"]
         assert point["cross_validated"]["accuracy"] == right.mean()
         assert point["cross_validated"]["log_loss"] == pytest.approx(loss.mean())

@@ -42,8 +42,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     except FileNotFoundError:
         raise WeightsError(f"the weights file {path} is not there") from None
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise WeightsError(f"{path} is damaged or no weights file ({error})") from error
+        text = str(error)
+        if "Unsupported operand" in text or ("weights_only" not in text and "Unsupported" not in text):
+            raise WeightsError(f"{path} is damaged or no weights file") from error
         raise WeightsError(
             f"{path} holds pickled objects beside tensors, which could run code and are not loaded; "
             "save its state dict alone: torch.save(model.state_dict(), path)"

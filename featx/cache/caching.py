@@ -217,7 +217,7 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 
     path = Path(path)
     if path.exists() and not overwrite:
-        raise StoreError(f"{path} is there already; say overwrite to replace it")
+        raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
     X = features.X
     step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
 

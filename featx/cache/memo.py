@@ -17,8 +17,8 @@ from featx.errors import StoreError
 from featx.files import make_folder, write_chunks
 
 MAGIC = b"featx memo 1\n"
-# A file that changed this shortly before it was listed can change again without another timestamp
-# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
+# A file that changed this shortly before it was looked at can change again without another timestamp
+# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): what is in it is not remembered.
 CLOCK_NS = 2_000_000_000
 AT_ONCE = 1 << 12  # paths that are encoded at a time
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from featx.cache import folders, shards
 from featx.cache.index import KeyIndex, as_keys, distinct
+from featx.cache.memo import CLOCK_NS
 from featx.cache.reading import Reader, readers
 from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError, StoreError
@@ -23,8 +24,6 @@ from featx.files import make_folder, sweep, sync_folder
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
-# A file that changed this shortly before it was looked at can change again without another timestamp.
-CLOCK_NS = 2_000_000_000
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -220,24 +219,6 @@ class FeatureStore:
         order) and `mapped` allows it, else an array. Raises `StoreError` with the number of keys that have no row.
         """
         keys = as_keys(keys)
-        return self._read(keys, mapped)
-
-    def batches(
-        self, keys: np.ndarray, size: int, *, seed: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Stream (indices into `keys` `int64 [B]`, rows `[B, *row_shape]`), B = `size` but for the last.
-
-        Only one batch is in memory at a time. In order, or shuffled: the same `seed` gives the same
-        order, however the rows are stored.
-        """
-        keys = as_keys(keys)
-        order = np.arange(len(keys)) if seed is None else np.random.default_rng(seed).permutation(len(keys))
-        self._place(keys)  # name all that is missing before the first batch
-        for start in range(0, len(keys), size):
-            chosen = order[start : start + size]
-            yield chosen, self._read(keys[chosen], mapped=False)
-
-    def _read(self, keys: np.ndarray, mapped: bool) -> np.ndarray:
         for _ in range(4):
             listed, at = self._place(keys)
             if self.form is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,16 @@ import click
 from featx import __version__
 from featx.errors import FeatxError
 from featx.files import to_json
+from featx.sources import printable
 
 DONE, ERROR, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+SEED = click.IntRange(0)
+
+
+KEPT = (
+    "Features that were computed stay in the cache, and the same command goes on from there. "
+    "A run that has a report.json is finished: featx report RUN writes its page."
+)
 
 
 class Commands(click.Group):
@@ -34,6 +43,7 @@ class Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; what cannot be read is named by us
         try:
             code = super().main(args, **options)
         except FeatxError as error:
@@ -42,11 +52,13 @@ class Commands(click.Group):
         except click.ClickException as error:
             error.show()
             code = error.exit_code
+        except OSError as error:  # a full disk, a pipe or a folder that cannot be written
+            say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            code = ERROR
         except (click.Abort, KeyboardInterrupt):
-            say(
-                "Interrupted. Features that were computed stay in the cache, and the same command goes on from there. "
-                "A run that has a report.json is finished: featx report RUN writes its page."
-            )
+            given = list(sys.argv[1:] if args is None else args)
+            caches = bool(given) and given[0] in ("extract", "fit", "sweep", "evaluate", "cache")
+            say(f"Interrupted. {KEPT}" if caches else "Interrupted.")
             code = INTERRUPTED
         sys.exit(code or DONE)
 
@@ -68,8 +80,16 @@ def cli() -> None:
     """
 
 
-def printable(text: str) -> str:
-    """Text that any UTF-8 terminal takes: undecodable bytes of a file's name as `\\udcNN`."""
+def prose(text: str) -> str:
+    """Lines for people, which stay lines: within one, control characters and bytes that are no UTF-8 are escaped.
+
+    A name that goes into several lines goes through `printable` first, or its own line ends would count.
+    """
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def encodable(text: str) -> str:
+    """Text for programs, which any UTF-8 stream takes: undecodable bytes of a file's name as `\\udcNN`."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -80,7 +100,7 @@ def emit(values: Any) -> None:
 
 def say(text: str) -> None:
     """Prose, on standard error."""
-    click.echo(printable(text), err=True)
+    click.echo(prose(text), err=True)
 
 
 Command = Callable[..., Any]
@@ -114,7 +134,7 @@ backbone_options = options_of(
         help="pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file.",
     ),
     click.option("--layer", default="features", show_default=True, help="features, logits, or a module's dotted name."),
-    click.option("--seed", default=0, show_default=True, help="For random weights, views and heads."),
+    click.option("--seed", default=0, show_default=True, type=SEED, help="For random weights, views and heads."),
 )
 extraction_options = options_of(
     cache_option,

@@ -10,15 +10,16 @@ import click
 from featx.cli._base import (
     DONE,
     ERROR,
+    SKIPPED,
     backbone_options,
     cache_option,
     cli,
     emit,
     extraction_options,
     json_option,
-    printable,
     say,
 )
+from featx.sources import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +94,8 @@ def list_(cache: str, as_json: bool) -> int:
             what += f", weights {spec.weights[:8]}"
         shape = "x".join(map(str, entry.row_shape or ())) or "?"
         damaged = f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
-        click.echo(f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}")
+        line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}"
+        click.echo(printable(line))
     others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
     if others:
         say(f"beside the features, made again when `featx cache remove` has taken it: {others}")
@@ -143,7 +145,7 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
 
     if only and against is None:
         raise click.UsageError("--only drops what a data set does not use: name it with --against DATA")
-    found = caching.compact(Path(cache), name, keys_of(cache, against), only=only)
+    found = caching.compact(Path(cache), name, keys_of(cache, against, whole=only), only=only)
     emit_or_say(found, as_json)
     if not as_json and not found["done"]:
         say("one file in this order already: there was nothing to do")
@@ -185,16 +187,20 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
     from featx.cache import caching
     from featx.extraction import extract
 
-    path = caching.export(extract(data, **options), Path(file), overwrite=overwrite)
+    features = extract(data, **options)
+    path = caching.export(features, Path(file), overwrite=overwrite)
     click.echo(printable(str(path)))
-    return DONE
+    skipped = features.report["skipped_images"]
+    for image in skipped[:10]:
+        say(f"skipped: {printable(image['id'])}: {image['reason']}")
+    return SKIPPED if skipped else DONE
 
 
-def keys_of(cache: str, data: str | None) -> np.ndarray | None:
-    """The content keys of a data set, `uint8 [N, 32]`."""
+def keys_of(cache: str, data: str | None, *, whole: bool = False) -> np.ndarray | None:
+    """The content keys of a data set, `uint8 [N, 32]`; of all its files, or of those that can be read."""
     from featx.extraction import content_keys
 
-    return None if data is None else content_keys(data, cache)
+    return None if data is None else content_keys(data, cache, whole=whole)
 
 
 def emit_or_say(values: dict[str, Any], as_json: bool) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli._base import DONE, SKIPPED, emit, json_option, printable, say
+from featx.cli._base import DONE, SKIPPED, emit, encodable, json_option, prose, say
+from featx.sources import printable
 
 if TYPE_CHECKING:
     from featx.shipping.parity import Parity
@@ -107,6 +108,10 @@ def parity_text(parity: Parity) -> str:
     lines = [f"held to the torch classifier on {parity.images} images, {how}"]
     if parity.accuracy is not None and parity.torch_accuracy is not None:
         lines.append(f"accuracy of the file {parity.accuracy:.4f}, of the torch classifier {parity.torch_accuracy:.4f}")
+    else:
+        lines.append(
+            "no accuracy: the data have changed since the fit, and the head may have learned from these images"
+        )
     lines.append(f"equal answers {parity.equal_labels} of {parity.images}")
     width = max(len(check.name) for check in parity.checks)
     lines += [f"  {check.name:<{width}}  {check.value:.2e}  (limit {check.limit:.0e})" for check in parity.checks]
@@ -126,35 +131,49 @@ def parity_text(parity: Parity) -> str:
 @click.option("--csv", "as_csv", is_flag=True, help="CSV on standard output.")
 @json_option
 def predict(
-    model: str, images: tuple[str, ...], providers: tuple[str, ...], as_csv: bool, as_json: bool, **options: Any
+    model: str,
+    images: tuple[str, ...],
+    top_k: int,
+    threads: int | None,
+    providers: tuple[str, ...],
+    head: str | None,
+    as_csv: bool,
+    as_json: bool,
+    **options: Any,
 ) -> int:
     """Classify IMAGES (files, folders, globs) with an exported MODEL; onnxruntime only, no torch.
 
     --json prints one JSON object a line, as soon as its batch is done.
     """
     from featx.shipping import prediction
+    from featx.shipping.deployed import Model
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other")
+    if options["features"] and not as_json:
+        raise click.UsageError("--features go into --json: add it")
+    opened = Model(model, providers=list(providers) or None, threads=threads, head=head)
     failed = 0
 
     def counted() -> Iterator[prediction.Prediction]:
         nonlocal failed
-        for one in prediction.predict(model, images, providers=list(providers) or None, **options):
+        for one in prediction.predict(opened, images, top_k=top_k, **options):
             failed += one.error is not None
             if one.error is not None and not as_json:
-                say(f"skipped: {one.id}: {one.error}")
+                say(f"skipped: {printable(one.id)}: {one.error}")
             yield one
 
     lines: Iterable[str]
     if as_json:
         lines = prediction.json_lines(counted())
     elif as_csv:
-        lines = prediction.csv_lines(counted(), options["top_k"])
+        lines = prediction.csv_lines(counted(), min(top_k, len(opened.class_names)))
     else:
         lines = prediction.table_lines(one for one in counted() if one.error is None)
     for line in lines:
-        click.echo(printable(line))
+        click.echo(
+            encodable(line) if as_json or as_csv else line, color=True
+        )  # or click would cut names that hold \x1b
     return SKIPPED if failed else DONE
 
 
@@ -169,5 +188,5 @@ def inspect(file: str, as_json: bool) -> int:
     if as_json:
         emit(values)
     else:
-        click.echo(printable(inspection.text(values)))
+        click.echo(prose(inspection.text(values)))
     return DONE

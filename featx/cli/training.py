@@ -8,6 +8,7 @@ import click
 
 from featx.cli._base import (
     DONE,
+    SEED,
     SKIPPED,
     assignments,
     backbone_options,
@@ -16,10 +17,11 @@ from featx.cli._base import (
     extraction_options,
     json_option,
     options_of,
-    printable,
+    prose,
     say,
 )
 from featx.finetuning.processes import rank
+from featx.sources import printable
 
 if TYPE_CHECKING:
     from featx.runs import Run
@@ -156,8 +158,8 @@ def fit(
     if not as_json:
         say(extraction_text(values["extract"]))
         say(Report.from_dict(values).table() if values["count"] else "\n".join(values["notes"]))
-        if "views_note" in values:
-            say(f"note: {values['views_note']}")
+        for note in [*values["fit"].get("notes", []), *filter(None, [values.get("views_note")])]:
+            say(f"note: {note}")
         if "views" in values:
             from featx.reporting.augmentation import gain_text
 
@@ -213,7 +215,7 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
         emit(report.to_dict())
     else:
         say(report.table())
-    return DONE
+    return SKIPPED if report.skipped else DONE
 
 
 @click.command()
@@ -242,7 +244,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
         raise click.BadParameter(f"{sizes!r} is no list of whole numbers", param_hint="--sizes") from None
     values = learning_curve(run, sizes=wanted, **options)
     if not as_json:
-        click.echo(curve_text(values))
+        click.echo(prose(curve_text(values)))
     page_of(run)
     if as_json:
         emit(values)
@@ -257,7 +259,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @click.option("--views", multiple=True, type=click.IntRange(0), help="Repeatable: numbers of augmented views.")
 @click.option("--by", default="accuracy", show_default=True, type=click.Choice(["accuracy", "log_loss"]))
 @click.option("--weights", default="pretrained", show_default=True, help="As for extract.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="By default export/<data>-sweep.")
 @cache_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -312,10 +314,11 @@ def extraction_text(report: dict[str, Any]) -> str:
     counts = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
     lines = ["  ".join(f"{name} {report[name]}" for name in counts)]
     named = {
-        "ignored": [f"{name} (no image)" for name in report["ignored_files"]],
-        "skipped": [f"{image['id']}: {image['reason']}" for image in report["skipped_images"]],
+        "ignored": [f"{printable(name)} (no image)" for name in report["ignored_files"]],
+        "skipped": [f"{printable(image['id'])}: {image['reason']}" for image in report["skipped_images"]],
         "same bytes, several labels": [
-            ", ".join(f"{name} ({label})" for name, label in c.items()) for c in report["conflicts"]
+            ", ".join(f"{printable(name)} ({printable(label)})" for name, label in c.items())
+            for c in report["conflicts"]
         ],
         "note": report["notes"],
     }

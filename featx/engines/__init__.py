@@ -83,8 +83,8 @@ def open_engine(
 
     device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, or
     `fp16` on a GPU. batch_size: 32 on a CPU; on a GPU the largest of 256, 128, ... that fits its memory.
-    engine: one of `ENGINES` to keep to, such as the one that filled a store; where it cannot run here
-    another does, with a warning. threads: of the arithmetic on a CPU, by default one a core.
+    engine: the one of `ENGINES` that filled a store; where it is not what would run here, `FeatxError` is
+    raised before anything is opened. threads: of the arithmetic on a CPU, by default one a core.
     """
     if precision not in TOLERANCE:
         raise FeatxError(f"precision is one of {', '.join(TOLERANCE)}, not {precision!r}")
@@ -95,25 +95,28 @@ def open_engine(
     by_cpu = device == "auto" and engine in ("onnxruntime", "torch-cpu")
     place = "cpu" if by_cpu else choose_device(device)
     if place != "cpu":
-        from featx.engines.torch import CudaEngine
-
-        opened: Engine = CudaEngine(loaded(request, info), place, precision, batch_size)
+        name = "torch-cuda"
     elif precision == "fp16":
         raise FeatxError("fp16 is for GPUs and slow on a CPU; use bf16 or fp32")
-    elif precision == "bf16" or engine == "torch-cpu":
-        from featx.engines.torch import CpuEngine
-
-        opened = CpuEngine(loaded(request, info), precision, batch_size or CPU_BATCH, threads)
     else:
-        opened = _onnx_or_torch(request, info, cache, batch_size, threads)
-    if engine is not None and opened.name != engine:
-        warnings.warn(
-            f"{engine} cannot run here; {opened.name} does, whose rows differ by up to "
-            f"{TOLERANCE[precision]:g} of their largest entry",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return opened
+        name = "torch-cpu" if precision == "bf16" or engine == "torch-cpu" else "onnxruntime"
+    if engine not in (None, name):
+        raise FeatxError(_other(engine, name, "a GPU" if engine == "torch-cuda" else "--device cpu"))
+    if name == "onnxruntime":
+        return _onnx_or_torch(request, info, cache, batch_size, threads, only=engine is not None)
+    from featx.engines.torch import CpuEngine, CudaEngine
+
+    backbone = loaded(request, info)
+    if name == "torch-cuda":
+        return CudaEngine(backbone, place, precision, batch_size)
+    return CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
+
+
+def _other(engine: str | None, name: str, needs: str) -> str:
+    return (
+        f"the features in the cache come from the engine {engine}, and here {name} would run, whose rows differ in "
+        f"their last bits; use {needs}, another --cache, or remove these features first (featx cache remove)"
+    )
 
 
 def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
@@ -128,14 +131,25 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
 
 
 def _onnx_or_torch(
-    request: BackboneRequest, info: BackboneInfo, cache: Path, batch_size: int | None, threads: int | None
+    request: BackboneRequest,
+    info: BackboneInfo,
+    cache: Path,
+    batch_size: int | None,
+    threads: int | None,
+    *,
+    only: bool,
 ) -> Engine:
+    """only: where the export fails, raise `FeatxError` instead of going on with torch."""
     from featx.engines.onnx import OnnxEngine, accelerated
     from featx.errors import ExportError
 
     try:
         return OnnxEngine(accelerated(backbone_onnx(request, info, cache)), batch_size, threads)
     except ExportError as error:
+        if only:
+            raise FeatxError(
+                f"{error}; {_other('onnxruntime', 'torch-cpu', 'the versions that exported it')}"
+            ) from error
         warnings.warn(f"{error}; torch runs it instead, slower", RuntimeWarning, stacklevel=3)
     from featx.engines.torch import CpuEngine
 

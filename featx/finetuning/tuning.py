@@ -52,17 +52,17 @@ def hold_out(features: Features, settings: FinetuneConfig) -> Features:
     Fit the head that fine-tuning starts from on the `train` rows of what this returns: epoch 0 is then
     measured on images it has not seen either. By content hash, with other bits than the validation split:
     duplicates stay together, and the same image is always on the same side. A class keeps at least one
-    training image. Raises `TrainingError` where no image is left to measure on.
+    training image. Raises `TrainingError` where no image is left to measure on, and for several labels.
     """
+    _check_labels(features)
     if settings.select != HOLDOUT:
         return features
     splits = features.splits.astype("U7")
     train = splits == "train"
     held = train & (hash_fraction(features.keys[:, 8:]) < settings.holdout)
-    labels = features.y if features.y.ndim == 1 else np.zeros(len(features), np.int64)
-    for label in np.unique(labels[held]):
-        if not (train & ~held & (labels == label)).any():
-            held &= labels != label
+    for label in np.unique(features.y[held]):
+        if not (train & ~held & (features.y == label)).any():
+            held &= features.y != label
     if not held.any():
         raise TrainingError(
             f"{int(train.sum())} training images leave none to choose the epoch by; use select last, or val"
@@ -132,8 +132,7 @@ def prepare(
     workers: int | None,
 ) -> Setup:
     """Load the network, decide what is trained, and get the images ready."""
-    if features.y.ndim != 1 or (head is not None and head.activation != "softmax"):
-        raise TrainingError("fine-tuning needs one label per image; fit a head for several")
+    _check_labels(features)
     if settings.precision == "fp16" and world.device.type == "cpu":
         raise TrainingError("fp16 is for GPUs; on a CPU use bf16 or fp32")
     request = extraction.request
@@ -148,6 +147,12 @@ def prepare(
     elif head is None:
         raise TrainingError("init is fitted and there is no fitted head; use init random")
     train, held, class_names = _rows(features, head, settings)
+    smallest = len(train) // -(-len(train) // settings.batch_size)  # batches differ by one image
+    if smallest < world.size:  # said by every process: one without images would leave the others waiting for it
+        raise TrainingError(
+            f"{len(train)} training images in batches of {settings.batch_size} give some batches {smallest} images, "
+            f"which are too few for {world.size} processes; use a larger batch size, or fewer processes"
+        )
     layer = layers.linear(head, backbone.info.row_shape[0], len(class_names), settings.seed)
     network = layers.Tuned(trunk, layer)
     network.requires_grad_(True)
@@ -245,6 +250,11 @@ def prepare(
         ),
         micro=-(-settings.batch_size // parts),
     )
+
+
+def _check_labels(features: Features) -> None:
+    if features.y.ndim != 1:
+        raise TrainingError("fine-tuning needs one label per image; fit a head for several")
 
 
 def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:

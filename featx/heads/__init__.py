@@ -6,8 +6,10 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +18,13 @@ import numpy as np
 
 from featx.errors import HeadError, near
 from featx.features import Rows
+from featx.files import write_atomic
 
 BLOCK = 8192  # rows of a table that is read by slices
+# What a setting's annotation takes, by its words; settings of other kinds (sequences, mappings) check themselves.
+KINDS: dict[str, Any] = {"int": Integral, "float": Real, "bool": (bool, np.bool_), "str": str, "None": type(None)}
+MULTILABEL = 0.5
+"""A sigmoid head answers with every class whose probability is at least this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +81,7 @@ class Head:
             "threshold": json.dumps(self.threshold),
         }
         tensors = {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)}
-        path.write_bytes(save(tensors, metadata))
+        write_atomic(path, save(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Head:
@@ -91,7 +98,7 @@ class Head:
                     activation=metadata["activation"],
                     threshold=json.loads(metadata["threshold"]),
                 )
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
             raise HeadError(f"{path} holds no head that featx wrote ({error})") from error
 
 
@@ -110,14 +117,27 @@ def names() -> list[str]:
 
 
 def settings_of(name: str) -> dict[str, inspect.Parameter]:
-    """The settings that a head's `fit` takes, by name. Raises `HeadError` for an unknown head."""
+    """The settings that a head's `fit` takes, by name. Raises `HeadError` for an unknown head.
+
+    Where a default of None stands for one in the head's `DEFAULTS`, that one is given.
+    """
     given = ("groups", "seed", "device", "scored")  # by featx, not by the user
     found = inspect.signature(module(name).fit).parameters.values()
-    return {p.name: p for p in found if p.kind is p.KEYWORD_ONLY and p.name not in given}
+    usual = getattr(module(name), "DEFAULTS", {})
+    return {
+        p.name: p.replace(default=usual.get(p.name, p.default))
+        for p in found
+        if p.kind is p.KEYWORD_ONLY and p.name not in given
+    }
+
+
+def scoring(name: str, scored: np.ndarray) -> dict[str, np.ndarray]:
+    """`scored` (`bool [N]`, the rows to measure on) as keywords for a head's `fit`: none if it measures nothing."""
+    return {"scored": scored} if "scored" in inspect.signature(module(name).fit).parameters else {}
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise `HeadError` for settings that the head does not have, or that are text where it wants none."""
+    """Raise `HeadError` for settings that the head does not have, or that are of another kind than it wants."""
     known = settings_of(name)
     for key, value in settings.items():
         if key not in known:
@@ -125,8 +145,18 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
             raise HeadError(
                 f"--head {name} has no setting {key!r}; there are {', '.join(known)}{only}.{near(key, list(known))}"
             )
-        if isinstance(value, str) and "str" not in str(known[key].annotation):
-            raise HeadError(f"the setting {key} of --head {name} is {known[key].annotation}, not {value!r}")
+        wanted = known[key].annotation
+        wanted = wanted if isinstance(wanted, str) else inspect.formatannotation(wanted)
+        if not _is(value, wanted):
+            raise HeadError(f"the setting {key} of --head {name} is {wanted}, not {value!r}")
+
+
+def _is(value: Any, wanted: str) -> bool:
+    """Whether a value is of an annotation's kind; True and False are no numbers, whole numbers are floats."""
+    words = re.sub(r"\[.*\]", "", wanted).replace(" ", "").split("|")
+    if any(word not in KINDS for word in words):
+        return "str" in words or not isinstance(value, str)
+    return any(isinstance(value, KINDS[word]) and (word == "bool" or not isinstance(value, bool)) for word in words)
 
 
 def module(name: str) -> ModuleType:

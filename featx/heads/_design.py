@@ -44,7 +44,8 @@ class Design:
         A memory map, and anything that is no array, is streamed in blocks.
         """
         self.several = task.several or len(task.class_names) == 2
-        self.columns = 1 if not task.several and self.several else len(task.class_names)
+        self.paired = not task.several and self.several  # two classes, one column for both
+        self.columns = 1 if self.paired else len(task.class_names)
         self.count = len(fold)
         self.streamed = streamed = isinstance(task.X, np.memmap) or not isinstance(task.X, np.ndarray)
         # class by class, so that a block's targets are a few slices
@@ -152,7 +153,7 @@ class Design:
     def features_space(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates `[K, rank + 1]` of one problem -> weight `float64 [C, D]` and bias `[C]` of its head."""
         weight, bias = self.affine(A)
-        if self.several and self.columns == 1:  # softmax of (-z/2, z/2) is the sigmoid of z
+        if self.paired:  # softmax of (-z/2, z/2) is the sigmoid of z
             return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
         return weight, bias
 
@@ -166,7 +167,7 @@ class Design:
         for start in range(0, self.count, step):
             every[start : start + step] = self.rows[start : start + step] @ weight.T
         out = every[place[rows]]
-        return np.concatenate([-out / 2, out / 2], axis=1) if self.several and self.columns == 1 else out
+        return np.concatenate([-out / 2, out / 2], axis=1) if self.paired else out
 
     def _for_rows(self, A: np.ndarray) -> np.ndarray:
         """Coordinates -> what multiplies `rows`."""

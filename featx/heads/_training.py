@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
-from featx.heads import Head
+from featx.heads import MULTILABEL, Head
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
@@ -41,7 +42,8 @@ class Task:
     mean: np.ndarray
     """`float64 [D]`."""
     scale: np.ndarray
-    """`float64 [D]`: the standard deviation (of N), 1 for constant columns."""
+    """`float64 [D]`: the standard deviation (of N). Infinite for constant columns, which standardises them to 0
+    and folds whatever weight they have to exactly 0."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -142,7 +144,7 @@ def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scale = np.sqrt(np.maximum(squares / X.shape[0] - offset**2, 0.0))
     constant = scale <= CONSTANT * np.abs(mean)
     # rounded to float32, so that standardising in float32 and folding back use the same numbers
-    mean, scale = (a.astype(np.float32).astype(np.float64) for a in (mean, np.where(constant, 1.0, scale)))
+    mean, scale = (a.astype(np.float32).astype(np.float64) for a in (mean, np.where(constant, np.inf, scale)))
     return mean, scale, constant
 
 
@@ -154,7 +156,52 @@ def folds(
     y: `int [N]`, or 0/1 `[N, C]` (stratified by each row's rarest label); groups: `int [N]` or None.
     Returns `int64 [N]`, the fold in which a row is held out, -1 for never: a class with a single group is
     always trained on, since no fold could both learn and measure it. Empty folds do not occur; there may
-    be fewer than `count`, or none (all -1). The second value says so in sentences.
+    be fewer than `count`, or none (all -1). The second value says so in sentences. Raises `HeadError` for a
+    `count` that is no whole number of at least 2.
+    """
+    if not isinstance(count, Integral) or count < 2:
+        raise HeadError(f"folds is a whole number of at least 2 (5 is usual), not {count!r}")
+    unit, size, label, alone, notes = _units(y, groups)
+    used = min(count, int((~alone).sum()))
+    if used < 2:
+        return np.full(len(y), -1), notes
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(size))
+    order = order[np.lexsort((-size[order], label[order]))]  # class by class, large groups first
+    held = order[~alone[order]]
+    many = np.unique(label, return_counts=True)[1]
+    inverse = np.unique(label, return_inverse=True)[1][order]
+    fold_of = np.full(len(size), -1)
+    if (size == 1).all():
+        fold_of[held] = np.arange(len(held)) % used  # dealt round, class after class
+    else:
+        per_class, load = np.zeros((len(many), used), np.int64), np.zeros(used, np.int64)
+        for group, c in zip(held, inverse[~alone[order]], strict=True):
+            # the fold with fewest of this class, then the emptiest
+            fold = int(np.lexsort((load, per_class[c]))[0])
+            fold_of[group] = fold
+            per_class[c, fold] += size[group]
+            load[fold] += size[group]
+        used = len(np.unique(fold_of[held]))
+        fold_of[held] = np.unique(fold_of[held], return_inverse=True)[1]
+    if used < count:
+        notes.append(f"cross-validated with {used} folds instead of {count}: there are too few images")
+    return fold_of[unit], notes
+
+
+def measurable(y: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
+    """The rows that can be left out, with their group, and still have their class learned: `bool [N]`; and
+    sentences on those that cannot. They are the rows that `folds` would hold out.
+    """
+    unit, _, _, alone, notes = _units(y, groups)
+    return ~alone[unit], notes
+
+
+def _units(
+    y: np.ndarray, groups: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Each row's group, `int [N]`; of each group the size, the class and whether it is its class's only one,
+    `[G]` each; and what is to be said of that.
     """
     if y.ndim == 2:
         rarity = np.argsort(np.argsort(y.sum(axis=0), kind="stable"))
@@ -167,37 +214,30 @@ def folds(
     first = np.full(len(size), -1)
     first[unit[::-1]] = np.arange(len(y))[::-1]
     label = y[first]  # a group's class is its first row's
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(size))
-    order = order[np.lexsort((-size[order], label[order]))]  # class by class, large groups first
-    _, inverse, many = np.unique(label[order], return_inverse=True, return_counts=True)
-    notes = []
+    _, inverse, many = np.unique(label, return_inverse=True, return_counts=True)
     alone = many[inverse] == 1
+    notes = []
     if alone.any():
         notes.append(
             f"{int(alone.sum())} classes have one distinct training image: always trained on, never "
             "measured in cross-validation"
         )
-    used = min(count, int((~alone).sum()))
-    if used < 2 or many.max() < 2:
-        return np.full(len(y), -1), [*notes, "too few images to cross-validate"]
-    fold_of = np.full(len(size), -1)
-    held = order[~alone]
-    if (size == 1).all():
-        fold_of[held] = np.arange(len(held)) % used  # dealt round, class after class
-    else:
-        per_class, load = np.zeros((len(many), used), np.int64), np.zeros(used, np.int64)
-        for group, c in zip(held, inverse[~alone], strict=True):
-            # the fold with fewest of this class, then the emptiest
-            fold = int(np.lexsort((load, per_class[c]))[0])
-            fold_of[group] = fold
-            per_class[c, fold] += size[group]
-            load[fold] += size[group]
-        used = len(np.unique(fold_of[held]))
-        fold_of[held] = np.unique(fold_of[held], return_inverse=True)[1]
-    if used < count:
-        notes.append(f"cross-validated with {used} folds instead of {count}: there are too few images")
-    return fold_of[unit], notes
+    if alone.all():
+        notes.append("too few images to cross-validate")
+    return unit, size, label, alone, notes
+
+
+def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
+    """The rows on which a fit measures, `bool [N]`: those that it is able to hold out, where `scored` (`bool [N]`,
+    None for all) has them too. Raises `HeadError` for a `scored` that is no such mask.
+    """
+    if scored is None:
+        return able
+    if scored.dtype != bool or scored.shape != able.shape:
+        raise HeadError(
+            f"scored marks the rows to measure on, bool [{len(able)}], not {scored.dtype} {list(scored.shape)}"
+        )
+    return able & scored
 
 
 def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
@@ -276,19 +316,28 @@ def _with(head: Head, temperature: float, threshold: float | None) -> Head:
 def _ece(head: Head, logits: np.ndarray, y: np.ndarray) -> float:
     p = head.probabilities(logits)
     if y.ndim == 2:
-        said = p >= 0.5
+        said = p >= MULTILABEL
         return metrics.calibration_error(np.where(said, p, 1 - p).ravel(), (said == (y > 0)).ravel())
     return metrics.calibration_error(p.max(axis=1), p.argmax(axis=1) == y)
 
 
 def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
-    """The temperature in [1/1000, 1000] with the least log-loss: Newton over its inverse, where it is convex.
+    """The most probable temperature in [1/1000, 1000]: least log-loss, summed over rows, plus `(log T)^2 / 2`.
 
-    A step that leaves the bracket of slopes seen so far is halved into it.
+    That term is a standard normal prior on log T. Few rows are often all answered right; their log-loss falls
+    for ever as T goes to 0, and the first mistake on a new image then costs all that was gained. A weak prior
+    is the remedy of Gelman, Jakulin, Pittau and Su (2008, Annals of Applied Statistics 2, 1360-1383) for
+    logistic regression on separable rows. At T = 1/5 or 5 it weighs as much as two rows answered blindly, so
+    hundreds of images with some mistakes among them do not feel it. T = 1 is a natural centre: probabilities
+    of a logistic fit, ridge's scores of -1 and 1, distances over sqrt(D). Platt's smoothed targets (1999), the
+    other usual remedy, cost new rows more log-loss, but for logistic fits to fewer than a hundred images.
+
+    Newton over `-log T`; a step that leaves the bracket of slopes seen so far is halved into it.
     """
     z = np.asarray(logits, np.float64)
-    low, high, scale = 1e-3, 1e3, 1.0
+    low, high, u = -np.log(1e3), np.log(1e3), 0.0
     for _ in range(60):
+        scale = np.exp(u)
         if y.ndim == 2:
             p = 0.5 * (1 + np.tanh(0.5 * scale * z))
             slope, curve = (z * (p - y)).sum(), (z * z * p * (1 - p)).sum()
@@ -298,14 +347,14 @@ def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
             mean = np.einsum("nc,nc->n", p, z)
             slope = (mean - z[np.arange(len(y)), y]).sum()
             curve = np.einsum("nc,nc,nc->", p, z, z) - (mean**2).sum()
-        low, high = (scale, high) if slope < 0 else (low, scale)
-        step = scale - slope / curve if curve > 0 else np.inf
-        if not low < step < high:
-            step = np.sqrt(low * high)
-        if abs(step - scale) < 1e-6 * scale:
+        # from derivatives over 1 / T to those over its logarithm, and the prior's
+        slope, curve = scale * slope + u, scale**2 * curve + scale * slope + 1
+        low, high = (u, high) if slope < 0 else (low, u)
+        step = u - slope / curve if curve > 0 else np.inf
+        if abs(step - u) < 1e-6:
             break
-        scale = float(step)
-    return float(1 / scale)
+        u = float(step) if low < step < high else float(low + high) / 2
+    return float(np.exp(-u))
 
 
 def _threshold(confidence: np.ndarray, right: np.ndarray, accuracy: float) -> float:

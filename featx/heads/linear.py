@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 # Of the mean loss: scikit-learn's C is 1 / (N * decay).
 DECAYS = tuple(np.logspace(-4, 1, 11))
+# What holds where neither the caller nor a recipe says otherwise. Without a rate or a decay, the data choose.
+DEFAULTS: dict[str, Any] = {
+    "epochs": 60,
+    "batch_size": 64,
+    "lr": None,
+    "schedule": "cosine",
+    "weight_decay": None,
+    "standardise": True,
+}
 # `--recipe tutorial`: the schedule of the five write-ups, on features as they come
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {
@@ -40,17 +49,18 @@ def fit(
     groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
+    scored: np.ndarray | None = None,
     recipe: str | None = None,
-    epochs: int = 60,
-    batch_size: int = 64,
+    epochs: int | None = None,
+    batch_size: int | None = None,
     lr: float | None = None,
     momentum: float = 0.9,
-    schedule: str = "cosine",
+    schedule: str | None = None,
     step_size: int = 7,
     gamma: float = 0.1,
     weight_decay: float | None = None,
     label_smoothing: float = 0.0,
-    standardise: bool = True,
+    standardise: bool | None = None,
     folds: int = 5,
     class_weight: str | None = None,
     calibrate: bool = False,
@@ -63,33 +73,35 @@ def fit(
     lr: None for the largest step that the data's curvature allows with momentum; schedule: `cosine` (to 0
     over all steps), `step` (times `gamma` every `step_size` epochs) or `constant`. weight_decay: None
     chooses among `DECAYS` by log-loss over `folds` stratified folds, equal `groups` (`int [N]`) together;
-    all folds and decays are trained at once, on the same batches. recipe: `tutorial` is SGD 0.001, momentum
-    0.9, StepLR(7, 0.1), 25 epochs of batches of 4, on unscaled features; what is given beside it wins only
-    where it differs from this function's default. The same seed gives the same head on the same machine.
+    `scored` (`bool [N]`) names the rows that count when held out, for the decay, calibration and rejection.
+    All folds and decays are trained at once, on the same batches. recipe: `tutorial` is SGD 0.001, momentum
+    0.9, StepLR(7, 0.1), 25 epochs of batches of 4, on unscaled features; what is given beside it wins. None,
+    for a setting in `DEFAULTS`, is the recipe's, or else that one. The same seed gives the same head on the
+    same machine.
     Raises `HeadError`.
     """
     import torch
 
     started = time.perf_counter()
-    if recipe is not None:
-        if recipe not in RECIPES:
-            raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
-        own = RECIPES[recipe]
-        epochs = own["epochs"] if epochs == 60 else epochs
-        batch_size = own["batch_size"] if batch_size == 64 else batch_size
-        lr = own["lr"] if lr is None else lr
-        schedule = own["schedule"] if schedule == "cosine" else schedule
-        weight_decay = own["weight_decay"] if weight_decay is None else weight_decay
-        standardise = False
+    if recipe is not None and recipe not in RECIPES:
+        raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
+    own = DEFAULTS | (RECIPES[recipe] if recipe else {})
+    epochs = own["epochs"] if epochs is None else epochs
+    batch_size = own["batch_size"] if batch_size is None else batch_size
+    lr = own["lr"] if lr is None else lr
+    schedule = own["schedule"] if schedule is None else schedule
+    weight_decay = own["weight_decay"] if weight_decay is None else weight_decay
+    standardise = own["standardise"] if standardise is None else standardise
     if schedule not in ("cosine", "step", "constant"):
         raise HeadError(f"schedule is cosine, step or constant, not {schedule!r}")
     if epochs < 1 or batch_size < 1 or not 0 <= momentum < 1 or not 0 <= label_smoothing < 1:
         raise HeadError("epochs and batch_size are at least 1, momentum and label_smoothing in [0, 1)")
     task = _training.check(X, y, class_names)
     if not standardise:
-        task = Task(task.X, task.y, task.class_names, 0 * task.mean, np.ones_like(task.scale), task.notes)
+        scale = np.where(np.isinf(task.scale), np.inf, 1.0)  # constant columns stay out here too
+        task = Task(task.X, task.y, task.class_names, 0 * task.mean, scale, task.notes)
     fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-    held = np.flatnonzero(fold >= 0)
+    held = np.flatnonzero(_training.counted(fold >= 0, scored))
     info: dict[str, Any] = {"notes": [*task.notes, *notes]}
     decays = np.array(DECAYS if weight_decay is None else [weight_decay])
     if weight_decay is None and not len(held):

@@ -48,9 +48,10 @@ def fit(
     y: `int [N]`, or 0/1 `[N, C]` for several labels per image (one sigmoid each, one strength for all).
     strengths: scikit-learn's C, the inverse of the regularisation. The one with the least log-loss over
     `folds` stratified folds of these rows is taken; equal `groups` (`int [N]`) share a fold, `scored`
-    (`bool [N]`) names the rows whose held-out loss counts (of augmented views: the centre ones). With one
-    strength there is no cross-validation, unless calibration or a threshold needs it. Columns are
-    standardised once, over all rows, labels unseen.
+    (`bool [N]`) names the rows that count when held out, for the strength, calibration and rejection (of
+    augmented views: the centre ones, which are what the head will see). With one strength there is no
+    cross-validation, unless calibration or a threshold needs it. Columns are standardised once, over all
+    rows, labels unseen.
     class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
     threshold, reject: see `_training.finish`. solver: `featx`, or `scikit-learn`, which fits the chosen
     strength with its lbfgs; it is also the fall-back where featx's does not converge, and a note says so.
@@ -68,7 +69,7 @@ def fit(
         task = _training.check(X, y, class_names)
         weights = _training.class_weights(task, class_weight)
         fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-        counted = fold >= 0 if scored is None else (fold >= 0) & scored
+        counted = _training.counted(fold >= 0, scored)
         info: dict[str, Any] = {"notes": [*task.notes, *notes]}
         design = Design(task, fold, weights, scored=scored, torch_device=_gpu(task, device))
         chosen, held_out, start = float(grid[0]), None, None

@@ -20,6 +20,7 @@ def fit(
     groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
+    scored: np.ndarray | None = None,
     folds: int = 5,
     threshold: float | None = None,
     reject: float | None = None,
@@ -28,13 +29,14 @@ def fit(
 
     X: float `[N, D]`, read in blocks; y: `int [N]`, or 0/1 `[N, C]` for several labels per image, where
     each label is told from its absence. Answers do not depend on t; probabilities do: it is the one with the
-    least log-loss over held-out folds (equal `groups` share a fold), or, without folds, sqrt(D).
+    least log-loss over held-out folds (equal `groups` share a fold; `scored`, `bool [N]`, names the rows that
+    count when held out), drawn towards sqrt(D) while these are few, or, without folds, sqrt(D).
     threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
     """
     started = time.perf_counter()
     task = _training.check(X, y, class_names)
     fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-    held = np.flatnonzero(fold >= 0)
+    held = np.flatnonzero(_training.counted(fold >= 0, scored))
     info: dict[str, Any] = {"notes": [*task.notes, *notes]}
     sums, counts = _class_sums(task, fold)
     weight, bias = _affine(sums.sum(axis=0), counts.sum(axis=0), task.several)

@@ -95,7 +95,13 @@ def match(label: str, names: Sequence[str]) -> int:
 def _named(label: str, wanted: str | int, names: Sequence[str]) -> int:
     number = int(wanted) if isinstance(wanted, int) or str(wanted).isdecimal() else None
     if number is None:
-        return match(str(wanted), names)
+        try:
+            return match(str(wanted), names)
+        except HeadError:
+            raise HeadError(
+                f"{label}={wanted}: none of the network's {len(names)} classes is called {wanted!r}, or several are; "
+                f"give its number.{near(str(wanted), names)}"
+            ) from None
     if not 0 <= number < len(names):
         raise HeadError(f"{label}={number}: the network's classes are numbered 0 to {len(names) - 1}")
     return number

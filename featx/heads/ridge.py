@@ -15,6 +15,8 @@ from featx.heads._training import Rows
 
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
 PENALTIES = tuple(float(p) for p in np.logspace(-6, 3, 37))
+# Where nothing can be left out, a middle of what is chosen where it can.
+UNMEASURED = 0.5
 # Numbers in X up to which everything is done in double precision.
 EXACT = 1 << 23
 
@@ -27,6 +29,7 @@ def fit(
     groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
+    scored: np.ndarray | None = None,
     penalties: Sequence[float] = PENALTIES,
     threshold: float | None = None,
     reject: float | None = None,
@@ -37,9 +40,10 @@ def fit(
     per image. The penalty p with the least squared error of rows left out is taken (every fourth
     is tried, then those around the best). That error is exact and
     takes no second fit: a left-out residual is `r / (1 - h)`, with h the row's own share of its fit (Allen's
-    PRESS, 1974), and rows of equal `groups` are left out together, `(I - H_GG)^-1 r_G`. The scores become
-    logits by the temperature with the least log-loss on left-out scores. threshold, reject: see
-    `_training.finish`. seed, device: unused. Raises `HeadError`.
+    PRESS, 1974), and rows of equal `groups` are left out together, `(I - H_GG)^-1 r_G`. Rows that count are
+    those of `scored` (`bool [N]`, None for all) whose class has another group to be learned from; without any,
+    the penalty is `UNMEASURED`. The scores become logits by the temperature with the least log-loss on left-out
+    scores, or as they are. threshold, reject: see `_training.finish`. seed, device: unused. Raises `HeadError`.
     """
     started = time.perf_counter()
     grid = np.unique(np.asarray(penalties, np.float64))
@@ -47,42 +51,53 @@ def fit(
         raise HeadError(f"penalties are positive numbers, not {list(penalties)}")
     with single_thread():
         task = _training.check(X, y, class_names)
-        info: dict[str, Any] = {"notes": list(task.notes)}
+        able, notes = _training.measurable(task.y, groups)
+        counted = _training.counted(able, scored)
+        info: dict[str, Any] = {"notes": [*task.notes, *notes]}
         design = Design(task, np.full(task.X.shape[0], -1))
         targets = (2 * task.one_hot() - 1)[design.order]
         together = None if groups is None else np.asarray(groups)[design.order]
         coefficients, centre = shared_product(design, targets)
-        errors: dict[int, float] = {}
-        level, best = list(range(0, len(grid), 4)), 0
-        for stride in (2, 1, 0):  # every fourth penalty, then half-way around the best, twice
-            level = [i for i in level if 0 <= i < len(grid) and i not in errors]
-            if level:
-                found = leave_out(design, targets, grid[level] * design.count, coefficients, centre, together)
-                errors |= dict(zip(level, found.tolist(), strict=True))
-            best = min(errors, key=lambda i: (errors[i], i))
-            level = [best - stride, best + stride]
-        scores = _left_out_scores(design, targets, grid[best] * design.count, coefficients, centre, together)
+        measured, best, scores = counted[design.order], 0, None
+        if measured.any():
+            errors: dict[int, float] = {}
+            level = list(range(0, len(grid), 4))
+            for stride in (2, 1, 0):  # every fourth penalty, then half-way around the best, twice
+                level = [i for i in level if 0 <= i < len(grid) and i not in errors]
+                if level:
+                    tried = grid[level] * design.count
+                    found = leave_out(design, targets, tried, coefficients, centre, together, measured)
+                    errors |= dict(zip(level, found.tolist(), strict=True))
+                best = min(errors, key=lambda i: (errors[i], i))
+                level = [best - stride, best + stride]
+            every = _left_out_scores(design, targets, grid[best] * design.count, coefficients, centre, together)
+            place = np.empty(design.count, np.int64)
+            place[design.order] = np.arange(design.count)
+            scores = every[place][counted]
+            info["leave_one_out"] = {
+                "penalties": [float(grid[i]) for i in sorted(errors)],
+                "mean_squared_error": [errors[i] for i in sorted(errors)],
+            }
+            if len(grid) > 1 and best in (0, len(grid) - 1):
+                info["notes"].append(f"the best penalty, {grid[best]:g}, is at the end of the grid")
+        else:
+            if len(grid) > 1:
+                grid = np.array([UNMEASURED])
+                info["notes"].append(f"penalty {UNMEASURED:g} was taken without measuring")
+            info["notes"].append("probabilities are not calibrated: no image could be left out")
         A = np.concatenate([coefficients / (design.eigenvalues + grid[best] * design.count), centre[:, None]], 1)
         weight, bias = design.affine(A)
-        place = np.empty(design.count, np.int64)
-        place[design.order] = np.arange(design.count)
         head = _training.finish(
             task.head(weight, bias),
             task,
             info,
-            scores[place],
-            np.arange(design.count),
+            scores,
+            np.flatnonzero(counted),
             measured_on="training rows, each left out once",
-            calibrate=True,
+            calibrate=scores is not None,
             threshold=threshold,
             reject=reject,
         )
-    if len(grid) > 1 and best in (0, len(grid) - 1):
-        info["notes"].append(f"the best penalty, {grid[best]:g}, is at the end of the grid")
-    info["leave_one_out"] = {
-        "penalties": [float(grid[i]) for i in sorted(errors)],
-        "mean_squared_error": [errors[i] for i in sorted(errors)],
-    }
     info |= {"penalty": float(grid[best]), "seconds": time.perf_counter() - started}
     return Fitted(head, info)
 
@@ -116,10 +131,11 @@ def leave_out(
     coefficients: np.ndarray,
     centre: np.ndarray,
     groups: np.ndarray | None = None,
+    counted: np.ndarray | None = None,
 ) -> np.ndarray:
     """Mean squared left-out errors `float64 [S]` of every penalty, by `shared_product`'s answer.
 
-    targets `[N, C]` and groups `int [N]` in `design`'s order.
+    targets `[N, C]`, groups `int [N]` and the rows that count, `bool [N]`, in `design`'s order.
     """
     dtype = _precision(design)
     T = (targets - centre).astype(dtype)
@@ -129,6 +145,8 @@ def leave_out(
     shrunk = inverse.astype(dtype)
     solve = (coefficients.T[:, None, :] * inverse[:, :, None]).reshape(size, S * C).astype(dtype)
     alone, blocks = _shared_groups(groups, design.count, size)
+    counted = np.ones(design.count, bool) if counted is None else counted
+    alone &= counted
 
     def left_out(rows: slice, into: np.ndarray) -> None:
         Q = design.rotated(rows, dtype)
@@ -144,8 +162,8 @@ def leave_out(
         Q = design.rotated(members.ravel(), np.float64).reshape(*members.shape, size)
         for s, penalty in enumerate(penalties):
             residual = _without(Q, T[members], coefficients, design.eigenvalues + penalty, design.count)
-            errors[s] += (residual**2).sum()
-    return errors / targets.size
+            errors[s] += (residual[counted[members]] ** 2).sum()
+    return errors / (counted.sum() * C)
 
 
 def _left_out_scores(

@@ -45,8 +45,8 @@ def held_out(
 
     name: of the head. views: `[N, D]` each; a head learns from all views of its images. fold: `int [N]`, in
     which an image is held out. Returns what it says of the first view of the others, and of the mean over
-    their views. Everything a head chooses, it chooses inside its own training images. A class that these
-    lack gets a logit below all others.
+    their views. Everything a head chooses, it chooses inside its own training images, by what it says of
+    their first view. A class that these lack gets a logit below all others.
     """
     fitter = heads.module(name)
     logits = np.full((2, len(y), len(class_names)), np.nan)
@@ -56,7 +56,8 @@ def held_out(
         X = np.concatenate([view[train] for view in views]) if len(views) > 1 else views[0][train]
         targets = np.tile(y[train], (len(views),) + (1,) * (y.ndim - 1))
         group = np.tile(train if groups is None else groups[train], len(views))
-        fitted = fitter.fit(X, targets, list(class_names), groups=group, seed=seed, device=device, **settings)
+        scored = heads.scoring(name, np.arange(len(X)) < len(train))
+        fitted = fitter.fit(X, targets, list(class_names), groups=group, seed=seed, device=device, **scored, **settings)
         head = fitted.head
         for i, said in enumerate((head(views[0][test]), average(head, [view[test] for view in views]))):
             rows = np.full((len(test), len(class_names)), np.log(metrics.SMALLEST) + said.min())
@@ -73,22 +74,22 @@ def measure_gain(
     *,
     groups: np.ndarray | None = None,
     seed: int = 0,
-    folds: int = 5,
+    outer_folds: int = 5,
     **settings: Any,
 ) -> dict[str, Any]:
     """Whether learning from views beats the centre crop alone, on held-out training images; JSON values.
 
     views: features of the training images, `[N, D]` each, the centre crop first, then the augmented views,
-    `augmented` of them. The same folds for all: `center` learns from the first view, `views` from all, both
-    are measured on the centre crops of held-out images, `averaged` on the mean over their views. Each has
-    `accuracy` and `log_loss`; `views_gain` and `averaged_gain` are differences to `center` (accuracy up,
-    log-loss down is better) with 95 % intervals of 2,000 paired resamples of the images. `better` is
-    `center`, `views` or `averaged`: the least log-loss. Raises `HeadError` where there are too few images to
-    hold any out.
+    `augmented` of them. settings: the head's own, its `folds` among them. The same `outer_folds` for all:
+    `center` learns from the first view, `views` from all, both are measured on the centre crops of held-out
+    images, `averaged` on the mean over their views. Each has `accuracy` and `log_loss`; `views_gain` and
+    `averaged_gain` are differences to `center` (accuracy up, log-loss down is better) with 95 % intervals of
+    2,000 paired resamples of the images. `better` is `center`, `views` or `averaged`: the least log-loss.
+    Raises `HeadError` where there are too few images to hold any out.
     """
     if len(views) < 2:
         raise HeadError("there is no augmented view; extract with --views 1 or more")
-    fold, notes = make_folds(np.asarray(y), folds, groups=groups, seed=seed)
+    fold, notes = make_folds(np.asarray(y), outer_folds, groups=groups, seed=seed)
     held = np.flatnonzero(fold >= 0)
     if not len(held):
         raise HeadError("there are too few training images to measure what views bring")

@@ -12,11 +12,9 @@ from featx.backbones import BackboneInfo
 from featx.errors import ExportError
 from featx.features import FeatureSpec
 from featx.files import write_atomic
-from featx.runs import Run, open_run
+from featx.runs import CARD, CARD_MARK, Run, open_run
 from featx.sources import printable
 
-NAME = "README.md"
-MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
 CLASSES = 30
 """Named one by one, at most; report.json has all."""
 # Identifiers that the Hugging Face Hub takes as a license; anything else is called `other` there.
@@ -34,6 +32,7 @@ FILES = {
     "head.safetensors": "the head: weight `[C, D]`, bias `[C]`, class names",
     "model.safetensors": "the fine-tuned network",
     "config.json": "what was asked for; it names folders of the computer that the run was made on",
+    "trained-on.npy": "which images it has learned from: 8 bytes of each one's SHA-256",
     "report.json": "the evaluation in full",
     "report.html": "the same as a page; it shows some of the photographs",
     "plots": "its figures, photographs among them",
@@ -52,7 +51,8 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
 class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg"))
+image = image.convert("RGB")  # would clip 16-bit grey: scale such an image to 8 bits first
 (probabilities,) = session.run(["probabilities"], {"images": np.asarray(image)[None]})
 print(class_names[probabilities[0].argmax()], probabilities[0].max())
 ```"""
@@ -61,7 +61,7 @@ print(class_names[probabilities[0].argmax()], probabilities[0].max())
 def card(run: str | Path) -> str:
     """The model card of a finished run: YAML for a hub, then Markdown for people. It names no place on this machine."""
     opened = open_run(run)
-    return f"---\n{_yaml(_front_matter(opened))}---\n\n{MARK}\n\n{_body(opened)}"
+    return f"---\n{_yaml(_front_matter(opened))}---\n\n{CARD_MARK}\n\n{_body(opened)}"
 
 
 def write(run: str | Path) -> bool:
@@ -69,9 +69,9 @@ def write(run: str | Path) -> bool:
 
     Raises `ExportError` where the folder cannot be written.
     """
-    path = Path(run) / NAME
+    path = Path(run) / CARD
     try:
-        if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return False
         write_atomic(path, card(run).encode())
     except OSError as error:

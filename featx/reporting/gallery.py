@@ -13,6 +13,7 @@ from PIL import Image
 
 from featx.errors import FeatxError
 from featx.features import Features, FeatureSpec, content_key
+from featx.heads import MULTILABEL
 from featx.preprocess import Preprocess, decode
 from featx.reporting import page, plots
 from featx.runs import Run
@@ -185,7 +186,7 @@ def predictions(material: Material) -> tuple[str, Figure | None]:
 
 def _answer(probabilities: np.ndarray, names: tuple[str, ...], several: bool) -> tuple[str, str]:
     if several:
-        said = np.flatnonzero(probabilities >= 0.5)
+        said = np.flatnonzero(probabilities >= MULTILABEL)
         return ", ".join(names[i] for i in said) or "none", ""
     best = int(probabilities.argmax())
     return names[best], f"{probabilities[best]:.0%}"

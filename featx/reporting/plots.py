@@ -98,12 +98,13 @@ def svg(figure: Figure, name: str, description: str) -> str:
     figure.set_layout_engine("none")  # it stays where it is; a layout takes longer than drawing
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # matplotlib escapes quotes in attributes, so that these find attributes of its own only
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    for colour, variable in THEME.items():
-        text = re.sub(rf"(fill|stroke): {colour}", rf"\1: {variable}", text)
+
+    def in_page(tag: re.Match[str]) -> str:
+        own = re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}-", tag[0])
+        return re.sub(r"(fill|stroke): (#\w+)", lambda m: f"{m[1]}: {THEME.get(m[2], m[2])}", own)
+
+    # in tags alone: a class may be called `id="x"`, and in text matplotlib escapes angle brackets, not quotes
+    text = re.sub(r"<[^>]*>", in_page, text)
     label = html.escape(description, quote=True)
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).strip()
 
@@ -315,6 +316,7 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
         axes.set(xscale="log", xlabel=label)
         axes.xaxis.set_major_formatter(_plain_numbers())
         axes.xaxis.set_minor_formatter(_plain_numbers(few=True))
+        _mark_values(axes, sorted(points[i][key] for i in there))
         axes.margins(x=0.15)
     grid[0].set_ylabel("accuracy")
     for number, kind in enumerate(kinds):
@@ -376,6 +378,17 @@ def _whole_numbers(most: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(most, integer=True)
+
+
+def _mark_values(axes: Any, values: Sequence[float]) -> None:
+    """Where a logarithmic axis spans less than a decade, which may hold no power of ten: ticks at the values."""
+    if values and values[-1] < 10 * values[0]:
+        kept = [values[0]]
+        for value in values:
+            if value > 1.2 * kept[-1]:  # nearer ones would write over each other
+                kept.append(value)
+        axes.set_xticks(kept, [f"{v:,.3g}" if v < 1000 else f"{v:,.0f}" for v in kept])
+        axes.minorticks_off()
 
 
 def _plain_numbers(few: bool = False) -> Any:

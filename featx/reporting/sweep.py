@@ -22,7 +22,7 @@ from featx.engines import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
 from featx.extraction import Extraction, sync
 from featx.features import Features, groups
-from featx.files import to_json, write_atomic
+from featx.files import to_json, write_array, write_atomic
 from featx.fitting import fit
 from featx.heads import _training, check_settings
 from featx.reporting import augmentation, comparison
@@ -31,6 +31,7 @@ from featx.sources import Source, open_source
 
 FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
+HELD_OUT = "held-out-by-key.npy"
 CRITERIA = ("accuracy", "log_loss")
 
 
@@ -238,24 +239,28 @@ def _held_out(
     settings: dict[str, Any],
     common: dict[str, Any],
 ) -> np.ndarray | None:
-    """`right` and log-loss of held-out training images, `float64 [2, N]`, kept in the run; None without folds."""
-    file = run.path / "held-out.npy"
+    """`right` and log-loss of held-out training images, `float64 [2, N]`, kept in the run; None without folds.
+
+    The images and their order, by content key, are the same for every point on one data set.
+    """
+    file = run.path / HELD_OUT
     try:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError):
         pass
     rows = np.flatnonzero(features.splits == "train")
-    y = features.y[rows]
+    rows = rows[np.lexsort(features.keys[rows].T[::-1])]
+    y, group = features.y[rows], groups(features.keys[rows])
+    fold, _ = _training.folds(y, FOLDS, groups=group, seed=common["seed"])
+    measured = np.flatnonzero(fold >= 0)
+    if not len(measured):
+        return None
     if head == "pretrained" and y.ndim == 1:  # it learned from no image here: all are held out
         answers = run.head
-        logits = answers(features.X[rows])
-        column = np.array([answers.class_names.index(c) for c in features.class_names])
-        right = np.array([logits.argmax(axis=1) == column[y], metrics.losses(logits, column[y])])
+        logits = answers(features.X[rows[measured]])
+        column = np.array([answers.class_names.index(c) for c in features.class_names])[y[measured]]
+        right = np.array([logits.argmax(axis=1) == column, metrics.losses(logits, column)])
     else:
-        group = groups(features.keys[rows])
-        fold, _ = _training.folds(y, FOLDS, groups=group, seed=common["seed"])
-        if (fold < 0).all():
-            return None
         views = [features.X, *(extraction.features(k).X for k in range(1, len(extraction.stores)))]
         logits, _ = augmentation.held_out(
             head,
@@ -268,11 +273,8 @@ def _held_out(
             device=common["device"],
             **settings,
         )
-        measured = np.flatnonzero(fold >= 0)
         right = np.array(augmentation.scores(logits[measured], y[measured]))
-    buffer = io.BytesIO()
-    np.save(buffer, right)
-    write_atomic(file, buffer.getvalue())
+    write_array(file, right)
     return right
 
 

@@ -98,6 +98,9 @@ def open_session(path: Path | bytes, *, providers: list[str] | None = None, thre
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if isinstance(path, Path) and not path.is_file():
+        inside = path / "model.onnx"
+        if inside.is_file():
+            raise ExportError(f"{path} is a folder; its model is {inside}")
         raise ExportError(f"there is no file {path}; `featx export RUN` writes one")
     what = path if isinstance(path, Path) else "the file"
     try:

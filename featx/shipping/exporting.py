@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from featx import __version__
 from featx.backbones import BackboneInfo
@@ -15,7 +19,7 @@ from featx.devices import memory_for_features
 from featx.engines import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.extraction import Extraction, sync
-from featx.features import FeatureSpec
+from featx.features import FeatureSpec, short_keys
 from featx.files import write_atomic
 from featx.heads import Head
 from featx.reporting import card
@@ -52,15 +56,18 @@ def export(
     probabilities, logits, features and, where the head has a threshold, accepted; by default all.
     images: how many the gate looks at, at most, of `split` (`val`, `test` or `train`), those with the
     smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
-    tolerance: on probabilities through the file's resize, in [0, 1].
+    tolerance: on probabilities through the file's resize, in [0, 1]; above 0.03 on features too.
 
+    Where the data are not what the run was fitted on, images, labels and splits, the file is held to torch on
+    them all the same; an accuracy is stated if the head has learned from none of these images.
     While this backbone is the one that was verified on these images, only the head is run, without torch.
-    Raises `ParityError` where the file misses a limit; what lay at `output` before is then untouched.
+    Raises `ParityError` where the file misses a limit; what lay at `output` before is then untouched. Anything
+    there but a file that featx exported is an `ExportError`.
     """
     opened = open_run(run)
     head = opened.head
     outputs = outputs or default_outputs(head, input)
-    path = Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx")
+    path = free_path(Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx"))
     backbone = None
     if input != "features":
         backbone = load(backbone_path(opened))
@@ -71,15 +78,16 @@ def export(
     found, rows = _measure(opened, model, parts, chosen, list(head.class_names), tolerance, trust=True)
     if not found.passed:
         raise ParityError(
-            f"the file does not answer as the classifier does, on {found.images} {split} images: "
+            f"the file does not answer as the classifier does, on {found.images} images: "
             f"{found.failures()}. {_named(found)}Nothing was written. {_advice(found)}"
         )
     if rows is not None and found.method == "file":
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the next export a full gate
             parity.save_rows(parity.verified_path(_cache(opened), chosen, parts), chosen, rows)
     short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")}
-    short |= {"split": split, **{check.name.replace(" ", "_"): check.value for check in found.checks[1:]}}
-    put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | {"split": split})
+    known = {"split": chosen.split}
+    short |= known | {check.name.replace(" ", "_"): check.value for check in found.checks[1:]}
+    put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | known)
     if path == opened.path / DEFAULT["pixels"]:
         card.write(opened.path)
     return found
@@ -151,6 +159,35 @@ def load(path: Path, *, external: bool = False) -> ModelProto:
     return model
 
 
+def free_path(path: Path) -> Path:
+    """The path, if a file may be written there, with its record beside it: in no one's place but featx's own."""
+    for file, ours, what in ((path, _is_export, "an export"), (_beside(path), _is_record, "the record of one")):
+        if os.path.exists(file) and not (file.is_file() and ours(file)):
+            raise ExportError(
+                f"{file} exists and is not {what} by featx, so it is not replaced; "
+                "give another --output, or move it away"
+            )
+    return path
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        return any(entry.key == "featx_format" for entry in load(path, external=True).metadata_props)
+    except ExportError:
+        return False
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        return {"passed", "file", "sha256"} <= set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
+
+
 def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str, Any]) -> None:
     """Write the file and its `parity.json`, each whole or not at all."""
     from onnx import helper
@@ -160,13 +197,12 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
     )
     data = model.SerializeToString(deterministic=True)
     record = found | {"file": path.name, "bytes": len(data), "parts": entries["parts"], "versions": entries["versions"]}
-    beside = path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
     try:
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
             write_atomic(path, data)
         record["sha256"] = digest.result()
-        write_atomic(beside, json.dumps(record, indent=2).encode() + b"\n")
+        write_atomic(_beside(path), json.dumps(record, indent=2).encode() + b"\n")
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror or error}); what lay there is untouched"
@@ -291,6 +327,10 @@ def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str
 
 
 def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None) -> Images:
+    """Up to `limit` images to hold a file to; of data that are not what the run was fitted on, they are no split of it.
+
+    Without its validation images, for one, a folder's training images are split anew.
+    """
     if limit < 1:
         raise ExportError(f"the gate needs at least one image, not {limit}")
     config = run.config
@@ -308,7 +348,11 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
             f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "
             "(its weights or preprocessing changed); fit again"
         )
-    return parity.choose(extraction, features, split, limit)
+    chosen = parity.choose(extraction, features, split, limit)
+    if features.digest == config["data_digest"]:
+        return chosen
+    seen = run.trained_on
+    return replace(chosen, split=None, unseen=len(seen) > 0 and not np.isin(short_keys(chosen.keys), seen).any())
 
 
 def backbone_path(run: Run) -> Path:

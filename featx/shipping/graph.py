@@ -194,6 +194,8 @@ def _backbone_part(model: ModelProto) -> tuple[list[NodeProto], list[TensorProto
     """The nodes and weights of a backbone's file, renamed; changes `model` in place (it may be large)."""
     from onnx import compose
 
+    from featx.engines.onnx import strip
+
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     if opsets.get("", 0) < OPSET:
         raise ExportError(f"the backbone is in operator set {opsets.get('')}; {OPSET} or later is needed")
@@ -207,18 +209,6 @@ def _backbone_part(model: ModelProto) -> tuple[list[NodeProto], list[TensorProto
         node.name = node.name or str(number)
     compose.add_prefix_graph(model.graph, "backbone/", inplace=True)
     return list(model.graph.node), list(model.graph.initializer), opsets
-
-
-def strip(model: ModelProto) -> None:
-    """Remove what an exporter leaves behind: stack traces with local paths, shapes of inner values."""
-    del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
-    model.doc_string = model.graph.doc_string = ""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for tensor in model.graph.initializer:
-        del tensor.metadata_props[:]
-        tensor.doc_string = ""
 
 
 def _model(
@@ -289,13 +279,3 @@ def part_digests(graph: GraphProto) -> dict[str, str]:
 
 def _digest(entry: NodeProto | TensorProto | SparseTensorProto) -> bytes:
     return hashlib.sha256(entry.SerializeToString(deterministic=True)).digest()
-
-
-def head_of(model: ModelProto, class_names: list[str], activation: str, threshold: float | None) -> Head:
-    """The head inside a file that `build` made. Raises `ExportError` where there is none."""
-    from onnx import numpy_helper
-
-    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.startswith("head/")}
-    if "head/weight" not in arrays or "head/bias" not in arrays:
-        raise ExportError("the file has no head/weight and head/bias; featx did not write it")
-    return Head(arrays["head/weight"], arrays["head/bias"], tuple(class_names), activation, threshold)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import io
 import json
 import os
-import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +19,9 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
+from featx.heads import MULTILABEL
 from featx.shipping.deployed import Model
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What is an image in a folder; as for class folders. Files named one by one may be anything that decodes."""
-MAX_BYTES = 2**31
-MULTILABEL = 0.5
-"""A sigmoid head answers with every class whose probability is at least this."""
+from featx.sources import EXTENSIONS, printable, read_image
 
 Image = str | Path | bytes | np.ndarray
 
@@ -157,7 +154,7 @@ def pixels(model: Model, image: Image) -> np.ndarray:
     `uint8 [resize, resize, 3]` around the crop, which the graph's own resize leaves as it is; or
     `uint8 [3, crop, crop]` where the file takes that. Raises `ImageError`.
     """
-    data = read(image) if isinstance(image, str | Path) else image
+    data = read_image(image) if isinstance(image, str | Path) else image
     if model.input == "tensor":
         return model.preprocess(data)
     return model.preprocess.square(model.preprocess.decode(data), model.preprocess.resize)
@@ -187,7 +184,8 @@ def answer(
 def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
     """Single images out of what `predict` takes: folders are walked in order, globs filled in.
 
-    Raises `SourceError` for a folder or a glob without images.
+    In a folder, images are told by their names, as in class folders; files named one by one may be anything
+    that decodes. Raises `SourceError` for a folder or a glob without images.
     """
     if isinstance(images, str | Path | bytes | np.ndarray):
         images = [images]
@@ -196,10 +194,10 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
         if text is None:
             yield image
         elif os.path.isdir(text):
-            yield from _some(_walk(text), f"{text} has no image in it ({', '.join(EXTENSIONS)})")
+            yield from _some(_walk(text), f"{printable(text)} has no image in it ({', '.join(EXTENSIONS)})")
         elif glob.has_magic(text) and not os.path.lexists(text):
-            found = (path for path in glob.iglob(text, recursive=True) if not os.path.isdir(path))
-            yield from _some(found, f"no file matches {text}")
+            found = (path for path in sorted(glob.glob(text, recursive=True)) if not os.path.isdir(path))
+            yield from _some(found, f"no file matches {printable(text)}")
         else:
             yield text
 
@@ -214,46 +212,45 @@ def _some(paths: Iterable[str], otherwise: str) -> Iterator[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """The images in a folder and the folders in it, sorted; hidden ones and linked folders are left out."""
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """The images in a folder and the folders in it, sorted; hidden ones are left out. Each place is walked once,
+    so that links to folders cannot lead round. Raises `SourceError` for a folder that cannot be listed."""
+    places = {os.path.realpath(folder)}
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"{printable(str(error.filename))} cannot be listed ({error.strerror})") from error
+
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            place = os.path.realpath(os.path.join(here, name))
+            if place not in places and not name.startswith("."):
+                places.add(place)
+                kept.append(name)
+        folders[:] = kept
         for name in sorted(files):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 yield os.path.join(here, name)
 
 
-def read(path: str | Path) -> bytes:
-    """An image file's bytes. Raises `ImageError` where they cannot be had."""
-    try:
-        found = os.stat(path)  # before opening: a pipe would wait for ever
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError("is not a file")
-        if found.st_size > MAX_BYTES:
-            raise ImageError(f"has {found.st_size:,} bytes, more than the {MAX_BYTES:,} of an image")
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise ImageError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
 def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:
-    """`--csv`: a header, then a line an image, RFC 4180 but for the line end."""
-    import csv
-    import io
+    """`--csv`: a header, then a record an image, RFC 4180 but for the line end; every record is as long as the header.
 
+    top_k: as for `predict`, and at most the model's number of classes, or columns stay empty.
+    """
     names = ["image", "label", "probability", "accepted", "error"]
     names += [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
 
     def line(values: list[Any]) -> str:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="").writerow(values)
-        return buffer.getvalue()
+        csv.writer(buffer, lineterminator="\r\n").writerow(values)  # quotes what holds a character of its line end
+        return buffer.getvalue().removesuffix("\r\n")
 
     yield line(names)
     for p in predictions:
         accepted = "" if p.accepted is None else str(p.accepted).lower()
-        others = [value for pair in p.top[1:] for value in pair]
-        yield line([p.id, p.label, p.probability, accepted, p.error, *others])
+        others = [value for pair in p.top[1:top_k] for value in pair]
+        values = [p.id, p.label, p.probability, accepted, p.error, *others]
+        yield line(values + [None] * (len(names) - len(values)))
 
 
 def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
@@ -266,7 +263,7 @@ def table_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
     """For people: the image, then the classes with their probabilities, best first."""
     for p in predictions:
         if p.error is not None:
-            yield f"{p.id}  {p.error}"
+            yield f"{printable(p.id)}  {printable(p.error)}"
             continue
-        answer = "  ".join(f"{name} {probability:.3f}" for name, probability in p.top)
-        yield f"{p.id}  {answer}{'  (rejected)' if p.accepted is False else ''}"
+        answer = "  ".join(f"{printable(name)} {probability:.3f}" for name, probability in p.top)
+        yield f"{printable(p.id)}  {answer}{'  (rejected)' if p.accepted is False else ''}"

@@ -20,7 +20,16 @@ from featx.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import open_session
-from featx.shipping.exporting import DEFAULT, backbone_path, default_outputs, gate_images, load, metadata, put
+from featx.shipping.exporting import (
+    DEFAULT,
+    backbone_path,
+    default_outputs,
+    free_path,
+    gate_images,
+    load,
+    metadata,
+    put,
+)
 from featx.shipping.parity import Images
 
 if TYPE_CHECKING:
@@ -99,6 +108,15 @@ def export_reduced(
         raise ExportError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
     if input == "features":
         raise ExportError("a head alone stays in float: there is no backbone to make smaller")
+    name = DEFAULT[input].replace(".onnx", f"-{precision}.onnx")
+    path = free_path(Path(output) if output else opened.path / name)
+    held = gate_images(opened, images, split, data)
+    if held.split is None and not held.unseen and data is None:
+        raise ExportError(
+            f"the images or labels of {opened.config['data']} have changed since {opened.path} was fitted, and what "
+            f"{precision} loses is counted in right answers on images that the head has not seen; "
+            "give --data FOLDER of such images, or fit again"
+        )
     head, source = opened.head, backbone_path(opened)
     outputs = outputs or default_outputs(head, input)
     preprocess = FeatureSpec.from_dict(opened.config["spec"]).preprocess
@@ -110,7 +128,7 @@ def export_reduced(
     found = measure(
         model,
         graph.build(load(source), head, preprocess, input=input, outputs=outputs),
-        gate_images(opened, images, split, data),
+        held,
         preprocess,
         list(head.class_names),
         precision=precision,
@@ -119,11 +137,10 @@ def export_reduced(
         providers=providers,
     )
     require(found)
-    name = DEFAULT[input].replace(".onnx", f"-{precision}.onnx")
-    record = found.to_dict() | {"split": split}
+    record = found.to_dict() | {"split": held.split}
     parts = graph.part_digests(model.graph)
     entries = metadata(opened, head, input, outputs, parts, record, precision)
-    put(model, Path(output) if output else opened.path / name, entries, record)
+    put(model, path, entries, record)
     return found
 
 

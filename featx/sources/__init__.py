@@ -7,11 +7,15 @@ import stat
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from featx.errors import ImageError, SourceError, near
 
+if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
+    import numpy as np
+
+# What is an image in a folder: the names that torchvision.datasets.ImageFolder takes, in any case.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # more than any image within `preprocess.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
 MAX_BYTES = 2**31
 # what people call their splits, as a folder or in a manifest's `split` column, in any case
@@ -65,23 +69,29 @@ class Source:
 
     def read(self, i: int) -> bytes:
         """The bytes of image `i`. Raises `ImageError`, which leaves naming the image to the caller."""
-        path = os.path.join(self.root, self.ids[i])
-        try:
-            # looked at before it is opened: opening a pipe would wait for ever
-            found = os.stat(path)
-            if not stat.S_ISREG(found.st_mode):
-                kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
-                raise ImageError(f"a {kind}, not a file")
-            if found.st_size > MAX_BYTES:
-                raise ImageError(f"{found.st_size:,} bytes are more than the {MAX_BYTES:,} of an image")
-            with open(path, "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            raise ImageError("a link to nothing" if os.path.islink(path) else "the file is not there") from None
-        except PermissionError:
-            raise ImageError("the file may not be read by this user; try `chmod +r`") from None
-        except OSError as error:
-            raise ImageError(f"the file cannot be read ({error.strerror or error})") from error
+        return read_image(os.path.join(self.root, self.ids[i]))
+
+
+def read_image(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises `ImageError`, which leaves naming the image to the caller."""
+    try:
+        # looked at before it is opened: opening a pipe would wait for ever
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
+            raise ImageError(f"a {kind}, not a file")
+        if found.st_size > MAX_BYTES:
+            raise ImageError(f"{found.st_size:,} bytes are more than the {MAX_BYTES:,} of an image")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError("a link to nothing" if os.path.islink(path) else "the file is not there") from None
+    except PermissionError:
+        raise ImageError("the file may not be read by this user; try `chmod +r`") from None
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ImageError(f"the file cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def open_source(uri: str | Path) -> Source:

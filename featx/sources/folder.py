@@ -11,10 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from featx.errors import SourceError
-from featx.sources import NO_STAT, SPLITS, Source, printable, some, stat_row
-
-# those of torchvision.datasets.ImageFolder, in any case
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from featx.sources import EXTENSIONS, NO_STAT, SPLITS, Source, printable, some, stat_row
 
 
 @dataclass

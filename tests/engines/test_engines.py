@@ -207,6 +207,8 @@ def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
             engine = open_engine(request, small, cache=tmp_path, device="cpu")
         assert engine.name == "torch-cpu"
     assert calls == [1, 1]  # one exporter, then the other
+    with pytest.raises(FeatxError, match=r"cannot be exported .*come from the engine onnxruntime"):
+        open_engine(request, small, cache=tmp_path, device="cpu", engine="onnxruntime")
     pixels = noise(3, small.preprocess.crop)
     with torch.inference_mode():
         reference = load_backbone(request).module(torch.from_numpy(pixels)).numpy()
@@ -314,8 +316,10 @@ def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu_in_silence(
     with pytest.raises(FeatxError, match="no CUDA GPU"):
         open_engine(REQUEST, info, cache=session_cache(), device="cuda")
     monkeypatch.setattr(devices, "has_cuda", lambda: False)
-    with pytest.warns(RuntimeWarning, match="torch-cuda cannot run here; onnxruntime does"):
+    with pytest.raises(FeatxError, match=r"engine torch-cuda, and here onnxruntime would run.*use a GPU"):
         open_engine(REQUEST, info, cache=session_cache(), engine="torch-cuda")
+    with pytest.raises(FeatxError, match=r"engine onnxruntime, and here torch-cpu would run.*--device cpu"):
+        open_engine(REQUEST, info, cache=session_cache(), engine="onnxruntime", precision="bf16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_engine(REQUEST, info, cache=session_cache()).name == "onnxruntime"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featx.errors import FeatxError
-from featx.heads import _training, linear, logreg
+from featx.heads import _training, linear, logreg, settings_of
 
 
 def clouds(rows: int = 240, classes: int = 3) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -54,6 +54,31 @@ def test_the_tutorials_recipe_is_torchs_own_loop() -> None:
         schedule.step()
     assert head.weight == pytest.approx(layer.weight.detach().numpy(), abs=1e-4)
     assert head.bias == pytest.approx(layer.bias.detach().numpy(), abs=1e-4)
+
+
+def test_what_is_given_beside_a_recipe_wins_even_where_it_is_the_usual() -> None:
+    X, y, names = clouds(40)
+    plain = linear.fit(X, y, names, recipe="tutorial")
+    assert len(plain.info["training_loss"]) == 25 and plain.info["lr"] == 0.001
+    assert len(linear.fit(X, y, names, recipe="tutorial", epochs=60).info["training_loss"]) == 60
+    for setting in ({"schedule": "cosine"}, {"batch_size": 64}, {"standardise": True}):
+        assert (linear.fit(X, y, names, recipe="tutorial", **setting).head.weight != plain.head.weight).any()
+    usual = linear.fit(X, y, names, weight_decay=0.1)
+    stated = linear.fit(X, y, names, epochs=60, batch_size=64, schedule="cosine", standardise=True, weight_decay=0.1)
+    assert (usual.head.weight == stated.head.weight).all()
+
+
+def test_the_defaults_that_are_listed_are_the_ones_that_hold() -> None:
+    listed = {name: parameter.default for name, parameter in settings_of("linear").items()}
+    assert (listed["epochs"], listed["batch_size"], listed["schedule"]) == (60, 64, "cosine")
+    assert listed["standardise"] is True and listed["lr"] is None and listed["folds"] == 5
+
+
+def test_constant_columns_get_no_weight_on_unscaled_features_either() -> None:
+    X, y, names = clouds(40)
+    X[:, 3], X[:, 7] = 0.0, 5.5
+    weight = linear.fit(X, y, names, recipe="tutorial").head.weight
+    assert (weight[:, [3, 7]] == 0).all() and (np.delete(weight, [3, 7], axis=1) != 0).all()
 
 
 def test_the_training_loss_falls_epoch_by_epoch() -> None:

@@ -323,3 +323,14 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     X, y, names = clouds(60, 5, 2)
     with pytest.raises(FeatxError, match="device is auto, cpu, cuda or cuda:N, not 'gpu'"):
         logreg.fit(X, y, names, device="gpu")
+
+
+def test_a_single_class_that_may_apply_or_not_is_scikit_learns() -> None:
+    rng = np.random.default_rng(5)
+    X = rng.normal(size=(60, 6)).astype(np.float32)
+    y = (X[:, 0] + 0.5 * rng.normal(size=60) > 0).astype(np.int64)
+    head = logreg.fit(X, y[:, None], ["defect"], strengths=(0.3,)).head
+    assert head.activation == "sigmoid" and head.weight.shape == (1, 6)
+    peer = LogisticRegression(C=0.3, tol=1e-8).fit((X - X.mean(axis=0)) / X.std(axis=0), y)
+    wanted = peer.decision_function((X - X.mean(axis=0)) / X.std(axis=0))
+    np.testing.assert_allclose(head(X)[:, 0], wanted, atol=2e-3)

@@ -19,7 +19,8 @@ def clouds(rows: int, size: int, classes: int = 3, seed: int = 0) -> tuple[np.nd
 
 @pytest.mark.parametrize(("rows", "size"), [(60, 10), (40, 70)])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: bool) -> None:
+@pytest.mark.parametrize("some", [False, True])
+def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: bool, some: bool) -> None:
     X, y, names = clouds(rows, size)
     groups = np.arange(rows) // 2 if grouped else np.arange(rows)
     groups[-3:] = groups[-3]
@@ -29,15 +30,19 @@ def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: 
     penalties = np.array([0.5, 20.0, 400.0])
     T_sorted = T[design.order]
     shared = ridge.shared_product(design, T_sorted)
-    errors = ridge.leave_out(design, T_sorted, penalties, *shared, groups[design.order] if grouped else None)
+    counted = np.arange(rows) % 3 > 0 if some else np.ones(rows, bool)
+    together = groups[design.order] if grouped else None
+    errors = ridge.leave_out(design, T_sorted, penalties, *shared, together, counted[design.order])
     Z = task.standard().astype(np.float64)
     for penalty, error in zip(penalties, errors, strict=True):
         total = 0.0
         for group in np.unique(groups) if grouped else range(rows):
             out = groups == group if grouped else np.arange(rows) == group
             model = Ridge(alpha=penalty).fit(Z[~out], T[~out])
-            total += ((model.predict(Z[out]) - T[out]) ** 2).sum()
-        assert error == pytest.approx(total / T.size, rel=1e-4)
+            out &= counted
+            if out.any():
+                total += ((model.predict(Z[out]) - T[out]) ** 2).sum()
+        assert error == pytest.approx(total / T[counted].size, rel=1e-4)
 
 
 def test_single_precision_and_blocks_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +84,16 @@ def test_several_labels_are_told_by_sign() -> None:
     fitted = ridge.fit(X, targets, ["odd", "high"])
     assert fitted.head.activation == "sigmoid"
     assert ((fitted.head(X) > 0) == targets).mean() > 0.9
+
+
+def test_classes_of_one_group_each_are_fitted_without_measuring() -> None:
+    X, y, names = clouds(60, 10)
+    fitted = ridge.fit(X, y, names, groups=y)
+    assert fitted.info["penalty"] == ridge.UNMEASURED
+    assert not {"leave_one_out", "calibration"} & set(fitted.info)
+    notes = " ".join(fitted.info["notes"])
+    assert "penalty 0.5 was taken without measuring" in notes and "not calibrated" in notes
+    assert (fitted.head(X) == ridge.fit(X, y, names, groups=y, penalties=[0.5]).head(X)).all()
 
 
 def test_an_impossible_penalty_is_named() -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from featx.errors import ImageError, SourceError
-from featx.sources import Source, open_source
-from featx.sources.folder import EXTENSIONS
+from featx.sources import EXTENSIONS, Source, open_source
 
 
 def touch(root: Path, *names: str) -> Path:

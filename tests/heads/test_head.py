@@ -1,0 +1,74 @@
+"""The head's file: written whole or not at all, and every other file is refused in one way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from featx.errors import HeadError
+from featx.heads import Head
+
+HEAD = Head(np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(2, np.float32), ("a", "ü"), "sigmoid", 0.25)
+METADATA = {"class_names": '["a", "b"]', "activation": "softmax", "threshold": "null"}
+
+
+def test_a_head_is_read_as_it_was_written(tmp_path: Path) -> None:
+    HEAD.save(tmp_path / "head.safetensors")
+    read = Head.load(tmp_path / "head.safetensors")
+    assert (read.weight == HEAD.weight).all() and (read.bias == HEAD.bias).all()
+    assert (read.class_names, read.activation, read.threshold) == (("a", "ü"), "sigmoid", 0.25)
+    assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
+
+
+def test_a_write_that_fails_leaves_the_old_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "head.safetensors"
+    HEAD.save(path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("featx.files.os.write", full)
+    with pytest.raises(OSError, match="no space left"):
+        Head(HEAD.weight + 1, HEAD.bias, HEAD.class_names).save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_file_cut_short_is_refused(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "head.safetensors"
+    HEAD.save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(HeadError, match=r"head\.safetensors holds no head that featx wrote"):
+        Head.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"class_names": '["a", '},
+        {"class_names": "5"},
+        {"class_names": '["a"]'},
+        {"threshold": "half"},
+        {"activation": "tanh"},
+    ],
+)
+def test_damaged_metadata_is_refused(tmp_path: Path, damage: dict[str, str]) -> None:
+    path = tmp_path / "head.safetensors"
+    tensors = {"weight": np.ones((2, 3), np.float32), "bias": np.ones(2, np.float32)}
+    path.write_bytes(save(tensors, METADATA))
+    assert Head.load(path).class_names == ("a", "b")
+    path.write_bytes(save(tensors, METADATA | damage))
+    with pytest.raises(HeadError, match=r"head\.safetensors holds no head that featx wrote"):
+        Head.load(path)
+
+
+def test_tensors_that_are_no_affine_map_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    for weight in (np.ones((), np.float32), np.ones((3, 3), np.float32), np.full((2, 3), np.nan, np.float32)):
+        path.write_bytes(save({"weight": weight, "bias": np.ones(2, np.float32)}, METADATA))
+        with pytest.raises(HeadError, match=r"head\.safetensors holds no head that featx wrote"):
+            Head.load(path)
