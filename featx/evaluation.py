@@ -1,4 +1,4 @@
-"""Owns `Report`: what a head's answers are worth on labelled data, every headline number with its interval."""
+"""Owns `Report`: what a head's answers are worth on labelled data, every score with its interval."""
 
 from __future__ import annotations
 
