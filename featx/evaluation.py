@@ -175,7 +175,8 @@ def evaluate(
     head = opened.head
     report = evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids)
     notes = list(report.notes)
-    seen = int(np.isin(short_keys(features.keys), opened.trained_on).sum())
+    trained_on = opened.trained_on
+    seen = 0 if trained_on is None else int(np.isin(short_keys(features.keys), trained_on).sum())
     if seen:
         notes.append(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
@@ -334,7 +335,9 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
         scores["mean_average_precision"] = _average(
             float(precisions[here].mean()), np.nanmean(drawn_precisions, axis=0), sizes
         )
-        scores["macro_f1"] = _average(float(f1(table)[here].mean()), f1(sums)[:, here].mean(axis=1), sizes)
+        positive = (sums[..., 0] + sums[..., 2])[:, here] > 0  # a label that a resample leaves out has no F1 in it
+        f1s = np.where(positive, f1(sums)[:, here], np.nan)[positive.any(axis=1)]
+        scores["macro_f1"] = _average(float(f1(table)[here].mean()), np.nanmean(f1s, axis=1), sizes)
     scores["micro_f1"] = _average(float(f1(table.sum(axis=0))), f1(sums.sum(axis=1)), truth.sum(keepdims=True))
     scores["log_loss"] = _mean(metrics.binary_losses(logits, truth).mean(axis=1))
     per_class = [

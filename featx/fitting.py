@@ -13,7 +13,7 @@ from featx import __version__, heads, runs
 from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
 from featx.cache.streaming import Stacked, StoredRows
 from featx.devices import memory_for_features
-from featx.errors import FeatxError, HeadError
+from featx.errors import HeadError
 from featx.evaluation import evaluate_logits
 from featx.extraction import Extraction, sync
 from featx.features import Features, Rows, groups, repeated, short_keys
@@ -88,7 +88,8 @@ def fit(
         check_learnable(features.split("train"))
     config = configuration(extracted, features, head, settings, seed, finetune)
     path = Path(output) if output else runs.default_path("export", config)
-    runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
+    if rank() == 0:  # of several processes that train together, the leader writes the run
+        runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
 
     begin = time.perf_counter()
     chosen = features
@@ -111,14 +112,8 @@ def fit(
         fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **centre, **settings)
     seconds = time.perf_counter() - begin
     if finetune is not None:
-        # of several processes that train together, the leader writes the run
-        run = runs.start(path, config, overwrite=overwrite) if rank() == 0 else runs.Run(path)
-        try:
-            tuned = finetuning.finetune(extracted, chosen, fitted.head if fitted else None, finetune, run, device)
-        except FeatxError:
-            if rank() == 0 and not list(path.glob("checkpoints/*")):
-                runs.clear(path)  # nothing was trained: a corrected command finds no unfinished run in its way
-            raise
+        run, first = runs.Run(path), fitted.head if fitted else None
+        tuned = finetuning.finetune(extracted, chosen, first, finetune, run, device, config=config, overwrite=overwrite)
         if rank() != 0:
             return run
         # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
@@ -134,6 +129,8 @@ def fit(
         run.write_config(config)
     assert fitted is not None
     values = measured(features, fitted, seconds)
+    if head != "pretrained":  # which learned from no image here
+        values["notes"] += repeated(features)
     if views and finetune is None and head != "pretrained":
         values |= measured_averages(extracted, features, fitted.head)
         if gain:
@@ -143,7 +140,8 @@ def fit(
     if finetune is None:
         run = runs.start(path, config, overwrite=overwrite)
     fitted.head.save(run.path / "head.safetensors")
-    write_array(run.path / "trained-on.npy", np.unique(short_keys(features.split("train").keys)))
+    learned = features.split("train" if head != "pretrained" else "none")
+    write_array(run.path / "trained-on.npy", np.unique(short_keys(learned.keys)))
     run.write("report.json", values)
     run = replace(run, features=features, source=extracted.source)
     if report:
@@ -252,7 +250,6 @@ def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, An
     values["extract"] = features.report
     if not values["count"]:
         values["notes"] = ["there are no validation images: nothing was measured on images the head has not seen"]
-    values["notes"] += repeated(features)
     return values
 
 

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
-# What featx writes into a run's folder beside its card; nothing else there is ever removed.
+# What featx writes into a run's folder beside its configuration, its exports and its card. The folders are its own.
 WRITTEN = (
-    *("report.json", "report.html", "plots", "curve.json", "held-out-by-key.npy", "trained-on.npy"),
-    *("metrics.jsonl", "checkpoints"),
-    *("head.safetensors", "model.safetensors", "*.onnx", "parity.json", "*.parity.json", "config.json"),
+    *("report.json", "report.html", "plots", "curve.json", "held-out-by-key.npy", "held-out.npy", "trained-on.npy"),
+    *("metrics.jsonl", "checkpoints", "head.safetensors", "model.safetensors"),
 )
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
@@ -48,11 +47,15 @@ class Run:
     def config(self) -> dict[str, Any]:
         """What was asked and what it resolved to. Raises `RunError` where there is none."""
         values = self._json("config.json")
-        for name, relative in values.pop("from_here", {}).items():  # a project may have moved as a whole
-            holder, key = (values["request"], name) if name == "weights" else (values, name)
-            moved = (self.path / relative).resolve()
-            if not Path(holder[key]).exists() and moved.exists():
-                holder[key] = str(moved)
+        holders = {"data": values, "cache": values, "weights": values.get("request", {})}
+        moved = {
+            name: os.path.realpath(self.path / relative)
+            for name, relative in values.pop("from_here", {}).items()
+            if not os.path.exists(holders[name][name])
+        }
+        if all(map(os.path.exists, moved.values())):  # the project has moved as a whole, and the run was not copied
+            for name, path in moved.items():
+                holders[name][name] = path
         if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
             values["request"]["weights"] = str(self.path.absolute() / "model.safetensors")
         return values
@@ -72,13 +75,13 @@ class Run:
         return Head.load(self.path / "head.safetensors")
 
     @property
-    def trained_on(self) -> np.ndarray:
-        """`uint64 [M]`: `short_keys` of the training images, sorted; none of a run that an older featx made."""
+    def trained_on(self) -> np.ndarray | None:
+        """`uint64 [M]`: `short_keys` of the training images, sorted; None where that is not known, as of older runs."""
         try:
             found: np.ndarray = np.load(self.path / "trained-on.npy", allow_pickle=False)
             return found
         except (OSError, ValueError):
-            return np.zeros(0, np.uint64)
+            return None
 
     @property
     def finished(self) -> bool:
@@ -161,32 +164,32 @@ def check(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Non
 def start(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Run:
     """Make a run's folder and write its configuration, where `check` lets it.
 
-    Of a run that is replaced, what featx wrote goes; other files in its folder stay. An unfinished one with the
-    same configuration is continued.
+    Of a run that is replaced, what featx wrote goes, `report.json` first; other files in its folder stay.
+    An unfinished one with the same configuration is continued, unless `overwrite` starts it anew.
     """
     check(path, config, overwrite=overwrite)
     run = Run(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        former = overwrite and (path / "config.json").is_file()
-        if former and (run.finished or run.config["digest"] != config["digest"]):
-            clear(path)
-            path.mkdir(exist_ok=True)
+        if overwrite and (path / "config.json").is_file():
+            _clear(path)
         run.write_config(config)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
     return run
 
 
-def clear(path: Path) -> None:
-    """Remove from a run's folder what featx has written there, `report.json` first; the folder too, if that was all."""
+def _clear(path: Path) -> None:
+    """Remove from a run's folder what featx has written there, but for `config.json`, which tells that it is a run."""
+    found = [path / name for name in WRITTEN]
+    for record in path.glob("*parity.json"):  # each lies beside the file it is about
+        stem = "model" if record.name == "parity.json" else record.name.removesuffix(".parity.json")
+        found += [record, path / f"{stem}.onnx"]
     card = path / CARD
-    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
-        card = path / "report.json"  # somebody's own
-    for found in [path / "report.json", card, *(found for name in WRITTEN for found in path.glob(name))]:
-        if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found)
+    if card.is_file() and CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
+        found.append(card)  # and not somebody's own
+    for each in found:
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
         else:
-            found.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty, or the working folder
-        path.rmdir()
+            each.unlink(missing_ok=True)

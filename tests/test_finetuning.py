@@ -491,6 +491,23 @@ def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:
         finetune(extraction, several, None, FinetuneConfig(init="random"), Run(bench.folder()), "cpu")
 
 
+def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(bench: Bench, tmp_path: Path) -> None:
+    options = {"cache": bench.root / "cache", "device": "cpu", "report": False, "output": tmp_path / "run"}
+    config = FinetuneConfig(**{**QUICK, "epochs": 1, "select": "last"})
+    run = fit(bench.images, "small:backbone_plain", "logreg", finetune=config, **options)
+    before = {p.name: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    misspelt = replace(config, lrs={"layer9": 1e-3})
+    with pytest.raises(TrainingError, match="layer9"):
+        fit(bench.images, "small:backbone_plain", "logreg", finetune=misspelt, overwrite=True, **options)
+    assert {p.name: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+    (run.path / "report.json").unlink()
+    (run.path / "checkpoints" / "last.safetensors").write_bytes(b"junk")
+    with pytest.raises(TrainingError, match="start anew with --overwrite"):
+        fit(bench.images, "small:backbone_plain", "logreg", finetune=config, **options)
+    again = fit(bench.images, "small:backbone_plain", "logreg", finetune=config, overwrite=True, **options)
+    assert again.finished and (again.path / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
 def test_a_fine_tuned_run_is_a_run_like_any_other_wherever_it_is_moved(bench: Bench, tmp_path: Path) -> None:
     options = {"cache": bench.root / "cache", "device": "cpu", "report": False}
     config = FinetuneConfig(**{**QUICK, "holdout": 0.3, "select": "holdout"})

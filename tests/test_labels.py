@@ -133,12 +133,14 @@ def test_overwrite_replaces_runs_of_featx_and_nothing_else(split: Path, tmp_path
     run = fitted(split, tmp_path)
     (run.path / "notes.md").write_text("mine")
     (run.path / "README.md").write_text("mine, too")
-    (run.path / "model.onnx").write_bytes(b"of the former head")
+    for name in ("model.onnx", "parity.json", "model-int8.onnx", "model-int8.parity.json"):
+        (run.path / name).write_bytes(b"of the former head")
+    (run.path / "mine.onnx").write_bytes(b"no export")
     again = fitted(split, tmp_path, overwrite=True, settings={"strengths": [0.1]})
     assert again.config["settings"] == {"strengths": [0.1]}
     assert set(lying(run.path)) == {
         *("config.json", "report.json", "head.safetensors", "trained-on.npy"),
-        *("notes.md", "README.md"),
+        *("notes.md", "README.md", "mine.onnx"),
     }
 
 
@@ -149,6 +151,23 @@ def test_a_run_that_cannot_be_replaced_stays_whole(options: dict[str, Any], spli
     with pytest.raises(HeadError):
         fitted(split, tmp_path, overwrite=True, **options)
     assert lying(run.path) == before
+
+
+def test_what_an_older_run_was_trained_on_is_not_known(split: Path, tmp_path: Path) -> None:
+    run = fitted(split, tmp_path)
+    assert run.trained_on is not None and len(run.trained_on) == 12
+    (run.path / "trained-on.npy").unlink()
+    assert run.trained_on is None and len(evaluate(run, split).notes) == 0  # as of a run that an older featx made
+
+
+def test_a_run_that_was_copied_takes_no_other_projects_data(split: Path, tmp_path: Path) -> None:
+    run = fit(split, "tiny", cache=tmp_path / "cache", output=tmp_path / "export" / "run", report=False)
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other / "export" / "run")
+    write_images(other / "split" / "train")
+    shutil.rmtree(split)
+    shutil.rmtree(tmp_path / "cache")
+    assert open_run(other / "export" / "run").config == run.config  # it has photographs there, and no cache
 
 
 def test_a_refused_fit_leaves_no_run_behind(split: Path, tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_the_pretrained_classifier_free_to_answer_anything_is_right_on_588_of_10
     assert others > 0 and sum(map(sum, report["confusion"])) == 153
     assert report["fit"]["classes"] == {"ants": "ant", "bees": "bee"}
     assert len(fitted["pretrained"].head.class_names) == 1000
+    trained_on = [fitted[name].trained_on for name in ("pretrained", "logreg")]
+    assert [None if keys is None else len(keys) for keys in trained_on] == [0, 244]
 
 
 def test_restricted_to_the_two_classes_it_is_far_better(fitted: dict[str, Run]) -> None:

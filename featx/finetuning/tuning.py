@@ -29,7 +29,7 @@ from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup, train
 from featx.heads import Head
-from featx.runs import Run
+from featx.runs import Run, start
 
 MODEL = "model.safetensors"
 HOLDOUT = "holdout"
@@ -79,13 +79,17 @@ def finetune(
     run: Run,
     device: str = "auto",
     *,
+    config: dict[str, Any] | None = None,
+    overwrite: bool = False,
     workers: int | None = None,
 ) -> Finetuned:
     """Train a backbone's layers and its head; write the run's network, metrics and checkpoints.
 
-    features: of `hold_out`. head: fitted on its `train` rows; None starts from a random one (`init`). The
-    same call continues where a killed one stopped, and on the CPU ends with the same bits. What is trained
-    is said on standard error before it starts. torch's random generators are left as they were.
+    features: of `hold_out`. head: fitted on its `train` rows; None starts from a random one (`init`). config:
+    what the run's folder is started with, by `featx.runs.start`, once all that was asked for is checked; None
+    where it was started before. The same call continues where a killed one stopped, and on the CPU ends with
+    the same bits. What is trained is said on standard error before it starts. torch's random generators are
+    left as they were.
 
     When memory runs out, training goes back to the last checkpoint and passes half as many images at a
     time, adding up their gradients: the same arithmetic, but for batch norm, which sees the smaller parts.
@@ -99,6 +103,8 @@ def finetune(
     with torch.random.fork_rng(devices=devices):
         setup = prepare(extraction, features, head, settings, run, world, workers)
         try:
+            if config is not None and world.leads:
+                start(run.path, config, overwrite=overwrite)
             begin = time.perf_counter()
             while True:
                 progress = setup.checkpoints.load(setup.network, setup.optimizer)

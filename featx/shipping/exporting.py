@@ -352,7 +352,8 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
     if features.digest == config["data_digest"]:
         return chosen
     seen = run.trained_on
-    return replace(chosen, split=None, unseen=len(seen) > 0 and not np.isin(short_keys(chosen.keys), seen).any())
+    unseen = seen is not None and not np.isin(short_keys(chosen.keys), seen).any()
+    return replace(chosen, split=None, unseen=unseen)
 
 
 def backbone_path(run: Run) -> Path:

@@ -214,22 +214,23 @@ def _some(paths: Iterable[str], otherwise: str) -> Iterator[str]:
 def _walk(folder: str) -> Iterator[str]:
     """The images in a folder and the folders in it, sorted; hidden ones are left out. Each place is walked once,
     so that links to folders cannot lead round. Raises `SourceError` for a folder that cannot be listed."""
-    places = {os.path.realpath(folder)}
+    places: set[str] = set()
+    tops = [folder]
 
     def refuse(error: OSError) -> None:
         raise SourceError(f"{printable(str(error.filename))} cannot be listed ({error.strerror})") from error
 
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        kept = []
-        for name in sorted(folders):
-            place = os.path.realpath(os.path.join(here, name))
-            if place not in places and not name.startswith("."):
-                places.add(place)
-                kept.append(name)
-        folders[:] = kept
-        for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(here, name)
+    for top in tops:  # links come after all that is really there, which keeps its own names
+        for here, folders, files in os.walk(top, onerror=refuse):
+            if os.path.realpath(here) in places:
+                folders.clear()
+                continue
+            places.add(os.path.realpath(here))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
+            for name in sorted(files):
+                if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                    yield os.path.join(here, name)
 
 
 def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:

@@ -111,11 +111,11 @@ def export_reduced(
     name = DEFAULT[input].replace(".onnx", f"-{precision}.onnx")
     path = free_path(Path(output) if output else opened.path / name)
     held = gate_images(opened, images, split, data)
-    if held.split is None and not held.unseen and data is None:
+    if held.split is None and not held.unseen and (data is None or opened.trained_on is not None):
         raise ExportError(
-            f"the images or labels of {opened.config['data']} have changed since {opened.path} was fitted, and what "
-            f"{precision} loses is counted in right answers on images that the head has not seen; "
-            "give --data FOLDER of such images, or fit again"
+            f"what {precision} loses is counted in right answers on images that the head has not seen, and it has "
+            f"learned from some of these: the images or labels of {data or opened.config['data']} are not those that "
+            f"{opened.path} was fitted on; give --data FOLDER of others, or fit again"
         )
     head, source = opened.head, backbone_path(opened)
     outputs = outputs or default_outputs(head, input)
