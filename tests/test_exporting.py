@@ -341,10 +341,11 @@ def test_after_the_data_have_changed_the_file_is_held_to_torch_and_no_accuracy_i
         "no accuracy: the data have changed since the fit, and the head may have learned from these images"
         in shown.stderr
     )
-    with pytest.raises(
-        ExportError, match=r"have changed since .* was fitted.*give --data FOLDER of such images, or fit"
-    ):
+    refused = r"it may have learned from these: the images or labels of .*data are not those that .*run was fitted on"
+    with pytest.raises(ExportError, match=refused):
         export_reduced(small_run, "int8")
+    with pytest.raises(ExportError, match=refused):  # its training images, by another name
+        export_reduced(small_run, "int8", split="train", data=tmp_path / "data")
 
     (tmp_path / "val").rename(tmp_path / "data" / "val")
     assert export(small_run).accuracy is not None

@@ -113,8 +113,8 @@ def export_reduced(
     held = gate_images(opened, images, split, data)
     if held.split is None and not held.unseen and (data is None or opened.trained_on is not None):
         raise ExportError(
-            f"what {precision} loses is counted in right answers on images that the head has not seen, and it has "
-            f"learned from some of these: the images or labels of {data or opened.config['data']} are not those that "
+            f"what {precision} loses is counted in right answers on images that the head has not seen, and it may "
+            f"have learned from these: the images or labels of {data or opened.config['data']} are not those that "
             f"{opened.path} was fitted on; give --data FOLDER of others, or fit again"
         )
     head, source = opened.head, backbone_path(opened)
