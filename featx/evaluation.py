@@ -9,34 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from featx import metrics
+from featx import intervals, metrics
 from featx.errors import HeadError, RunError, near
 from featx.extraction import extract
 from featx.features import FeatureSpec, short_keys
 from featx.heads import MULTILABEL, Head
+from featx.intervals import Estimate
 from featx.runs import Run, open_run
 from featx.sources import Source
 
 OTHER = "other"
-RESAMPLES = 1000
 MISTAKES = 20
-# The bootstrap of a mean is its normal interval long before this many rows.
-MANY_ROWS = 20_000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One number in a report, with the 95 % interval that its data leaves it."""
-
-    value: float
-    low: float
-    high: float
-    method: str
-    """`wilson` (proportions), `bootstrap` (1,000 resamples of the images, seeded), `normal`, or, for averages over
-    classes where every answer is right or every one wrong, `exact`: no resample would differ."""
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f}  [{self.low:.4f}, {self.high:.4f}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,13 +229,13 @@ def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str,
     outside = bool((label_of == size).any())
     full = metrics.confusion(y, answers, size, size + 1)
     table = full if outside else full[:, :size]
-    scores = {"accuracy": _proportion(right)}
-    scores |= _class_averages(full)
+    scores = {"accuracy": intervals.proportion(right)}
+    scores |= intervals.class_averages(full)
     if len(head.class_names) > 5:
         top = np.argpartition(-logits, 5, axis=1)[:, :5]
-        scores["top5_accuracy"] = _proportion((label_of[top] == y[:, None]).any(axis=1))
+        scores["top5_accuracy"] = intervals.proportion((label_of[top] == y[:, None]).any(axis=1))
     if known.any():
-        scores["log_loss"] = _mean(metrics.losses(logits[known], row_of[y[known]]))
+        scores["log_loss"] = intervals.mean_of(metrics.losses(logits[known], row_of[y[known]]))
     precision, recall, f1 = metrics.precision_recall_f1(full)
     per_class = [
         {"label": n, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
@@ -307,7 +290,7 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
     said: np.ndarray = np.greater_equal(probabilities, MULTILABEL)
     count = len(y)
     rng = np.random.default_rng(0)
-    resamples = max(50, min(RESAMPLES, int(2e8 / logits.size)))
+    resamples = max(50, min(intervals.RESAMPLES, int(2e8 / logits.size)))
     drawn = rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
 
     # per image and label: hit, false alarm, miss; every F1 is a ratio of their sums
@@ -329,17 +312,17 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
         notes.append(f"no image has {_listed(missing)}: averages over labels leave them out")
     exact = np.all(truth == said, axis=1)
     table = parts.sum(axis=0)
-    scores = {"accuracy": _proportion(exact)}
+    scores = {"accuracy": intervals.proportion(exact)}
     if here.any():
         sizes = truth.sum(axis=0)
-        scores["mean_average_precision"] = _average(
+        scores["mean_average_precision"] = intervals.average(
             float(precisions[here].mean()), np.nanmean(drawn_precisions, axis=0), sizes
         )
         positive = (sums[..., 0] + sums[..., 2])[:, here] > 0  # a label that a resample leaves out has no F1 in it
         f1s = np.where(positive, f1(sums)[:, here], np.nan)[positive.any(axis=1)]
-        scores["macro_f1"] = _average(float(f1(table)[here].mean()), np.nanmean(f1s, axis=1), sizes)
-    scores["micro_f1"] = _average(float(f1(table.sum(axis=0))), f1(sums.sum(axis=1)), truth.sum(keepdims=True))
-    scores["log_loss"] = _mean(metrics.binary_losses(logits, truth).mean(axis=1))
+        scores["macro_f1"] = intervals.average(float(f1(table)[here].mean()), np.nanmean(f1s, axis=1), sizes)
+    scores["micro_f1"] = intervals.average(float(f1(table.sum(axis=0))), f1(sums.sum(axis=1)), truth.sum(keepdims=True))
+    scores["log_loss"] = intervals.mean_of(metrics.binary_losses(logits, truth).mean(axis=1))
     per_class = [
         {
             "label": name,
@@ -371,80 +354,6 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
         mistakes=mistakes,
         notes=notes,
     )
-
-
-def _proportion(right: np.ndarray) -> Estimate:
-    low, high = metrics.wilson(int(right.sum()), len(right))
-    return Estimate(float(right.mean()), low, high, "wilson")
-
-
-def _bootstrapped(value: float, drawn: np.ndarray) -> Estimate:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value, float(low), float(high), "bootstrap")
-
-
-def _average(value: float, drawn: np.ndarray, sizes: np.ndarray) -> Estimate:
-    """An average over classes of so many images (`int [C]`), with the interval of its resamples `[R]`.
-
-    Where all answers are right, so they are in each resample, which would claim certainty. Then the least
-    average recall at which this still happens once in 40 times: 1 - the largest mean of error rates e with
-    sum(n log(1 - e)) >= log(1/40), found by its Lagrange multiplier; for one class it is Clopper and Pearson's
-    limit. The F1's is about the same. Where all are wrong, the same from below.
-    """
-    if value not in (0.0, 1.0) or np.ptp(drawn):
-        return _bootstrapped(value, drawn)
-    n, room = np.sort(sizes.ravel()[sizes.ravel() > 0]).astype(np.float64), np.log(40)
-    if not len(n):  # no image has any of the labels: nothing bounds it
-        return Estimate(value, 0.0, 1.0, "exact")
-    low, high = np.exp(-room / n[0]) / n[-1] / 2, 1 / n[0]  # of the multiplier
-    for _ in range(100):
-        middle = (low + high) / 2
-        spent = -n * np.log(np.minimum(1, middle * n))
-        low, high = (middle, high) if spent.sum() > room else (low, middle)
-    worst = float((1 - np.exp(-spent / n)).mean())
-    return Estimate(value, *((1 - worst, 1.0) if value else (0.0, worst)), "exact")
-
-
-def _mean(values: np.ndarray) -> Estimate:
-    mean, count = float(values.mean()), len(values)
-    if count > MANY_ROWS:
-        half = metrics.Z95 * float(values.std()) / count**0.5
-        return Estimate(mean, mean - half, mean + half, "normal")
-    rng = np.random.default_rng(0)
-    share = max(1, 2_000_000 // count)  # resamples at a time, so that 16 MB of indices suffice
-    drawn = [
-        values[rng.integers(0, count, (min(share, RESAMPLES - done), count))].mean(axis=1)
-        for done in range(0, RESAMPLES, share)
-    ]
-    return _bootstrapped(mean, np.concatenate(drawn))
-
-
-def _class_averages(table: np.ndarray) -> dict[str, Estimate]:
-    """Balanced accuracy and macro-F1 over the classes that have images.
-
-    Both depend on the confusion alone, and resampling images is a multinomial draw over its cells:
-    the same bootstrap, without touching a row.
-    """
-    cells = np.flatnonzero(table)
-    count = int(table.sum())
-    counts = np.random.default_rng(0).multinomial(count, table.ravel()[cells] / count, RESAMPLES)
-    here = table.sum(axis=1) > 0
-    _, recall, f1 = metrics.precision_recall_f1(table)
-    recalls, f1s = np.empty(RESAMPLES), np.empty(RESAMPLES)
-    share = max(1, 2_000_000 // table.size)
-    for start in range(0, RESAMPLES, share):
-        part = counts[start : start + share]
-        drawn = np.zeros((len(part), table.size), np.int64)
-        drawn[:, cells] = part
-        shaped = drawn.reshape(len(part), *table.shape)
-        _, each_recall, each_f1 = metrics.precision_recall_f1(shaped)
-        alive = shaped.sum(axis=2) > 0  # a class that a resample leaves out has no recall in it
-        recalls[start : start + share] = (each_recall * alive).sum(axis=1) / alive.sum(axis=1)
-        f1s[start : start + share] = (each_f1 * alive).sum(axis=1) / alive.sum(axis=1)
-    return {
-        "balanced_accuracy": _average(float(recall[here].mean()), recalls, table.sum(axis=1)),
-        "macro_f1": _average(float(f1[here].mean()), f1s, table.sum(axis=1)),
-    }
 
 
 def _listed(names: list[str], most: int = 5) -> str:
