@@ -19,7 +19,7 @@ from featx.extraction import Extraction, sync
 from featx.features import Features, Rows, groups, repeated, short_keys
 from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
-from featx.heads import Fitted, Head
+from featx.heads import MULTILABEL, Fitted, Head
 from featx.reporting import augmentation
 from featx.sources import Source
 
@@ -94,9 +94,9 @@ def fit(
     begin = time.perf_counter()
     chosen = features
     if finetune is not None:
-        from featx.finetuning import tuning as finetuning  # and torch with it
+        from featx.finetuning import preparing, tuning  # and torch with them
 
-        chosen = finetuning.hold_out(features, finetune)
+        chosen = preparing.hold_out(features, finetune)
     if head == "pretrained":
         fitted = fitter.fit(*own_classifier(request, extracted.info), features.class_names, **settings)
     elif finetune is not None and finetune.init == "random":
@@ -113,7 +113,7 @@ def fit(
     seconds = time.perf_counter() - begin
     if finetune is not None:
         run, first = runs.Run(path), fitted.head if fitted else None
-        tuned = finetuning.finetune(extracted, chosen, first, finetune, run, device, config=config, overwrite=overwrite)
+        tuned = tuning.finetune(extracted, chosen, first, finetune, run, device, config=config, overwrite=overwrite)
         if rank() != 0:
             return run
         # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
@@ -140,8 +140,8 @@ def fit(
     if finetune is None:
         run = runs.start(path, config, overwrite=overwrite)
     fitted.head.save(run.path / "head.safetensors")
-    learned = features.split("train" if head != "pretrained" else "none")
-    write_array(run.path / "trained-on.npy", np.unique(short_keys(learned.keys)))
+    learned = features.keys[(features.splits == "train") & (head != "pretrained")]
+    write_array(run.path / "trained-on.npy", np.unique(short_keys(learned)))
     run.write("report.json", values)
     run = replace(run, features=features, source=extracted.source)
     if report:
@@ -259,7 +259,8 @@ def share_right(head: Head, features: Features) -> float:
     if head.activation == "sigmoid":
         known = [i for i, name in enumerate(features.class_names) if name in head.class_names]
         columns = [head.class_names.index(features.class_names[i]) for i in known]
-        return float(((logits[:, columns] >= 0) == features.y[:, known]).all(axis=1).mean())
+        said = head.probabilities(logits[:, columns]) >= MULTILABEL
+        return float((said == features.y[:, known]).all(axis=1).mean())
     answers, labels = (np.array(names, object) for names in (head.class_names, features.class_names))
     return float((answers[logits.argmax(axis=1)] == labels[features.y]).mean())
 

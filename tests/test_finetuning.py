@@ -25,9 +25,10 @@ from featx.errors import TrainingError
 from featx.extraction import Extraction, sync
 from featx.features import Features
 from featx.finetuning.layers import Tuned
+from featx.finetuning.preparing import hold_out, prepare
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
-from featx.finetuning.tuning import Finetuned, finetune, hold_out, prepare
+from featx.finetuning.tuning import Finetuned, finetune
 from featx.fitting import fit
 from featx.heads import Head
 from featx.runs import Run

@@ -11,8 +11,9 @@ import torch
 from featx.backbones import BackboneRequest, load_backbone
 from featx.extraction import Extraction, sync
 from featx.features import groups
+from featx.finetuning.preparing import hold_out
 from featx.finetuning.recipes import FinetuneConfig
-from featx.finetuning.tuning import finetune, hold_out
+from featx.finetuning.tuning import finetune
 from featx.heads import linear, logreg
 from featx.runs import Run
 

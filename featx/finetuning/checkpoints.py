@@ -21,7 +21,7 @@ class Progress:
     """How far training has come. With the tensors and the seed it decides all that follows.
 
     No state of a random generator is needed: every draw follows from the seed and from what it is for
-    (`featx.finetuning.tuning`), and the learning rate from the step.
+    (`featx.finetuning.training`), and the learning rate from the step.
     """
 
     epoch: int = 0
