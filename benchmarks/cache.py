@@ -30,7 +30,7 @@ import numpy as np
 
 from featx.cache import caching, folders
 from featx.cache.store import FeatureStore
-from featx.extraction import extract
+from featx.extraction.pipeline import extract
 from featx.features import FeatureSpec
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)

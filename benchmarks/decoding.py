@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from featx.backbones import BackboneRequest, load_backbone
-from featx.decoding import nvjpeg
-from featx.decoding.nvjpeg import Gpu
-from featx.engines import cosines
-from featx.preprocess import CLOSE, Preprocess
+from featx.backbones.loading import load_backbone
+from featx.backbones.request import BackboneRequest
+from featx.features import cosines
+from featx.pixels import nvjpeg
+from featx.pixels.nvjpeg import Gpu
+from featx.pixels.preprocess import CLOSE, Preprocess
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
 

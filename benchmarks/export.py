@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from featx import fit
-from featx.backbones import BackboneRequest, load_backbone, resolve
-from featx.engines import backbone_onnx
-from featx.heads import Head
+from featx.backbones.loading import load_backbone, resolve
+from featx.backbones.request import BackboneRequest
+from featx.engines.opening import backbone_onnx
+from featx.head import Head
 from featx.runs import open_run
 from featx.shipping import graph, prediction, reduction
 from featx.shipping.deployed import Model, open_session

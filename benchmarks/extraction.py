@@ -34,13 +34,15 @@ import torch
 from peers import BATCH, Run, img2vec, thingsvision, timed, timm_loop, trunk, tuned, tutorial
 from PIL import Image
 
-from featx.backbones import BackboneRequest, load_backbone, resolve
+from featx.backbones.loading import load_backbone, resolve
+from featx.backbones.request import BackboneRequest
 from featx.devices import available_threads
-from featx.engines import difference, open_engine
-from featx.extraction import sync
-from featx.features import content_key
-from featx.preprocess import FAST, Preprocess
-from featx.sources import Source, open_source
+from featx.engines.opening import open_engine
+from featx.extraction.pipeline import sync
+from featx.features import content_key, difference
+from featx.pixels.preprocess import FAST, Preprocess
+from featx.sources.opening import open_source
+from featx.sources.source import Source
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 IMAGES = {"resnet18": 160, "resnet50": 64, "squeezenet1_1": 320}

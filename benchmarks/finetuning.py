@@ -28,8 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
-from featx.backbones import BackboneRequest
-from featx.extraction import Extraction, sync
+from featx.backbones.request import BackboneRequest
+from featx.extraction.pipeline import Extraction, sync
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.tuning import finetune
 from featx.runs import Run

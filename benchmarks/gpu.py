@@ -23,11 +23,13 @@ from peers import Files, Run, timed, trunk
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from featx.backbones import BackboneRequest, resolve
-from featx.decoding.nvjpeg import Gpu
+from featx.backbones.loading import resolve
+from featx.backbones.request import BackboneRequest
 from featx.devices import available_threads
-from featx.engines import cosines, open_engine
-from featx.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from featx.engines.opening import open_engine
+from featx.features import cosines
+from featx.pixels.nvjpeg import Gpu
+from featx.pixels.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 BATCH = 256
 

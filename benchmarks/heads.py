@@ -31,9 +31,10 @@ from threadpoolctl import threadpool_info
 
 from featx.cache.store import FeatureStore
 from featx.features import FeatureSpec
-from featx.heads import _training, logreg, ridge
-from featx.heads._design import Design, single_thread
-from featx.heads._solver import Path, minimise
+from featx.heads import logreg, ridge
+from featx.solvers import training as _training
+from featx.solvers.design import Design, single_thread
+from featx.solvers.lbfgs import Path, minimise
 
 STRENGTHS = np.array(logreg.STRENGTHS)
 

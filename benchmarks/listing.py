@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from featx.sources import open_source
+from featx.sources.opening import open_source
 
 LINKS = 30_000  # per file; ext4 allows 65,000
 

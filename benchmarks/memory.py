@@ -47,10 +47,10 @@ def write_images(root: Path, count: int) -> None:
 
 def measure(root: Path) -> None:
     """Extract and print the count, the seconds and the peak of this process, in bytes."""
-    from featx import extraction
-    from featx.backbones import BackboneInfo
+    from featx.backbones.request import BackboneInfo
     from featx.cache.store import FeatureStore
-    from featx.preprocess import Preprocess
+    from featx.extraction import pipeline as extraction
+    from featx.pixels.preprocess import Preprocess
 
     extraction.resolve = lambda request, cache: BackboneInfo(  # type: ignore[assignment]
         "custom/colour", "00" * 32, "features", Preprocess(resize=16, crop=16), (3,), None, False, 0, ""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from featx.devices import available_threads
-from featx.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from featx.pixels.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 BATCH = 32
 Run = Callable[[], float]

@@ -16,9 +16,11 @@ import numpy as np
 from extraction import machine, say
 from peers import BATCH, timed
 
-from featx.backbones import BackboneRequest, resolve
-from featx.engines import backbone_onnx, difference
+from featx.backbones.loading import resolve
+from featx.backbones.request import BackboneRequest
 from featx.engines.onnx import OnnxEngine, accelerated
+from featx.engines.opening import backbone_onnx
+from featx.features import difference
 
 NETWORKS = ("resnet18", "resnet34", "vgg16", "alexnet", "resnet50", "wide_resnet50_2", "squeezenet1_1", "inception_v3")
 TEXT = """\

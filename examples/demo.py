@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from featx.backbones import BackboneRequest, resolve
+from featx.backbones.loading import resolve
+from featx.backbones.request import BackboneRequest
 from featx.errors import WeightsError
 
 DEMO = Path("demo")

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featx.backbones import Backbone, load_backbone
+from featx.backbones.backbone import Backbone
+from featx.backbones.loading import load_backbone
 from featx.errors import WeightsError
-from featx.heads import Head
-from featx.preprocess import Preprocess
+from featx.head import Head
+from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 
 BATCH = 32

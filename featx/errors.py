@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 
 class FeatxError(ValueError):
     """The base of all of them; the command line prints its text and exits with 1."""
@@ -52,9 +49,3 @@ class ExportError(FeatxError):
 
 class ParityError(ExportError):
     """An exported file that answers differently from the classifier it came from."""
-
-
-def near(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Name what `name` may have meant, as the end of a message: ` Did you mean a, b?`, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
-    return f" Did you mean {', '.join(matches)}?" if matches else ""

@@ -16,9 +16,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx import heads
 from featx.errors import HeadError, ImageError, SourceError
-from featx.extraction import sync
-from featx.preprocess import decode
-from featx.sources import Source
+from featx.extraction.pipeline import sync
+from featx.pixels.preprocess import decode
+from featx.sources.source import Source
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from featx.errors import FeatxError
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
 # How far two rows of one image and one spec may lie apart, by the largest entry of the row, at each precision:
-# computed by any two engines, in any batch, by any number of threads (`featx.engines.difference`). fp32 is held to
+# computed by any two engines, in any batch, by any number of threads (`featx.features.difference`). fp32 is held to
 # torch's eager fp32 on the CPU, the others to that as well.
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 
@@ -51,7 +51,7 @@ class FeatureSpec:
     backbone: str
     """`torchvision/resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `custom/package.module:factory`."""
     weights: str
-    """SHA-256, in hex, of the network's tensors (`featx.backbones.tensors_digest`)."""
+    """SHA-256, in hex, of the network's tensors (`featx.backbones.request.tensors_digest`)."""
     layer: str = "features"
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -231,3 +231,20 @@ def assign_splits(
         splits[pool & (fraction == nearest)] = empty  # its duplicates too, whatever their label
         notes.append(f"class {name!r} had no image in {empty} and borrows its nearest hash from {full}")
     return splits, notes
+
+
+def difference(rows: np.ndarray, reference: np.ndarray) -> float:
+    """The worst image's largest deviation, relative to the largest entry of its reference row; `[N, ...]` each."""
+    if rows.shape != reference.shape or not len(rows):
+        raise FeatxError(f"rows {list(rows.shape)} cannot be compared with {list(reference.shape)}")
+    a, b = (np.asarray(x, np.float64).reshape(len(rows), -1) for x in (rows, reference))
+    scale = np.maximum(np.abs(b).max(axis=1), np.finfo(np.float32).tiny)
+    return float((np.abs(a - b).max(axis=1) / scale).max())
+
+
+def cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The cosine between each row and its other, `[N, ...]` each -> `float64 [N]`; 1 for two rows of zeros."""
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (rows, others))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = (a == b).all(axis=1)
+    return np.where(same, 1.0, (a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ from typing import Any
 
 # A leftover of another machine is swept when it is older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
+_INT64 = 0x7FFF_FFFF_FFFF_FFFF
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -37,13 +37,6 @@ def write_array(path: Path, values: Any) -> None:
     file = io.BytesIO()
     np.save(file, values, allow_pickle=False)
     write_atomic(path, file.getvalue())
-
-
-def to_json(values: Any) -> str:
-    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
-    (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:
@@ -161,3 +154,14 @@ def _alive(pid: int, started: int) -> bool:
         pass  # another user's
     now = _started(pid)
     return now is None or started == 0 or now == started
+
+
+def file_stats(path: Path) -> list[int]:
+    """What must stay the same for a file's content to be taken as unchanged."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def stat_row(found: os.stat_result) -> tuple[int, int, int, int]:
+    """A file's row of `Source.stats`; an inode of more than 63 bits (ReFS) loses the rest."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx import __version__, heads, runs
-from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
+from featx.backbones.loading import load_backbone, resolve
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.cache.streaming import Stacked, StoredRows
 from featx.devices import memory_for_features
 from featx.errors import HeadError
-from featx.evaluation import evaluate_logits
-from featx.extraction import Extraction, sync
+from featx.extraction.pipeline import Extraction, sync
 from featx.features import Features, Rows, groups, repeated, short_keys
 from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
-from featx.heads import MULTILABEL, Fitted, Head
-from featx.reporting import augmentation
-from featx.sources import Source
+from featx.head import MULTILABEL, Fitted, Head
+from featx.measuring import views as augmentation
+from featx.measuring.evaluation import evaluate_logits
+from featx.sources.source import Source
 
 if TYPE_CHECKING:
     from featx.finetuning.recipes import FinetuneConfig

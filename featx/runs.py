@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featx.backbones import BackboneRequest
+from featx.backbones.request import BackboneRequest
 from featx.errors import RunError
-from featx.files import to_json, write_atomic
-from featx.heads import Head
+from featx.files import write_atomic
+from featx.head import Head
+from featx.text import to_json
 
 if TYPE_CHECKING:
     from featx.features import Features
-    from featx.sources import Source
+    from featx.sources.source import Source
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")

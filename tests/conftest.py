@@ -105,9 +105,9 @@ class ColourEngine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
     """Put `ColourEngine` in the backbone's place, whatever backbone is asked for; a forward pass is counted."""
-    from featx import extraction
-    from featx.backbones import BackboneInfo, BackboneRequest
-    from featx.preprocess import Preprocess
+    from featx.backbones.request import BackboneInfo, BackboneRequest
+    from featx.extraction import pipeline as extraction
+    from featx.pixels.preprocess import Preprocess
 
     made = ColourEngine()
 

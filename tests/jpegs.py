@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from featx.decoding.jpeg import Encoded, header
-from featx.preprocess import Preprocess
+from featx.pixels.jpeg import Encoded, header
+from featx.pixels.preprocess import Preprocess
 
 
 def photo(width: int = 61, height: int = 37, mode: str = "RGB", *, seed: int = 0, low: int = 0, high: int = 256) -> Any:

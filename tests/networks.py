@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from featx.backbones import BackboneRequest
-from featx.backbones.torchvision import create, first_weights, preprocessing
+from featx.backbones.request import BackboneRequest
+from featx.backbones.zoos.torchvision import create, first_weights, preprocessing
 
 THIRTEEN = (
     "alexnet",

@@ -10,8 +10,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from featx.features import FeatureSpec
-from featx.heads import Head
-from featx.preprocess import Preprocess
+from featx.head import Head
+from featx.pixels.preprocess import Preprocess
 from featx.shipping import graph
 
 WIDTH = 12

@@ -12,9 +12,9 @@ PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from conftest import ColourEngine
-from featx import decoder, extraction
-from featx.backbones import BackboneInfo
-from featx.preprocess import Preprocess
+from featx.extraction import gpu as decoder, pipeline as extraction
+from featx.backbones.request import BackboneInfo
+from featx.pixels.preprocess import Preprocess
 
 class Stopping(ColourEngine):
     left = int(sys.argv[1])

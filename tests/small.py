@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 
 
 class Block(nn.Module):

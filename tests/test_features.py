@@ -20,7 +20,7 @@ from featx.features import (
     groups,
     hash_fraction,
 )
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 
 SPEC = FeatureSpec(backbone="torchvision/resnet18", weights="00" * 32)
 

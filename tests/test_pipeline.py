@@ -17,12 +17,12 @@ from conftest import ColourEngine, write_images
 from PIL import Image
 from slow_run import interrupt, program
 
-from featx import extraction
 from featx.errors import FeatxError, ImageError
-from featx.extraction import extract, sync
-from featx.loader import Loader
-from featx.preprocess import FAST, Preprocess, decode
-from featx.sources import open_source
+from featx.extraction import pipeline as extraction
+from featx.extraction.loader import Loader
+from featx.extraction.pipeline import extract, sync
+from featx.pixels.preprocess import FAST, Preprocess, decode
+from featx.sources.opening import open_source
 
 
 class QueuedEngine(ColourEngine):
@@ -88,8 +88,8 @@ def test_features_do_not_depend_on_batch_size_threads_or_the_order_in_which_work
 def test_a_duplicate_is_found_however_many_claims_were_forgotten_meanwhile(
     tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featx import loader
     from featx.cache import store
+    from featx.extraction import loader
 
     monkeypatch.setattr(loader, "CLAIMS", 5)
     monkeypatch.setattr(extraction, "FeatureStore", lambda cache, spec: store.FeatureStore(cache, spec, shard_bytes=1))
@@ -160,7 +160,7 @@ def test_loading_threads_end_with_the_run_with_an_error_and_when_nobody_reads_on
 def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
     tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featx import loader as module
+    from featx.extraction import loader as module
 
     root = write_images(tmp_path / "data", per_class=30)
     pixels = 3 * 32 * 32
@@ -242,7 +242,7 @@ def test_the_fast_decoder_turns_images_upright_and_keeps_bad_ones_out(photo: byt
 def test_fast_features_are_cached_apart_from_exact_ones(
     tiny: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featx.backbones import BackboneRequest
+    from featx.backbones.request import BackboneRequest
 
     plain = extraction.resolve
     monkeypatch.setattr(

@@ -12,10 +12,10 @@ import pytest
 from conftest import ColourEngine, write_images
 from PIL import Image
 
+from featx import sweeping as module
 from featx.errors import BackboneError, ExportError, FeatxError, HeadError, RunError
-from featx.evaluation import evaluate
-from featx.reporting import sweep as module
-from featx.reporting.sweep import head_text, parse_head, sweep
+from featx.measuring.evaluation import evaluate
+from featx.sweeping import head_text, parse_head, sweep
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
 def test_a_point_that_fails_is_named_and_the_others_go_on(
     grid: dict[str, Any], monkeypatch: pytest.MonkeyPatch, engine: ColourEngine
 ):
-    from featx import extraction
+    from featx.extraction import pipeline as extraction
 
     resolve = extraction.resolve
 

@@ -18,9 +18,10 @@ from featx.cache.hdf5 import plan, utf8
 from featx.cache.index import as_keys, distinct
 from featx.cache.shards import StaleError
 from featx.cache.store import FeatureStore
-from featx.errors import DamageError, StoreError, near
+from featx.errors import DamageError, StoreError
 from featx.features import Features, FeatureSpec
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
+from featx.text import near
 
 # Rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featx.cli._base import cli
+from featx.cli.base import cli
 from featx.cli.caching import backbones, cache, completion
 from featx.cli.shipping import check, export, inspect, predict
 from featx.cli.training import curve, evaluate, extract, fit, report, sweep

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli._base import (
+from featx.cli.base import (
     DONE,
     ERROR,
     SKIPPED,
@@ -19,7 +19,7 @@ from featx.cli._base import (
     json_option,
     say,
 )
-from featx.sources import printable
+from featx.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ def backbones(pattern: str, as_json: bool) -> int:
 
     timm networks (timm/NAME) and factories of your own (package.module:function) come on top.
     """
-    from featx.backbones import listing
+    from featx.backbones.table import listing
 
     rows = [row for row in listing() if pattern in row["name"]]
     if not rows:
@@ -185,7 +185,7 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
     What the cache lacks is extracted first. h5py, MATLAB and R read the file without featx.
     """
     from featx.cache import caching
-    from featx.extraction import extract
+    from featx.extraction.pipeline import extract
 
     features = extract(data, **options)
     path = caching.export(features, Path(file), overwrite=overwrite)
@@ -198,7 +198,7 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
 
 def keys_of(cache: str, data: str | None, *, whole: bool = False) -> np.ndarray | None:
     """The content keys of a data set, `uint8 [N, 32]`; of all its files, or of those that can be read."""
-    from featx.extraction import content_keys
+    from featx.extraction.pipeline import content_keys
 
     return None if data is None else content_keys(data, cache, whole=whole)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli._base import DONE, SKIPPED, emit, encodable, json_option, prose, say
-from featx.sources import printable
+from featx.cli.base import DONE, SKIPPED, emit, json_option, say
+from featx.text import encodable, printable, prose
 
 if TYPE_CHECKING:
     from featx.shipping.parity import Parity

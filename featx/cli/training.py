@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli._base import (
+from featx.cli.base import (
     DONE,
     SEED,
     SKIPPED,
@@ -17,11 +17,10 @@ from featx.cli._base import (
     extraction_options,
     json_option,
     options_of,
-    prose,
     say,
 )
 from featx.finetuning.processes import rank
-from featx.sources import printable
+from featx.text import printable, prose
 
 if TYPE_CHECKING:
     from featx.runs import Run
@@ -40,12 +39,12 @@ def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
     manifest (.csv, .jsonl, .parquet).
     """
     if dry_run:
-        from featx.planning import plan
+        from featx.extraction.planning import plan
 
         planned = plan(data, **options)
         emit(planned) if as_json else say(plan_text(planned))
         return DONE
-    from featx.extraction import sync
+    from featx.extraction.pipeline import sync
 
     extraction = sync(data, **options)
     report = extraction.report
@@ -126,8 +125,8 @@ def fit(
 
     The run's folder is export/<data>-<backbone>-<head>-<hash of the configuration>, or --output.
     """
-    from featx.evaluation import Report
     from featx.fitting import fit
+    from featx.measuring.evaluation import Report
 
     settings = assignments(pairs, "--set")
     if restrict:
@@ -161,7 +160,7 @@ def fit(
         for note in [*values["fit"].get("notes", []), *filter(None, [values.get("views_note")])]:
             say(f"note: {note}")
         if "views" in values:
-            from featx.reporting.augmentation import gain_text
+            from featx.measuring.views import gain_text
 
             say(gain_text(values["views"]))
     if report:
@@ -208,7 +207,7 @@ def rates(text: str | None) -> dict[str, Any]:
 @json_option
 def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
     """Evaluate RUN on other labelled DATA, with the same backbone and cache."""
-    from featx.evaluation import evaluate
+    from featx.measuring.evaluation import evaluate
 
     report = evaluate(run, data, **options)
     if as_json:
@@ -236,7 +235,7 @@ def report(run: str) -> int:
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
-    from featx.reporting.learning import curve_text, learning_curve
+    from featx.measuring.curve import curve_text, learning_curve
 
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes else None
@@ -280,7 +279,7 @@ def sweep(
 
     Features are extracted once for each backbone and layer. Ranked by cross-validation on training images.
     """
-    from featx.reporting.sweep import sweep
+    from featx.sweeping import sweep
 
     grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
     found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, report=False, **options)

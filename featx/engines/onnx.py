@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from featx.backbones import BackboneInfo, BackboneRequest
+from featx.backbones.loading import loaded
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import available_threads
-from featx.engines import CPU_BATCH, difference, loaded
+from featx.engines.engine import CPU_BATCH
 from featx.errors import ExportError, StoreError
-from featx.features import TOLERANCE
+from featx.features import TOLERANCE, difference
 from featx.files import sweep, write_atomic
 
 OPSET = 18
@@ -85,7 +86,7 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
 
 
 def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
-    """See `featx.engines.backbone_onnx`. What failed once is remembered until a library changes.
+    """See `featx.engines.opening.backbone_onnx`. What failed once is remembered until a library changes.
 
     The file is taken only while its bytes are the ones written: a flipped bit would be in every feature.
     """

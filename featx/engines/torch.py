@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from featx.backbones._module import Backbone, Trunk
+from featx.backbones.backbone import Backbone, Trunk
 from featx.devices import available_threads
 from featx.errors import FeatxError
 

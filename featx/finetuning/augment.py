@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featx.errors import TrainingError, near
-from featx.views import RATIO
+from featx.errors import TrainingError
+from featx.pixels.views import RATIO
+from featx.text import near
 
 GEOMETRY = ("none", "flip", "crop-flip", "views")
 # the usual policies, by the names of their torchvision.transforms.v2 classes

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featx.backbones import Backbone
-from featx.errors import TrainingError, near
-from featx.heads import Head
+from featx.backbones.backbone import Backbone
+from featx.errors import TrainingError
+from featx.head import Head
+from featx.text import near
 
 HEAD = "head"
 _NORMS = (nn.modules.batchnorm._BatchNorm,)

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from featx.devices import available_threads
 from featx.errors import TrainingError
-from featx.extraction import Extraction
+from featx.extraction.pipeline import Extraction
 from featx.features import content_key
 from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror
 from featx.finetuning.memory import free_memory
-from featx.preprocess import RESAMPLE
-from featx.views import CENTER, augmented, pixels
+from featx.pixels.preprocess import RESAMPLE
+from featx.pixels.views import CENTER, augmented, pixels
 
 # of the memory that is free: the rest is for activations, gradients and everybody else
 SHARE = 0.4

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from featx.cache.store import FeatureStore
 from featx.errors import BackboneError, TrainingError
-from featx.extraction import Extraction
+from featx.extraction.loader import Loader
+from featx.extraction.pipeline import Extraction
 from featx.features import FeatureSpec
 from featx.finetuning.augment import Draws
 from featx.finetuning.layers import Tuned
-from featx.loader import Loader
-from featx.views import CENTER, augmented
+from featx.pixels.views import CENTER, augmented
 
 BATCH = 32
 _RANDOM = ("StochasticDepth", "DropPath", "DropBlock2d")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featx.backbones import load_backbone
+from featx.backbones.loading import load_backbone
 from featx.devices import available_threads
 from featx.errors import TrainingError
-from featx.extraction import Extraction
+from featx.extraction.pipeline import Extraction
 from featx.features import Features, hash_fraction
 from featx.finetuning import layers, prefix
 from featx.finetuning.augment import Augmentation
@@ -24,7 +24,7 @@ from featx.finetuning.pixels import Pictures
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup
-from featx.heads import Head
+from featx.head import Head
 from featx.runs import Run
 
 HOLDOUT = "holdout"

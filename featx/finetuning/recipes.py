@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from featx.errors import TrainingError, near
+from featx.errors import TrainingError
 from featx.finetuning.augment import Augmentation
+from featx.text import near
 
 MODES = ("full", "partial", "scratch")
 # Each is what differs from the defaults. `tutorial`: the schedule of the transfer-learning write-ups.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featx.backbones import Backbone
+from featx.backbones.backbone import Backbone
 from featx.errors import TrainingError
 from featx.files import write_atomic
 from featx.finetuning import layers

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from featx.backbones import Backbone, BackboneRequest
+from featx.backbones.backbone import Backbone
+from featx.backbones.request import BackboneRequest
 from featx.errors import TrainingError
-from featx.extraction import Extraction
+from featx.extraction.pipeline import Extraction
 from featx.features import Features
 from featx.files import write_atomic
 from featx.finetuning.checkpoints import Progress
@@ -22,7 +23,7 @@ from featx.finetuning.preparing import prepare
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Setup, train
-from featx.heads import Head
+from featx.head import Head
 from featx.runs import Run, start
 
 MODEL = "model.safetensors"

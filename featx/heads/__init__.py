@@ -1,114 +1,23 @@
-"""Owns `Head`, the one affine map that every head comes to be, and finds the file that fits one."""
+"""The heads that can be fitted: one file each, whose name is what users type; their settings, checked."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from featx.errors import HeadError, near
-from featx.features import Rows
-from featx.files import write_atomic
+from featx.errors import HeadError
+from featx.text import near
 
-BLOCK = 8192  # rows of a table that is read by slices
 # What a setting's annotation takes, by its words; settings of other kinds (sequences, mappings) check themselves.
 KINDS: dict[str, Any] = {"int": Integral, "float": Real, "bool": (bool, np.bool_), "str": str, "None": type(None)}
-MULTILABEL = 0.5
-"""A sigmoid head answers with every class whose probability is at least this."""
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """`logits = X @ weight.T + bias`; a scaler, a temperature and binary classes are folded in."""
-
-    weight: np.ndarray
-    """`float32 [C, D]`."""
-    bias: np.ndarray
-    """`float32 [C]`."""
-    class_names: tuple[str, ...]
-    """C names, in the order of the rows."""
-    activation: str = "softmax"
-    """`softmax` (one class per image) or `sigmoid` (any number of classes per image)."""
-    threshold: float | None = None
-    """An answer whose highest probability is below this is rejected; None accepts all. In [0, 1]."""
-
-    def __post_init__(self) -> None:
-        shape = (len(self.class_names), self.weight.shape[-1])
-        if self.weight.shape != shape or self.bias.shape != shape[:1]:
-            raise HeadError(
-                f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} are no affine map "
-                f"to {len(self.class_names)} classes"
-            )
-        if self.activation not in ("softmax", "sigmoid"):
-            raise HeadError(f"activation is softmax or sigmoid, not {self.activation!r}")
-        if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
-            raise HeadError("the head holds NaN or infinite weights; its fit did not converge")
-
-    def __call__(self, X: Rows) -> np.ndarray:
-        """Features `[N, D]`, an array or a table that is read by slices -> logits `float32 [N, C]`."""
-        if len(X.shape) != 2 or X.shape[1] != self.weight.shape[1]:
-            raise HeadError(f"expected features [N, {self.weight.shape[1]}], got {list(X.shape)}")
-        if isinstance(X, np.ndarray):
-            return np.asarray(X, np.float32) @ self.weight.T + self.bias
-        parts = [self(np.asarray(X[i : i + BLOCK])) for i in range(0, X.shape[0], BLOCK)]
-        return np.concatenate([np.zeros((0, len(self.bias)), np.float32), *parts])
-
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
-        z = np.asarray(logits, np.float64)
-        if self.activation == "sigmoid":
-            return (0.5 * (1.0 + np.tanh(0.5 * z))).astype(np.float32)
-        e = np.exp(z - z.max(axis=1, keepdims=True))
-        return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
-
-    def save(self, path: Path) -> None:
-        """Write `path` (safetensors: `weight`, `bias`; names, activation and threshold as metadata)."""
-        from safetensors.numpy import save
-
-        metadata = {
-            "class_names": json.dumps(list(self.class_names)),
-            "activation": self.activation,
-            "threshold": json.dumps(self.threshold),
-        }
-        tensors = {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)}
-        write_atomic(path, save(tensors, metadata))
-
-    @classmethod
-    def load(cls, path: Path) -> Head:
-        """Read what `save` wrote. Raises `HeadError` for anything else."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                return cls(
-                    weight=file.get_tensor("weight"),
-                    bias=file.get_tensor("bias"),
-                    class_names=tuple(json.loads(metadata["class_names"])),
-                    activation=metadata["activation"],
-                    threshold=json.loads(metadata["threshold"]),
-                )
-        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
-            raise HeadError(f"{path} holds no head that featx wrote ({error})") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """What fitting gives: the head, and what is worth knowing about how it came to be."""
-
-    head: Head
-    info: dict[str, Any] = field(default_factory=dict)
-    """JSON values: the strength chosen, cross-validated losses, whether the solver converged, seconds."""
 
 
 def names() -> list[str]:

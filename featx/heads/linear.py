@@ -10,9 +10,11 @@ import numpy as np
 
 from featx import metrics
 from featx.devices import choose_device
-from featx.errors import HeadError, near
-from featx.heads import Fitted, _training
-from featx.heads._training import Rows, Task
+from featx.errors import HeadError
+from featx.head import Fitted
+from featx.solvers import training as _training
+from featx.solvers.training import Rows, Task
+from featx.text import near
 
 if TYPE_CHECKING:
     import torch

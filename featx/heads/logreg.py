@@ -10,10 +10,11 @@ import numpy as np
 
 from featx.devices import choose_device
 from featx.errors import HeadError
-from featx.heads import Fitted, _training
-from featx.heads._design import Design, single_thread
-from featx.heads._solver import Path, Solution, minimise
-from featx.heads._training import Rows, Task
+from featx.head import Fitted
+from featx.solvers import training as _training
+from featx.solvers.design import Design, single_thread
+from featx.solvers.lbfgs import Path, Solution, minimise
+from featx.solvers.training import Rows, Task
 
 # scikit-learn's C, from all prior to almost none; the grid of DINOv3's linear evaluation
 STRENGTHS = tuple(float(s) for s in np.logspace(-6, 5, 45))

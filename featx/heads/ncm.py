@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from featx.heads import Fitted, _training
-from featx.heads._training import Rows, Task
+from featx.head import Fitted
+from featx.solvers import training as _training
+from featx.solvers.training import Rows, Task
 
 
 def fit(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from featx.errors import HeadError, near
-from featx.heads import Fitted, Head
+from featx.errors import HeadError
+from featx.head import Fitted, Head
+from featx.text import near
 
 
 def fit(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from featx.errors import HeadError
-from featx.heads import Fitted, _training
-from featx.heads._design import SCRATCH, Design, single_thread, spread
-from featx.heads._training import Rows
+from featx.head import Fitted
+from featx.solvers import training as _training
+from featx.solvers.design import SCRATCH, Design, single_thread, spread
+from featx.solvers.training import Rows
 
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
 PENALTIES = tuple(float(p) for p in np.logspace(-6, 3, 37))

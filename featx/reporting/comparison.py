@@ -8,7 +8,7 @@ from typing import Any
 
 from featx.files import write_atomic
 from featx.reporting import page, plots
-from featx.sources import Source
+from featx.sources.source import Source
 
 # of the table, in the terminal and in the page
 COLUMNS = [

@@ -13,13 +13,14 @@ from PIL import Image
 
 from featx.errors import FeatxError
 from featx.features import Features, FeatureSpec, content_key
-from featx.heads import MULTILABEL
-from featx.preprocess import Preprocess, decode
+from featx.head import MULTILABEL
+from featx.pixels.preprocess import Preprocess, decode
+from featx.pixels.views import CENTER, augmented
+from featx.pixels.views import pixels as view_pixels
 from featx.reporting import page, plots
 from featx.runs import Run
-from featx.sources import Source, open_source
-from featx.views import CENTER, augmented
-from featx.views import pixels as view_pixels
+from featx.sources.opening import open_source
+from featx.sources.source import Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,10 +87,10 @@ def gather(run: Run) -> Material:
 
 def _cached(config: dict[str, Any], source: Source) -> Features | None:
     """The run's features as far as its cache has them, in the source's order; None where it has none."""
-    from featx.backbones import BackboneInfo, BackboneRequest
+    from featx.backbones.request import BackboneInfo, BackboneRequest
     from featx.cache.memo import KeyMemo
     from featx.cache.store import FeatureStore
-    from featx.extraction import Extraction
+    from featx.extraction.pipeline import Extraction
 
     keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
     cache = Path(config["cache"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from featx.sources import printable
+from featx.text import printable
 
 # Nothing may be fetched and no script may run, whatever a file's or a class's name holds.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

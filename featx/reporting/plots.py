@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx.files import write_atomic
-from featx.sources import printable
+from featx.text import printable
 
 if TYPE_CHECKING:
     from pathlib import Path

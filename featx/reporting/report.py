@@ -242,7 +242,7 @@ def _path(report: dict[str, Any], draw: Draw) -> str:
 
 
 def _learning(material: Material, draw: Draw) -> str:
-    """The learning curve, where `featx.reporting.learning.learning_curve` has left one."""
+    """The learning curve, where `featx.measuring.curve.learning_curve` has left one."""
     try:
         values = json.loads((material.run.path / "curve.json").read_bytes())
     except (OSError, ValueError):

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from featx.errors import ExportError, near
-from featx.preprocess import Preprocess
+from featx.errors import ExportError
+from featx.pixels.preprocess import Preprocess
+from featx.text import near
 
 FORMAT = "1"
 """Of the metadata; raised when a reader of an older version would misread a file."""

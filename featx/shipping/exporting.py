@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx import __version__
-from featx.backbones import BackboneInfo
+from featx.backbones.request import BackboneInfo
 from featx.devices import memory_for_features
-from featx.engines import backbone_onnx
+from featx.engines.opening import backbone_onnx
 from featx.errors import ExportError, ParityError
-from featx.extraction import Extraction, sync
+from featx.extraction.pipeline import Extraction, sync
 from featx.features import FeatureSpec, short_keys
 from featx.files import write_atomic
-from featx.heads import Head
-from featx.reporting import card
+from featx.head import Head
 from featx.runs import Run, open_run
-from featx.shipping import graph, parity
+from featx.shipping import card, graph, parity
 from featx.shipping.deployed import FORMAT, open_session, parse_metadata
 from featx.shipping.parity import Images, Parity, Rows
-from featx.sources import Source
+from featx.sources.source import Source
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx.errors import ExportError
-from featx.heads import Head
-from featx.preprocess import MAX_ASPECT, Preprocess
+from featx.head import Head
+from featx.pixels.preprocess import MAX_ASPECT, Preprocess
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto

@@ -16,13 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from featx.devices import available_threads
-from featx.engines import cosines, difference
 from featx.errors import ExportError, ImageError
-from featx.extraction import Extraction
-from featx.features import Features, content_key
+from featx.extraction.pipeline import Extraction
+from featx.features import Features, content_key, cosines, difference
 from featx.files import write_atomic
-from featx.heads import MULTILABEL, Head
-from featx.preprocess import CLOSE, EXACT, GPU, Preprocess
+from featx.head import MULTILABEL, Head
+from featx.pixels.preprocess import CLOSE, EXACT, GPU, Preprocess
 from featx.shipping.graph import FEATURES_VALUE, PIXELS
 
 IMAGES = 2000

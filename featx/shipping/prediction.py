@@ -19,9 +19,10 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
-from featx.heads import MULTILABEL
+from featx.head import MULTILABEL
 from featx.shipping.deployed import Model
-from featx.sources import EXTENSIONS, printable, read_image
+from featx.sources.source import EXTENSIONS, read_image
+from featx.text import printable
 
 Image = str | Path | bytes | np.ndarray
 

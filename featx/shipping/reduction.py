@@ -16,7 +16,7 @@ import numpy as np
 from featx.devices import available_threads
 from featx.errors import ExportError
 from featx.features import FeatureSpec
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import open_session

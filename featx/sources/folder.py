@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from featx.errors import SourceError
-from featx.sources import EXTENSIONS, NO_STAT, SPLITS, Source, printable, some, stat_row
+from featx.files import stat_row
+from featx.sources.source import EXTENSIONS, NO_STAT, SPLITS, Source
+from featx.text import printable, some
 
 
 @dataclass

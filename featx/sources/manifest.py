@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from featx.errors import SourceError, near
-from featx.sources import NO_STAT, SPLITS, Source, printable, some, stat_row
+from featx.errors import SourceError
+from featx.files import stat_row
+from featx.sources.source import NO_STAT, SPLITS, Source
+from featx.text import near, printable, some
 
 PATH_COLUMNS = ("path", "file_name", "image")
 # joins the labels of one image

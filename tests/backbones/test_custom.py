@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from featx.backbones import BackboneRequest, load_backbone, resolve
-from featx.backbones.custom import load as load_custom
-from featx.engines import difference, open_engine
+from featx.backbones.loading import load_backbone, resolve
+from featx.backbones.request import BackboneRequest
+from featx.backbones.zoos.custom import load as load_custom
+from featx.engines.opening import open_engine
 from featx.errors import BackboneError, WeightsError
-from featx.features import TOLERANCE
-from featx.preprocess import Preprocess
+from featx.features import TOLERANCE, difference
+from featx.pixels.preprocess import Preprocess
 
 NETS = """
 import torch
 from torch import nn
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 
 TINY = Preprocess(resize=36, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -230,7 +231,7 @@ def test_timm_names_and_weights_that_are_not_there(timm, monkeypatch: pytest.Mon
 def test_timm_preprocessing_that_featx_does_not_do_is_refused(change: dict[str, object], message: str, timm) -> None:  # type: ignore[no-untyped-def]
     from dataclasses import replace
 
-    from featx.backbones.timm import preprocessing
+    from featx.backbones.zoos.timm import preprocessing
 
     config = replace(timm.get_pretrained_cfg("test_vit"), **change)
     with pytest.raises(BackboneError, match=message):

@@ -9,9 +9,10 @@ from networks import THIRTEEN, calibrated, session_cache, weights_file
 from torch import nn
 from torchvision import models
 
-from featx.backbones import listing, load_backbone
-from featx.engines import difference, open_engine
-from featx.features import TOLERANCE
+from featx.backbones.loading import load_backbone
+from featx.backbones.table import listing
+from featx.engines.opening import open_engine
+from featx.features import TOLERANCE, difference
 
 # GoogLeNet and Inception v3 were trained on inputs that torchvision's own loading rescales inside them
 OPTIONS = {

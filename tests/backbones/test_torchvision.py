@@ -21,23 +21,15 @@ from torch import nn
 from torchvision import models
 
 from featx import backbones
-from featx.backbones import (
-    BackboneInfo,
-    BackboneRequest,
-    listing,
-    load_backbone,
-    locate,
-    names,
-    resolve,
-    tensors_digest,
-)
-from featx.backbones._measure import measure
-from featx.backbones._table import table
-from featx.backbones.torchvision import _renamed, create, preprocessing
-from featx.engines import backbone_onnx, difference
+from featx.backbones.loading import load_backbone, locate, resolve
+from featx.backbones.measure import measure
+from featx.backbones.request import BackboneInfo, BackboneRequest, tensors_digest
+from featx.backbones.table import listing, names, table
+from featx.backbones.zoos.torchvision import _renamed, create, preprocessing
+from featx.engines.opening import backbone_onnx
 from featx.errors import BackboneError, WeightsError
-from featx.features import TOLERANCE
-from featx.preprocess import Preprocess
+from featx.features import TOLERANCE, difference
+from featx.pixels.preprocess import Preprocess
 
 SQUEEZE = "squeezenet1_1"
 

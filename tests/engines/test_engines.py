@@ -16,12 +16,13 @@ import torch
 from networks import calibrated, session_cache
 
 from featx import devices
-from featx.backbones import BackboneInfo, BackboneRequest, load_backbone, resolve
-from featx.engines import backbone_onnx, difference, open_engine
+from featx.backbones.loading import load_backbone, resolve
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.engines.onnx import OnnxEngine, accelerated
+from featx.engines.opening import backbone_onnx, open_engine
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import FeatxError, StoreError, WeightsError
-from featx.features import TOLERANCE
+from featx.features import TOLERANCE, difference
 
 REQUEST = calibrated("resnet18")
 
@@ -159,8 +160,9 @@ def test_a_warm_engine_needs_no_torch(info: BackboneInfo) -> None:
     backbone_onnx(REQUEST, info, session_cache())
     script = f"""
 import sys, json, pathlib, numpy
-from featx.backbones import BackboneRequest, resolve
-from featx.engines import open_engine
+from featx.backbones.request import BackboneRequest
+from featx.backbones.loading import resolve
+from featx.engines.opening import open_engine
 request = BackboneRequest({REQUEST.name!r}, weights={REQUEST.weights!r})
 cache = pathlib.Path({str(session_cache())!r})
 info = resolve(request, cache)

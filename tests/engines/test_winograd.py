@@ -16,12 +16,12 @@ import torch
 from networks import calibrated, session_cache
 from torch import nn
 
-from featx.backbones import resolve
-from featx.engines import backbone_onnx, difference
+from featx.backbones.loading import resolve
 from featx.engines import onnx as exports
 from featx.engines.onnx import accelerated, session
+from featx.engines.opening import backbone_onnx
 from featx.engines.winograd import CONSTANT, OUTPUT, POINTS, rewritten, transforms
-from featx.features import TOLERANCE
+from featx.features import TOLERANCE, difference
 
 NO_LIMIT = 1 << 40
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

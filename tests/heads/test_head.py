@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save
 
 from featx.errors import HeadError
-from featx.heads import Head
+from featx.head import Head
 
 HEAD = Head(np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(2, np.float32), ("a", "ü"), "sigmoid", 0.25)
 METADATA = {"class_names": '["a", "b"]', "activation": "softmax", "threshold": "null"}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from featx.errors import FeatxError
-from featx.heads import _training, linear, logreg, settings_of
+from featx.heads import linear, logreg, settings_of
+from featx.solvers import training as _training
 
 
 def clouds(rows: int = 240, classes: int = 3) -> tuple[np.ndarray, np.ndarray, list[str]]:

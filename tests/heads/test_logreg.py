@@ -13,7 +13,10 @@ from sklearn.preprocessing import StandardScaler
 
 from featx.devices import has_cuda
 from featx.errors import FeatxError, HeadError
-from featx.heads import _design, _solver, _training, logreg
+from featx.heads import logreg
+from featx.solvers import design as _design
+from featx.solvers import lbfgs as _solver
+from featx.solvers import training as _training
 
 
 def clouds(
@@ -242,7 +245,7 @@ def photo_features(photos: Path, weights: Path) -> Iterator[tuple[np.ndarray, np
     import torch
     import torchvision
 
-    from featx.preprocess import Preprocess
+    from featx.pixels.preprocess import Preprocess
 
     network = torchvision.models.squeezenet1_1()
     network.load_state_dict(torch.load(weights, weights_only=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from sklearn.neighbors import NearestCentroid
 
-from featx.heads import _training, ncm
+from featx.heads import ncm
+from featx.solvers import training as _training
 
 
 def clouds(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -7,7 +7,9 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from featx.errors import HeadError
-from featx.heads import _design, _training, ridge
+from featx.heads import ridge
+from featx.solvers import design as _design
+from featx.solvers import training as _training
 
 
 def clouds(rows: int, size: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:

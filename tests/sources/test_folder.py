@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from featx.errors import ImageError, SourceError
-from featx.sources import EXTENSIONS, Source, open_source
+from featx.sources.opening import open_source
+from featx.sources.source import EXTENSIONS, Source
 
 
 def touch(root: Path, *names: str) -> Path:

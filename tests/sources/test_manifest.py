@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from featx.errors import ImageError, SourceError
-from featx.sources import Source, open_source
+from featx.sources.opening import open_source
+from featx.sources.source import Source
 
 
 @pytest.fixture

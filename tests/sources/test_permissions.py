@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from featx.errors import ImageError, SourceError
-from featx.sources import open_source
+from featx.sources.opening import open_source
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from featx.errors import ImageError, SourceError
-from featx.sources import MAX_BYTES, Source, open_source, printable
+from featx.sources.opening import open_source
+from featx.sources.source import MAX_BYTES, Source
+from featx.text import printable
 
 # bytes, label, split of each image; listing reads no image, so that any bytes will do
 IMAGES = [

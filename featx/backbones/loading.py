@@ -1,0 +1,134 @@
+"""Loads the backbone that was asked for, and remembers what it resolved to, so that a warm run needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from featx import __version__
+from featx.backbones import zoos
+from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.errors import BackboneError, WeightsError
+from featx.files import file_stats, write_atomic
+from featx.text import near
+
+if TYPE_CHECKING:
+    from featx.backbones.backbone import Backbone
+
+RESOLVED_VERSION = 1  # raised when `BackboneInfo` or how it is found changes; old memos are then misses
+
+
+def zoo_names() -> list[str]:
+    """Where backbones come from: the names of the files in `featx/backbones/zoos`."""
+    return sorted(m.name for m in pkgutil.iter_modules(zoos.__path__) if not m.name.startswith("_"))
+
+
+def locate(name: str) -> tuple[str, str]:
+    """Split a backbone's name into its source and its name there, without importing either.
+
+    `resnet18` and `torchvision/resnet18` -> `("torchvision", "resnet18")`; `package.module:factory` ->
+    `("custom", "package.module:factory")`. Raises `BackboneError` for an unknown source.
+    """
+    head, slash, rest = name.partition("/")
+    if slash and head in zoo_names():
+        return head, rest
+    if ":" in name and not slash:
+        return "custom", name
+    if slash or not name:
+        raise BackboneError(
+            f"unknown backbone {name!r}; expected a torchvision network's name, "
+            f"timm/NAME or package.module:factory.{near(head, zoo_names())}"
+        )
+    return "torchvision", name
+
+
+def load_backbone(request: BackboneRequest) -> Backbone:
+    """Load the network that was asked for, in eval mode on the CPU. Imports torch.
+
+    The state of torch's random generators is left as it was. Raises `BackboneError` for an unknown
+    name, layer or factory and `WeightsError` for weights that are not at hand or do not fit.
+    """
+    source, name = locate(request.name)
+    module: ModuleType = importlib.import_module(f"{zoos.__name__}.{source}")
+    backbone: Backbone = module.load(request, name)
+    return backbone
+
+
+def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
+    """What `load_backbone(request).info` is, remembered in `cache/resolved/`, so that a warm run needs no torch.
+
+    The memo answers only while the library versions and the weights file's size, times and inode are
+    what they were; a damaged one is a miss. Custom factories are always loaded: their code may change.
+    """
+    source, name = locate(request.name)
+    if cache is None or source == "custom":
+        return load_backbone(request).info
+    memo = Path(cache) / "resolved" / f"{_memo_key(request, source, name)}.json"
+    info = _remembered(memo)
+    if info is None:
+        backbone = load_backbone(request)
+        info = backbone.info
+        if backbone.files is not None:
+            _remember(memo, info, backbone.files)
+    return info
+
+
+def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
+    """Load the backbone, held to what it was resolved as: a file may have been replaced since."""
+    backbone = load_backbone(request)
+    if backbone.info.spec() != info.spec():
+        raise WeightsError(
+            f"{info.name} was {info.weights_note} with weights {info.weights_digest[:12]}, "
+            f"but {backbone.info.weights_note} has {backbone.info.weights_digest[:12]} now; start again"
+        )
+    return backbone
+
+
+def _memo_key(request: BackboneRequest, source: str, name: str) -> str:
+    """What the answer depends on and can be known without torch, hashed."""
+    weights = Path(request.weights)
+    file = [str(weights.absolute()), *file_stats(weights)] if weights.is_file() else None
+    packages = ("torch", "torchvision", "timm") if source == "timm" else ("torch", "torchvision")
+    versions = [_version(package) for package in packages]
+    places = [os.environ.get(k) for k in ("TORCH_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")]
+    asked = [source, name, request.to_dict(), file, versions, places, __version__, RESOLVED_VERSION]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _remembered(memo: Path) -> BackboneInfo | None:
+    try:
+        values = json.loads(memo.read_bytes())
+        text = json.dumps(values["info"], sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != values["sha256"]:
+            return None
+        if any(file_stats(Path(path)) != stats for path, stats in values["files"].items()):
+            return None
+        return BackboneInfo.from_dict(values["info"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # absent or damaged: the network is loaded and the memo written anew
+
+
+def _remember(memo: Path, info: BackboneInfo, files: Mapping[str, list[int]]) -> None:
+    values = json.loads(json.dumps(info.to_dict()))
+    text = json.dumps(values, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    data = json.dumps({"info": values, "files": files, "sha256": digest}, indent=1)
+    # a cache that cannot be written costs the next run its head start, and nothing else here
+    with contextlib.suppress(OSError):
+        write_atomic(memo, data.encode())

@@ -1,0 +1,145 @@
+"""Owns backbones of your own: `package.module:factory`, a function that makes a network.
+
+    def factory() -> nn.Module | tuple[nn.Module, Preprocess] | tuple[nn.Module, Preprocess, list[str]]
+
+- The network takes `float32 [B, 3, crop, crop]`, normalised, and is put into eval mode.
+- `Preprocess` says how images become such pixels; without one, ImageNet's 256 / 224 and mean / std.
+- With class names the network is a classifier: `features` are the input of its last Linear, whose
+  output must be the network's own, and `--head pretrained` can use it. Without them, `features` are
+  what the network returns. Maps are averaged over height and width, sequences over their tokens.
+- `--weights FILE` is loaded into the network; `--weights pretrained` keeps what the factory made. The
+  factory runs with torch's generator seeded by `--seed`, and the generator is put back afterwards.
+- Modules are looked for as Python does, and in the current folder.
+
+The weights digest covers the tensors and the source file that holds the factory, so editing that file
+recomputes features. Code that it imports is not covered: rename the factory when that changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featx.backbones.backbone import Backbone, build, without
+from featx.backbones.request import BackboneRequest, tensors_digest
+from featx.backbones.weights import is_file, load_state, read_state
+from featx.errors import BackboneError, WeightsError
+from featx.pixels.preprocess import Preprocess
+from featx.text import near
+
+
+def load(request: BackboneRequest, name: str) -> Backbone:
+    """Call the factory `package.module:function` and wrap what it makes. Raises `BackboneError`."""
+    factory = _find(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(request.seed)
+        made = factory()
+    network, preprocess, class_names = _parts(made, name)
+    note = f"as {name} makes them"
+    if is_file(request.weights):
+        path = Path(request.weights)
+        load_state(network, read_state(path)[0], f"{path} as {name}")
+        note = f"local file {path.name}"
+    elif request.weights == "random":
+        note = f"as {name} makes them, seed {request.seed}"
+    elif request.weights != "pretrained":
+        raise WeightsError(
+            f"{name} is your own factory, which has no weights {request.weights!r}; "
+            "expected pretrained (as it makes them), random, or the path of a .pth or .safetensors file"
+        )
+    network.eval()
+    cut = head = None
+    if class_names is not None:
+        head = _classifier(network, name, request.override(preprocess).crop, len(class_names))
+        cut = without(network, head)
+    digest = hashlib.sha256(tensors_digest(network.state_dict()).encode() + _source(factory)).hexdigest()
+    return build(
+        request,
+        network,
+        name=f"custom/{name}",
+        preprocess=preprocess,
+        cut=cut,
+        head=head,
+        class_names=class_names,
+        note=note,
+        files=None,
+        digest=digest,
+    )
+
+
+def _find(name: str) -> Callable[[], Any]:
+    path, _, function = name.partition(":")
+    if not path or not function.isidentifier():
+        raise BackboneError(f"{name!r} is no factory; expected package.module:function")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file here hides no installed package
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise BackboneError(f"{path} cannot be imported: it needs {error.name}, which is not installed") from error
+        raise BackboneError(f"there is no module {path!r}; it is looked for as Python does, and in {folder}") from error
+    except Exception as error:
+        raise BackboneError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        known = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
+        raise BackboneError(f"{path} has no function {function!r}.{near(function, known)}")
+    found: Callable[[], Any] = factory
+    return found
+
+
+def _parts(made: Any, name: str) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
+    parts = made if isinstance(made, tuple) else (made,)
+    network, preprocess, class_names = (*parts, None, None)[:3]
+    fits = (
+        len(parts) <= 3
+        and isinstance(network, nn.Module)
+        and isinstance(preprocess, Preprocess | None)
+        and not isinstance(class_names, str)
+    )
+    if not fits:
+        raise BackboneError(
+            f"{name} returned {', '.join(type(part).__name__ for part in parts)}; expected a torch module, "
+            "(module, featx Preprocess) or (module, Preprocess, class names)"
+        )
+    names = None if class_names is None else tuple(str(c) for c in class_names)
+    return network, preprocess or Preprocess(), names
+
+
+def _classifier(network: nn.Module, name: str, crop: int, classes: int) -> str:
+    """The dotted name of the last Linear, checked to be what the network ends in."""
+    linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear) and path]
+    if linears:
+        last = network.get_submodule(linears[-1])
+        pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, crop, crop)).astype(np.float32))
+        with torch.inference_mode():
+            logits, features = network(pixels), without(network, linears[-1])(pixels)
+            same = features.ndim == 2 and torch.allclose(last(features), logits, rtol=1e-4, atol=1e-5)
+        if same and logits.shape[1] == classes:
+            return linears[-1]
+    raise BackboneError(
+        f"{name} gives {classes} class names, but its network does not end in a Linear with that many outputs; "
+        "return no class names to have its output as the features"
+    )
+
+
+def _source(factory: Callable[[], Any]) -> bytes:
+    """The file that holds the factory."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(factory))
+        return Path(file).read_bytes() if file else b""
+    except (TypeError, OSError):
+        return b""  # a partial, or compiled code

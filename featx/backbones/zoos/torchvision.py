@@ -1,0 +1,175 @@
+"""Owns torchvision's classification networks: their weights, preprocessing, class names and last layer."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+from torchvision import models
+
+from featx.backbones.backbone import Backbone, build, without
+from featx.backbones.request import BackboneRequest
+from featx.backbones.weights import is_file, load_state, read_state
+from featx.errors import BackboneError, WeightsError
+from featx.pixels.preprocess import Preprocess
+from featx.text import near
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+# trained with transform_input=True, which torchvision sets only when it loads its own weights
+_TRANSFORM_INPUT = ("googlenet", "inception_v3")
+
+
+def load(request: BackboneRequest, name: str) -> Backbone:
+    """Load a network by its torchvision name. Raises `BackboneError` and `WeightsError`."""
+    known = models.list_models(module=models)
+    if name not in known:
+        raise unknown(name, known)
+    chosen = first_weights(name)  # what `random` and local files are preprocessed as
+    files: dict[str, list[int]] | None = {}
+    state = None
+    if request.weights == "random":
+        note = f"random, seed {request.seed}"
+    elif is_file(request.weights):
+        path = Path(request.weights)
+        state, files = read_state(path)
+        note = f"local file {path.name}"
+    else:
+        chosen = _named(name, request.weights)
+        path = _download(chosen)
+        state, files = read_state(path)
+        note = f"pretrained {chosen.name}"
+    preprocess = request.override(preprocessing(chosen))
+    network = create(name, preprocess.crop, seed=request.seed)
+    last = last_layer(name, network)
+    class_names = chosen.meta.get("categories")
+    if state is not None:
+        if name.startswith("densenet"):
+            state = _renamed(state)
+        remark = load_state(network, state, f"{path} as {name}", last)
+        if remark:
+            note, class_names = f"{note}, {remark}", None
+    layer = network.get_submodule(last)
+    if isinstance(layer, nn.Identity) and request.layer == "logits":
+        raise BackboneError(f"{path} holds no classifier, so {name} has no logits; use layer features")
+    if isinstance(layer, nn.Conv2d | nn.Identity) and name.startswith("squeezenet"):
+        # its classifier is a convolution, a ReLU and a pool: no affine map of the pooled features
+        cut = without(network, "classifier", nn.AdaptiveAvgPool2d(1))
+    else:
+        cut = without(network, last)
+    return build(
+        request,
+        network,
+        name=f"torchvision/{name}",
+        preprocess=preprocess,
+        cut=cut,
+        head=last if isinstance(layer, nn.Linear) else None,
+        class_names=tuple(class_names) if class_names else None,
+        note=note,
+        files=files,
+    )
+
+
+def unknown(name: str, known: list[str]) -> BackboneError:
+    """The error for a network that torchvision does not have."""
+    return BackboneError(
+        f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
+        f"timm's are called timm/NAME, your own package.module:factory.{near(name, known)}"
+    )
+
+
+def create(name: str, crop: int, seed: int = 0) -> nn.Module:
+    """Build a network with random weights for `crop` x `crop` pixels, auxiliary classifiers off.
+
+    The weights follow from `seed` alone; torch's global generator is left as it was.
+    """
+    options: dict[str, Any] = {}
+    if name in _TRANSFORM_INPUT:
+        options = {"transform_input": True, "aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": crop}
+    elif name.startswith("maxvit"):
+        options = {"input_size": (crop, crop)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            network: nn.Module = models.get_model(name, weights=None, **options)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise BackboneError(f"{name} cannot be built for {crop} x {crop} pixels ({error})") from error
+    return network.eval()
+
+
+def last_layer(name: str, network: nn.Module) -> str:
+    """The dotted name of the classifier's last Linear, or of SqueezeNet's last convolution."""
+    kind = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
+    return [path for path, module in network.named_modules() if isinstance(module, kind)][-1]
+
+
+def first_weights(name: str) -> Any:
+    """`IMAGENET1K_V1`, or the first there is: what a local file is taken to be preprocessed as."""
+    members = {member.name: member for member in models.get_model_weights(name)}
+    return members.get("IMAGENET1K_V1") or next(iter(members.values()))
+
+
+def default_weights(name: str) -> Any:
+    """What torchvision calls its best weights, and `pretrained` means."""
+    return models.get_model_weights(name).DEFAULT
+
+
+def preprocessing(weights: Any) -> Preprocess:
+    """The resize, crop and normalisation that a weights enum's own transforms do."""
+    preset = weights.transforms()
+    return Preprocess(
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _named(name: str, weights: str) -> Any:
+    if weights == "pretrained":
+        return default_weights(name)
+    members = {member.name: member for member in models.get_model_weights(name)}
+    if weights not in members:
+        others = ["pretrained", "random", *members]
+        raise WeightsError(
+            f"{name} has no weights {weights!r}; there are {', '.join(others)}, "
+            f"or the path of a .pth or .safetensors file.{near(weights, others)}"
+        )
+    return members[weights]
+
+
+def _download(weights: Any) -> Path:
+    """The file of a weights enum in torch's hub folder, fetched if it is not there yet."""
+    file = Path(urlparse(weights.url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if path.exists():
+        return path
+    timeout = socket.getdefaulttimeout()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch sets none, and would wait for ever
+        prefix = file.rpartition("-")[2].partition(".")[0]  # torchvision names files by their SHA-256's start
+        torch.hub.download_url_to_file(weights.url, str(path), prefix, progress=False)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise WeightsError(
+            f"the weights file {file} could not be downloaded ({error}). Fetch {weights.url} where there is a "
+            f"network and put it at {path} (TORCH_HOME moves that folder), or pass --weights FILE or "
+            "--weights random"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+    """DenseNet files from before torch 0.4.1 say `norm.1` where the network says `norm1`."""
+    old = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
+    renamed = type(state)({old.sub(r"\1\2", key): tensor for key, tensor in state.items()})
+    return renamed

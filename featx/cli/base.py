@@ -1,0 +1,167 @@
+"""Owns what every command shares: exit codes, output, groups of options."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from featx import __version__
+from featx.errors import FeatxError
+from featx.text import prose, to_json
+
+DONE, ERROR, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+SEED = click.IntRange(0)
+
+
+KEPT = (
+    "Features that were computed stay in the cache, and the same command goes on from there. "
+    "A run that has a report.json is finished: featx report RUN writes its page."
+)
+
+
+class Commands(click.Group):
+    """A group whose commands return their exit code, and whose errors become one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use, not of the alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
+        options["standalone_mode"] = False
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; what cannot be read is named by us
+        try:
+            code = super().main(args, **options)
+        except FeatxError as error:
+            say(f"Error: {error}")
+            code = ERROR
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except OSError as error:  # a full disk, a pipe or a folder that cannot be written
+            say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            code = ERROR
+        except (click.Abort, KeyboardInterrupt):
+            given = list(sys.argv[1:] if args is None else args)
+            caches = bool(given) and given[0] in ("extract", "fit", "sweep", "evaluate", "cache")
+            say(f"Interrupted. {KEPT}" if caches else "Interrupted.")
+            code = INTERRUPTED
+        sys.exit(code or DONE)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "FEATX",
+        "max_content_width": 100,
+    },
+)
+@click.version_option(__version__, prog_name="featx")
+def cli() -> None:
+    """Extract features once, retrain heads in milliseconds, ship one ONNX file.
+
+    Every option can be set in the environment: FEATX_EXTRACT_WORKERS=4.
+    Exit codes: 0 done, 1 error, 2 usage, 3 finished with images skipped, 130 interrupted.
+    """
+
+
+def emit(values: Any) -> None:
+    """Machine-readable output, on standard output."""
+    click.echo(to_json(values))
+
+
+def say(text: str) -> None:
+    """Prose, on standard error."""
+    click.echo(prose(text), err=True)
+
+
+Command = Callable[..., Any]
+
+
+def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator out of many, in reading order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on standard output.")
+cache_option = click.option(
+    "--cache",
+    default="cache",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Where features lie.",
+)
+backbone_options = options_of(
+    click.option("--backbone", "-b", default="resnet18", show_default=True, help="See `featx backbones`."),
+    click.option(
+        "--weights",
+        default="pretrained",
+        show_default=True,
+        help="pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file.",
+    ),
+    click.option("--layer", default="features", show_default=True, help="features, logits, or a module's dotted name."),
+    click.option("--seed", default=0, show_default=True, type=SEED, help="For random weights, views and heads."),
+)
+extraction_options = options_of(
+    cache_option,
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--precision",
+        default="fp32",
+        show_default=True,
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        help="Arithmetic of the backbone; each has features of its own.",
+    ),
+    click.option(
+        "--dtype",
+        default="float32",
+        show_default=True,
+        type=click.Choice(["float32", "float16"]),
+        help="How features are stored.",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), help="By default the engine's own choice."),
+    click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core."),
+    click.option("--views", default=0, show_default=True, type=click.IntRange(0), help="Augmented views to cache."),
+    click.option(
+        "--decode",
+        default="exact",
+        show_default=True,
+        type=click.Choice(["exact", "fast", "gpu"]),
+        help="fast decodes large JPEGs at a smaller scale, gpu decodes them on the GPU; "
+        "their features differ a little and are cached apart.",
+    ),
+)
+
+
+def assignments(pairs: tuple[str, ...], option: str) -> dict[str, Any]:
+    """`NAME=VALUE` pairs as a dict; a value is JSON where it reads as JSON, else text."""
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint=option)
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values

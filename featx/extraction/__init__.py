@@ -1,0 +1,1 @@
+"""The main path: images -> keys -> pixels -> features."""

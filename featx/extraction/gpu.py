@@ -1,0 +1,164 @@
+"""Owns the stage between the loader and the engine that has JPEGs decoded on a GPU; imports torch for the first one."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featx.devices import decoding_device
+from featx.engines.engine import Engine
+from featx.errors import FeatxError, ImageError
+from featx.extraction.loader import Loaded, Loader
+from featx.features import cosines
+from featx.pixels.jpeg import Encoded
+from featx.pixels.preprocess import CLOSE
+
+if TYPE_CHECKING:
+    from featx.extraction.loader import Pixels
+    from featx.pixels.nvjpeg import Gpu
+
+# Images that go to the GPU together, and groups that may wait there: memory does not grow with the data set.
+GROUP, GROUPS = 64, 2
+GROUP_BYTES = 64 << 20  # a group of large files is smaller
+# Images at the start of a run that are decoded both ways, to hold their features to each other.
+SAMPLE = 16
+
+
+class Decoder:
+    """Takes over from a `Loader` the JPEGs that a GPU can decode; all others have the loader's own pixels.
+
+    One thread of its own waits for the GPU. What it cannot decode after all, Pillow decodes, or says why
+    not. Written without a GPU at hand: its speed is not measured.
+    """
+
+    def __init__(self, loader: Loader, device: str) -> None:
+        """device: as `sync` takes it. Whether there is a GPU is asked when the first such JPEG comes."""
+        self.loader = loader
+        self.device = device
+        self.decoded = 0
+        """Images that were decoded on the GPU."""
+        self.cosine: float | None = None
+        """What `hold` found; None where nothing was compared."""
+        self.opening = (0.0, 0.0)
+        """When the GPU began to be made ready, torch's import first, and when it was; by `time.perf_counter`."""
+        self._gpu: Gpu | None = None
+        self._sample: list[tuple[Pixels, Pixels]] | None = None  # None: not taken yet; empty: compared
+
+    def __call__(self, rows: np.ndarray) -> Generator[Loaded]:
+        """Yield what the loader yields, in its order, with the views of every image decoded.
+
+        Closing the iterator ends the thread, and the loader's. Raises `FeatxError` where there is no GPU.
+        """
+        waiting: deque[Future[list[Loaded]]] = deque()
+        with closing(self.loader(rows, encoded=True)) as loaded, warnings.catch_warnings():
+            # torchvision's that its decoders will move, and torch's that a file's bytes cannot be written to
+            warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            executor = ThreadPoolExecutor(1, thread_name_prefix="featx-decode")
+            try:
+                while group := list(_grouped(loaded)):
+                    waiting.append(executor.submit(self._decode, group))
+                    if len(waiting) > GROUPS:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
+
+    def hold(self, engine: Engine) -> None:
+        """Compare the features of the run's first images by both decoders; raise `FeatxError` if they are far apart.
+
+        Does nothing before there are such images, and nothing again after.
+        """
+        if not self._sample:
+            return
+        sample, self._sample = self._sample, []
+        rows = []
+        for images in zip(*sample, strict=True):
+            parts = [list(images[i : i + engine.batch_size]) for i in range(0, len(images), engine.batch_size)]
+            rows.append(np.concatenate([engine(stacked(part, engine)) for part in parts]))
+        self.cosine = float(cosines(*rows).min())
+        if not self.cosine >= CLOSE:
+            raise FeatxError(
+                f"features of images decoded on the GPU differ from Pillow's: of {len(sample)} images the worst has a "
+                f"cosine of {self.cosine:.5f}, less than {CLOSE}; none of them was stored. Use --decode exact"
+            )
+
+    def _decode(self, group: list[Loaded]) -> list[Loaded]:
+        """The same with `views` in place of `encoded`."""
+        encoded = [image.encoded for image in group if image.encoded]
+        if not encoded:
+            return group
+        begin = time.perf_counter()
+        if self._gpu is None:
+            self._gpu = _open(self.loader, self.device)
+            self.opening = begin, time.perf_counter()
+            begin = self.opening[1]
+        made = iter(self._gpu(encoded))
+        out = [self._finished(image, next(made)) if image.encoded else image for image in group]
+        if self._sample is None:
+            self._sample = list(islice(self._both(group, out), SAMPLE)) or None
+        decoded = sum(not isinstance(image.views[0][1], np.ndarray) for image in out if image.views)
+        self.decoded += decoded
+        self.loader.decoded_elsewhere(decoded, time.perf_counter() - begin)
+        return out
+
+    def _finished(self, loaded: Loaded, views: list[Any] | None) -> Loaded:
+        """With the GPU's views, or with Pillow's where it made none."""
+        encoded = loaded.encoded
+        assert encoded is not None
+        try:
+            seen = self._by_pillow(loaded.key, encoded) if views is None else views
+        except ImageError as error:
+            return replace(loaded, error=str(error), encoded=None)
+        return replace(loaded, views=[(n, v) for (n, _, _), v in zip(encoded.looks, seen, strict=True)], encoded=None)
+
+    def _by_pillow(self, key: bytes, encoded: Encoded) -> list[np.ndarray]:
+        image = self.loader.preprocess.decode(encoded.data)
+        return [self.loader.seen(image, key, view) for view, _, _ in encoded.looks]
+
+    def _both(self, group: list[Loaded], out: list[Loaded]) -> Iterator[tuple[Pixels, Pixels]]:
+        """The first view of each image that the GPU decoded, by it and by Pillow."""
+        for before, after in zip(group, out, strict=True):
+            if before.encoded and after.views and not isinstance(after.views[0][1], np.ndarray):
+                with contextlib.suppress(ImageError):  # the GPU's decoder may take what is damaged
+                    yield after.views[0][1], self._by_pillow(before.key, before.encoded)[0]
+
+
+def _grouped(loaded: Iterator[Loaded]) -> Iterator[Loaded]:
+    """The images of the next group."""
+    size = 0
+    for image in islice(loaded, GROUP):
+        yield image
+        size += len(image.encoded.data) if image.encoded else 0
+        if size > GROUP_BYTES:
+            return
+
+
+def stacked(pixels: list[Pixels], engine: Engine) -> Any:
+    """One batch for an engine: an array, or, for one on the GPU, a tensor there if some of it was decoded there."""
+    arrays = [p for p in pixels if isinstance(p, np.ndarray)]
+    if len(arrays) == len(pixels):
+        return np.stack(arrays)
+    if engine.name != "torch-cuda":
+        return np.stack([p if isinstance(p, np.ndarray) else p.cpu().numpy() for p in pixels])
+    from featx.pixels import nvjpeg
+
+    return nvjpeg.stacked(pixels)
+
+
+def _open(loader: Loader, device: str) -> Gpu:
+    place = decoding_device(device)
+    from featx.pixels.nvjpeg import Gpu
+
+    return Gpu(loader.preprocess, place)

@@ -1,0 +1,155 @@
+"""Owns the threads that read, identify and decode images ahead of the backbone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from featx.cache.store import FeatureStore
+from featx.errors import ImageError
+from featx.features import content_key
+from featx.pixels.jpeg import Encoded, header
+from featx.pixels.preprocess import Preprocess
+from featx.pixels.views import look, pixels
+from featx.sources.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pixels = np.ndarray | Tensor
+
+# Decoded images that may wait for the backbone, in bytes: memory does not grow with the data set.
+WAITING_BYTES = 96 << 20
+# Files that may wait where they are not decoded here.
+ENCODED = 64
+# Keys of images on their way that are remembered before the first look at which of them are stored.
+CLAIMS = 1 << 11
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One image on its way to the backbone, or the reason why it goes no further."""
+
+    row: int
+    key: bytes
+    """The content key, 32 bytes; empty where the file could not be read."""
+    views: list[tuple[int, Pixels]]
+    """View number and `uint8 [3, H, W]` of each view that no store has; empty for a duplicate."""
+    error: str = ""
+    encoded: Encoded | None = None
+    """In place of `views`, where whoever asked decodes JPEGs himself."""
+
+
+class Loader:
+    """Decodes what the stores lack, in order, on `workers` threads, never far ahead of its reader.
+
+    Threads, not processes: Pillow and hashlib release the interpreter's lock where the time goes.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess, stores: list[FeatureStore], workers: int) -> None:
+        self.source = source
+        self.preprocess = preprocess
+        self.stores = stores
+        self.workers = workers
+        self.read_seconds = self.decode_seconds = 0.0
+        """The threads' processor time, so that waiting does not count."""
+        self.file_seconds = 0.0
+        """The threads' time in reading and hashing, waiting included."""
+        self.decoded = self.large = 0
+        """Images decoded, and how many of them `--decode fast` would decode at a smaller scale."""
+        self.device_seconds = 0.0
+        """Wall time that a GPU's decoder worked, waiting for the GPU included."""
+        self._claimed: set[bytes] = set()
+        self._most_claimed = CLAIMS
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: np.ndarray, *, encoded: bool = False) -> Generator[Loaded]:
+        """Yield a `Loaded` for every row (`int [M]`), in order. Closing the iterator ends the threads.
+
+        encoded: leave the JPEGs that a GPU can decode as they are.
+        """
+        waiting: deque[Future[Loaded]] = deque()
+        most = WAITING_BYTES // (3 * self.preprocess.crop**2 * len(self.stores))
+        most = max(2 * self.workers, min(most, ENCODED if encoded else 512))
+        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="featx-load")
+        try:
+            for row in rows:  # an array's numbers are made one by one
+                waiting.append(executor.submit(self._load, int(row), encoded))
+                if len(waiting) >= most:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def counted(self) -> tuple[float, float, float, float]:
+        """`read_seconds`, `decode_seconds`, `file_seconds` and `device_seconds` of this moment."""
+        with self._lock:
+            return self.read_seconds, self.decode_seconds, self.file_seconds, self.device_seconds
+
+    def decoded_elsewhere(self, images: int, seconds: float) -> None:
+        """Count images that somebody else has decoded, in so many seconds."""
+        with self._lock:
+            self.decoded += images
+            self.device_seconds += seconds
+
+    def seen(self, image: Image.Image, key: bytes, view: int) -> np.ndarray:
+        """One view of a decoded image."""
+        return pixels(self.preprocess, image, key, self.stores[view].spec.view)
+
+    def _load(self, row: int, encoded: bool) -> Loaded:
+        key = b""
+        begin, middle, opened, read = time.thread_time(), None, time.perf_counter(), None
+        large = None
+        try:
+            data = self.source.read(row)
+            key = content_key(data)
+            missing = self._claim(key)
+            middle, read = time.thread_time(), time.perf_counter()
+            if not missing:
+                return Loaded(row, key, [])
+            if encoded and (found := header(data)):
+                names = [self.stores[v].spec.view for v in missing]
+                looks = [look(self.preprocess, *found.upright, key, name) for name in names]
+                whole = [(v, *drawn) for v, drawn in zip(missing, looks, strict=True)]
+                return Loaded(row, key, [], encoded=Encoded(data, found, whole))
+            image = self.preprocess.decode(data)
+            large = self.preprocess.shrinks(data, image.size)
+            return Loaded(row, key, [(v, self.seen(image, key, v)) for v in missing])
+        except ImageError as error:
+            return Loaded(row, key, [], str(error))
+        finally:
+            end = time.thread_time()
+            middle, read = middle or end, read or time.perf_counter()
+            with self._lock:
+                self.read_seconds += middle - begin
+                self.decode_seconds += end - middle
+                self.file_seconds += read - opened
+                self.decoded += large is not None
+                self.large += bool(large)
+
+    def _claim(self, key: bytes) -> list[int]:
+        """The views that are still to be computed for a key; nothing for all but its first asker."""
+        with self._lock:
+            if key in self._claimed:
+                return []
+            if len(self._claimed) >= self._most_claimed:
+                self._forget()
+            self._claimed.add(key)
+            one = np.frombuffer(key, np.uint8)[None]
+            return [v for v, store in enumerate(self.stores) if not store.contains(one)[0]]
+
+    def _forget(self) -> None:
+        """Drop the claims that the stores answer for by now: memory does not grow with the data set."""
+        keys = np.frombuffer(b"".join(self._claimed), np.uint8).reshape(-1, 32)
+        waiting = ~np.logical_and.reduce([store.contains(keys) for store in self.stores])
+        self._claimed = {key.tobytes() for key in keys[waiting]}
+        self._most_claimed = 2 * len(self._claimed) + CLAIMS

@@ -1,0 +1,1 @@
+"""What a head is worth: scores, intervals, learning curves, what views bring."""

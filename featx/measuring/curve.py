@@ -1,0 +1,221 @@
+"""Owns the learning curve: accuracy against the number of training images, and what may be foretold from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx import heads
+from featx.errors import HeadError, RunError
+from featx.extraction.pipeline import sync
+from featx.features import FeatureSpec, groups
+from featx.measuring import views as augmentation
+from featx.runs import Run, open_run
+
+RESAMPLES = 1000
+MOST_SIZES = 7
+LEAST_POINTS = 4  # of a curve that anything is foretold from: two are fitted, one checks, one to spare
+
+
+def learning_curve(
+    run: str | Path | Run,
+    *,
+    sizes: Sequence[int] | None = None,
+    repeats: int = 5,
+    seed: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Fit a run's head on parts of its training images, and write `curve.json` into its folder.
+
+    sizes: training images, by default N, N / 2, N / 4, ... down to about four a class. repeats: subsets of
+    each size, stratified, drawn with `seed` (default: the run's), each within the next larger one; duplicates
+    stay together. Measured on the run's validation images, which choose nothing: each subset's head chooses
+    inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets.
+
+    Returns JSON values: `rows` (images, accuracy, low, high, subsets, spread: the standard deviation over
+    subsets), `forecast` (see `foretell`) or None, and `verdict`, a sentence. Raises `RunError` where the data
+    are not the run's any more, `HeadError` where nothing can be learned or measured.
+    """
+    opened = open_run(run)
+    config = opened.config
+    if config["head"] == "pretrained":
+        raise HeadError("the pretrained head learns nothing from training images; fit logreg or linear first")
+    if config.get("finetune"):
+        raise HeadError("a learning curve of fine-tuning would take a fine-tuning each point; give a run of a head")
+    if repeats < 1:
+        raise HeadError(f"a curve needs at least one subset a size, not {repeats}")
+    spec = FeatureSpec.from_dict(config["spec"])
+    extraction = sync(
+        config["data"],
+        opened.request,
+        cache=config["cache"],
+        seed=config["seed"],
+        precision=spec.precision,
+        dtype=spec.dtype,
+        views=config.get("views", 0),
+        device=device,
+    )
+    features = extraction.features()
+    if features.spec != spec or features.digest != config["data_digest"]:
+        raise RunError(f"the data or the backbone of {opened.path} have changed since; fit again")
+    train, held = features.split("train"), features.split("val")
+    if not len(held):
+        raise HeadError("there are no validation images to measure on")
+    rows = np.flatnonzero(features.splits == "train")
+    views = [features.X, *(extraction.features(k).X for k in range(1, len(extraction.stores)))]
+    views = [view[rows] for view in views]
+    group = groups(train.keys)
+    seed = config["seed"] if seed is None else seed
+    fitter = heads.module(config["head"])
+    column = {name: i for i, name in enumerate(features.class_names)}
+    wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(sizes))
+    if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
+        raise HeadError(f"sizes lie between 2 and the {len(train)} training images, not {list(wanted)}")
+    orders = [nested_order(train.y, group, seed + r) for r in range(repeats)]
+    right: list[np.ndarray] = []
+    for size in wanted:
+        each = []
+        for r, order in enumerate(orders if size < len(train) else orders[:1]):
+            part = order[:size]
+            X = np.concatenate([view[part] for view in views]) if len(views) > 1 else views[0][part]
+            y = np.tile(train.y[part], (len(views),) + (1,) * (train.y.ndim - 1))
+            try:
+                fitted = fitter.fit(
+                    X,
+                    y,
+                    features.class_names,
+                    groups=np.tile(group[part], len(views)),
+                    seed=seed + r,
+                    device=device,
+                    **config["settings"],
+                )
+            except HeadError as error:
+                raise HeadError(f"with {size} training images: {error}") from error
+            logits = np.full((len(held), len(column)), -1e30)
+            logits[:, [column[name] for name in fitted.head.class_names]] = fitted.head(held.X)
+            each.append(augmentation.scores(logits, held.y)[0])
+        right.append(np.array(each))
+    values = summarise(wanted, right)
+    values |= {"seed": seed, "repeats": repeats, "measured_on": len(held)}
+    opened.write("curve.json", values)
+    return values
+
+
+def default_sizes(count: int, classes: int) -> list[int]:
+    """`count`, and its halves down to about four images a class, ascending; at most seven."""
+    halves = [round(count / 2**k) for k in range(MOST_SIZES)]
+    least = max(4 * classes, 8)
+    return sorted({n for n in halves if n >= least} | {count})
+
+
+def nested_order(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
+    """An order of the images, `int [N]`, each beginning of which is stratified and random.
+
+    Two groups of each class come first, so that folds can be made of any beginning; then classes advance
+    in step. Images of one `group` are neighbours within their class. Several labels per image (y `[N, C]`):
+    a random order of groups.
+    """
+    rng = np.random.default_rng(seed)
+    chance = rng.permutation(int(group.max()) + 1)[group]
+    if y.ndim == 2:
+        return np.argsort(chance, kind="stable")
+    place = np.empty(len(y))
+    for label in np.unique(y):
+        mine = np.flatnonzero(y == label)
+        mine = mine[np.argsort(chance[mine], kind="stable")]
+        order = np.cumsum(np.append(True, np.diff(chance[mine]) != 0)) - 1  # of its groups
+        place[mine] = np.where(order < 2, order - 2.0, (np.arange(len(mine)) + 0.5) / len(mine))
+    return np.lexsort((chance, place))
+
+
+def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The curve of `right` (0/1 `[subsets, images]` for each size) with intervals, and what it foretells."""
+    rng = np.random.default_rng(0)
+    images = right[0].shape[1]
+    # the same images are drawn for all sizes: that some are hard moves the whole curve, not its slope
+    drawn = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
+    samples = []
+    rows = []
+    for size, hits in zip(sizes, right, strict=True):
+        subsets = len(hits)
+        weights = rng.multinomial(subsets, np.full(subsets, 1 / subsets), RESAMPLES) / subsets
+        sample = ((weights @ hits) * drawn).sum(axis=1)
+        low, high = np.quantile(sample, [0.025, 0.975])
+        spread = float(hits.mean(axis=1).std(ddof=1)) if subsets > 1 else None
+        accuracy = float(hits.mean())
+        rows.append(
+            {
+                "images": int(size),
+                "accuracy": accuracy,
+                "low": min(float(low), accuracy),
+                "high": max(float(high), accuracy),
+                "subsets": subsets,
+                "spread": spread,
+            }
+        )
+        samples.append(sample)
+    forecast, verdict = foretell(np.array(sizes), np.array([r["accuracy"] for r in rows]), np.array(samples))
+    return {"rows": rows, "forecast": forecast, "verdict": verdict}
+
+
+def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[dict[str, float] | None, str]:
+    """Accuracy with twice the images, from `error = a * n ** -b` through the curve; or None, and why.
+
+    sizes, accuracy: `[S]`; samples `[S, B]`: resamples of the accuracy. Nothing is foretold from fewer than
+    four sizes, from a curve without errors, or where the same law, fitted without the largest size, misses
+    what was measured there by more than the resamples allow. Learning curves of image classifiers follow
+    such laws over their middle part (Hestness et al. 2017) and flatten later, so that the forecast is
+    more likely too high than too low.
+    """
+    if len(sizes) < LEAST_POINTS:
+        return None, f"Nothing is foretold from {len(sizes)} sizes; {LEAST_POINTS} are needed."
+    if accuracy.max() >= 1.0:
+        return None, "Nothing is foretold: at some size there is no error left to see fall."
+    error = np.maximum(1 - np.column_stack([accuracy, samples]), 0.5e-3)  # [S, 1 + B]
+    x, z = np.log(sizes), np.log(error)
+
+    def law(n: np.ndarray, values: np.ndarray, at: float) -> tuple[np.ndarray, np.ndarray]:
+        centred = n - n.mean()
+        slope = centred @ values / (centred @ centred)
+        return values.mean(axis=0) + slope * (np.log(at) - n.mean()), slope
+
+    before, _ = law(x[:-1], z[:-1], float(sizes[-1]))
+    missed = np.exp(before) - error[-1]
+    low, high = np.quantile(missed[1:], [0.025, 0.975])
+    if not low <= 0 <= high:
+        return None, (
+            f"Nothing is foretold: a power law through the smaller sizes expects {1 - np.exp(before[0]):.1%} with "
+            f"{sizes[-1]:,} images, and {accuracy[-1]:.1%} was measured."
+        )
+    twice = 2 * int(sizes[-1])
+    ahead, slope = law(x, z, float(twice))
+    low, high = np.quantile(1 - np.exp(ahead[1:]), [0.025, 0.975])
+    expected = float(1 - np.exp(ahead[0]))
+    forecast = {
+        "images": twice,
+        "accuracy": expected,
+        "low": min(float(low), expected),
+        "high": max(float(high), expected),
+        "exponent": float(-slope[0]),
+    }
+    steepest, flattest = np.quantile(slope[1:], [0.025, 0.975])
+    if steepest <= 0 <= flattest:
+        return forecast, "The curve is flat within its error: more photographs of the same kind may not help."
+    if slope[0] > 0:
+        return forecast, "Accuracy falls as images are added: look at the labels of this data set."
+    return forecast, (
+        f"If the error goes on falling like this, {twice:,} training images would give {forecast['accuracy']:.1%} "
+        f"({low:.1%} to {high:.1%}), after {accuracy[-1]:.1%} with {sizes[-1]:,}."
+    )
+
+
+def curve_text(values: dict[str, Any]) -> str:
+    """A learning curve for a terminal."""
+    lines = ["images  accuracy  95% interval      subsets"]
+    for row in values["rows"]:
+        between = f"[{row['low']:.4f}, {row['high']:.4f}]"
+        lines.append(f"{row['images']:>6}  {row['accuracy']:.4f}    {between:<16}  {row['subsets']}")
+    return "\n".join([*lines, values["verdict"]])

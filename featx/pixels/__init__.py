@@ -1,0 +1,1 @@
+"""Image bytes -> `uint8` pixels, on a CPU or a GPU."""

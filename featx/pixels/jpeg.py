@@ -1,0 +1,110 @@
+"""Owns what a JPEG file's header says, and so which files a GPU decodes as Pillow does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from featx.pixels.preprocess import ORIENTATION, UPRIGHT, Box
+
+# Beyond these a file is decoded on the CPU: a group of them has to fit into memory.
+MOST_PIXELS, MOST_BYTES = 1 << 26, 8 << 20
+LEAST_SIDE = 16
+# Luma's samples for one of chroma, across and down. Others are rare, and not told apart by tests here.
+SAMPLINGS = ((1, 1), (2, 1), (2, 2))
+# The end of the image is looked for in so many bytes at the end of the file.
+TAIL = 1 << 16
+ADOBE_YCC = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """Of a baseline JPEG, grey or YCbCr with 8 bits."""
+
+    width: int
+    """As stored, in pixels."""
+    height: int
+    sampling: tuple[int, int]
+    """Pixels that one chroma sample covers, across and down."""
+    orientation: int = 1
+    """EXIF's: 5 to 8 swap width and height."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A JPEG file that a GPU can decode, and what is to be seen of it."""
+
+    data: bytes
+    header: Header
+    looks: list[tuple[int, Box, bool]]
+    """View number, box of the upright image, and whether mirrored."""
+
+
+def header(data: bytes) -> Header | None:
+    """The header of a JPEG file that a GPU decodes as Pillow does; None for all others, which are Pillow's.
+
+    Others are progressive, CMYK, RGB by Adobe's mark, oddly subsampled, cut off, very small or very large
+    ones, and whatever is not plainly a JPEG. Only the markers are walked: this costs microseconds.
+    """
+    if len(data) > MOST_BYTES or data[:2] != b"\xff\xd8":
+        return None
+    try:
+        return _header(data)
+    except IndexError:  # cut off
+        return None
+
+
+def _header(data: bytes) -> Header | None:
+    frame, notes, at = b"", [b""], 2
+    while True:
+        if data[at] != 0xFF:
+            return None
+        while data[at] == 0xFF:
+            at += 1
+        marker, at = data[at], at + 1
+        if not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:  # these have no length, and no place here
+            return None
+        length = data[at] << 8 | data[at + 1]
+        if marker == 0xDA:
+            break
+        segment = data[at + 2 : at + length]
+        at += length
+        if marker == 0xC0:
+            if frame:
+                return None
+            frame = segment
+        elif 0xC1 <= marker <= 0xCF and marker != 0xC4:  # progressive, lossless, arithmetic ...
+            return None
+        elif marker == 0xE1:
+            notes.append(segment)
+        elif marker == 0xEE and segment[:5] == b"Adobe" and segment[11] != ADOBE_YCC:
+            return None
+    if not frame or data[at + 2] != frame[5] or data.rfind(b"\xff\xd9", max(at, len(data) - TAIL)) < 0:
+        return None  # no frame, a scan of some of its components, or no end
+    bits, components = frame[0], frame[5]
+    height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
+    sampling = frame[7] >> 4, frame[7] & 15
+    if bits != 8 or min(width, height) < LEAST_SIDE or width * height > MOST_PIXELS:
+        return None
+    if components == 3:
+        known = sampling in SAMPLINGS and frame[10] == frame[13] == 0x11 and frame[6:15:3] != b"RGB"
+    else:
+        known = components == 1 and sampling == (1, 1)
+    return Header(width, height, sampling, _orientation(data, b"".join(notes))) if known else None
+
+
+def _orientation(data: bytes, notes: bytes) -> int:
+    """As Pillow reads it, which is asked only where the tag may be there at all."""
+    if b"\x01\x12" in notes or b"\x12\x01" in notes or b"Orientation" in notes:
+        with contextlib.suppress(Exception):  # a broken block says nothing about the pixels
+            found = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(ORIENTATION)
+            return found if found in UPRIGHT else 1
+    return 1

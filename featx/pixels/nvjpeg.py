@@ -1,0 +1,160 @@
+"""Owns JPEG decoding on a GPU: files to cropped pixels there, as near to Pillow's as nvJPEG can come."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from featx.errors import FeatxError
+from featx.pixels.chroma import interpolated
+from featx.pixels.jpeg import Encoded, Header
+from featx.pixels.preprocess import Preprocess
+from featx.pixels.resample import Resize, resized
+
+# Decoded pixels that lie on the device at a time; a group of larger images is decoded in parts.
+PIXELS = 1 << 27
+# What makes an image upright, by EXIF's orientation: whether rows become columns, and then which axes turn round.
+TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (2,)),
+    3: (False, (1, 2)),
+    4: (False, (1,)),
+    5: (True, ()),
+    6: (True, (2,)),
+    7: (True, (1, 2)),
+    8: (True, (1,)),
+}
+
+
+class Gpu:
+    """Decodes and resizes on one device, by torchvision's decoder and on a stream of its own; for one thread.
+
+    The device may be "cpu", for tests: everything but the decoder itself is the same there. Written
+    without a GPU at hand: its speed is not measured.
+    """
+
+    def __init__(self, preprocess: Preprocess, device: str) -> None:
+        self.preprocess = preprocess
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
+            self.repeats = repeats_chroma(self.device)
+
+    def __call__(self, images: Sequence[Encoded]) -> list[list[Tensor] | None]:
+        """The views of each image, `uint8 [3, crop, crop]`; None for what cannot be decoded. Waits for the device."""
+        out: list[list[Tensor] | None] = []
+        with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
+            for part in _parts(images):
+                try:
+                    out += self._views(part)
+                except torch.cuda.OutOfMemoryError:  # left to Pillow, as all that fails here
+                    out += [None] * len(part)
+                if self.stream is not None:
+                    # nvJPEG writes on another stream, which does not wait for this one: memory that is given
+                    # out again while this one still reads it would be overwritten
+                    self.stream.synchronize()
+        return out
+
+    def _views(self, part: list[Encoded]) -> list[list[Tensor] | None]:
+        decoded = self._upright(part)
+        images: list[Tensor] = []
+        resizes: list[Resize] = []
+        for e, image in zip(part, decoded, strict=True):
+            if image is not None:
+                images += [image] * len(e.looks)
+                resizes += [Resize.of(self.preprocess, *e.header.upright, box, turn) for _, box, turn in e.looks]
+        views = iter(resized(images, resizes)) if images else iter(())
+        pairs = zip(part, decoded, strict=True)
+        return [None if image is None else list(islice(views, len(e.looks))) for e, image in pairs]
+
+    def _upright(self, part: list[Encoded]) -> list[Tensor | None]:
+        """`uint8 [3, H, W]` of each; None for what fails, or has another size than its header says."""
+        images = decoded([e.data for e in part], self.device)
+        out: list[Tensor | None] = [None] * len(part)
+        good = {i: image for i, image in enumerate(images) if image is not None and _fits(image, part[i].header)}
+        samplings = [part[i].header.sampling if self.repeats else (1, 1) for i in good]
+        for i, image in zip(good, interpolated(list(good.values()), samplings), strict=True):
+            out[i] = upright(image, part[i].header.orientation)
+        return out
+
+
+def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
+    """`uint8 [3, H, W]` of each JPEG file, as stored; None for those that fail.
+
+    All in one call, or one by one where that fails: one bad file fails its whole batch. Raises `FeatxError`
+    for a torchvision without the decoder, which has announced its end.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        raise FeatxError("this torchvision has no decode_jpeg, by which GPUs decode; use --decode exact") from None
+
+    tensors = [torch.frombuffer(data, dtype=torch.uint8) for data in files]
+    try:
+        images: list[Tensor | None] = decode_jpeg(tensors, ImageReadMode.RGB, device)
+        return images
+    except RuntimeError:
+        if len(files) == 1:
+            return [None]
+    return [image for data in files for image in decoded([data], device)]
+
+
+def repeats_chroma(device: torch.device) -> bool:
+    """Whether the device's decoder repeats samples of chroma, where Pillow's libjpeg interpolates them.
+
+    nvJPEG under torchvision is said to, and may not always: it is asked, with a small picture of many colours.
+    Raises `FeatxError` where the decoder does not work at all.
+    """
+    tints = np.random.default_rng(0).integers(64, 192, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(tints).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=2)
+    own = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float()
+    (made,) = decoded([buffer.getvalue()], device)
+    if made is None:
+        raise FeatxError(
+            f"torchvision's JPEG decoder does not work on {device}: not even a plain picture can be decoded. Its "
+            "build may be without nvJPEG; use --decode exact"
+        )
+    mended = interpolated([made], [(2, 2)])[0]
+    return bool((mended.cpu() - own).abs().mean() < (made.cpu() - own).abs().mean())
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """`uint8 [3, H, W]` as stored -> as it is to be seen."""
+    swapped, turned = TURNS.get(orientation, (False, ()))
+    image = image.transpose(1, 2) if swapped else image
+    return image.flip(turned) if turned else image
+
+
+def stacked(images: Sequence[Tensor | np.ndarray]) -> Tensor:
+    """One batch of tensors on a GPU and of arrays, `uint8 [3, H, W]` each, there."""
+    device = next(image.device for image in images if isinstance(image, Tensor))
+    here = [torch.from_numpy(image).to(device) if isinstance(image, np.ndarray) else image for image in images]
+    if device.type == "cuda":
+        for image in here:  # made on another stream, which may not use their memory anew before this one is done
+            image.record_stream(torch.cuda.current_stream(device))
+    return torch.stack(here)
+
+
+def _fits(image: Tensor, header: Header) -> bool:
+    return list(image.shape) == [3, header.height, header.width]
+
+
+def _parts(images: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    """The images, in order, in parts of up to `PIXELS`."""
+    part: list[Encoded] = []
+    pixels = 0
+    for image in images:
+        size = image.header.width * image.header.height
+        if part and pixels + size > PIXELS:
+            yield part
+            part, pixels = [], 0
+        part.append(image)
+        pixels += size
+    if part:
+        yield part

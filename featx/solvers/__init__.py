@@ -1,0 +1,1 @@
+"""What the fitted heads share: checked data, folds, the logistic solver."""

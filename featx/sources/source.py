@@ -1,0 +1,92 @@
+"""`Source`: the list of a data set's images, and how one of them is read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featx.errors import ImageError
+
+if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
+    import numpy as np
+
+# What is an image in a folder: the names that torchvision.datasets.ImageFolder takes, in any case.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# more than any image within `preprocess.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
+MAX_BYTES = 2**31
+# what people call their splits, as a folder or in a manifest's `split` column, in any case
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+NO_STAT = (-1, 0, 0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set as columns, not as an object per image: a million images must list fast.
+
+    Listing reads no image. One that has vanished or cannot be read since shows when it is read.
+    """
+
+    uri: str
+    """What the user gave."""
+    root: Path
+    """The folder that `ids` are relative to; a manifest's own folder."""
+    ids: list[str]
+    """Paths under `root`, with `/`, unique. Bytes that are no UTF-8 are kept as lone surrogates: show
+    ids to people through `printable`. A manifest may name files elsewhere: `../x.jpg`, `/data/x.jpg`."""
+    labels: list[str] | None = None
+    """One per image, empty for an image without one; None where no image has one."""
+    splits: list[str] | None = None
+    """`train`, `val`, `test` or empty; None where no image has one."""
+    stats: np.ndarray | None = None
+    """`int64 [N, 4]`: size in bytes, mtime and ctime in ns, inode; size -1 where there is no such file."""
+    ignored: list[str] = field(default_factory=list)
+    """Files under a folder that are not images, hidden ones among them, and hidden folders (`.git/`)."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences that the user should read."""
+    multilabel: bool = False
+    """A label is several names joined by `|` (`cat|indoor`); a lone `|` says that no class applies."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def path(self, i: int) -> Path:
+        """Where image `i` lies."""
+        return self.root / self.ids[i]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image `i`. Raises `ImageError`, which leaves naming the image to the caller."""
+        return read_image(os.path.join(self.root, self.ids[i]))
+
+
+def read_image(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises `ImageError`, which leaves naming the image to the caller."""
+    try:
+        # looked at before it is opened: opening a pipe would wait for ever
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
+            raise ImageError(f"a {kind}, not a file")
+        if found.st_size > MAX_BYTES:
+            raise ImageError(f"{found.st_size:,} bytes are more than the {MAX_BYTES:,} of an image")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError("a link to nothing" if os.path.islink(path) else "the file is not there") from None
+    except PermissionError:
+        raise ImageError("the file may not be read by this user; try `chmod +r`") from None
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ImageError(f"the file cannot be read ({getattr(error, 'strerror', None) or error})") from error

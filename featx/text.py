@@ -1,0 +1,57 @@
+"""Text for people and programs: names made printable, lists made short, near matches, JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+
+def near(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Name what `name` may have meant, as the end of a message: ` Did you mean a, b?`, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def printable(name: str) -> str:
+    """`name` as text that any UTF-8 terminal or file takes: bytes that are no UTF-8 and control
+    characters are written as escapes, `caf\\udce9.jpg`, `two\\x0alines.jpg`."""
+    if name.isprintable():
+        return name
+    return "".join(
+        c.encode("ascii", "backslashreplace").decode()
+        if (kind := unicodedata.category(c)) == "Cs"
+        else f"\\x{ord(c):02x}"
+        if kind == "Cc"
+        else c
+        for c in name
+    )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names, for a message: `a, b, c and 7 more`."""
+    text = ", ".join(printable(name) for name in names[:most])
+    return f"{text} and {len(names) - most:,} more" if len(names) > most else text
+
+
+def prose(text: str) -> str:
+    """Lines for people, which stay lines: within one, control characters and bytes that are no UTF-8 are escaped.
+
+    A name that goes into several lines goes through `printable` first, or its own line ends would count.
+    """
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def encodable(text: str) -> str:
+    """Text for programs, which any UTF-8 stream takes: undecodable bytes of a file's name as `\\udcNN`."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def to_json(values: Any) -> str:
+    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
+    (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)

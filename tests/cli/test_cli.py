@@ -1,0 +1,274 @@
+"""The command line: exit codes, what goes to which stream, and messages that help."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import ColourEngine, write_images
+
+import featx
+from featx.cli import cli
+from featx.errors import FeatxError
+from featx.runs import Run
+
+
+def run(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    result = run("extract", tiny, "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert [report[n] for n in ("found", "ignored", "cached", "extracted", "duplicate", "skipped")] == [
+        12,
+        0,
+        0,
+        12,
+        0,
+        0,
+    ]
+    assert (here / "cache").is_dir()
+
+
+def test_a_dry_run_counts_and_writes_no_feature(
+    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featx.extraction import pipeline as extraction
+    from featx.extraction import planning
+
+    monkeypatch.setattr(planning, "resolve", extraction.resolve)
+    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
+    shutil.copy(tiny / "cold" / "000.png", tiny / "cold" / "copy.png")
+    planned = json.loads(run("extract", tiny, "--dry-run", "--json").stdout)
+    assert [planned[name] for name in ("found", "cached", "missing", "duplicate")] == [13, 0, 12, 1]
+    assert planned["bytes"] >= 12 * 48 * 4 and planned["enough"]
+    assert not (here / "cache" / "features").exists()
+    assert run("extract", tiny).exit_code == 0
+    after = run("extract", tiny, "--dry-run")
+    assert after.exit_code == 0 and "found 13  ignored 0  cached 12  missing 0  duplicate 1" in after.stderr
+
+
+def test_prose_goes_to_standard_error(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    result = run("extract", tiny)
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "found 12  ignored 0  cached 0  extracted 12" in result.stderr
+
+
+def test_skipped_images_are_named_and_end_in_exit_code_3(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    (tiny / "cold" / "broken.png").write_bytes(b"broken")
+    for command in (["extract", tiny], ["fit", tiny, "-o", "run"]):
+        result = run(*command)
+        assert result.exit_code == 3
+        assert "skipped: cold/broken.png:" in result.stderr
+    assert json.loads((here / "run" / "report.json").read_text())["extract"]["skipped"] == 1
+
+
+def test_ignored_files_leave_the_exit_code_0(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    (tiny / "cold" / "animation.gif").write_bytes(b"GIF89a")
+    result = run("extract", tiny)
+    assert result.exit_code == 0
+    assert "ignored: cold/animation.gif" in result.stderr
+
+
+def test_fit_makes_a_run_named_after_data_backbone_head_and_configuration(
+    tiny: Path, here: Path, engine: ColourEngine
+) -> None:
+    result = run("fit", tiny, "--backbone", "tiny", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    path = Path(report["run"])
+    assert path.parent == Path("export")
+    data, _backbone, head, digest = path.name.split("-")
+    assert (data, head) == ("tiny", "logreg") and len(digest) == 8 and int(digest, 16) >= 0
+    assert report["accuracy"] == 1.0
+    assert {p.name for p in path.iterdir()} >= {"config.json", "head.safetensors", "report.json"}
+
+
+def test_people_have_the_answer_before_its_page_is_drawn(
+    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fitted: Run) -> Path:
+        assert fitted.features is not None and fitted.source is not None  # nothing is read again
+        assert fitted.features.ids == fitted.source.ids
+        raise FeatxError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("featx.reporting.report.write_report", full)
+        result = run("fit", tiny, "-b", "tiny", "-o", "run", "--report")
+        assert run("fit", tiny, "-b", "tiny", "-o", "other", "--report", "--json").stdout == ""
+    assert result.exit_code == 1 and result.stdout == ""  # what a program reads comes when all is there
+    assert result.stderr.index("accuracy") < result.stderr.index("Error: the disk is full")
+    assert run("report", "run").exit_code == 0 and (here / "run" / "report.html").is_file()
+
+
+def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    assert run("fit", tiny, "-o", "run").exit_code == 0
+    before = {p.name: p.read_bytes() for p in (here / "run").iterdir() if p.is_file()}
+    second = run("fit", tiny, "-o", "run")
+    assert second.exit_code == 1
+    assert "--overwrite" in second.stderr
+    assert {p.name: p.read_bytes() for p in (here / "run").iterdir() if p.is_file()} == before
+    assert run("fit", tiny, "-o", "run", "--overwrite").exit_code == 0
+
+
+def test_an_unfinished_run_is_continued_and_another_one_is_not(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    run("fit", tiny, "-o", "run")
+    (here / "run" / "report.json").unlink()
+    other = run("fit", tiny, "-o", "run", "--seed", "1")
+    assert other.exit_code == 1 and "unfinished run with another configuration" in other.stderr
+    assert run("fit", tiny, "-o", "run").exit_code == 0
+    assert (here / "run" / "report.json").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.txt").write_text("years of work")
+    for flags in ([], ["--overwrite"]):
+        result = run("fit", tiny, "-o", "mine", *flags)
+        assert result.exit_code == 1 and "no run of featx" in result.stderr
+    assert (here / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_evaluate_measures_a_run_on_other_data(
+    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("fit", tiny, "-b", "tiny", "-o", "run")
+    other = write_images(here / "other", per_class=4, seed=7)
+    shutil.copy(next((other / "cold").iterdir()), other / "warm" / "wrong.png")
+    result = run("evaluate", "run", other, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["count"] == 9 and report["accuracy"] == pytest.approx(8 / 9)
+    assert report["confusion"] == [[4, 0], [1, 4]]
+    assert "accuracy" in run("evaluate", "run", other).stderr
+
+
+def test_backbones_are_listed_with_their_sizes() -> None:
+    rows = {row["name"]: row for row in json.loads(run("backbones", "--json").stdout)}
+    assert rows["resnet18"]["features"] == 512 and rows["vgg16"]["features"] == 4096
+    assert "resnet18" in run("backbones").stdout
+    assert "vgg16" not in run("backbones", "resnet").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["extract", "nowhere"], 1, "there is no"),
+        (["extract", "empty"], 1, "image"),
+        (["extract", "data", "--backbone", "resnet19"], 1, "Did you mean resnet18"),
+        (["fit", "data", "--head", "logerg"], 1, "Did you mean logreg"),
+        (["fit", "data", "--set", "strength"], 2, "NAME=VALUE"),
+        (["fit", "one-class"], 1, "at least two classes"),
+        (["fit", "flat"], 1, "no labels"),
+        (["evaluate", "no-run", "data"], 1, "is no run"),
+        (["predict", "no-model.onnx", "x.jpg"], 1, "there is no file no-model.onnx"),
+        (["extract"], 2, "Missing argument"),
+        (["extract", "data", "--batch-size", "0"], 2, "batch-size"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_mistakes_get_a_message_and_an_exit_code(
+    arguments: list[str], code: int, words: str, here: Path, request: pytest.FixtureRequest
+) -> None:
+    if not any("resnet19" in argument for argument in arguments):
+        request.getfixturevalue("engine")
+    write_images(here / "data")
+    write_images(here / "one-class", classes=("only",))
+    shutil.copytree(here / "one-class" / "only", here / "flat")
+    (here / "empty").mkdir()
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_an_interrupt_ends_with_130_and_a_usable_cache(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    from featx.extraction import pipeline as extraction
+
+    class Interrupted(ColourEngine):
+        def __call__(self, images):  # type: ignore[no-untyped-def]
+            if self.images >= 8:
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    stopping = Interrupted()
+    extraction.open_engine = lambda *a, **k: stopping  # restored by the fixture's monkeypatch
+    result = run("extract", tiny)
+    assert result.exit_code == 130 and "Interrupted" in result.stderr
+    extraction.open_engine = lambda *a, **k: engine
+    report = json.loads(run("extract", tiny, "--json").stdout)
+    assert report["cached"] == 4 and report["extracted"] == 8
+
+
+def test_a_name_that_is_no_utf8_survives_the_way_to_the_terminal(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    try:
+        os.rename(tiny / "cold" / "000.png", os.fsencode(tiny / "cold") + b"/caf\xe9.png")
+        (tiny / "cold" / "bad.png").write_bytes(b"")
+        os.rename(tiny / "cold" / "bad.png", os.fsencode(tiny / "cold") + b"/bad\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    result = run("extract", tiny, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["skipped_images"][0]["id"] == "cold/bad\udce9.png"
+    assert run("fit", tiny, "-o", "run").exit_code == 3
+    assert featx.evaluate("run", tiny).accuracy == 1.0
+
+
+def test_control_characters_in_a_name_reach_the_terminal_as_escapes(
+    tiny: Path, here: Path, engine: ColourEngine
+) -> None:
+    for name, data in (("title\x1b]0;x\x07.png", b""), ("two\nlines.txt", b"no image")):
+        (tiny / "cold" / name).write_bytes(data)
+    words = run("extract", tiny).stderr
+    assert "skipped: cold/title\\x1b]0;x\\x07.png: an empty file" in words
+    assert "ignored: cold/two\\x0alines.txt (no image)\n" in words
+    assert not set(words) & set("\x1b\x07")
+    report = json.loads(run("extract", tiny, "--json").stdout)
+    assert report["skipped_images"][0]["id"] == "cold/title\x1b]0;x\x07.png"
+    assert run("fit", tiny, "-o", "an ordinary, ünï name").stdout == "an ordinary, ünï name\n"
+    assert run("fit", tiny, "-o", "a\x1b[31mname").stdout == "a\\x1b[31mname\n"
+    missing = run("extract", "no\x1b[31m\nfolder").stderr
+    assert "there is no no\\x1b[31m\\x0afolder" in missing
+
+
+def test_the_module_and_the_script_are_one_program() -> None:
+    version = f"featx, version {featx.__version__}\n"
+    script = Path(sys.executable).parent / "featx"
+    for command in ([sys.executable, "-m", "featx"], [str(script)]):
+        if Path(command[0]).exists():
+            assert subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == version
+
+
+def test_a_closed_pipe_is_no_error(here: Path) -> None:
+    command = f"{sys.executable} -m featx backbones | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_every_command_has_help() -> None:
+    assert len(cli.commands) >= 6
+    for name, command in cli.commands.items():
+        assert command.help, name
+        assert run(name, "--help").exit_code == 0
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.opts[0].startswith("-")

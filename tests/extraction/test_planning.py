@@ -1,0 +1,229 @@
+"""The dry run against the run itself, and what a run says about its own bottleneck."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ColourEngine, write_images
+
+from featx import devices, engines
+from featx.backbones.loading import resolve
+from featx.backbones.request import BackboneRequest
+from featx.cache.store import FeatureStore
+from featx.cli.training import plan_text
+from featx.errors import FeatxError, StoreError
+from featx.extraction import pipeline as extraction
+from featx.extraction import planning
+from featx.extraction.pipeline import sync
+from featx.extraction.planning import plan
+from featx.extraction.timing import Stages
+
+
+@pytest.fixture
+def planned(engine: ColourEngine, monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
+    """The dry run over the same backbone without torch."""
+    monkeypatch.setattr(planning, "resolve", extraction.resolve)
+    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
+    return engine
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_dry_run_counts_what_the_run_then_does_and_writes_no_feature(
+    tiny: Path, tmp_path: Path, planned: ColourEngine
+) -> None:
+    (tiny / "warm" / "copy.png").write_bytes((tiny / "cold" / "000.png").read_bytes())
+    (tiny / "notes.txt").write_text("no image")
+    cache = tmp_path / "cache"
+    before = plan(tiny, "tiny", cache=cache)
+    assert (before["found"], before["cached"], before["missing"], before["duplicate"]) == (13, 0, 12, 1)
+    assert before["ignored"] == 1 and before["unread"] == 0
+    assert before["bytes"] == 12 * (48 * 4 + 32) and before["enough"]
+    assert not (cache / "features").exists()
+    report = sync(tiny, "tiny", cache=cache).report
+    assert (report["extracted"], report["duplicate"]) == (before["missing"], before["duplicate"])
+    listed = files(cache)
+    after = plan(tiny, "tiny", cache=cache)
+    assert (after["cached"], after["missing"], after["duplicate"], after["bytes"]) == (12, 0, 1, 0)
+    assert files(cache) == listed
+
+
+def test_the_time_is_measured_on_a_sample_or_is_the_last_runs_and_it_says_which(
+    tmp_path: Path, planned: ColourEngine
+) -> None:
+    root, cache = write_images(tmp_path / "data", per_class=100), tmp_path / "cache"
+    before = plan(root, "tiny", cache=cache)
+    assert before["basis"] == "measured now on 64 of the missing images"
+    assert planned.images == 64
+    assert before["seconds"] == pytest.approx(200 / before["images_per_second"], abs=0.2)
+    rate = sync(root, "tiny", cache=cache).report["images_per_second"]
+    write_images(root, per_class=50, classes=("new",), seed=5)
+    after = plan(root, "tiny", cache=cache)
+    assert after["missing"] == 50 and after["images_per_second"] == pytest.approx(rate, abs=0.1)
+    assert "last run" in after["basis"]
+    assert planned.images == 64 + 200
+    other = plan(root, "tiny", cache=cache, workers=1 + (os.cpu_count() or 1))
+    assert "measured" in other["basis"]
+
+
+def test_what_a_dry_run_exports_is_named_and_not_counted_again(
+    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = tmp_path / "cache" / "engines" / "tiny.onnx"
+    clock = [0.0]
+
+    def look() -> float:
+        clock[0] += 0.25
+        return clock[0]
+
+    def exporting(*given: Any, **options: Any) -> ColourEngine:
+        if not graph.exists():
+            clock[0] += 1000
+            graph.parent.mkdir(parents=True)
+            graph.write_bytes(bytes(1_500_000))
+        return planned
+
+    monkeypatch.setattr(planning, "open_engine", exporting)
+    monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=look))
+    found = plan(tiny, "tiny", cache=tmp_path / "cache")
+    assert found["exported_bytes"] == 1_500_000 and found["seconds"] == 0.5  # to open the engine, and for the sample
+    assert "exported now: 1.5 MB in the cache" in plan_text(found)
+    again = plan(tiny, "tiny", cache=tmp_path / "cache")
+    assert again["exported_bytes"] == 0 and "exported" not in plan_text(again)
+
+
+def test_a_gpu_that_is_not_here_is_missed_before_weights_are_loaded(
+    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "has_cuda", lambda: False)
+    monkeypatch.setattr(planning, "resolve", None)
+    monkeypatch.setattr(extraction, "resolve", None)
+    for run in (plan, sync):
+        for options in ({"device": "cuda"}, {"decode": "gpu"}, {"decode": "gpu", "device": "cuda:1"}):
+            with pytest.raises(FeatxError, match=r"use --de(vice cpu|code exact)"):
+                run(tiny, "tiny", cache=tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_engine_that_cannot_run_here_ends_a_dry_run_as_it_ends_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = BackboneRequest("small:backbone_plain", weights="random")
+    spec = resolve(request, tmp_path).spec()
+    with FeatureStore(tmp_path, spec, engine="torch-cuda") as store:
+        store.append(np.ones((1, 32), np.uint8), np.ones((1, *resolve(request, tmp_path).row_shape), np.float32))
+    monkeypatch.setattr(devices, "has_cuda", lambda: False)
+    monkeypatch.setattr(engines, "loaded", None)  # nothing is opened, nor exported
+    monkeypatch.setattr(engines, "backbone_onnx", None)
+    for run in (plan, sync):
+        with pytest.raises(FeatxError, match=r"engine torch-cuda.*here onnxruntime.*use a GPU, another --cache"):
+            run(tiny, request, cache=tmp_path)
+
+
+def test_views_that_two_engines_computed_are_refused_before_any_is_opened(
+    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = sync(tiny, "tiny", cache=tmp_path, views=1)
+    for store, name in zip(found.stores, ("one", "two"), strict=True):
+        shutil.rmtree(store.folder)
+        with FeatureStore(tmp_path, store.spec, engine=name) as filled:
+            filled.append(found.keys[:1], np.ones((1, 48), np.float32))
+    shutil.rmtree(tmp_path / "rates", ignore_errors=True)
+    monkeypatch.setattr(planning, "open_engine", None)
+    monkeypatch.setattr(extraction, "open_engine", None)
+    for run in (plan, sync):
+        with pytest.raises(StoreError, match="come from the engine 'two', not 'one'"):
+            run(tiny, "tiny", cache=tmp_path, views=1)
+
+
+def test_views_cost_their_own_disk(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:
+    sync(tiny, "tiny", cache=tmp_path / "cache")
+    dry = plan(tiny, "tiny", cache=tmp_path / "cache", views=2, dtype="float16")
+    assert dry["missing"] == 12 and dry["bytes"] == 3 * 12 * (48 * 2 + 32)
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_a_dry_run(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:
+    (tiny / "cold" / "gone.png").symlink_to(tmp_path / "nothing")
+    dry = plan(tiny, "tiny", cache=tmp_path / "cache")
+    assert dry["found"] == 13 and dry["unread"] == 1 and dry["missing"] == 13
+
+
+def test_a_run_names_its_bottleneck_and_what_would_help(
+    tiny: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featx.extraction.timing.TELLING", 0.0)
+    report = sync(tiny, "tiny", cache=tmp_path / "cache").report
+    assert set(report["shares"]) == {"read", "decode", "embed", "store"}
+    assert sum(report["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert 0 <= report["used"] <= 1
+    assert report["seconds"]["decode"] > 0  # although all were decoded while the engine opened
+    assert "-bound" in report["advice"]
+    assert sync(tiny, "tiny", cache=tmp_path / "cache").report["advice"] == ""  # nothing was computed
+
+
+def test_a_short_run_gives_no_advice() -> None:
+    run = stages(decode=15.0, embed=4.0)
+    assert run.advice()
+    run.elapsed = 0.5
+    assert run.advice() == ""
+
+
+def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float) -> Stages:
+    made = Stages(workers, cores, gpu)
+    made.elapsed = 10.0
+    made.starved, made.waited, made.blocked = (values.pop(k, 0.0) for k in ("starved", "waited", "blocked"))
+    made.large, made.device = values.pop("large", 0.0), values.pop("device", 0.0)
+    made.by_gpu = bool(values.pop("by_gpu", False))
+    made.work |= values
+    return made
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (stages(read=0.2, decode=4.0, embed=15.0, waited=8.0), "backbone-bound 78%: a GPU or a smaller backbone"),
+        (stages(read=0.2, decode=15.0, embed=4.0, waited=2.0), "decode-bound 78%: more cores"),
+        (stages(decode=15.0, embed=4.0, large=0.9), "use --decode fast"),
+        (stages(workers=1, cores=8, decode=9.5, embed=4.0, starved=9.0), "decode-bound 95%: use --workers 8"),
+        (stages(read=0.5, blocked=18.0, decode=1.0, embed=1.0, starved=9.0), "read-bound 92%: .* --workers 4"),
+        (stages(decode=2.0, embed=5.0, waited=9.0), "35% of the cores' time, so other programs may hold them"),
+        (stages(gpu=True, decode=19.0, starved=8.0, embed=1.0, waited=1.0), "decode-bound 95%"),
+        (stages(gpu=True, decode=19.0, starved=8.0), "use --decode gpu if these are JPEGs, or more cores"),
+        (stages(gpu=True, decode=19.0, starved=8.0, large=0.9), "use --decode fast, .* or --decode gpu"),
+        (stages(1, 8, gpu=True, decode=9.5, starved=9.0), "decode-bound 95%: use --workers 8 or --decode gpu$"),
+        (stages(1, 8, gpu=True, by_gpu=True, decode=9.5, starved=9.0), "decode-bound 95%: use --workers 8$"),
+        (stages(gpu=True, by_gpu=True, decode=19.0, starved=8.0), "decode-bound 95%: more cores"),
+        (stages(gpu=True, by_gpu=True, decode=11.0, device=9.7, starved=9.0), "decode-bound 97%: the GPU's decoder"),
+        (stages(gpu=True, decode=4.0, embed=9.0, waited=9.0), "backbone-bound 90%: --precision bf16"),
+        (stages(gpu=True, decode=4.0, store=8.0, waited=1.0), "store-bound 80%: .* --cache"),
+    ],
+)
+def test_the_advice_follows_from_where_the_time_went(run: Stages, says: str) -> None:
+    assert re.search(says, run.advice()), run.advice()
+    name, share = run.bound()
+    assert run.brief() == f"{name} {share:.0%}"
+
+
+def test_the_progress_bar_shows_the_bottleneck(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    class Bar(extraction.tqdm):  # type: ignore[misc, name-defined, type-arg]
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            shown.append(s)
+
+    monkeypatch.setattr(extraction, "tqdm", Bar)
+    sync(write_images(tmp_path / "data", per_class=20), "tiny", cache=tmp_path / "cache")
+    assert len(shown) == 40 // 4 - 1
+    assert all(text.split()[0] in ("read", "decode", "embed", "store") and text.endswith("%") for text in shown)
+    assert np.all([float(text.split()[1].rstrip("%")) <= 100 for text in shown])
