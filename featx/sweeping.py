@@ -136,7 +136,7 @@ def sweep(
             points[i]["behind"] = augmentation.paired(mine[CRITERIA.index(by)] - best[CRITERIA.index(by)])
     found = Sweep(path, [points[i] for i in order], failed, by)
     _write(path, found.points, failed, by)
-    comparison.write_page(path, found.points, failed, by, source)
+    comparison.write(path, found.points, failed, by, source)
     if report:
         from featx.reporting.report import write_report
 

@@ -179,7 +179,7 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     from featx.metrics import wilson
 
     figure, (top, bottom) = _figure(4.6, 4.6, 2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="as sure as right")
+    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="perfectly calibrated")
     confidence = np.array([b["confidence"] for b in bins])
     accuracy = np.array([b["accuracy"] for b in bins])
     counts = np.array([int(b["count"]) for b in bins])
@@ -188,7 +188,7 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     top.errorbar(
         confidence, accuracy, [below, above], fmt="o-", color=GOOD, markersize=5, linewidth=1.4, elinewidth=0.9
     )
-    top.set(ylabel="right", ylim=(-0.02, 1.04), xlim=(0, 1.02))
+    top.set(ylabel="share correct", ylim=(-0.02, 1.04), xlim=(0, 1.02))
     top.legend(loc="upper left")
     bottom.bar(confidence, counts, width=0.05, color=GOOD)
     bottom.set(xlabel="confidence", ylabel="images")
@@ -197,19 +197,21 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
 
 
 @_styled
-def path(strengths: Sequence[float], log_loss: Sequence[float], chosen: float | None, name: str) -> Figure:
-    """Held-out log-loss against the regularisation `name`, on a logarithmic axis, and the one chosen."""
+def path(
+    strengths: Sequence[float], losses: Sequence[float], chosen: float | None, name: str, loss: str = "log-loss"
+) -> Figure:
+    """Held-out `loss` against the regularisation `name`, on a logarithmic axis, and the one chosen."""
     figure, axes = _figure(6.0, 3.4)
-    axes.plot(strengths, log_loss, color=GOOD, marker="o", markersize=3, linewidth=1.4)
-    best = int(np.argmin(log_loss))
+    axes.plot(strengths, losses, color=GOOD, marker="o", markersize=3, linewidth=1.4)
+    best = int(np.argmin(losses))
     chosen = strengths[best] if chosen is None else chosen
     near = int(np.argmin(np.abs(np.log(np.asarray(strengths)) - np.log(chosen))))
-    axes.plot([strengths[near]], [log_loss[near]], "o", color=BAD, markersize=8)
+    axes.plot([strengths[near]], [losses[near]], "o", color=BAD, markersize=8)
     axes.annotate(
-        f"{chosen:.3g}", (strengths[near], log_loss[near]), (0, 10), textcoords="offset points", ha="center", color=INK
+        f"{chosen:.3g}", (strengths[near], losses[near]), (0, 10), textcoords="offset points", ha="center", color=INK
     )
-    axes.set(xscale="log", xlabel=name, ylabel="held-out log-loss")
-    finite = np.asarray(log_loss)[np.isfinite(log_loss)]
+    axes.set(xscale="log", xlabel=name, ylabel=f"held-out {loss}")
+    finite = np.asarray(losses)[np.isfinite(losses)]
     low, high = finite.min(), min(finite.max(), 4 * finite.min() + 0.2)  # a diverging end would hide the valley
     axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     return figure
