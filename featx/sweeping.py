@@ -22,7 +22,8 @@ from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.backbones.table import names
 from featx.engines.opening import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import Features, groups
 from featx.files import write_array, write_atomic
 from featx.fitting import fit
@@ -91,7 +92,7 @@ def sweep(
     """
     if by not in CRITERIA:
         raise FeatxError(f"a sweep chooses by {' or '.join(CRITERIA)}, not {by!r}")
-    source = data if isinstance(data, Source) else open_source(data)
+    source = open_source(data)
     requests = [_request(b, weights, layer, seed) for b in backbones for layer in layers]
     variants = [parse_head(h) for h in heads]
     if not requests or not variants or not views or min(views) < 0:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from featx.backbones.loading import load_backbone
 from featx.devices import available_threads
 from featx.errors import TrainingError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import Features, hash_fraction
 from featx.finetuning import layers, prefix
 from featx.finetuning.augment import Augmentation

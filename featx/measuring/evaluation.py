@@ -167,7 +167,7 @@ def evaluate(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
             "measured here promises too much"
         )
-    skipped = features.report["skipped_images"]
+    skipped = features.report.skipped_images if features.report else []
     if skipped:
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
         notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")

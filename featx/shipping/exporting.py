@@ -18,7 +18,8 @@ from featx.backbones.request import BackboneInfo
 from featx.devices import memory_for_features
 from featx.engines.opening import backbone_onnx
 from featx.errors import ExportError, ParityError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import FeatureSpec, short_keys
 from featx.files import write_atomic
 from featx.head import Head

@@ -48,14 +48,7 @@ def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, he
     assert (here / "cache").is_dir()
 
 
-def test_a_dry_run_counts_and_writes_no_feature(
-    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from featx.extraction import pipeline as extraction
-    from featx.extraction import planning
-
-    monkeypatch.setattr(planning, "resolve", extraction.resolve)
-    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
+def test_a_dry_run_counts_and_writes_no_feature(tiny: Path, here: Path, engine: ColourEngine) -> None:
     shutil.copy(tiny / "cold" / "000.png", tiny / "cold" / "copy.png")
     planned = json.loads(run("extract", tiny, "--dry-run", "--json").stdout)
     assert [planned[name] for name in ("found", "cached", "missing", "duplicate")] == [13, 0, 12, 1]
@@ -202,19 +195,10 @@ def test_mistakes_get_a_message_and_an_exit_code(
 
 
 def test_an_interrupt_ends_with_130_and_a_usable_cache(tiny: Path, here: Path, engine: ColourEngine) -> None:
-    from featx.extraction import pipeline as extraction
-
-    class Interrupted(ColourEngine):
-        def __call__(self, images):  # type: ignore[no-untyped-def]
-            if self.images >= 8:
-                raise KeyboardInterrupt
-            return super().__call__(images)
-
-    stopping = Interrupted()
-    extraction.open_engine = lambda *a, **k: stopping  # restored by the fixture's monkeypatch
+    engine.interrupt_at = 8
     result = run("extract", tiny)
     assert result.exit_code == 130 and "Interrupted" in result.stderr
-    extraction.open_engine = lambda *a, **k: engine
+    engine.interrupt_at = None
     report = json.loads(run("extract", tiny, "--json").stdout)
     assert report["cached"] == 4 and report["extracted"] == 8
 
