@@ -12,7 +12,7 @@ import featx
 
 PER_CLASS = {"train": 20, "val": 30}
 ORIENTATION = {"ants": 6, "bees": 5}
-"""Of the first photograph of each class and split, which lies on its side in its file, as phones write them."""
+"""Of the first validation photograph of each class, which lies on its side in its file, as phones write them."""
 CHECKPOINT = "squeezenet1_1-b8a52dc0.pth"
 """What torchvision calls the file of its pretrained SqueezeNet 1.1."""
 
@@ -25,7 +25,8 @@ def some_photographs(photos: Path, folder: Path) -> Path:
             (folder / split / name).mkdir(parents=True)
             for path in found[:: len(found) // count][:count]:
                 shutil.copy(path, folder / split / name)
-            _turn(min((folder / split / name).iterdir()), ORIENTATION[name])
+    for name, orientation in ORIENTATION.items():
+        _turn(min((folder / "val" / name).iterdir()), orientation)
     return folder
 
 
@@ -34,7 +35,8 @@ def _turn(path: Path, orientation: int) -> None:
     image, exif = Image.open(path).convert("RGB"), Image.Exif()
     exif[0x0112] = orientation
     stored = {6: Image.Transpose.ROTATE_90, 5: Image.Transpose.TRANSPOSE}[orientation]
-    image.transpose(stored).save(path, "JPEG", quality=95, exif=exif)
+    # nearly without loss: the answers that pages show stay as they are
+    image.transpose(stored).save(path, "JPEG", quality=100, subsampling=0, exif=exif)
 
 
 def torch_home(folder: Path, weights: Path) -> Path:

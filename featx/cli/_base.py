@@ -125,6 +125,11 @@ cache_option = click.option(
     type=click.Path(file_okay=False),
     help="Where features lie.",
 )
+factory_option = click.option(
+    "--factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="The factory of your own that made RUN's backbone: what a run names is imported only if you name it, too.",
+)
 backbone_options = options_of(
     click.option("--backbone", "-b", default="resnet18", show_default=True, help="See `featx backbones`."),
     click.option(
