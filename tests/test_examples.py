@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import browser
 import numpy as np
@@ -107,7 +109,7 @@ def test_photographs_on_their_side_count_as_upright_ones_at_every_step(
 
 
 def test_the_python_example_needs_no_featx_and_no_torch_and_answers_as_predict_does(
-    made: Path, files: dict[str, Path], expected: dict[str, dict[str, float]]
+    made: Path, files: dict[str, Path], expected: dict[str, dict[str, float]], tmp_path: Path
 ) -> None:
     example = ROOT / "examples" / "classify.py"
     words = [str(example), str(made / "run" / "model.onnx"), *map(str, files.values())]
@@ -118,14 +120,18 @@ for name in ("featx", "torch", "torchvision", "sklearn", "h5py", "onnx"):
     sys.modules[name] = None
 runpy.run_path(sys.argv[0])
 """
-    done = subprocess.run([sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, encoding="utf-8")
+    (tmp_path / "home").mkdir()
+    unasked = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"HOME": str(tmp_path / "home")}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "env": unasked}
+    done = subprocess.run([sys.executable, "-X", "utf8", "-c", code], **options)
     assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "home").iterdir())
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [path for path, _, _ in lines] == [str(path) for path in files.values()]
     for (_, label, probability), top in zip(lines, expected.values(), strict=True):
         assert label == next(iter(top))
         assert float(probability) == pytest.approx(top[label], abs=TOLERANCE)
-    code_lines = example.read_text().split('"""')[2].strip().splitlines()
+    code_lines = [line for line in example.read_text().split('"""')[2].splitlines() if line]
     assert len(code_lines) <= 20
 
 
