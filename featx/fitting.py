@@ -145,7 +145,7 @@ def fit(
     learned = features.keys[(features.splits == "train") & (head != "pretrained")]
     write_array(run.path / "trained-on.npy", np.unique(short_keys(learned)))
     run.write("report.json", values)
-    run = replace(run, features=features, source=extracted.source)
+    run = replace(run, features=features, source=extracted.source, factory=request.name)
     if report:
         from featx.reporting.report import write_report
 

@@ -56,7 +56,7 @@ class Sweep:
     @property
     def winner(self) -> Run:
         """A run like any other: evaluate it, export it."""
-        return Run(self.path / self.points[0]["run"])
+        return Run(self.path / self.points[0]["run"], factory=self.points[0]["backbone"])
 
     def table(self) -> str:
         """Plain text for people, best first."""
@@ -192,7 +192,7 @@ def _point(
     asked = [request.to_dict(), head, settings, views, common["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
-    run = Run(path / "runs" / name)
+    run = Run(path / "runs" / name, factory=request.name)
     if not run.finished:
         fit(
             source,
@@ -220,7 +220,7 @@ def _point(
     point: dict[str, Any] = {
         "name": name,
         "run": f"runs/{name}",
-        "backbone": info.name.removeprefix("torchvision/"),
+        "backbone": extraction.info.name.removeprefix("torchvision/"),
         "layer": request.layer,
         "head": head_text(head, settings),
         "views": views,

@@ -19,6 +19,7 @@ from featx.pixels.preprocess import Preprocess
 # one environment for all: no progress bars, no network, no threads beyond the machine's
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests may import onnxruntime before featx, which sets it
 os.environ.setdefault("FEATX_FIT_REPORT", "0")  # seconds of drawing; the report has tests of its own
 worker = os.environ.get("PYTEST_XDIST_WORKER", "")
 if worker and "FEATX_TEST_CORES" not in os.environ and hasattr(os, "sched_setaffinity"):  # not in its children

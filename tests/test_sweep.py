@@ -131,7 +131,7 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
 def test_a_point_that_fails_is_named_and_the_others_go_on(
     grid: dict[str, Any], monkeypatch: pytest.MonkeyPatch, engine: ColourEngine
 ):
-    from featx.extraction import job
+    from featx.extraction.pipeline import job
 
     resolve = job.resolve
 

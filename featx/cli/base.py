@@ -123,6 +123,11 @@ def option(name: str) -> Callable[[Command], Command]:
 
 
 cache_option = option("cache")
+factory_option = click.option(
+    "--factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="The factory of your own that made RUN's backbone: what a run names is imported only if you name it, too.",
+)
 backbone_options = options_of(
     click.option("--backbone", "-b", default="resnet18", show_default=True, help="See `featx backbones`."),
     *map(option, ("weights", "layer", "seed")),

@@ -14,6 +14,7 @@ from featx.cli.base import (
     cache_option,
     emit,
     extraction_options,
+    factory_option,
     json_option,
     option,
     options_of,
@@ -206,6 +207,7 @@ def rates(text: str | None) -> dict[str, Any]:
 @click.option("--split", help="Rows of this split only; by default all of them.")
 @option("device")
 @option("workers")
+@factory_option
 @json_option
 def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
     """Evaluate RUN on other labelled DATA, with the same backbone and cache."""
@@ -234,6 +236,7 @@ def report(run: str) -> int:
 @click.option("--sizes", help="Numbers of training images: 20,50,100.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Subsets of each size.")
 @option("device")
+@factory_option
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""

@@ -172,7 +172,7 @@ def prepare(
         weights=_class_weights(targets, class_names, settings).to(world.device),
         class_names=class_names,
         checkpoints=Checkpoints(
-            run.path / "checkpoints",
+            run.folder("checkpoints"),
             {
                 **settings.to_dict(),
                 "weights": backbone.info.weights_digest,
