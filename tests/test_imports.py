@@ -81,6 +81,20 @@ def test_importing_featx_loads_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_onnxruntime_is_told_to_report_nothing_whether_it_is_imported_before_featx_or_after(first: bool) -> None:
+    code = f"""
+import os, sys, types
+del os.environ["ORT_DISABLE_TELEMETRY"]
+told = []
+if {first}:
+    sys.modules["onnxruntime"] = types.SimpleNamespace(disable_telemetry_events=lambda: told.append(True))
+import featx
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1" and told == [True] * {first}
+"""
+    assert "featx" in loaded_by(code)
+
+
 @pytest.mark.parametrize("arguments", ["--help", "--version", "extract --help", "fit --help", "completion bash"])
 def test_help_and_version_load_nothing_heavy(arguments: str) -> None:
     code = f"""
@@ -93,7 +107,7 @@ except SystemExit as done:
 """
     loaded = loaded_by(code)
     assert "click" in loaded
-    assert not loaded & HEAVY
+    assert not loaded & (HEAVY | {"jinja2", "yaml"})
 
 
 def test_the_public_names_are_there() -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from featx.cache.store import FeatureStore
 from featx.errors import BackboneError, TrainingError
 from featx.extraction.loader import Loader
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import FeatureSpec
 from featx.finetuning.augment import Draws
 from featx.finetuning.layers import Tuned
@@ -242,7 +242,7 @@ class Activations:
             if not len(numbers):
                 continue
             loader = Loader(self.extraction.source, self.extraction.info.preprocess, self.stores[first:last], workers)
-            rows = self.extraction.rows[numbers].tolist()
+            rows = self.extraction.numbers[numbers].tolist()
             with ExitStack() as stack:  # what is buffered is committed on the way out
                 for store in self.stores[first:last]:
                     stack.enter_context(store)

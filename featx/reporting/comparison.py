@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from featx.reporting import plots
-from featx.reporting.page import Drawing, Table, strip_paths, write_page
+from featx.reporting.page import Drawing, Table, signed, strip_paths, write_page
 from featx.sources.source import Source
 
 # of the table, in the terminal and in the page
@@ -34,7 +34,7 @@ def _row(point: dict[str, Any]) -> list[Any]:
         point["views"],
         _between(found["accuracy"], found["low"], found["high"]) if found else None,
         f"{found['log_loss']:.3f}" if found else None,
-        f"{behind['value']:+.3f} ({behind['low']:+.3f} to {behind['high']:+.3f})" if behind else None,
+        signed(behind) if behind else None,
         _between(point["accuracy"], point["low"], point["high"]) if point["accuracy"] is not None else None,
         None if point["images_per_second"] is None else f"{point['images_per_second']:g}",
         f"{point['megabytes']:.1f}",
@@ -54,9 +54,8 @@ def _chosen(by: str, points: list[dict[str, Any]]) -> str:
     text = f"Chosen by cross-validated {criterion} on {images:,} training images: {first['run']}. "
     text += "Validation images were not used to pick the winner."
     if near:
-        text += (
-            f" {near} of the other {len(others)} {'is' if near == 1 else 'are'} not measurably worse on these images."
-        )
+        few = f"None of the other {near} is" if near == len(others) else f"{near} of the other {len(others)} are not"
+        text += f" {few} measurably worse on these images."
     return text
 
 
@@ -70,18 +69,15 @@ def _plotted(point: dict[str, Any]) -> dict[str, Any]:
 def write(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]], by: str, source: Source) -> None:
     """`sweep.html` and `plots/trade-off.png`, in the sweep's folder."""
     data = Path(source.uri).resolve()
-    drawing = Drawing(
-        plots.trade_off([_plotted(p) for p in points], winner=0),
-        "Accuracy against images per second and file size, with intervals.",
-        width=1040,
-        note="Validation accuracy with 95% intervals; heads that share a backbone are drawn next to each other.",
-    )
+    note = "Validation accuracy with 95% intervals, against images per second and file size; "
+    note += "numbers are places in the table, and heads that share a backbone are drawn next to each other."
+    rows = [[str(place), *_row(p)] for place, p in enumerate(points, 1)]
     write_page(
         path / "sweep.html",
-        {"trade-off": drawing},
+        {"trade-off": Drawing(plots.trade_off([_plotted(p) for p in points], winner=0), note, 1040)},
         title=f"{data.name} · sweep of {len(points)} run{'s' if len(points) > 1 else ''}",
         chosen=_chosen(by, points),
         best=points[0]["run"],
-        runs=Table(COLUMNS, [_row(p) for p in points], "Best first; 95% intervals in brackets.", mark=0),
+        runs=Table(["", *COLUMNS], rows, "Best first; 95% intervals in brackets.", mark=0),
         failed=[f"{f['point']}: {strip_paths(f['error'], [data.parent])}" for f in failed],
     )

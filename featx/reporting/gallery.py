@@ -57,6 +57,13 @@ class Material:
         except FeatxError:
             return None
 
+    def thumbnail(self, id: str) -> np.ndarray | None:
+        """The photograph made small, `uint8 [H, W, 3]`."""
+        small = self.picture(id)
+        if small is not None:
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+        return None if small is None else np.asarray(small)
+
     @cached_property
     def _rows(self) -> dict[str, int]:
         return {id: i for i, id in enumerate(self.source.ids)} if self.source is not None else {}
@@ -94,7 +101,8 @@ def _cached(config: dict[str, Any], source: Source) -> Features | None:
     from featx.backbones.request import BackboneInfo, BackboneRequest
     from featx.cache.memo import KeyMemo
     from featx.cache.store import FeatureStore
-    from featx.extraction.pipeline import Extraction
+    from featx.extraction.report import ExtractionReport
+    from featx.extraction.result import Extraction
 
     keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
     cache = Path(config["cache"])
@@ -113,20 +121,16 @@ def _cached(config: dict[str, Any], source: Source) -> Features | None:
     if not len(rows):
         return None
     info, request = BackboneInfo.from_dict(config["backbone"]), BackboneRequest.from_dict(config["request"])
-    return Extraction(source, request, info, cache, [store], rows, keys[rows], {"notes": []}).features()
+    return Extraction(
+        source, request, info, cache, [store], rows, keys[rows], ExtractionReport(len(source), 0, len(rows), 0, 0, 0)
+    ).features()
 
 
 def mistakes(material: Material) -> list[Picture]:
     """The wrong answers that were most sure."""
     return [
-        Picture(
-            _thumbnail(material.picture(row["id"])),
-            row["label"],
-            row["answer"],
-            f"{row['probability']:.1%}",
-            name(row["id"]),
-        )
-        for row in material.report.get("mistakes") or []
+        Picture(material.thumbnail(m["id"]), m["label"], m["answer"], f"{m['probability']:.1%}", name(m["id"]))
+        for m in material.report.get("mistakes") or []
     ]
 
 
@@ -141,7 +145,7 @@ def predictions(material: Material) -> list[Picture]:
     rng = np.random.default_rng(material.config.get("seed", 0))
     part = part.take(np.sort(rng.choice(len(part), min(GRID, len(part)), replace=False)))
     return [
-        Picture(_thumbnail(material.picture(id)), label, answer, sure)
+        Picture(material.thumbnail(id), label, answer, sure)
         for id, (label, answer, sure) in zip(part.ids, _answers(material.run, part), strict=True)
     ]
 
@@ -170,28 +174,10 @@ def batch(material: Material) -> list[Picture]:
     return shown
 
 
-def batch_note(material: Material) -> str:
-    crop, views = material.preprocess.crop, material.views
-    note = f"Training images as the backbone sees them, {crop} x {crop} pixels"
-    return note + (f"; {views} augmented views of each are cached beside its centre crop." if views else ".")
-
-
 def grid(pictures: list[Picture]) -> Drawing | None:
     """The pictures that can be read, in one drawing."""
-    there = [(p, p.pixels) for p in pictures if p.pixels is not None]
-    if not there:
-        return None
-    return Drawing(
-        plots.images([pixels for _, pixels in there], [p.title for p, _ in there], [p.wrong for p, _ in there]), ""
-    )
-
-
-def _thumbnail(picture: Image.Image | None) -> np.ndarray | None:
-    if picture is None:
-        return None
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return np.asarray(small)
+    there = [(p.pixels, p.title, p.wrong) for p in pictures if p.pixels is not None]
+    return Drawing(plots.images(*zip(*there, strict=True))) if there else None
 
 
 def _answers(run: Run, part: Features) -> Iterator[tuple[str, str, str]]:
@@ -239,7 +225,7 @@ def feature_map(material: Material, layout: str) -> Drawing | None:
     note += "Strong colours are validation images, soft ones were trained on."
     note += f" {len(rows):,} of {every:,} images, drawn at random." if every > len(rows) else ""
     figure = plots.feature_map(project(part.X, layout), group, part.class_names, ~held, wrong)
-    return Drawing(figure, f"Map of the features. {note}", 760, note)
+    return Drawing(figure, note, 760)
 
 
 def project(X: np.ndarray, layout: str) -> np.ndarray:

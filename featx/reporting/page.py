@@ -6,7 +6,7 @@ import base64
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,18 +21,20 @@ from featx.text import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Score:
-    """A headline number with its 95 % interval, where it has one; `share`: it lies in [0, 1] and gets a bar."""
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    share: bool = True
+SCORES = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "top5_accuracy": "Top-5 accuracy",
+    "mean_average_precision": "Mean average precision",
+    "micro_f1": "Micro F1",
+    "macro_f1": "Macro F1",
+    "log_loss": "Log-loss",
+}
+"""The numbers of an evaluation that come first, on a page and on a model card."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """A figure with what a screen reader says, its greatest width in pixels, and the note above it."""
+    """A figure, what is said above it and by a screen reader, and its greatest width in pixels."""
 
     figure: Figure
-    description: str
-    width: int = 640
     note: str = ""
+    width: int = 640
+
+    def svg(self, name: str) -> Markup:
+        from markupsafe import Markup
+
+        return Markup(plots.svg(self.figure, name, self.note))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,7 @@ class Picture:
 
 def write_page(path: Path, drawings: Mapping[str, Drawing], **values: Any) -> Path:
     """Write a page from the template of its name, and `drawings` as `plots/*.png`; those of a former page go."""
-    html = _environment().get_template(path.name).render(drawings=drawings, **values)
+    html = _pages().get_template(path.name).render(drawings=drawings, **values)
     folder = path.parent / "plots"
     for old in folder.glob("*.png"):
         if old.stem not in drawings:
@@ -93,7 +99,7 @@ def write_page(path: Path, drawings: Mapping[str, Drawing], **values: Any) -> Pa
 
     for name, drawing in drawings.items():
         plots.png(drawing.figure, folder / f"{name}.png")
-    write_atomic(path, html.encode())
+    write_atomic(path, f"{html}\n".encode())
     return path
 
 
@@ -105,27 +111,34 @@ def strip_paths(sentence: str, folders: Iterable[str | Path]) -> str:
     return re.sub(r"(?<![\w.:/<])/(?:[^\s/'\":]+/)+", "", sentence)
 
 
-@cache
-def _environment() -> Environment:
+def signed(found: Mapping[str, float]) -> str:
+    """A difference with its interval, for a table."""
+    return f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def environment(package: str, escape: Callable[[str], str], html: bool) -> Environment:
+    """The templates of a package. `escape` goes over each value that is put in, unless it is markup already."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    made = Environment(
-        loader=PackageLoader("featx.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # names come from files and may hold what no UTF-8 file takes
-        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
-    )
-    made.filters |= {
-        "jpeg": _jpeg,
-        "number": _number,
-        "percent": lambda value, places=1: f"{value:.{places}%}",
-        "svg": lambda drawing, name: Markup(plots.svg(drawing.figure, name, drawing.description)),
-    }
+    def shown(value: Any) -> str:
+        return value if isinstance(value, Markup) else escape(str(value))
+
+    made = Environment(loader=PackageLoader(package), finalize=shown, undefined=StrictUndefined, autoescape=html)
+    made.trim_blocks = made.lstrip_blocks = True
     return made
+
+
+@cache
+def _pages() -> Environment:
+    # names come from files, and may hold what no UTF-8 file takes
+    made = environment("featx.reporting", printable, html=True)
+    made.filters |= {"jpeg": _jpeg, "number": _number, "percent": _percent}
+    return made
+
+
+def _percent(value: float, places: int = 1) -> str:
+    return f"{value:.{places}%}"
 
 
 def _jpeg(pixels: np.ndarray) -> str:

@@ -11,26 +11,17 @@ import numpy as np
 from featx.errors import FeatxError
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import Material
-from featx.reporting.page import Drawing, Score, Table, write_page
+from featx.reporting.page import SCORES, Drawing, Table, signed, write_page
 from featx.runs import Run, open_run
 
-LISTED = 30  # files that the extraction names one by one
-SCORES = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "top5_accuracy": "Top-5 accuracy",
-    "mean_average_precision": "Mean average precision",
-    "micro_f1": "Micro F1",
-    "macro_f1": "Macro F1",
-    "log_loss": "Log-loss",
-}
+LISTED = 30  # files that the extraction names one by one, classes that need no scrolling
 # the grid that a head chose its regularisation from: the name of the one chosen, and of the axis
 GRIDS = {
     "strengths": ("strength", "C (larger = less regularisation)"),
     "weight_decays": ("weight_decay", "weight decay"),
     "penalties": ("penalty", "penalty (larger = more regularisation)"),
 }
-LOSSES = ("log_loss", "mean_squared_error")  # what it was chosen by
+LOSSES = {"log_loss": "log-loss", "mean_squared_error": "mean squared error"}  # what it was chosen by
 
 
 def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
@@ -44,81 +35,42 @@ def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
     if layout not in ("tsne", "pca"):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
     opened = open_run(run)
+    opened.folder("plots")  # refuses a link
     material = gallery.gather(opened)
-    config, report = material.config, material.report
-    fit = report.get("fit", {})
-    mistakes, predictions, batch = gallery.mistakes(material), gallery.predictions(material), gallery.batch(material)
+    config, report, fit = material.config, material.report, material.report.get("fit", {})
 
-    found = {
+    pictures = {
+        "mistakes": gallery.mistakes(material),
+        "predictions": gallery.predictions(material),
+        "batch": gallery.batch(material),
+    }
+    drawings = {
         "confusion": _confusion(report),
         "reliability": _reliability(report),
         "map": gallery.feature_map(material, layout),
         "curves": _curves(material),
         "path": _path(fit),
         "learning": _learning(material),
-        "mistakes": gallery.grid(mistakes),
-        "predictions": gallery.grid(predictions),
-        "batch": gallery.grid(batch),
-    }
+    } | {name: gallery.grid(shown) for name, shown in pictures.items()}
+
     return write_page(
         opened.path / "report.html",
-        {name: drawing for name, drawing in found.items() if drawing is not None},
+        {name: drawing for name, drawing in drawings.items() if drawing is not None},
         title=f"{Path(config['data']).name} · {_short(config['backbone']['name'])} · {config['head']}",
-        version=config.get("featx", ""),
-        trained=(config.get("splits") or {}).get("train", 0),
-        classes=len(config["class_names"]),
-        **_headline(report),
+        config=config,
+        report=report,
+        fit=fit,
+        scores=SCORES,
         warnings=[*map(material.clean, report.get("notes", [])), *material.missing],
         confused=_confused(report),
         per_class=_per_class(report),
-        mistakes=mistakes,
-        predictions=predictions,
-        batch=batch,
-        batch_note=gallery.batch_note(material),
+        pictures=pictures,
+        crop=material.preprocess.crop,
         views=_views(report.get("views")),
-        averaged=report.get("averaged_views"),
-        calibration=fit.get("calibration"),
-        rejection={
-            where: values["rejection"]
-            for where, values in (("held-out folds", fit), ("validation", report))
-            if values.get("rejection")
-        },
         extraction=_extraction(report.get("extract")),
         extraction_notes=_extraction_notes(material),
         configuration=_configuration(material),
         fit_notes=[material.clean(n) for n in fit.get("notes", [])],
-    )
-
-
-def _headline(report: dict[str, Any]) -> dict[str, Any]:
-    """What the page says first: the number of images measured and answered right, and each score."""
-    intervals = report.get("intervals", {})
-    scores = {
-        name: _score(title, report[name], intervals.get(name), share=name != "log_loss")
-        for name, title in SCORES.items()
-        if report.get(name) is not None
-    }
-    shown = list(scores.values())
-    if report.get("calibration_error") is not None:
-        shown.append(Score("Calibration error", report["calibration_error"]))
-    if test := report.get("test"):
-        title = f"Accuracy on {test['count']:,} test images"
-        shown.append(_score(title, test["accuracy"], test["intervals"]["accuracy"]))
-
-    count = report.get("count") or 0
-    return {
-        "measured": count,
-        "right": round(report["accuracy"] * count) if count else 0,
-        "one_label": report.get("confusion") is not None,
-        "accuracy": scores.get("accuracy"),
-        "log_loss": report.get("log_loss"),
-        "scores": shown,
-    }
-
-
-def _score(title: str, value: float, interval: dict[str, float] | None, share: bool = True) -> Score:
-    return (
-        Score(title, value, interval["low"], interval["high"], share) if interval else Score(title, value, share=share)
     )
 
 
@@ -127,17 +79,14 @@ def _confusion(report: dict[str, Any]) -> Drawing | None:
         return None
     table = np.array(report["confusion"])
     right = int(np.trace(table[:, : len(table)]))
-    return Drawing(
-        plots.confusion(table, report["labels"], report["confusion_columns"]),
-        f"Confusion matrix of {len(table)} labels: {right} answers right, {int(table.sum()) - right} wrong.",
-        width=420 if len(table) <= 4 else 560 if len(table) <= 20 else 900,
-        note="Images by true label (rows) and answer (columns).",
-    )
+    note = f"Images by true label (rows) and answer (columns): {right:,} right, {int(table.sum()) - right:,} wrong."
+    width = 420 if len(table) <= 4 else 560 if len(table) <= 20 else 900
+    return Drawing(plots.confusion(table, report["labels"], report["confusion_columns"]), note, width)
 
 
 def _confused(report: dict[str, Any]) -> Table | None:
     """The most frequent confusions, where the drawing is too large for numbers."""
-    table = np.array(report.get("confusion") or [[]])
+    table = np.array(report.get("confusion") or [])
     if len(table) <= plots.NUMBERED:
         return None
     np.fill_diagonal(table, 0)
@@ -150,13 +99,9 @@ def _confused(report: dict[str, Any]) -> Table | None:
 def _reliability(report: dict[str, Any]) -> Drawing | None:
     if not report.get("reliability"):
         return None
-    error = report["calibration_error"]
-    return Drawing(
-        plots.reliability(report["reliability"]),
-        f"Accuracy by confidence; calibration error {error:.3f}.",
-        width=440,
-        note=f"Where the points lie on the diagonal, a confidence of 0.8 is right 80% of the time. Error: {error:.3f}.",
-    )
+    note = "Where the points lie on the diagonal, a confidence of 0.8 is right 80% of the time. "
+    note += f"Error: {report['calibration_error']:.3f}."
+    return Drawing(plots.reliability(report["reliability"]), note, 440)
 
 
 def _per_class(report: dict[str, Any]) -> Table | None:
@@ -192,7 +137,7 @@ def _curves(material: Material) -> Drawing | None:
         panels = {"loss": {"training": list(enumerate(loss, 1))}}
     if not panels:
         return None
-    return Drawing(plots.curves(panels), f"Curves by epoch of {', '.join(panels)}.", 360 * len(panels) + 40)
+    return Drawing(plots.curves(panels), f"{', '.join(panels).capitalize()} by epoch.", 360 * len(panels) + 40)
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
@@ -215,23 +160,19 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 def _path(fit: dict[str, Any]) -> Drawing | None:
     """How the head chose its regularisation: the loss of held-out training images over the grid."""
     found = fit.get("cross_validation") or fit.get("leave_one_out") or {}
-    measure = next((name for name in LOSSES if len(found.get(name) or []) > 1), None)
-    if measure is None:
-        return None
-    losses = found[measure]
-    grid = next((k for k, v in found.items() if k != measure and isinstance(v, list) and len(v) == len(losses)), None)
-    if grid is None:
+    lists = {name: values for name, values in found.items() if isinstance(values, list) and len(values) > 1}
+    measure = next((name for name in LOSSES if name in lists), None)
+    grid = next((name for name in lists if name not in LOSSES), None)
+    if measure is None or grid is None:
         return None
 
-    what = grid.removesuffix("s")
-    what, axis = GRIDS.get(grid, (what, what.replace("_", " ")))
-    chosen, loss = fit.get(what), measure.replace("_", "-" if measure == "log_loss" else " ")
+    losses, loss = lists[measure], LOSSES[measure]
+    what, axis = GRIDS.get(grid, (grid.removesuffix("s"), grid.removesuffix("s").replace("_", " ")))
+    chosen = fit.get(what)
     how = f"over {found['folds']} folds of the training images" if "folds" in found else "of training images left out"
     return Drawing(
-        plots.path(found[grid], losses, chosen if isinstance(chosen, (int, float)) else None, axis, loss),
-        f"Held-out {loss} by {axis}, least {min(losses):.3f}.",
-        width=620,
-        note=f"Held-out {loss} {how}; the least is {min(losses):.3f}.",
+        plots.path(lists[grid], losses, chosen if isinstance(chosen, (int, float)) else None, axis, loss),
+        f"Held-out {loss} {how}; the least is {min(losses):.3f}.",
     )
 
 
@@ -245,7 +186,7 @@ def _learning(material: Material) -> Drawing | None:
         f"The head fitted on parts of the training images ({values['repeats']} subsets per size), measured on "
         f"{values['measured_on']:,} validation images, with 95% intervals over both. {values['verdict']}"
     )
-    return Drawing(plots.learning(values["rows"], values["forecast"]), values["verdict"], 620, note)
+    return Drawing(plots.learning(values["rows"], values["forecast"]), note, 620)
 
 
 def _views(found: dict[str, Any] | None) -> Table | None:
@@ -256,15 +197,11 @@ def _views(found: dict[str, Any] | None) -> Table | None:
     rows = []
     for key in (name for name in titles if name in found):
         gain = found.get(f"{key}_gain")
-        gains = [_signed(gain[name]) if gain else None for name in ("accuracy", "log_loss")]
+        gains = [signed(gain[name]) if gain else None for name in ("accuracy", "log_loss")]
         rows.append([titles[key], found[key]["accuracy"], found[key]["log_loss"], *gains])
     caption = f"Held out over {found['folds']} folds of {found['images']:,} training images. "
     caption += "A gain compares the same images, with its 95% interval."
     return Table(["trained on", "accuracy", "log-loss", "gain in accuracy", "in log-loss"], rows, caption)
-
-
-def _signed(gain: dict[str, float]) -> str:
-    return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
 
 
 def _extraction(found: dict[str, Any] | None) -> Table | None:

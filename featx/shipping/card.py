@@ -12,6 +12,7 @@ from featx.backbones.request import BackboneInfo
 from featx.errors import ExportError
 from featx.features import FeatureSpec
 from featx.files import write_atomic
+from featx.reporting.page import SCORES, environment
 from featx.runs import CARD, CARD_MARK, Run, open_run
 from featx.text import printable
 
@@ -37,49 +38,36 @@ FILES = {
     "report.html": "the same as a page; it shows some of the photographs",
     "plots": "its figures, photographs among them",
 }
-METRICS = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "macro_f1": "Macro F1",
-    "top5_accuracy": "Top-5 accuracy",
-    "mean_average_precision": "Mean average precision",
-    "log_loss": "Log-loss",
-}
 
 
 def card(run: str | Path) -> str:
     """The model card of a finished run: YAML for a hub, then Markdown for people. It names no place on this machine."""
     import yaml
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     opened = open_run(run)
     config, report, head = opened.config, opened.report, opened.head
     backbone, measured = BackboneInfo.from_dict(config["backbone"]), _measured(report)
     front = _front_matter(opened, config, report, backbone, measured)
-    templates = Environment(
-        loader=PackageLoader("featx.shipping"),
-        finalize=lambda value: value if isinstance(value, Markup) else _escaped(str(value)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return templates.get_template("card.md").render(
-        front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
-        mark=Markup(CARD_MARK),
-        most=CLASSES,
-        name=_run_name(opened),
-        data=_data_name(config),
-        config=config,
-        report=report,
-        head=head,
-        backbone=backbone,
-        preprocess=FeatureSpec.from_dict(config["spec"]).preprocess,
-        measured=[(METRICS[n], value, report.get("intervals", {}).get(n)) for n, value in measured.items()],
-        classes=sorted(report.get("per_class", []), key=lambda row: -row["support"]),
-        parity=_parity(opened),
-        files={file: what for file, what in FILES.items() if (opened.path / file).exists()},
+    return (
+        environment("featx.shipping", _escaped, html=False)
+        .get_template("card.md")
+        .render(
+            front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
+            mark=Markup(CARD_MARK),
+            most=CLASSES,
+            name=_run_name(opened),
+            data=_data_name(config),
+            config=config,
+            report=report,
+            head=head,
+            backbone=backbone,
+            preprocess=FeatureSpec.from_dict(config["spec"]).preprocess,
+            measured=[(SCORES[n], value, report.get("intervals", {}).get(n)) for n, value in measured.items()],
+            classes=sorted(report.get("per_class", []), key=lambda row: -row["support"]),
+            parity=_parity(opened),
+            files={file: what for file, what in FILES.items() if (opened.path / file).exists()},
+        )
     )
 
 
@@ -117,7 +105,7 @@ def _front_matter(
         result = {
             "task": {"type": "image-classification", "name": "Image classification"},
             "dataset": data,
-            "metrics": [{"type": n, "name": METRICS[n], "value": round(v, 6)} for n, v in measured.items()],
+            "metrics": [{"type": n, "name": SCORES[n], "value": round(v, 6)} for n, v in measured.items()],
         }
         front["model-index"] = [{"name": printable(_run_name(run)), "results": [result]}]
     return front
@@ -126,7 +114,7 @@ def _front_matter(
 def _measured(report: dict[str, Any]) -> dict[str, float]:
     if not report.get("count"):
         return {}
-    return {name: float(report[name]) for name in METRICS if report.get(name) is not None}
+    return {name: float(report[name]) for name in SCORES if report.get(name) is not None}
 
 
 def _parity(run: Run) -> dict[str, Any] | None:
