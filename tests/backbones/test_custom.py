@@ -11,11 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import write_images
-from featx.backbones.zoos.custom import load as load_custom
 
 import featx
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
+from featx.backbones.zoos.custom import load as load_custom
 from featx.cli import cli
 from featx.engines.opening import open_engine
 from featx.errors import BackboneError, RunError, WeightsError
