@@ -51,20 +51,21 @@ def measure(root: Path) -> None:
     from featx.cache.store import FeatureStore
     from featx.extraction.job import prepare
     from featx.extraction.keys import KeyTable
-    from featx.extraction.pipeline import compute, sync
-    from featx.extraction.report import describe
+    from featx.extraction.pipeline import compute
+    from featx.extraction.report import Chunk, describe
     from featx.options import complete
     from featx.pixels.preprocess import Preprocess
 
     preprocess = Preprocess(resize=16, crop=16)
     info = BackboneInfo("custom/colour", "00" * 32, "features", preprocess, (3,), None, False, 0, "")
     begin = time.perf_counter()
-    job = prepare(root / "data", info, complete({"cache": root / "cache"}, sync))
+    job = prepare(root / "data", info, complete({"cache": root / "cache"}))
     # rows wait 20 s for their shard: at this speed that would be all of them, at a real backbone's some thousands
     stores = [FeatureStore(job.cache, spec, shard_seconds=1.0) for spec in job.specs]
     table = KeyTable(job.source, job.cache)
-    chunk = compute(job, table, stores, np.arange(len(job.source)), Colour())
-    report = describe(job, table, stores, chunk, {"list": 0.0, "total": time.perf_counter() - begin})
+    chunk = Chunk()
+    compute(job, table, stores, np.arange(len(job.source)), chunk, Colour())
+    report = describe(job, table, stores, table.stored(stores), chunk, time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(report.extracted, time.perf_counter() - begin, peak)
 

@@ -7,10 +7,10 @@ fills in the defaults and refuses what is misspelt or out of range, whoever call
 from __future__ import annotations
 
 import functools
+import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
@@ -98,6 +98,8 @@ class Field:
         least = self.option.least
         if least is not None and value < least:
             raise FeatxError(f"{self.name} is {least} or more, not {value}")
+        if self.name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {value!r}")
         if self.type is int and value >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
@@ -113,18 +115,16 @@ def fields_of(kind: Any = Options) -> dict[str, Field]:
     return found
 
 
-def complete(given: Mapping[str, Any], caller: Callable[..., Any], kind: Any = Options) -> dict[str, Any]:
+def complete(given: Mapping[str, Any], kind: Any = Options, others: Iterable[str] = ()) -> dict[str, Any]:
     """All options of a kind, those given checked, the others at their defaults.
 
-    Raises `FeatxError` for an option that `caller`, the function that took them, does not have.
+    Raises `FeatxError` for an option that there is not; others: what else the function takes that was called.
     """
     fields = fields_of(kind)
     for name in given:
         if name not in fields:
-            known = [*fields, *(p for p in signature(caller).parameters if p != "options")]
-            raise FeatxError(
-                f"{caller.__name__}() has no option {name!r}; it has {', '.join(known)}.{near(name, known)}"
-            )
+            known = [*fields, *others]
+            raise FeatxError(f"there is no option {name!r}; there are {', '.join(known)}.{near(name, known)}")
     values = {name: field.option.default for name, field in fields.items()} | dict(given)
 
     for name, field in fields.items():

@@ -12,7 +12,7 @@ import numpy as np
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.cache.store import FeatureStore
-from featx.devices import available_threads, check_device, choose_device, decoding_device
+from featx.devices import available_threads, choose_device, decoding_device
 from featx.engines.engine import Engine
 from featx.engines.opening import open_engine
 from featx.extraction.loader import Loaded, Loader
@@ -76,7 +76,6 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
 
     Raises `SourceError`, `BackboneError`, and `FeatxError` for a GPU that is not here.
     """
-    check_device(options["device"])
     cache = Path(options["cache"])
     source = open_source(data)
     request = request_of(backbone, options)

@@ -22,9 +22,9 @@ class KeyTable:
 
     def __init__(self, source: Source, cache: Path) -> None:
         self.source = source
-        self.keys = np.zeros((len(source), KEY_BYTES), np.uint8)
+        self.keys = np.zeros((len(source.ids), KEY_BYTES), np.uint8)
         """`uint8 [N, 32]`; zeros where unknown."""
-        self.known = np.zeros(len(source), bool)
+        self.known = np.zeros(len(source.ids), bool)
         """`bool [N]`."""
         self.errors: dict[int, str] = {}
         """Why an image cannot be used, by its number."""

@@ -18,7 +18,7 @@ from featx.extraction.embedding import embed, keep
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.loader import Loaded, Loader
-from featx.extraction.planning import remember_rate
+from featx.extraction.planning import RATE_IMAGES, remember_rate
 from featx.extraction.report import Chunk, describe
 from featx.extraction.result import Extraction
 from featx.extraction.timing import Timing
@@ -30,7 +30,7 @@ def extract(
     data: Data, backbone: Backbone = "resnet18", *, engine: Engine | None = None, **options: Unpack[Options]
 ) -> Features:
     """The features of every readable image of `data`, each computed at most once; arguments as for `sync`."""
-    return sync(data, backbone, engine=engine, **complete(options, extract)).features()
+    return sync(data, backbone, engine=engine, **options).features()
 
 
 def sync(
@@ -48,30 +48,38 @@ def sync(
     where no image can be read, `BackboneError`, `StoreError`.
     """
     begin = time.perf_counter()
-    job = prepare(data, backbone, complete(options, sync))
+    job = prepare(data, backbone, complete(options))
 
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
-    missing = np.flatnonzero(~table.stored(stores))
-    listed = time.perf_counter() - begin
+    stored = table.stored(stores)
+    chunk = Chunk(listing=time.perf_counter() - begin)
 
-    chunk = compute(job, table, stores, missing, engine)
+    if not stored.all():
+        compute(job, table, stores, np.flatnonzero(~stored), chunk, engine)
+        stored = table.stored(stores)
 
-    report = describe(job, table, stores, chunk, {"list": listed, "total": time.perf_counter() - begin})
-    remember_rate(job, report)
-    numbers = np.flatnonzero(table.stored(stores))
+    report = describe(job, table, stores, stored, chunk, time.perf_counter() - begin)
+    if report.extracted >= RATE_IMAGES:
+        remember_rate(job, report)
+    numbers = np.flatnonzero(stored)
     keys = table.keys if len(numbers) == len(table.keys) else table.keys[numbers]
     return Extraction(job.source, job.request, job.info, job.cache, stores, numbers, keys, report)
 
 
 def compute(
-    job: Job, table: KeyTable, stores: list[FeatureStore], numbers: np.ndarray, engine: Engine | None = None
-) -> Chunk:
-    """Load, embed and store images, `numbers` `int [M]` of the source, as far as the stores lack them.
+    job: Job,
+    table: KeyTable,
+    stores: list[FeatureStore],
+    numbers: np.ndarray,
+    chunk: Chunk,
+    engine: Engine | None = None,
+) -> None:
+    """Load, embed and store images, `numbers` `int [M]` of the source, as far as the stores lack them; fill in `chunk`.
 
     The unit of work: repeated, or done by several processes at once, it stores each row once. engine: by default
     the job's own, which is not opened for images that turn out to be stored already.
     """
-    chunk = Chunk(Timing(job.workers, available_threads()))
+    timing = chunk.timing = Timing(job.workers, available_threads())
     loader = Loader(job.source, job.info.preprocess, stores, job.workers)
 
     with ExitStack() as stack:  # left in reverse: threads end, rows are committed, keys are remembered
@@ -84,7 +92,7 @@ def compute(
 
         numbers = skip_stored(job, table, stores, numbers, bar)
         if not len(numbers):
-            return chunk
+            return
         begin = time.perf_counter()
         if engine is None:
             engine = stack.enter_context(closing(job.open_engine(stores)))
@@ -92,19 +100,18 @@ def compute(
             store.computed_by(engine.name)
         chunk.opening = time.perf_counter() - begin
 
-        chunk.timing.begin(loader, gpu=engine.name == "torch-cuda")
+        timing.begin(loader, gpu=engine.name == "torch-cuda")
         loaded = stack.enter_context(closing(job.load(loader, numbers, engine)))
-        images = noted(chunk.timing.waiting(loaded), table, bar)
+        images = noted(timing.waiting(loaded), table, bar)
         for batch in embed(images, engine):
-            chunk.timing.waited += batch.waited
-            with chunk.timing.storing():
+            timing.waited += batch.waited
+            with timing.storing():
                 keep(batch, stores, job.source)
             chunk.extracted += batch.images
-            bar.set_postfix_str(chunk.timing.update(loader).brief(), refresh=False)
+            bar.set_postfix_str(timing.update(loader).brief(), refresh=False)
 
-        chunk.timing.update(loader)
+        timing.update(loader)
     chunk.decoded_on_gpu, chunk.decode_cosine = loader.decoded_on_gpu, loader.cosine
-    return chunk
 
 
 def skip_stored(

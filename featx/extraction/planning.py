@@ -87,7 +87,7 @@ def plan(
 
     Where no run of this kind is remembered, a sample is measured: that opens, and so may export, the backbone.
     """
-    job = prepare(data, backbone, complete(options, plan))
+    job = prepare(data, backbone, complete(options))
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
     table.read_missing(READ_BYTES)
 
@@ -157,8 +157,6 @@ def _engine_bytes(cache: Path) -> int:
 
 def remember_rate(job: Job, report: ExtractionReport) -> None:
     """Keep a run's images per second in `cache/rates/`, for the next dry run on this machine."""
-    if report.extracted < RATE_IMAGES:
-        return
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the dry run a measurement
         write_atomic(_rate_path(job), json.dumps({"images_per_second": report.images_per_second}).encode())
 

@@ -11,7 +11,7 @@ from featx.cache.store import FeatureStore
 from featx.errors import SourceError
 from featx.extraction.job import Job
 from featx.extraction.keys import KeyTable
-from featx.extraction.timing import Timing
+from featx.extraction.timing import STAGES, Timing
 from featx.pixels.preprocess import GPU
 from featx.text import printable
 
@@ -94,7 +94,10 @@ class ExtractionReport:
 class Chunk:
     """What computing some images of a data set did."""
 
-    timing: Timing
+    listing: float = 0.0
+    """Seconds that listing the images and looking up their keys took."""
+    timing: Timing | None = None
+    """Of the stages; None where nothing was missing."""
     extracted: int = 0
     opening: float = 0.0
     """Seconds that opening the engine took."""
@@ -103,19 +106,21 @@ class Chunk:
 
 
 def describe(
-    job: Job, table: KeyTable, stores: list[FeatureStore], chunk: Chunk, seconds: dict[str, float]
+    job: Job, table: KeyTable, stores: list[FeatureStore], stored: np.ndarray, chunk: Chunk, total: float
 ) -> ExtractionReport:
-    """Count and name what happened. Raises `SourceError` where no image has features."""
+    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of it all.
+
+    Raises `SourceError` where no image has features.
+    """
     source, keys, timing = job.source, table.keys, chunk.timing
-    usable = table.stored(stores)
-    numbers = np.flatnonzero(usable)
+    numbers = np.flatnonzero(stored)
     if not len(numbers):
         first = "; ".join(f"{source.ids[i]}: {why}" for i, why in list(table.errors.items())[:3])
-        raise SourceError(f"none of the {len(source)} images in {source.uri} could be read ({first})")
+        raise SourceError(f"none of the {len(stored)} images in {source.uri} could be read ({first})")
     by_key = {keys[i].tobytes(): why for i, why in table.errors.items()}
     skipped = [
         {"id": source.ids[i], "reason": table.errors.get(i) or by_key[keys[i].tobytes()]}
-        for i in np.flatnonzero(~usable).tolist()
+        for i in np.flatnonzero(~stored).tolist()
     ]
 
     copies = table.copies(numbers)
@@ -134,10 +139,11 @@ def describe(
     if job.info.preprocess.pixels == GPU and chunk.extracted and not chunk.decoded_on_gpu:
         notes.append("no image was decoded on the GPU: none was a baseline JPEG, or it refused them")
 
-    seconds = {**timing.work, "list": seconds["list"], "start": chunk.opening, "total": seconds["total"]}
-    busy = seconds["total"] - seconds["list"] - seconds["start"]
+    work = timing.work if timing else dict.fromkeys(STAGES, 0.0)
+    seconds = {**work, "list": chunk.listing, "start": chunk.opening, "total": total}
+    busy = total - chunk.listing - chunk.opening
     return ExtractionReport(
-        found=len(source),
+        found=len(stored),
         ignored=len(source.ignored),
         cached=distinct - chunk.extracted,
         extracted=chunk.extracted,
@@ -145,9 +151,9 @@ def describe(
         skipped=len(skipped),
         images_per_second=round(chunk.extracted / busy, 1) if chunk.extracted else None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        shares=timing.shares,
-        used=round(timing.used, 3),
-        advice=timing.advice(),
+        shares=timing.shares if timing else {},
+        used=round(timing.used, 3) if timing else 0.0,
+        advice=timing.advice() if timing else "",
         ignored_files=source.ignored,
         skipped_images=skipped,
         duplicates=[[source.ids[i] for i in same] for same in copies],

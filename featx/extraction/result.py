@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,9 +58,8 @@ class Extraction:
 
     def exceeds(self, memory: float, rows: int) -> bool:
         """Whether so many rows of features take more than `memory` bytes."""
-        form = self.stores[0].form
-        assert form is not None
-        return rows * form.row_bytes > memory
+        row_bytes = math.prod(self.info.row_shape) * np.dtype(self.stores[0].spec.dtype).itemsize
+        return rows * row_bytes > memory
 
 
 def one_label(labels: list[str]) -> tuple[np.ndarray, list[str]]:

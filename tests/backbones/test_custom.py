@@ -11,11 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import write_images
-from featx.backbones.loading.zoos.custom import load as load_custom
 
 import featx
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
+from featx.backbones.zoos.custom import load as load_custom
 from featx.cli import cli
 from featx.engines.opening import open_engine
 from featx.errors import BackboneError, RunError, WeightsError
@@ -239,7 +239,7 @@ def test_timm_names_and_weights_that_are_not_there(timm, monkeypatch: pytest.Mon
 def test_timm_preprocessing_that_featx_does_not_do_is_refused(change: dict[str, object], message: str, timm) -> None:  # type: ignore[no-untyped-def]
     from dataclasses import replace
 
-    from featx.backbones.loading.zoos.timm import preprocessing
+    from featx.backbones.zoos.timm import preprocessing
 
     config = replace(timm.get_pretrained_cfg("test_vit"), **change)
     with pytest.raises(BackboneError, match=message):
