@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from featx.errors import FeatxError
-from featx.features import Features, FeatureSpec, content_key
+from featx.features import Features, FeatureSpec
 from featx.head import MULTILABEL
 from featx.pixels.preprocess import Preprocess, decode
 from featx.pixels.views import CENTER, augmented
@@ -99,31 +99,23 @@ def gather(run: Run) -> Material:
 def _cached(config: dict[str, Any], source: Source) -> Features | None:
     """The run's features as far as its cache has them, in the source's order; None where it has none."""
     from featx.backbones.request import BackboneInfo, BackboneRequest
-    from featx.cache.memo import KeyMemo
     from featx.cache.store import FeatureStore
+    from featx.extraction.keys import KeyTable
     from featx.extraction.report import ExtractionReport
     from featx.extraction.result import Extraction
 
-    keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
     cache = Path(config["cache"])
     if not cache.is_dir():
         return None
-    if source.stats is not None:
-        keys, known = KeyMemo(cache, source.root).lookup(source.ids, source.stats)
-    for i in np.flatnonzero(~known).tolist():
-        try:
-            keys[i] = np.frombuffer(content_key(source.read(i)), np.uint8)
-            known[i] = True
-        except FeatxError:
-            continue
-    store = FeatureStore(cache, FeatureSpec.from_dict(config["spec"]))
-    rows = np.flatnonzero(known & store.contains(keys))
+    table, store = KeyTable(source, cache), FeatureStore(cache, FeatureSpec.from_dict(config["spec"]))
+    table.read_missing()
+    rows = np.flatnonzero(table.stored([store]))
     if not len(rows):
         return None
+
     info, request = BackboneInfo.from_dict(config["backbone"]), BackboneRequest.from_dict(config["request"])
-    return Extraction(
-        source, request, info, cache, [store], rows, keys[rows], ExtractionReport(len(source), 0, len(rows), 0, 0, 0)
-    ).features()
+    counts = ExtractionReport(len(source), 0, len(rows), 0, 0, 0)
+    return Extraction(source, request, info, cache, [store], rows, table.keys[rows], counts).features()
 
 
 def mistakes(material: Material) -> list[Picture]:

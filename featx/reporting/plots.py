@@ -30,12 +30,12 @@ LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names,
 # Fonts with other scripts, used for names that DejaVu Sans has no letters for, where they are installed.
 FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")
 STYLE: dict[Any, Any] = {
-    **{"font.size": 10, "text.color": INK, "text.parse_math": False},  # a class may be called `$x$`
-    **{"axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.axisbelow": True, "axes.grid": True},
-    **{"axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.6},
-    **{"xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED},
-    **{"legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none"},
-}
+    "font.size": 10, "text.color": INK, "text.parse_math": False,  # a class may be called `$x$`
+    "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.axisbelow": True, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.6,
+    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+    "legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none",
+}  # fmt: skip
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -245,7 +245,7 @@ def _configuration(material: Material) -> Table:
         "seed": config["seed"],
     }
     for name, value in fit.items():
-        if isinstance(value, (int, float, str)) and name != "epochs":  # which stands in the settings
+        if isinstance(value, (int, float, str)) and name != "epochs":  # the settings have it
             rows[f"fit: {name.replace('_', ' ')}"] = f"{value:.4g}" if isinstance(value, float) else value
     if report.get("train_accuracy") is not None:
         rows["training accuracy"] = f"{report['train_accuracy']:.3f}"

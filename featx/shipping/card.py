@@ -47,27 +47,25 @@ def card(run: str | Path) -> str:
 
     opened = open_run(run)
     config, report, head = opened.config, opened.report, opened.head
-    backbone, measured = BackboneInfo.from_dict(config["backbone"]), _measured(report)
+    backbone, count = BackboneInfo.from_dict(config["backbone"]), report.get("count")
+    measured = {name: float(report[name]) for name in SCORES if count and report.get(name) is not None}
     front = _front_matter(opened, config, report, backbone, measured)
-    return (
-        environment("featx.shipping", _escaped, html=False)
-        .get_template("card.md")
-        .render(
-            front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
-            mark=Markup(CARD_MARK),
-            most=CLASSES,
-            name=_run_name(opened),
-            data=_data_name(config),
-            config=config,
-            report=report,
-            head=head,
-            backbone=backbone,
-            preprocess=FeatureSpec.from_dict(config["spec"]).preprocess,
-            measured=[(SCORES[n], value, report.get("intervals", {}).get(n)) for n, value in measured.items()],
-            classes=sorted(report.get("per_class", []), key=lambda row: -row["support"]),
-            parity=_parity(opened),
-            files={file: what for file, what in FILES.items() if (opened.path / file).exists()},
-        )
+    template = environment("featx.shipping", _escaped, html=False).get_template("card.md")
+    return template.render(
+        front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
+        mark=Markup(CARD_MARK),
+        most=CLASSES,
+        name=_run_name(opened),
+        data=_data_name(config),
+        config=config,
+        report=report,
+        head=head,
+        backbone=backbone,
+        preprocess=FeatureSpec.from_dict(config["spec"]).preprocess,
+        measured=[(SCORES[n], value, report.get("intervals", {}).get(n)) for n, value in measured.items()],
+        classes=sorted(report.get("per_class", []), key=lambda row: -row["support"]),
+        parity=_parity(opened),
+        files={file: what for file, what in FILES.items() if (opened.path / file).exists()},
     )
 
 
@@ -109,12 +107,6 @@ def _front_matter(
         }
         front["model-index"] = [{"name": printable(_run_name(run)), "results": [result]}]
     return front
-
-
-def _measured(report: dict[str, Any]) -> dict[str, float]:
-    if not report.get("count"):
-        return {}
-    return {name: float(report[name]) for name in SCORES if report.get(name) is not None}
 
 
 def _parity(run: Run) -> dict[str, Any] | None:
