@@ -26,7 +26,7 @@ from featx.errors import FeatxError, ImageError, SourceError
 from featx.extraction.gpu import Decoder, stacked
 from featx.extraction.loader import Loader
 from featx.extraction.timing import Stages, remember_rate
-from featx.features import Features, assign_splits, content_key, groups
+from featx.features import Features, assign_splits, content_key, groups, labelled
 from featx.pixels.preprocess import DECODERS, GPU
 from featx.pixels.views import view_names
 from featx.sources.opening import open_source
@@ -65,10 +65,9 @@ class Extraction:
         """
         source, store, rows = self.source, self.stores[view], self.rows.tolist()
         labels = [source.labels[i] if source.labels else "" for i in rows]
-        y, class_names = (targets if source.multilabel else numbers)(labels)
+        y, class_names = labelled(labels, source.multilabel)
         given = np.array([source.splits[i] if source.splits else "" for i in rows], dtype="U5")
-        one = y if y.ndim == 1 else np.minimum(y[:, 0], 0)  # of several labels, whether there are any
-        splits, notes = assign_splits(self.keys, one, given, class_names)
+        splits, notes = assign_splits(self.keys, y, given, class_names)
         return Features(
             rows=StoredRows(store, self.keys) if self.exceeds(memory, len(self.keys)) else store.read(self.keys),
             y=y,
@@ -78,34 +77,22 @@ class Extraction:
             keys=self.keys,
             spec=store.spec,
             report=self.report | {"notes": [*self.report["notes"], *notes]},
+            given=given,
         )
+
+    def views(self, keys: np.ndarray, *, memory: float = float("inf")) -> list[np.ndarray | StoredRows]:
+        """The rows of these keys, `uint8 [M, 32]`, in every view: in memory, or read by slices where the rows of
+        all views together take more than `memory` bytes.
+        """
+        if self.exceeds(memory, len(keys) * len(self.stores)):
+            return [StoredRows(store, keys) for store in self.stores]
+        return [store.read(keys, mapped=False) for store in self.stores]
 
     def exceeds(self, memory: float, rows: int) -> bool:
         """Whether so many rows of features take more than `memory` bytes."""
         form = self.stores[0].form
         assert form is not None
         return rows * form.row_bytes > memory
-
-
-def numbers(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels -> `int64 [N]` and the sorted class names they index; -1 for an empty label."""
-    class_names = sorted(set(labels) - {""})
-    number = {"": -1} | {name: i for i, name in enumerate(class_names)}
-    return np.array([number[label] for label in labels], dtype=np.int64), class_names
-
-
-def targets(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels such as `cat|indoor` -> 0/1 `int64 [N, C]`, -1 for an empty label, and the columns' sorted class names."""
-    sets = [set(label.split("|")) - {""} for label in labels]
-    class_names = sorted(set().union(*sets))
-    if not class_names:
-        raise SourceError("no image has a class: every label is empty")
-    number = {name: i for i, name in enumerate(class_names)}
-    y = np.zeros((len(labels), len(class_names)), dtype=np.int64)
-    for row, names in enumerate(sets):
-        y[row, [number[name] for name in names]] = 1
-    y[[label == "" for label in labels]] = -1
-    return y, class_names
 
 
 def extract(data: str | Path | Source, backbone: str | BackboneRequest = "resnet18", **options: Any) -> Features:
