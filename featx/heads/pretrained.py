@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from featx.errors import HeadError
 from featx.head import Fitted, Head
 from featx.text import near
-
 
 LEARNS = STREAMS = False
 

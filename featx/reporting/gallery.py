@@ -13,7 +13,7 @@ from PIL import Image
 
 from featx.errors import FeatxError
 from featx.features import Features, FeatureSpec, content_key
-from featx.head import MULTILABEL
+from featx.head import Head
 from featx.pixels.preprocess import Preprocess, decode
 from featx.pixels.views import CENTER, augmented
 from featx.pixels.views import pixels as view_pixels
@@ -169,7 +169,7 @@ def predictions(material: Material) -> tuple[str, Figure | None]:
     probabilities = head.probabilities(head(part.X))
     items, pictures, titles, wrongs = [], [], [], []
     for i, id in enumerate(part.ids):
-        answer, sure = _answer(probabilities[i], head.class_names, head.activation == "sigmoid")
+        answer, sure = _answer(probabilities[i], head)
         label = _label(part.y[i], part.class_names)
         wrong = answer != label
         small = _thumbnail(material.picture(id))
@@ -185,12 +185,10 @@ def predictions(material: Material) -> tuple[str, Figure | None]:
     return page.section("Predictions", page.pictures(items), note=note), grid
 
 
-def _answer(probabilities: np.ndarray, names: tuple[str, ...], several: bool) -> tuple[str, str]:
-    if several:
-        said = np.flatnonzero(probabilities >= MULTILABEL)
-        return ", ".join(names[i] for i in said) or "none", ""
-    best = int(probabilities.argmax())
-    return names[best], f"{probabilities[best]:.0%}"
+def _answer(probabilities: np.ndarray, head: Head) -> tuple[str, str]:
+    said = np.flatnonzero(head.answers(probabilities[None])[0])
+    answer = ", ".join(head.class_names[i] for i in said) or "none"
+    return answer, "" if head.activation == "sigmoid" else f"{probabilities.max():.0%}"
 
 
 def _label(y: np.ndarray, names: list[str]) -> str:
@@ -256,8 +254,7 @@ def feature_map(material: Material, layout: str) -> tuple[Figure | None, str]:
     head = material.run.head
     probabilities = head.probabilities(head(X[held]))
     wrong[held] = [
-        _answer(p, head.class_names, head.activation == "sigmoid")[0] != _label(y, part.class_names)
-        for p, y in zip(probabilities, part.y[held], strict=True)
+        _answer(p, head)[0] != _label(y, part.class_names) for p, y in zip(probabilities, part.y[held], strict=True)
     ]
     method = "t-SNE" if layout == "tsne" else "The first two principal components"
     note = f"{method} of the {features.rows.shape[1]} features: what is near looks alike to the backbone. "

@@ -76,7 +76,7 @@ def test_stacked_tables_are_sliced_across_their_borders() -> None:
 @pytest.mark.parametrize("views", [0, 2])
 def test_a_fit_by_slices_is_the_fit_in_memory(head: str, views: int, tmp_path: Path, engine: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
-    options = {"cache": tmp_path / "cache", "views": views, "gain": False, "report": False}
+    options = {"cache": tmp_path / "cache", "views": views, "gain": False}
     usual = fit(data, "tiny", head, output=tmp_path / "usual", **options)  # type: ignore[arg-type]
     sliced = fit(data, "tiny", head, output=tmp_path / "sliced", memory=100.0, **options)  # type: ignore[arg-type]
     assert np.abs(sliced.head.weight - usual.head.weight).max() < 2e-3 * np.abs(usual.head.weight).max()
@@ -94,7 +94,7 @@ def test_features_over_the_limit_are_not_read_before_they_are_sliced(tmp_path: P
 
 def test_what_views_bring_is_not_measured_beyond_the_memory_given(tmp_path: Path, engine: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
-    options = {"cache": tmp_path / "cache", "views": 2, "report": False}
+    options = {"cache": tmp_path / "cache", "views": 2}
     run = fit(data, "tiny", "ncm", output=tmp_path / "run", memory=100.0, **options)  # type: ignore[arg-type]
     assert "more than" in run.report["views_note"] and "views" not in run.report
     assert run.report["averaged_views"]["views"] == 3

@@ -340,7 +340,6 @@ def fitted(data: Path, folder: Path) -> Run:
         decode="gpu",
         cache=folder / "cache",
         output=folder / "run",
-        report=False,
     )
 
 

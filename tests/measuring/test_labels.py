@@ -34,7 +34,7 @@ def split(tmp_path: Path, engine: ColourEngine) -> Path:
 
 
 def fitted(data: Path, tmp_path: Path, name: str = "run", **options: Any) -> Run:
-    return fit(data, "tiny", cache=tmp_path / "cache", output=tmp_path / name, report=False, **options)
+    return fit(data, "tiny", cache=tmp_path / "cache", output=tmp_path / name, **options)
 
 
 def rows_of(data: Path) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def test_what_an_older_run_was_trained_on_is_not_known(split: Path, tmp_path: Pa
 
 
 def test_a_run_that_was_copied_takes_no_other_projects_data(split: Path, tmp_path: Path) -> None:
-    run = fit(split, "tiny", cache=tmp_path / "cache", output=tmp_path / "export" / "run", report=False)
+    run = fit(split, "tiny", cache=tmp_path / "cache", output=tmp_path / "export" / "run")
     other = tmp_path / "other"
     shutil.copytree(run.path, other / "export" / "run")
     write_images(other / "split" / "train")
@@ -187,7 +187,7 @@ def test_a_run_in_the_working_folder_can_be_replaced(
 ) -> None:
     run = fitted(split, tmp_path)
     monkeypatch.chdir(run.path)
-    again = fit(split, "tiny", cache=tmp_path / "cache", output=".", overwrite=True, report=False)
+    again = fit(split, "tiny", cache=tmp_path / "cache", output=".", overwrite=True)
     assert again.finished and set(lying(run.path)) >= {"config.json", "report.json"}
 
 
@@ -195,7 +195,7 @@ def test_a_project_that_moved_as_a_whole_is_found_from_its_run(split: Path, tmp_
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
     data, cache = Path(shutil.move(split, tmp_path / "before" / "photos")), tmp_path / "before" / "cache"
-    run = fit(data, "tiny", cache=cache, output=tmp_path / "before" / "export" / "run", report=False)
+    run = fit(data, "tiny", cache=cache, output=tmp_path / "before" / "export" / "run")
     before = run.config
     assert before["data"] == str(data) and before["cache"] == str(cache)
     project = (tmp_path / "before").rename(tmp_path / "after" / "project")

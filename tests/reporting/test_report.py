@@ -88,7 +88,7 @@ def photographs(root: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, engine: ColourEngine) -> Run:
     data = photographs(tmp_path / "insects")
-    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
 
 
 WRITTEN: list[Page] = []
@@ -224,7 +224,7 @@ def test_several_labels_per_image(tmp_path: Path, engine: ColourEngine):
         label = "|".join(name for name, there in (("dark", dark), ("wide", wide)) if there) or "|"
         lines.append(f"{i}.png,{label},{'val' if i % 3 == 0 else 'train'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run")
     seen = Page(write_report(run.path, layout="pca"))
     assert {"Per class", "Predictions", "Map of the features"} <= set(seen.headings)
     assert "Confusion matrix" not in seen.headings
