@@ -6,13 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from featx.errors import FeatxError, SourceError
+from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
+
+if TYPE_CHECKING:
+    from featx.extraction.report import ExtractionReport
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
@@ -82,9 +86,9 @@ class FeatureSpec:
     preprocess: Preprocess = field(default_factory=Preprocess)
     view: str = "center"
     """`center`, or a seeded augmented view such as `crop-flip/seed=0/3`."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the forward pass: `fp32`, `bf16` or `fp16`."""
-    dtype: str = "float32"
+    dtype: StoredDtype = "float32"
     """What is stored: `float32`, or `float16`, which refuses what it cannot hold."""
     version: int = FORMAT_VERSION
 
@@ -139,8 +143,8 @@ class Features:
     keys: np.ndarray
     """`uint8 [N, 32]`: `content_key` of each image."""
     spec: FeatureSpec
-    report: dict[str, Any] = field(default_factory=dict)
-    """found / ignored / cached / extracted / duplicate / skipped, timings, and the names behind them."""
+    report: ExtractionReport | None = None
+    """Of the extraction that they come from."""
     given: np.ndarray | None = None
     """`str [N]`: the splits that the source gives, empty where it gives none; None where `splits` were all given."""
 
@@ -202,8 +206,9 @@ class Features:
         y, class_names = labelled([label or "" for label in labels], self.y.ndim == 2)
         splits, notes = assign_splits(self.keys, y, given, class_names)
         former = assign_splits(self.keys, self.y, given, self.class_names)[1]
-        kept = [note for note in self.report.get("notes", []) if note not in former]
-        report = self.report | {"notes": [*kept, *notes]}
+        report = self.report
+        if report is not None:
+            report = replace(report, notes=[*(note for note in report.notes if note not in former), *notes])
         return replace(self, y=y, class_names=class_names, splits=splits, given=given, report=report)
 
     @property

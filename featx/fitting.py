@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -15,18 +15,24 @@ from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import memory_for_features
 from featx.errors import HeadError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.job import request_of
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import Features, Rows, StoredRows, groups, repeated, short_keys
 from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head, columns
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
+from featx.options import Options, complete
 from featx.solvers.examples import Examples
 from featx.sources.source import Source
 
 if TYPE_CHECKING:
     from featx.finetuning.recipes import FinetuneConfig
+
+
+OWN = ("settings", "finetune", "output", "overwrite", "gain", "memory")  # of `fit`, beside the extraction's options
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,59 +135,51 @@ def fit(
     backbone: str | BackboneRequest = "resnet18",
     head: str = "logreg",
     *,
-    weights: str = "pretrained",
-    layer: str = "features",
     settings: dict[str, Any] | None = None,
     finetune: FinetuneConfig | None = None,
-    seed: int = 0,
-    views: int = 0,
-    cache: str | Path = "cache",
-    device: str = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
     gain: bool = True,
     memory: float | None = None,
-    **extraction: Any,
+    **options: Unpack[Options],
 ) -> runs.Run:
     """Extract what is missing, fit a head on the training images, evaluate it on the others, write a run.
 
     head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. finetune: then train
-    the backbone further, from that head on. views: augmented views of each training image to learn from
-    beside its centre crop. output: the run's folder, by default
+    the backbone further, from that head on. output: the run's folder, by default
     `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
     cross-validation what they bring, which costs two fits a fold. memory: bytes that a table of features may
     take, by default a fifth of what is free, since a fit holds up to four copies; a larger one stays in the cache
-    and is read by slices, pass by pass (heads logreg, ridge and ncm). The others: as for `featx.extraction.sync`.
+    and is read by slices, pass by pass (heads logreg, ridge and ncm). options: as for `featx.extract`; a head
+    learns from the augmented `views` of an image, too.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
     where there is nothing to learn from and `RunError` where a run would be overwritten.
     """
     heads.check_settings(head, settings or {})
-    chosen: dict[str, Any] = {"settings": settings or {}, "seed": seed, "device": device}
-    options: dict[str, Any] = {"seed": seed, "cache": cache, "device": device, **extraction}
+    asked = complete(options, others=OWN)
+    chosen: dict[str, Any] = {"settings": settings or {}, "seed": asked["seed"], "device": asked["device"]}
     limit = memory_for_features() if memory is None else memory
-    request = backbone
-    if isinstance(request, str):
-        request = BackboneRequest(name=request, weights=weights, layer=layer, seed=seed)
+    request = request_of(backbone, asked)
     learns = heads.module(head).LEARNS
     if not learns:
-        request = own_classifier_request(request, resolve(request, Path(cache)), finetune)
-    extracted, features = _extracted(data, request, {"views": views, **options}, limit, finetune)
+        request = own_classifier_request(request, resolve(request, Path(asked["cache"])), finetune)
+    extracted, features = _extracted(data, request, asked, limit, finetune)
     if learns:
         check_learnable(features)
-    config = configuration(extracted, features, head, settings or {}, seed, finetune)
+    config = configuration(extracted, features, head, settings or {}, asked["seed"], finetune)
     path = Path(output) if output else runs.default_path("export", config)
     if rank() == 0:  # of several processes that train together, the leader writes the run
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
 
     if finetune is not None:
         started = Start(runs.Run(path), config, overwrite)
-        return fine_tuned(extracted, features, head, finetune, started, limit, options, chosen)
+        return fine_tuned(extracted, features, head, finetune, started, limit, asked, chosen)
     classifier = None if learns else own_classifier(request, extracted.info)
     rows = training_views(extracted, features, limit)
     fitted = fit_features(features, head, views=rows, classifier=classifier, **chosen)
     values = fitted.to_dict()
-    if views and learns:
+    if asked["views"] and learns:
         values |= measured_averages(extracted, features, fitted.head)
         values |= measured_gain(extracted, features, head, limit, **chosen) if gain else {}
     return _save(runs.start(path, config, overwrite=overwrite), extracted, features, fitted.head, values, learns)
@@ -219,7 +217,7 @@ def fine_tuned(
 
     # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
     base = {name: config[name] for name in ("request", "backbone", "spec")}
-    extracted = sync(extracted.source, tuned.request, **options)
+    extracted = sync(extracted.source, tuned.request, **{**options, "views": 0})
     features = extracted.features(memory=memory)
     config |= {
         "request": replace(tuned.request, weights=Path(tuned.request.weights).name).to_dict(),
@@ -243,8 +241,9 @@ def _save(
     head.save(run.path / "head.safetensors")
     learned = features.keys[(features.splits == "train") & learns]
     write_array(run.path / "trained-on.npy", np.unique(short_keys(learned)))
-    run.write("report.json", values | {"extract": features.report})
-    return replace(run, features=features, source=extracted.source)
+    assert features.report is not None
+    run.write("report.json", values | {"extract": features.report.to_dict()})
+    return replace(run, features=features, source=extracted.source, factory=extracted.request.name)
 
 
 def _extracted(

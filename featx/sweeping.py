@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -24,13 +24,15 @@ from featx.backbones.table import names
 from featx.devices import memory_for_features
 from featx.engines.opening import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import Features, groups
 from featx.files import write_array, write_atomic
 from featx.fitting import fit
 from featx.head import columns
 from featx.heads import check_settings, module
 from featx.measuring.views import Difference, held_out, paired, scores
+from featx.options import Shared, complete
 from featx.reporting import comparison
 from featx.runs import Run
 from featx.solvers import training as _training
@@ -42,6 +44,7 @@ FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
 HELD_OUT = "held-out-by-key.npy"
 CRITERIA = ("accuracy", "log_loss")
+OWN = ("layers", "views", "by", "output", "memory")  # of `sweep`, beside the extraction's options
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Sweep:
     @property
     def winner(self) -> Run:
         """A run like any other: evaluate it, export it."""
-        return Run(self.path / self.points[0].run)
+        return Run(self.path / self.points[0].run, factory=self.points[0].backbone)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -135,37 +138,32 @@ def sweep(
     backbones: Sequence[str | BackboneRequest] = ("resnet18",),
     heads: Sequence[str] = ("logreg",),
     *,
-    weights: str = "pretrained",
     layers: Sequence[str] = ("features",),
     views: Sequence[int] = (0,),
     by: str = "accuracy",
-    seed: int = 0,
-    cache: str | Path = "cache",
-    device: str = "auto",
     output: str | Path | None = None,
     memory: float | None = None,
-    **extraction: Any,
+    **options: Unpack[Shared],
 ) -> Sweep:
     """Fit every combination, each on features that are extracted once, and rank them on training images.
 
     backbones: names, each with weights of its own if written `name=weights`. heads: names, with settings if
     written `logreg class_weight=balanced`; the same head may come several times. by: `accuracy` or `log_loss`
     over five folds of the training images, in which each head chooses its settings anew; the validation
-    images are measured, beside, and choose nothing. memory: as for `featx.fit`. extraction: as for `featx.extract`.
+    images are measured, beside, and choose nothing. memory: as for `featx.fit`. options: as for `featx.extract`.
 
     Each point is a run in `<output>/runs/`, by default `export/<data>-sweep`. A point that is there already,
     on the same data, is not fitted again. One that fails (a layer that a network lacks, weights that cannot
     be had) is named and left out. Raises `FeatxError` where all fail, and for what is wrong with the grid.
     """
-    source = data if isinstance(data, Source) else open_source(data)
+    source = open_source(data)
     path = Path(output) if output else Path("export") / f"{Path(source.uri).resolve().stem}-sweep"
-    requests = [_request(b, weights, layer, seed) for b in backbones for layer in layers]
+    asked = complete(options, Shared, OWN)
+    requests = [_request(b, asked["weights"], layer, asked["seed"]) for b in backbones for layer in layers]
     variants = [parse_head(h) for h in heads]
-    _check(path, requests, variants, views, by, Path(cache))
+    _check(path, requests, variants, views, by, Path(asked["cache"]))
 
-    limit = memory_for_features() if memory is None else memory
-    options: dict[str, Any] = {"seed": seed, "cache": cache, "device": device, **extraction}
-    place = _Place(path, source, limit, options, _former(path), {})
+    place = _Place(path, source, memory_for_features() if memory is None else memory, asked, _former(path), {})
     found: list[tuple[Point, np.ndarray | None]] = []
     failed: list[dict[str, str]] = []
     for request, count, (head, settings) in product(requests, dict.fromkeys(views), variants):
@@ -260,7 +258,7 @@ def _point(
     asked = [request.to_dict(), head, settings, views, options["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
-    run = Run(place.path / "runs" / name)
+    run = Run(place.path / "runs" / name, factory=request.name)
     if not run.finished:
         given: dict[str, Any] = {"settings": settings, "views": views, "gain": False, "memory": place.memory}
         fit(place.source, request, head, output=run.path, overwrite=True, **given, **options)
@@ -279,7 +277,7 @@ def _point(
     point = Point(
         name=name,
         run=f"runs/{name}",
-        backbone=info.name.removeprefix("torchvision/"),
+        backbone=extraction.info.name.removeprefix("torchvision/"),
         layer=request.layer,
         head=head_text(head, settings),
         views=views,

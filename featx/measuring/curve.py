@@ -81,6 +81,7 @@ def learning_curve(
     seed: int | None = None,
     device: str = "auto",
     memory: float | None = None,
+    factory: str | None = None,
 ) -> Curve:
     """Fit a run's head on parts of its training images, and write `curve.json` into its folder.
 
@@ -88,11 +89,11 @@ def learning_curve(
     each size, stratified, drawn with `seed` (default: the run's), each within the next larger one; duplicates
     stay together. Measured on the run's validation images, which choose nothing: each subset's head chooses
     inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets. memory: as
-    for `featx.fit`.
+    for `featx.fit`; factory: as for `featx.load`.
 
     Raises `RunError` where the data are not the run's any more, `HeadError` where nothing can be learned or measured.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     config = opened.config
     if not heads.module(config["head"]).LEARNS:
         raise HeadError(f"the {config['head']} head learns nothing from training images; fit logreg or linear first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from featx.features import FeatureSpec, short_keys
 from featx.head import Head, columns
 from featx.measuring import intervals
 from featx.measuring.intervals import Estimate
+from featx.options import Running
 from featx.runs import Run, open_run
 from featx.sources.source import Source
 from featx.text import near
@@ -124,15 +125,16 @@ def evaluate(
     split: str | None = None,
     cache: str | Path | None = None,
     memory: float | None = None,
-    **options: Any,
+    factory: str | None = None,
+    **options: Unpack[Running],
 ) -> Report:
     """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
 
     split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
-    memory: as for `featx.fit`. options: `device`, `batch_size` and `workers` of `featx.extract`.
-    Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
+    memory: as for `featx.fit`; factory: as for `featx.load`. options: `device`, `batch_size` and `workers` of
+    `featx.extract`. Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     config = opened.config
     spec = FeatureSpec.from_dict(config["spec"])
     computed: dict[str, Any] = {"precision": spec.precision, "dtype": spec.dtype}
@@ -165,7 +167,7 @@ def evaluate(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
             "measured here promises too much"
         )
-    skipped = features.report["skipped_images"]
+    skipped = features.report.skipped_images if features.report else []
     if skipped:
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
         notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")

@@ -90,7 +90,8 @@ def _cached(config: dict[str, Any], source: Source) -> Features | None:
     from featx.backbones.request import BackboneInfo, BackboneRequest
     from featx.cache.memo import KeyMemo
     from featx.cache.store import FeatureStore
-    from featx.extraction.pipeline import Extraction
+    from featx.extraction.report import ExtractionReport
+    from featx.extraction.result import Extraction
 
     keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
     cache = Path(config["cache"])
@@ -109,7 +110,9 @@ def _cached(config: dict[str, Any], source: Source) -> Features | None:
     if not len(rows):
         return None
     info, request = BackboneInfo.from_dict(config["backbone"]), BackboneRequest.from_dict(config["request"])
-    return Extraction(source, request, info, cache, [store], rows, keys[rows], {"notes": []}).features()
+    return Extraction(
+        source, request, info, cache, [store], rows, keys[rows], ExtractionReport(len(source), 0, len(rows), 0, 0, 0)
+    ).features()
 
 
 def strip_paths(sentence: str, config: dict[str, Any]) -> str:

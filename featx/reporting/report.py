@@ -43,6 +43,7 @@ def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
     if layout not in ("tsne", "pca"):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
     opened = open_run(run)
+    folder = opened.folder("plots")
     material = gallery.gather(opened)
     figures: dict[str, Figure] = {}
 
@@ -80,7 +81,6 @@ def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
         f"<footer>featx {page.text(config.get('featx', ''))}. Intervals hold 95%; report.json has every number, "
         "plots/ every figure.</footer>",
     )
-    folder = opened.path / "plots"
     for old in folder.glob("*.png"):
         if old.stem not in figures:  # of a former report
             old.unlink()

@@ -46,7 +46,10 @@ METRICS = {
     "log_loss": "Log-loss",
 }
 USAGE = """```python
-import json, numpy as np, onnxruntime
+import json, os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: onnxruntime then reports nothing to its maker
+import numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")

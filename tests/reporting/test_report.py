@@ -190,6 +190,16 @@ def test_plots_are_png_files_and_those_of_a_former_report_go(run: Run):
             assert np.asarray(image.convert("L")).std() > 5
 
 
+@pytest.mark.parametrize("name", ["plots", "checkpoints"])
+def test_a_folder_that_is_a_link_is_not_written_through(run: Run, tmp_path: Path, name: str):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.png").write_bytes(b"mine")
+    (run.path / name).symlink_to(tmp_path / "pictures")
+    with pytest.raises(RunError, match=f"{name} is a link.*remove it"):
+        write_report(run.path) if name == "plots" else run.folder(name)
+    assert os.listdir(tmp_path / "pictures") == ["holiday.png"]
+
+
 def test_what_is_gone_is_said(run: Run, tmp_path: Path):
     (tmp_path / "insects" / "val" / BEES / 'x" onerror="alert(1).jpg').unlink()
     assert "The data have changed since the run" in write_report(run.path, layout="pca").read_text()
