@@ -36,15 +36,6 @@ OWN = ("settings", "finetune", "output", "overwrite", "gain", "memory")  # of `f
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """The run that fine-tuning is to write, once all that was asked for is checked."""
-
-    run: runs.Run
-    config: dict[str, Any]
-    overwrite: bool
-
-
-@dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted head, and what it is worth on images that it has not learned from."""
 
@@ -90,44 +81,30 @@ def fit_features(
     Raises `HeadError` where there is nothing to learn from.
     """
     heads.check_settings(head, settings or {})
-    begin = time.perf_counter()
-    fitted = learn(features, head, views, classifier, settings=settings, seed=seed, device=device)
-    return measured(features, fitted, time.perf_counter() - begin, learned=heads.module(head).LEARNS)
-
-
-def learn(
-    features: Features,
-    head: str,
-    views: Sequence[Rows],
-    classifier: Head | None,
-    *,
-    settings: Mapping[str, Any] | None,
-    seed: int,
-    device: str,
-) -> Fitted:
-    """The head alone of `fit_features`."""
-    if not heads.module(head).LEARNS:
-        if classifier is None:
-            raise HeadError(f"the {head} head is the network's own classifier, which was not given")
-        fitted: Fitted = heads.module(head).fit(classifier, features.class_names, **(settings or {}))
-        return fitted
-    check_learnable(features)
-    train = features.split("train")
-    examples = Examples.of_views(views or [train.rows], train.y, groups(train.keys))
-    return heads.learn(head, examples, features.class_names, seed=seed, device=device, settings=settings)
+    begin, learns = time.perf_counter(), heads.module(head).LEARNS
+    fitted: Fitted
+    if learns:
+        check_learnable(features)
+        train = features.split("train")
+        examples = Examples.of_views(views or [train.rows], train.y, groups(train.keys))
+        fitted = heads.learn(head, examples, features.class_names, seed=seed, device=device, settings=settings)
+    elif classifier is None:
+        raise HeadError(f"the {head} head is the network's own classifier, which was not given")
+    else:
+        fitted = heads.module(head).fit(classifier, features.class_names, **(settings or {}))
+    return measured(features, fitted, time.perf_counter() - begin, learned=learns)
 
 
 def measured(features: Features, fitted: Fitted, seconds: float, *, learned: bool) -> Fit:
     """A head with its reports. learned: from these training images, so that their copies elsewhere are no test."""
-    parts = {name: features.split(name) for name in ("train", "val", "test")}
-    reports = {
-        name: measure(fitted.head, part) if len(part) else None for name, part in parts.items() if name != "train"
-    }
-    notes = repeated(features) if learned else []
-    if reports["val"] is None:
+    head, train, notes = fitted.head, features.split("train"), repeated(features) if learned else []
+    val, test = (
+        evaluate_logits(head(part.rows), part.y, head, part.class_names, part.ids) if len(part) else None
+        for part in map(features.split, ("val", "test"))
+    )
+    if val is None:
         notes = ["there are no validation images: nothing was measured on images the head has not seen", *notes]
-    share = share_right(fitted.head, parts["train"]) if len(parts["train"]) else None
-    return Fit(fitted.head, fitted.info, seconds, reports["val"], reports["test"], share, notes)
+    return Fit(head, fitted.info, seconds, val, test, share_right(head, train) if len(train) else None, notes)
 
 
 def fit(
@@ -173,10 +150,10 @@ def fit(
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
 
     if finetune is not None:
-        started = Start(runs.Run(path), config, overwrite)
-        return fine_tuned(extracted, features, head, finetune, started, limit, asked, chosen)
+        start: dict[str, Any] = {"run": runs.Run(path), "config": config, "overwrite": overwrite}
+        return fine_tuned(extracted, features, head, finetune, limit, asked, chosen, **start)
     classifier = None if learns else own_classifier(request, extracted.info)
-    rows = training_views(extracted, features, limit)
+    rows = training_views(extracted, features, limit) if learns else ()
     fitted = fit_features(features, head, views=rows, classifier=classifier, **chosen)
     values = fitted.to_dict()
     if asked["views"] and learns:
@@ -190,10 +167,13 @@ def fine_tuned(
     features: Features,
     head: str,
     finetune: FinetuneConfig,
-    started: Start,
     memory: float,
     options: dict[str, Any],
     chosen: dict[str, Any],
+    *,
+    run: runs.Run,
+    config: dict[str, Any],
+    overwrite: bool,
 ) -> runs.Run:
     """`fit` with fine-tuning: a head on the cached features, the backbone trained further from it on, a run.
 
@@ -202,16 +182,11 @@ def fine_tuned(
     """
     from featx.finetuning import preparing, tuning  # and torch with them
 
-    held = preparing.hold_out(features, finetune)
-    begin, first = time.perf_counter(), None
+    held, first = preparing.hold_out(features, finetune), None
     if finetune.init != "random":
-        first = learn(held, head, training_views(extracted, held, memory), None, **chosen)
-    seconds = time.perf_counter() - begin
-
-    run, config = started.run, started.config
-    start: dict[str, Any] = {"config": config, "overwrite": started.overwrite}
-    first_head = first.head if first else None
-    tuned = tuning.finetune(extracted, held, first_head, finetune, run, chosen["device"], **start)
+        first = fit_features(held, head, views=training_views(extracted, held, memory), **chosen)
+    start: dict[str, Any] = {"config": config, "overwrite": overwrite}
+    tuned = tuning.finetune(extracted, held, first.head if first else None, finetune, run, chosen["device"], **start)
     if rank() != 0:
         return run
 
@@ -228,7 +203,7 @@ def fine_tuned(
     run.write_config(config)
 
     info = (first.info if first else {}) | {"finetune": tuned.history}
-    values = measured(features, Fitted(tuned.head, info), seconds, learned=True).to_dict()
+    values = measured(features, Fitted(tuned.head, info), first.seconds if first else 0.0, learned=True).to_dict()
     if finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
     return _save(run, extracted, features, tuned.head, values)
@@ -376,8 +351,3 @@ def measured_gain(extracted: Extraction, features: Features, head: str, memory: 
     except HeadError as error:  # too few images to hold any out
         return {"views_note": f"what views bring was not measured: {error}"}
     return {"views": found.to_dict()}
-
-
-def measure(head: Head, features: Features) -> Report:
-    """One split's report."""
-    return evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)

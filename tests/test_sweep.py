@@ -13,6 +13,7 @@ from conftest import ColourEngine, write_images
 from PIL import Image
 
 from featx import sweeping as module
+from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, ExportError, FeatxError, HeadError, RunError
 from featx.measuring.evaluation import evaluate
 from featx.sweeping import head_text, parse_head, sweep
@@ -124,26 +125,15 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
         assert image.width > 1000
 
 
-def test_a_point_that_fails_is_named_and_the_others_go_on(
-    grid: dict[str, Any], monkeypatch: pytest.MonkeyPatch, engine: ColourEngine
-):
-    from featx.extraction.pipeline import job
-
-    resolve = job.resolve
-
-    def only_colours(request: Any, cache: Path | None) -> Any:
-        if request.name == "sounds":
-            raise BackboneError("unknown backbone 'sounds'")
-        return resolve(request, cache)
-
-    monkeypatch.setattr(job, "resolve", only_colours)
-    found = sweep(**{**grid, "backbones": ["sounds", "colours"], "views": [0]})
+def test_a_point_that_fails_is_named_and_the_others_go_on(grid: dict[str, Any], engine: ColourEngine):
+    sounds = BackboneRequest("sounds", preprocess=(("pitch", 440),))
+    found = sweep(**{**grid, "backbones": [sounds, "colours"], "views": [0]})
     assert len(found.points) == 2
     assert len(found.failed) == 2
-    assert all("sounds" in f["point"] and "unknown backbone" in f["error"] for f in found.failed)
+    assert all("sounds" in f["point"] and "pitch" in f["error"] for f in found.failed)
     assert "failed: custom/sounds" in found.table() or "failed: sounds" in found.table()
     with pytest.raises(FeatxError, match="no point of the sweep could be fitted"):
-        sweep(**{**grid, "backbones": ["sounds"], "output": found.path.parent / "none"})
+        sweep(**{**grid, "backbones": [sounds], "output": found.path.parent / "none"})
 
 
 def test_a_wrong_grid_is_refused_before_anything_runs(grid: dict[str, Any], engine: ColourEngine, tmp_path: Path):
@@ -176,3 +166,11 @@ def test_a_head_is_written_with_its_settings():
     for text in ("", "logreg folds", 'logreg "folds=3'):
         with pytest.raises(HeadError):
             parse_head(text)
+
+
+def test_features_beyond_the_memory_given_are_read_by_slices(grid: dict[str, Any], tmp_path: Path):
+    chosen = {**grid, "heads": ["ncm"], "views": [2]}
+    held, sliced = sweep(**chosen), sweep(**{**chosen, "output": tmp_path / "sliced"}, memory=100.0)
+    assert sliced.points[0].cross_validated.accuracy == held.points[0].cross_validated.accuracy
+    with pytest.raises(FeatxError, match="--head linear holds the features in memory"):
+        sweep(**{**chosen, "heads": ["linear epochs=1"], "output": tmp_path / "linear"}, memory=100.0)

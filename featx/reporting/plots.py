@@ -197,8 +197,10 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
 
 
 @_styled
-def path(strengths: Sequence[float], log_loss: Sequence[float], chosen: float | None, name: str) -> Figure:
-    """Held-out log-loss against the regularisation `name`, on a logarithmic axis, and the one chosen."""
+def path(
+    strengths: Sequence[float], log_loss: Sequence[float], chosen: float | None, name: str, loss: str = "log-loss"
+) -> Figure:
+    """The held-out loss against the regularisation `name`, on a logarithmic axis, and the one chosen."""
     figure, axes = _figure(6.0, 3.4)
     axes.plot(strengths, log_loss, color=GOOD, marker="o", markersize=3, linewidth=1.4)
     best = int(np.argmin(log_loss))
@@ -208,7 +210,7 @@ def path(strengths: Sequence[float], log_loss: Sequence[float], chosen: float | 
     axes.annotate(
         f"{chosen:.3g}", (strengths[near], log_loss[near]), (0, 10), textcoords="offset points", ha="center", color=INK
     )
-    axes.set(xscale="log", xlabel=name, ylabel="held-out log-loss")
+    axes.set(xscale="log", xlabel=name, ylabel=f"held-out {loss}")
     finite = np.asarray(log_loss)[np.isfinite(log_loss)]
     low, high = finite.min(), min(finite.max(), 4 * finite.min() + 0.2)  # a diverging end would hide the valley
     axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)

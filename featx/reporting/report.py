@@ -222,22 +222,26 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 
 
 def _path(report: dict[str, Any], draw: Draw) -> str:
-    found = report.get("fit", {}).get("cross_validation") or {}
-    losses = found.get("log_loss") or []
-    # the heads call what they regularise with by its own name: strengths, weight_decays, alphas
-    name = next(
-        (k for k, v in found.items() if k != "log_loss" and isinstance(v, list) and len(v) == len(losses)), None
-    )
+    fit = report.get("fit", {})
+    found = fit.get("cross_validation") or fit.get("leave_one_out") or {}
+    measure = "log_loss" if "log_loss" in found else "mean_squared_error"
+    losses = found.get(measure) or []
+    # the heads call what they regularise with by its own name: strengths, weight_decays, penalties
+    name = next((k for k, v in found.items() if k != measure and isinstance(v, list) and len(v) == len(losses)), None)
     if name is None or len(losses) < 2:
         return ""
-    grid, what = found[name], name.removesuffix("s")
-    chosen = report["fit"].get(what)
+    grid, what = found[name], {"penalties": "penalty"}.get(name, name.removesuffix("s"))
+    chosen = fit.get(what)
     best = min(losses)
     titles = {"strength": "strength (C): weak prior to the right", "weight_decay": "weight decay"}
     label = titles.get(what, what.replace("_", " "))
-    figure = plots.path(grid, losses, chosen if isinstance(chosen, (int, float)) else None, label)
-    note = f"Held-out log-loss over {found.get('folds', 'all')} folds of the training images; the least is {best:.3f}."
-    card = draw("path", figure, f"Held-out log-loss by {label}, least {best:.3f}.", 620)
+    loss = "log-loss" if measure == "log_loss" else "squared error"
+    figure = plots.path(grid, losses, chosen if isinstance(chosen, (int, float)) else None, label, loss)
+    folds = (
+        f"over {found['folds']} folds of the training images" if "folds" in found else "of each training image left out"
+    )
+    note = f"Held-out {loss} {folds}; the least is {best:.3f}."
+    card = draw("path", figure, f"Held-out {loss} by {label}, least {best:.3f}.", 620)
     return page.section("Choice of the regularisation", card, note=note)
 
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import ColourEngine, write_images
 
 from featx.errors import FeatxError, HeadError, ImageError, RunError, SourceError, TrainingError
-from featx.extraction.pipeline import content_keys, extract
+from featx.extraction.keys import content_keys
+from featx.extraction.pipeline import extract
 from featx.finetuning.recipes import FinetuneConfig
 from featx.fitting import fit
 from featx.measuring.evaluation import evaluate
@@ -57,7 +58,7 @@ def test_a_split_without_class_folders_takes_part_in_nothing(split: Path, tmp_pa
     features = extract(split, "tiny", cache=tmp_path / "cache")
     assert features.splits.tolist() == [""] * 4 + ["train"] * 12 + ["val"] * 6
     assert features.labelled.tolist() == [False] * 4 + [True] * 18
-    assert features.report["notes"][-1] == "4 images have a split and no label, and take part in none"
+    assert features.report.notes[-1] == "4 images have a split and no label, and take part in none"
     run = fitted(split, tmp_path)
     assert run.report["count"] == 6 and "test" not in run.report and run.config["splits"]["test"] == 0
     assert (run.path / "report.json").is_file()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from PIL import Image
 
 from featx.errors import HeadError, RunError
 from featx.fitting import fit
+from featx.head import Fitted
+from featx.heads import logreg
 from featx.measuring import curve as learning
 from featx.reporting.report import write_report
 from featx.runs import Run
+from featx.solvers.examples import Examples
 
 
 @pytest.fixture
@@ -39,6 +44,24 @@ def test_the_last_point_is_the_run_itself(run: Run, engine: ColourEngine):
     assert json.loads((run.path / "curve.json").read_text()) == found.to_dict()
     assert learning.learning_curve(run.path, repeats=3) == found
     assert found.verdict in found.text()
+
+
+def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+):
+    data = write_images(tmp_path / "data", per_class=20)
+    run = fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", views=2, gain=False)
+    given: list[Examples] = []
+    usual = logreg.fit
+
+    @functools.wraps(usual)
+    def spy(examples: Examples, *rest: Any, **settings: Any) -> Fitted:
+        given.append(examples)
+        return usual(examples, *rest, **settings)
+
+    monkeypatch.setattr(logreg, "fit", spy)
+    learning.learning_curve(run, sizes=[12], repeats=1)
+    assert np.array_equal(given[0].scored, np.arange(36) < 12)
 
 
 def test_the_report_shows_it(run: Run):

@@ -364,3 +364,13 @@ def test_a_browser_shows_every_picture_and_fetches_nothing(run: Run, browser: Br
     complaints = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
     assert complaints == []
     assert browser.value("document.querySelectorAll('script').length") == 0
+
+
+def test_the_page_shows_how_ridge_chose_its_penalty(tmp_path: Path, engine: ColourEngine):
+    data = photographs(tmp_path / "insects")
+    run = fit(data, "colours", "ridge", cache=tmp_path / "cache", output=tmp_path / "run")
+    text = write_report(run, layout="pca").read_text()
+    least = min(run.report["fit"]["leave_one_out"]["mean_squared_error"])
+    assert "Choice of the regularisation" in text
+    assert f"Held-out squared error of each training image left out; the least is {least:.3f}." in text
+    assert (run.path / "plots" / "path.png").is_file()
