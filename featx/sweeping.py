@@ -33,7 +33,6 @@ from featx.head import columns
 from featx.heads import check_settings, module
 from featx.measuring.views import Difference, held_out, paired, scores
 from featx.options import Shared, complete
-from featx.reporting import comparison
 from featx.runs import Run
 from featx.solvers import training as _training
 from featx.sources.opening import open_source
@@ -43,6 +42,8 @@ from featx.text import to_json
 FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
 HELD_OUT = "held-out-by-key.npy"
+COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "behind the first", "validation"]
+COLUMNS += ["images/s", "MB"]
 CRITERIA = ("accuracy", "log_loss")
 OWN = ("layers", "views", "by", "output", "memory")  # of `sweep`, beside the extraction's options
 
@@ -88,16 +89,38 @@ class Point:
     behind: Difference | None = None
     """The criterion on the same held-out images, this point's less the winner's; None for the winner."""
 
+    @property
+    def cells(self) -> list[Any]:
+        """Its row in a table of `COLUMNS`; None for what is not known."""
+        found, behind = self.cross_validated, self.behind
+        return [
+            self.backbone + ("" if self.layer == "features" else f", {self.layer}"),
+            self.head,
+            self.views,
+            _between(found.accuracy, found.low, found.high) if found else None,
+            f"{found.log_loss:.3f}" if found else None,
+            f"{behind.value:+.3f} ({behind.low:+.3f} to {behind.high:+.3f})" if behind else None,
+            None if self.accuracy is None else _between(self.accuracy, self.low, self.high),
+            f"{self.images_per_second:g}",
+            f"{self.megabytes:.1f}",
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
 
 
+def _between(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What a sweep found: `sweep.json`, `sweep.csv`, `sweep.html`, `plots/trade-off.png`, and `runs/`."""
+    """What a sweep found: `sweep.json`, `sweep.csv` and `runs/`; `featx.reporting.comparison` adds a page."""
 
     path: Path
+    data: str
+    """What was swept over: the source's `uri`."""
     points: list[Point]
     """One for each point that could be fitted, best first, by the criterion."""
     failed: list[dict[str, str]]
@@ -113,9 +136,27 @@ class Sweep:
         """JSON values."""
         return {"by": self.by, "points": [point.to_dict() for point in self.points], "failed": self.failed}
 
-    def table(self) -> str:
-        """Plain text for people, best first."""
-        return comparison.table(self.to_dict()["points"], self.failed, self.by)
+    @property
+    def verdict(self) -> str:
+        """How the first was chosen, and how many of the others may be as good."""
+        first, *others = self.points
+        if first.cross_validated is None:
+            return "Too few training images to cross-validate: nothing was chosen, the first of the grid comes first."
+        text = (
+            f"Chosen by cross-validated {self.by.replace('_', '-')} on {first.cross_validated.images:,} training "
+            f"images: {first.run}. The validation images chose nothing."
+        )
+        near = [p for p in others if p.behind and p.behind.low <= 0 <= p.behind.high]
+        if near:
+            text += f" {len(near)} of the {len(others)} others cannot be told from it on these images."
+        return text
+
+    def text(self) -> str:
+        """A table for a terminal, best first."""
+        rows = [COLUMNS, *([str("–" if v is None else v) for v in point.cells] for point in self.points)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, self.verdict, *(f"failed: {f['point']}: {f['error']}" for f in self.failed)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +220,8 @@ def sweep(
     if not found:
         raise FeatxError("no point of the sweep could be fitted; the first: " + "{point}: {error}".format(**failed[0]))
 
-    swept = Sweep(path, _ranked(found, by), failed, by)
+    swept = Sweep(path, source.uri, _ranked(found, by), failed, by)
     _write(path, swept.points, failed, by)
-    comparison.write_page(path, swept.to_dict()["points"], failed, by, source)
     return swept
 
 

@@ -73,7 +73,7 @@ def test_relabelling_and_fitting_again_reads_no_disk() -> None:
     sys.addaudithook(audit)  # for the rest of the process: `watching` turns it off
     after = fit_features(table.relabel({"0.jpg": "warm", "1.jpg": None}))
     watching = False
-    assert opened == []
+    assert [file for file in opened if "/proc/" not in file] == []  # threadpoolctl looks for BLAS libraries
     assert not np.array_equal(after.head.weight, before.head.weight)
 
 

@@ -16,6 +16,7 @@ from featx import sweeping as module
 from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, ExportError, FeatxError, HeadError, RunError
 from featx.measuring.evaluation import evaluate
+from featx.reporting.comparison import write_page
 from featx.sweeping import head_text, parse_head, sweep
 
 
@@ -115,9 +116,10 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
         rows = list(csv.DictReader(file))
     assert [r["name"] for r in rows] == [p.name for p in found.points]
     assert [float(r["cross_validated_accuracy"]) for r in rows] == [p.cross_validated.accuracy for p in found.points]
-    text = found.table()
+    text = found.text()
     assert text.count("colours") >= 4
     assert "The validation images chose nothing." in text
+    write_page(found)
     page = (found.path / "sweep.html").read_text()
     assert f'href="{found.points[0].run}/report.html"' in page
     assert str(found.path.parent) not in page
@@ -131,7 +133,7 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(grid: dict[str, Any], 
     assert len(found.points) == 2
     assert len(found.failed) == 2
     assert all("sounds" in f["point"] and "pitch" in f["error"] for f in found.failed)
-    assert "failed: custom/sounds" in found.table() or "failed: sounds" in found.table()
+    assert "failed: custom/sounds" in found.text() or "failed: sounds" in found.text()
     with pytest.raises(FeatxError, match="no point of the sweep could be fitted"):
         sweep(**{**grid, "backbones": [sounds], "output": found.path.parent / "none"})
 

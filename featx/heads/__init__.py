@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -53,6 +54,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
             raise HeadError(f"the setting {key} of --head {name} is {wanted}, not {value!r}")
 
 
+@functools.cache
 def module(name: str) -> ModuleType:
     """The file that fits `name`. Raises `HeadError` for an unknown one, with near matches."""
     if name not in names():
