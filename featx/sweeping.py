@@ -42,7 +42,7 @@ from featx.text import to_json
 FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
 HELD_OUT = "held-out-by-key.npy"
-COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "behind the first", "validation"]
+COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
 COLUMNS += ["images/s", "MB"]
 CRITERIA = ("accuracy", "log_loss")
 OWN = ("layers", "views", "by", "output", "memory")  # of `sweep`, beside the extraction's options
@@ -142,13 +142,15 @@ class Sweep:
         first, *others = self.points
         if first.cross_validated is None:
             return "Too few training images to cross-validate: nothing was chosen, the first of the grid comes first."
-        text = (
-            f"Chosen by cross-validated {self.by.replace('_', '-')} on {first.cross_validated.images:,} training "
-            f"images: {first.run}. The validation images chose nothing."
-        )
-        near = [p for p in others if p.behind and p.behind.low <= 0 <= p.behind.high]
+        near = sum(1 for p in others if p.behind and p.behind.low <= 0 <= p.behind.high)
+        criterion, images = self.by.replace("_", "-"), first.cross_validated.images
+        text = f"Chosen by cross-validated {criterion} on {images:,} training images: {first.run}. "
+        text += "Validation images were not used to pick the winner."
         if near:
-            text += f" {len(near)} of the {len(others)} others cannot be told from it on these images."
+            few = (
+                f"None of the other {near} is" if near == len(others) else f"{near} of the other {len(others)} are not"
+            )
+            text += f" {few} measurably worse on these images."
         return text
 
     def text(self) -> str:

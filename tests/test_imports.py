@@ -130,7 +130,13 @@ except SystemExit as done:
 """
     loaded = loaded_by(code)
     assert "click" in loaded
-    assert not loaded & HEAVY
+    assert not loaded & (HEAVY | {"jinja2", "yaml"})
+
+
+def test_predicting_loads_no_templates() -> None:
+    loaded = loaded_by("import featx.cli.shipping, featx.shipping.prediction")
+    assert "numpy" in loaded
+    assert not loaded & {"jinja2", "yaml", "torch", "matplotlib"}
 
 
 def test_the_public_names_are_there() -> None:

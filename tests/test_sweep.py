@@ -16,7 +16,7 @@ from featx import sweeping as module
 from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, ExportError, FeatxError, HeadError, RunError
 from featx.measuring.evaluation import evaluate
-from featx.reporting.comparison import write_page
+from featx.reporting.comparison import write
 from featx.sweeping import head_text, parse_head, sweep
 
 
@@ -118,8 +118,8 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
     assert [float(r["cross_validated_accuracy"]) for r in rows] == [p.cross_validated.accuracy for p in found.points]
     text = found.text()
     assert text.count("colours") >= 4
-    assert "The validation images chose nothing." in text
-    write_page(found)
+    assert "Validation images were not used to pick the winner." in text
+    write(found)
     page = (found.path / "sweep.html").read_text()
     assert f'href="{found.points[0].run}/report.html"' in page
     assert str(found.path.parent) not in page

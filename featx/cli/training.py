@@ -284,14 +284,14 @@ def sweep(
 
     Features are extracted once for each backbone and layer. Ranked by cross-validation on training images.
     """
-    from featx.reporting.comparison import write_page
+    from featx.reporting.comparison import write
     from featx.sweeping import sweep
 
     grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
     found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, **options)
     if not as_json:
         say(found.text())
-    write_page(found)
+    write(found)
     if report:
         page_of(found.winner)
     if as_json:
