@@ -1,24 +1,28 @@
 """Owns the logistic optimum: all strengths and folds of a regularisation path in one matrix product a step.
 
 The objective is scikit-learn's, `sum_i w_i * cross_entropy_i + ||W||^2 / (2 C)`, bias not penalised. Every
-problem (a fold with a strength) runs its own L-BFGS; what they share is the pass over the features, which
-reads X once for all of them. The first metric of each is diagonal in the eigenbasis of `X^T X`, where the
-Hessian is close to `h * eigenvalue + 1 / C` with `h` the mean of `p (1 - p)` (Böhning 1992 bounds it by 1/2).
+problem (a fold with a strength) takes Newton's steps, each found by conjugate gradients; what they share is
+the pass over the features, which reads X once for all of them. Gradients are in double precision, since
+single cannot reach the optima where planes part the classes; the Hessian's products are in single.
+Conjugate gradients are preconditioned by what is diagonal in the eigenbasis of `X^T X`: the Hessian is close
+to `h * eigenvalue + 1 / C` there, with `h` the mean of `p (1 - p)` (Böhning 1992 bounds it by 1/2).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from featx.heads._design import Design
+from featx.heads._hessian import CACHE, Hessian
 
-MEMORY = 12  # pairs of steps and gradient changes that each L-BFGS keeps
-STATE = 1 << 29  # bytes of L-BFGS state at a time; more problems than fit are solved in turns
-# Where almost nothing is left of the loss of a blind guess, gaps are measured against this share of it:
-# single precision cannot tell optima apart there, and nobody can tell their answers apart.
-NEAR_ZERO = 1e-2
+STATE = 1 << 29  # bytes of vectors at a time; more problems than fit are solved in turns
+INEXACT = 0.2  # of the gradient, in the preconditioner's norm: what conjugate gradients leave of it
+PRODUCTS = 500  # with the Hessian, at most, for one of Newton's steps
+# A step of Newton's that changed the held-out loss per row by less than this was the last: what is left is
+# several times less, since conjugate gradients solve for all but a share of it.
+SETTLED = 2e-4
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,14 @@ class Solution:
     """P minimised problems."""
 
     A: np.ndarray
-    """Coordinates, `[K, P, rank + 1]`."""
+    """Coordinates, `float64 [K, P, rank + 1]`."""
     loss: np.ndarray
     """Objective, `float64 [P]`."""
     held: np.ndarray
     """Loss summed over held-out rows, `float64 [P]`."""
     gap: np.ndarray
-    """Half the squared Newton decrement over the objective, `float64 [P]`: the relative distance to the
-    optimum, estimated with L-BFGS's Hessian."""
+    """Half the squared Newton decrement before the last step over the objective, `float64 [P]`: the relative
+    distance to the optimum is less."""
     bound: np.ndarray
     """What the relative gap cannot exceed by strong convexity, `C / 2 * ||gradient||^2` over the objective,
     `float64 [P]`: strict but for the bias, and loose where C is large."""
@@ -57,14 +61,16 @@ def minimise(
     start: np.ndarray,
     *,
     tolerance: float,
-    most: int = 300,
+    most: int = 50,
 ) -> Solution:
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
-    from `start` `[K, P, rank + 1]`, whose dtype is the arithmetic's, to a relative gap of `tolerance`.
+    from `start` `[K, P, rank + 1]`, by at most `most` of Newton's steps: until one gains less than
+    `tolerance` of the objective, and leaves the held-out loss as it was.
     """
     K, P, size = start.shape
-    each = (2 * MEMORY + 8) * K * size * start.dtype.itemsize
-    turn = max(1, STATE // each)
+    turn = max(1, STATE // (100 * K * size))
+    if not design.streamed:
+        turn = min(turn, max(1, CACHE // (4 * K * design.count)))
     parts = [
         _minimise(design, strengths[i : i + turn], member[i : i + turn], start[:, i : i + turn], tolerance, most)
         for i in range(0, P, turn)
@@ -76,100 +82,129 @@ def minimise(
     return Solution(A, **each, passes=sum(p.passes for p in parts))
 
 
+@dataclass
+class _Problems:
+    """Where P problems stand."""
+
+    number: np.ndarray
+    strength: np.ndarray
+    member: np.ndarray
+    A: np.ndarray
+    f: np.ndarray
+    """The objective."""
+    g: np.ndarray
+    """Its gradient."""
+    held: np.ndarray
+    curvature: np.ndarray
+
+    def take(self, which: np.ndarray) -> _Problems:
+        """Some of them, `bool [P]` or `int`."""
+        return _Problems(*(a[:, which] if a.ndim > 1 else a[which] for a in self._arrays()))
+
+    def put(self, which: np.ndarray, other: _Problems) -> None:
+        for mine, theirs in zip(self._arrays(), other._arrays(), strict=True):
+            mine[(slice(None), which) if mine.ndim > 1 else which] = theirs
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
 def _minimise(
     design: Design, strengths: np.ndarray, member: np.ndarray, start: np.ndarray, tolerance: float, most: int
 ) -> Solution:
-    K, P, size = start.shape
-    dtype = start.dtype
-    noise = 4 * float(np.finfo(dtype).eps)  # a loss cannot be compared more finely than this share of it
-    loss, heldout, gaps, bounds = (np.full(P, np.nan) for _ in range(4))
-    result = Solution(start.copy(), loss, heldout, gaps, bounds, np.zeros(P, bool), 0)
-    left = np.arange(P)  # the problems not yet done, by number
-    A = start.copy()
-    penalty = np.append(np.ones(size - 1), 0.0).astype(dtype)
-    eigenvalues = np.append(design.eigenvalues, design.count)
-
-    floor = NEAR_ZERO * design.null(member)
-    even = 0.25 if design.several else (1 - 1 / K) / K
-
-    def visit(A: np.ndarray) -> tuple[np.ndarray, ...]:
-        seen = design.visit(A, member[left])
-        inverse = (1 / strengths[left])[None, :, None].astype(dtype)
-        pulled = A * penalty * inverse
-        f = seen.loss + 0.5 * np.einsum("kpd,kpd->p", A, pulled, dtype=np.float64)
-        # the metric: exact for a ridge, near enough elsewhere
-        metric = np.maximum(seen.curvature, 1e-7)[:, :, None] * eigenvalues
-        metric += penalty * inverse + 1e-12
-        # The metric takes the curvature as even over rows. The surer the answers, the less it is, and the
-        # more a decrement measured with it falls short.
-        short = np.clip(even / np.maximum(seen.curvature.mean(axis=0), 1e-9), 1, 1e3)
-        return f, seen.gradient + pulled, (1 / metric).astype(dtype), seen.held, short
-
-    f, g, H, held, short = visit(A)
-    # newest last; [K, P, size], [K, P, size], [P]
-    steps: list[np.ndarray] = []
-    changes: list[np.ndarray] = []
-    rho: list[np.ndarray] = []
-    t = np.ones(P)
+    P = len(member)
+    loss, held, gaps, bounds = (np.full(P, np.nan) for _ in range(4))
+    result = Solution(np.array(start, np.float64), loss, held, gaps, bounds, np.zeros(P, bool), 0)
+    at = _visit(design, np.arange(P), strengths, member, result.A)
+    rows = np.maximum(design.held_out(member), 1e-300)
     passes = 1
-    while True:
-        d = _direction(g, H, steps, changes, rho)
-        slope = np.einsum("kpd,kpd->p", g, d, dtype=np.float64)
-        gap = -0.5 * slope * short / np.maximum(f, floor)
-        done = gap <= tolerance
-        stuck = t < 1e-4
-        over = done | stuck | (passes >= most)
+    for step in range(most):
+        d, products = _direction(design, at)
+        slope = np.einsum("kpd,kpd->p", at.g, d)
+        gap = -0.5 * slope / at.f
+        before = at.held.copy()
+        t, visits = _along(design, at, d, slope)
+        passes += products + visits
+        change = np.abs(at.held - before) / rows[at.number]
+        done = (gap <= tolerance) & (change <= SETTLED) & (t == 1)
+        over = done | (t == 0) | (step + 1 == most)
         if over.any():
-            where = left[over]
-            result.A[:, where], result.loss[where], result.held[where] = A[:, over], f[over], held[over]
+            last, where = at.take(over), at.number[over]
+            result.A[:, where], result.loss[where], result.held[where] = last.A, last.f, last.held
             result.gap[where], result.converged[where] = gap[over], done[over]
-            square = np.einsum("kpd,d,kpd->p", g[:, over], penalty, g[:, over], dtype=np.float64)
-            result.bound[where] = strengths[where] / 2 * square / np.maximum(f[over], 1e-300)
-            keep = ~over
-            left = left[keep]
-            if not len(left):
+            square = np.square(last.g[..., :-1]).sum(axis=(0, 2))
+            result.bound[where] = last.strength / 2 * square / np.maximum(last.f, 1e-300)
+            if over.all():
                 break
-            A, g, H, d = A[:, keep], g[:, keep], H[:, keep], d[:, keep]
-            f, held, short, t, slope, floor = (a[keep] for a in (f, held, short, t, slope, floor))
-            steps, changes = [s[:, keep] for s in steps], [c[:, keep] for c in changes]
-            rho = [r[keep] for r in rho]
-        trial = A + d * t[None, :, None].astype(dtype)
-        f2, g2, H2, held2, short2 = visit(trial)
-        passes += 1
-        good = f2 <= f + 1e-4 * t * slope + noise * np.abs(f)
-        s, c = trial - A, g2 - g
-        along = np.einsum("kpd,kpd->p", s, c, dtype=np.float64)
-        usable = good & (along > 0)
-        steps.append(s)
-        changes.append(c)
-        rho.append(np.where(usable, 1 / np.where(usable, along, 1), 0).astype(dtype))
-        if len(steps) > MEMORY:
-            del steps[0], changes[0], rho[0]
-        pick = good[None, :, None]
-        A, g, H = np.where(pick, trial, A), np.where(pick, g2, g), np.where(pick, H2, H)
-        f, held, short = (np.where(good, a, b) for a, b in ((f2, f), (held2, held), (short2, short)))
-        # a step refused is halved, or more where the parabola through it says so
-        with np.errstate(divide="ignore", invalid="ignore"):
-            parabola = -slope * t / (2 * (f2 - f - slope * t)) * t
-        t = np.where(good, 1.0, np.clip(np.nan_to_num(parabola, nan=0.0), 0.1 * t, 0.5 * t))
+            at = at.take(~over)
     return replace(result, passes=passes)
 
 
-def _direction(
-    g: np.ndarray, H: np.ndarray, steps: list[np.ndarray], changes: list[np.ndarray], rho: list[np.ndarray]
-) -> np.ndarray:
-    """L-BFGS's two loops (Nocedal 1980) for all problems at once; a pair with rho 0 is skipped."""
-    q = g.copy()
-    alphas = []
-    for s, c, r in zip(reversed(steps), reversed(changes), reversed(rho), strict=True):
-        alpha = r * np.einsum("kpd,kpd->p", s, q)
-        q -= alpha[None, :, None] * c
-        alphas.append(alpha)
-    q *= H
-    for s, c, r, alpha in zip(steps, changes, rho, reversed(alphas), strict=True):
-        beta = r * np.einsum("kpd,kpd->p", c, q)
-        q += (alpha - beta)[None, :, None] * s
-    return -q
+def _visit(
+    design: Design, number: np.ndarray, strength: np.ndarray, member: np.ndarray, A: np.ndarray
+) -> _Problems:
+    seen = design.visit(A, member)
+    pulled = A / strength[:, None]
+    pulled[..., -1] = 0
+    f = seen.loss + 0.5 * np.einsum("kpd,kpd->p", A, pulled)
+    return _Problems(number, strength, member, A, f, seen.gradient + pulled, seen.held, seen.curvature)
+
+
+def _along(design: Design, at: _Problems, d: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, int]:
+    """Move each problem by `t * d`, with the first t of 1, 2/5, ... that lowers its objective as it should;
+    returns t `[P]`, 0 where none does, and how many passes it took.
+    """
+    t, left, visits = np.ones(len(slope)), np.arange(len(slope)), 0
+    while len(left):
+        old = at if visits == 0 else at.take(left)
+        new = _visit(design, old.number, old.strength, old.member, old.A + d[:, left] * t[left][:, None])
+        visits += 1
+        # a loss cannot be compared more finely than by its rounding
+        good = new.f <= old.f + 1e-4 * t[left] * slope[left] + 1e-14 * np.abs(old.f)
+        at.put(left[good], new.take(good))
+        left = left[~good]
+        t[left] = np.where(t[left] > 1e-5, 0.4 * t[left], 0)
+        left = left[t[left] > 0]
+    return t, visits
+
+
+def _direction(design: Design, at: _Problems) -> tuple[np.ndarray, int]:
+    """Newton's direction `[K, P, rank + 1]` by conjugate gradients, and how many products it took."""
+    single = np.float32
+    eigenvalues = np.append(design.eigenvalues, design.count)
+    pull = np.where(np.arange(design.size) < design.size - 1, 1 / at.strength[:, None], 0).astype(single)
+    diagonal = (np.maximum(at.curvature, 1e-12)[:, :, None] * eigenvalues + pull + 1e-12).astype(single)
+    hessian = Hessian(design, at.A, at.member)
+    out = np.zeros(at.A.shape, single)
+    left = np.arange(len(at.f))
+    scale = np.maximum(np.abs(at.g).max(axis=(0, 2)), 1e-300)[:, None]  # single precision has a least number
+    x, r = np.zeros_like(out), (at.g / -scale).astype(single)
+    v = r / diagonal
+    size = _dot(r, v)
+    enough = INEXACT**2 * size
+    for products in range(1, PRODUCTS + 1):
+        bent = hessian.times(v) + pull * v
+        curvature = _dot(v, bent)
+        length = np.where(curvature > 0, size / np.where(curvature > 0, curvature, 1), 0)[:, None].astype(single)
+        x += length * v
+        r -= length * bent
+        z = r / diagonal
+        before, size = size, _dot(r, z)
+        over = (size <= enough) | (curvature <= 0) | (products == PRODUCTS)
+        if over.any():
+            out[:, left[over]] = x[:, over]
+            if over.all():
+                break
+            keep = ~over
+            hessian.take(keep)
+            left, pull, before, size, enough = left[keep], pull[keep], before[keep], size[keep], enough[keep]
+            x, r, z, v, diagonal = (a[:, keep] for a in (x, r, z, v, diagonal))
+        v = z + (size / before)[:, None].astype(single) * v
+    return out * scale, products
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("kpd,kpd->p", a, b)
 
 
 class Path:
@@ -178,7 +213,8 @@ class Path:
 
     A new strength starts on a curve through its solved neighbours. What is interpolated, over log C, is
     `A * (h * eigenvalue + 1 / C)`, which a ridge keeps constant, so most of a path starts next to its
-    optimum.
+    optimum. Beyond the weakest prior solved, A itself goes on along a line: where planes part the classes,
+    weights grow with log C.
     """
 
     def __init__(
@@ -187,13 +223,13 @@ class Path:
         strengths: np.ndarray,
         members: np.ndarray,
         *,
-        tolerance: float = 1e-5,
-        most: int = 200,
+        tolerance: float = 1e-4,
+        most: int = 50,
     ) -> None:
         self.design, self.strengths, self.members = design, strengths, members
         self.tolerance, self.most = tolerance, most
         even = 0.25 if design.several else (1 - 1 / design.columns) / design.columns
-        self._metric = (even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]).astype(np.float32)
+        self._metric = even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
         """By strength: a problem per member."""
@@ -205,12 +241,9 @@ class Path:
         if not level:
             return
         M, K, size = len(self.members), self.design.columns, self.design.size
-        known, x = sorted(self.solved), np.log(self.strengths)
-        start = np.zeros((K, len(level), M, size), np.float32)
+        start = np.zeros((K, len(level), M, size))
         for column, i in enumerate(level):
-            for j, share in _neighbours(x, known, i):
-                start[:, column] += np.float32(share) * self.solved[j].A * self._metric[j]
-            start[:, column] /= self._metric[i]
+            start[:, column] = self._start(i)
         found = minimise(
             self.design,
             np.repeat(self.strengths[level], M),
@@ -223,11 +256,23 @@ class Path:
         for column, i in enumerate(level):
             self.solved[i] = found.take(slice(column * M, (column + 1) * M))
 
+    def _start(self, i: int) -> np.ndarray | float:
+        known, x = sorted(self.solved), np.log(self.strengths)
+        if len(known) > 1 and i > known[-1]:
+            before, last = known[-2:]
+            share = (x[i] - x[last]) / (x[last] - x[before])
+            return (1 + share) * self.solved[last].A - share * self.solved[before].A
+        return sum(
+            (share * self.solved[j].A * self._metric[j] / self._metric[i] for j, share in _neighbours(x, known, i)), 0.0
+        )
+
     def whole(self) -> None:
         """Solve all of it, coarse to fine."""
         last = len(self.strengths) - 1
-        for stride in (8, 4, 2, 1):
-            self.solve([*range(0, last + 1, stride), last])
+        for i in [*range(0, last + 1, 8), last]:
+            self.solve([i])
+        for stride in (4, 2, 1):
+            self.solve([*range(0, last + 1, stride)])
 
     def search(self) -> int:
         """The strength with the least held-out loss, solving only what it takes to find it.

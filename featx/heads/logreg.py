@@ -162,15 +162,14 @@ def _last(
     """The optimum over all rows as `[C, D]` and `[C]`, in double precision, and in `info` how near it is."""
     if solver == "featx":
         # single precision goes most of the way at half the cost
-        near = minimise(design, np.array([strength]), np.array([-1]), start.astype(np.float32), tolerance=1e-5)
-        found = minimise(design, np.array([strength]), np.array([-1]), near.A.astype(np.float64), tolerance=ASKED)
+        found = minimise(design, np.array([strength]), np.array([-1]), start, tolerance=ASKED)
         gap = float(found.gap[0])
         info |= {
             "solver": "featx",
             "converged": gap <= GAP,
             "relative_gap": gap,
             "gap_bound": float(found.bound[0]),
-            "passes": near.passes + found.passes,
+            "passes": found.passes,
         }
         if gap <= GAP or design.streamed:
             if gap > GAP:
