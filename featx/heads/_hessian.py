@@ -64,9 +64,9 @@ class Hessian:
                 self.shares[:, :, rows] = share
         U = (turned @ Z.T).reshape(share.shape)
         if not design.several:
-            # against the row's own class first: its probability may be 1 but for what single precision drops
-            U -= np.take_along_axis(U, design.y[rows][None, None], axis=0)
-            U -= np.einsum("kpb,kpb->pb", share, U) / np.maximum(design.weights[rows], 1e-30).astype(np.float32)
+            weight = np.maximum(design.weights[rows], 1e-30).astype(np.float32)
+            for _ in range(2):  # the second time takes what rounding left: all there is, where one is nearly sure
+                U -= np.einsum("kpb,kpb->pb", share, U) / weight
         U *= share
         total += U.reshape(-1, len(Z)) @ Z
 

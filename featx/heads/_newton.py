@@ -46,7 +46,8 @@ class Solution:
     def unsolved(cls, start: np.ndarray) -> Solution:
         """P problems of which nothing is known yet."""
         P = start.shape[1]
-        return cls(start.astype(np.float64), *(np.full(P, np.nan) for _ in range(4)), np.zeros(P, bool), 0)
+        loss, held, gap, bound = (np.full(P, np.nan) for _ in range(4))
+        return cls(start.astype(np.float64), loss, held, gap, bound, np.zeros(P, bool), 0)
 
     def record(self, at: Problems, gap: np.ndarray, converged: np.ndarray) -> None:
         """Take over where some problems have come to."""
@@ -123,36 +124,38 @@ def newton(
     result = Solution.unsolved(start)
     at = Problems.visit(design, np.arange(len(member)), strengths, member, start.astype(np.float64))
     rows = np.maximum(design.held_out(member), 1e-300)
+    radius = np.full(len(member), np.inf)
     passes = 1
     for step in range(most):
-        d, products = _direction(design, at)
-        slope = dot(at.g, d)
-        gap = -0.5 * slope / at.f
+        d, gain, length, products = _direction(design, at, radius)
+        gap = gain / at.f
         before = at.held.copy()
-        t, visits = _along(design, at, d, slope)
+        t, visits = _along(design, at, d, gain)
         passes += products + visits
         change = np.abs(at.held - before) / rows[at.number]
-        done = (gap <= tolerance) & (change <= SETTLED) & (t == 1)
-        over = done | (t == 0) | (step + 1 == most)
-        result.record(at.take(over), gap[over], done[over])
-        if over.all():
-            break
-        at = at.take(~over)
+        done = (gap <= tolerance) & (change <= SETTLED) & (t == 1) & (length < radius)
+        over = done | (step + 1 == most)
+        radius = np.where(t < 1, 2 * np.maximum(t, 1e-6) * length, np.where(length < radius, radius, 4 * radius))
+        if over.any():
+            result.record(at.take(over), gap[over], done[over])
+            if over.all():
+                break
+            at, radius = at.take(~over), radius[~over]
     return replace(result, passes=passes)
 
 
-def _along(design: Design, at: Problems, d: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, int]:
-    """Move each problem by `t * d`, with the first t of 1, 2/5, ... that lowers its objective as it should;
-    returns t `[P]`, 0 where none does, and how many passes it took.
+def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, int]:
+    """Move each problem by `t * d`, with the first t of 1, 2/5, ... that lowers its objective by some of the
+    `gain` foreseen; returns t `[P]`, 0 where none does, and how many passes it took.
     """
-    t, left, visits = np.ones(len(slope)), np.arange(len(slope)), 0
+    t, left, visits = np.ones(len(gain)), np.arange(len(gain)), 0
     while len(left):
         old = at.take(left) if visits else at
         A = old.A + d[:, left] * t[left][:, None]
         new = Problems.visit(design, old.number, old.strength, old.member, A)
         visits += 1
         # a loss cannot be compared more finely than by its rounding
-        good = new.f <= old.f + 1e-4 * t[left] * slope[left] + 1e-14 * np.abs(old.f)
+        good = new.f <= old.f - 1e-4 * t[left] * gain[left] + 1e-14 * np.abs(old.f)
         at.put(left[good], new.take(good))
         left = left[~good]
         t[left] = np.where(t[left] > 1e-5, 0.4 * t[left], 0)
@@ -160,38 +163,64 @@ def _along(design: Design, at: Problems, d: np.ndarray, slope: np.ndarray) -> tu
     return t, visits
 
 
-def _direction(design: Design, at: Problems) -> tuple[np.ndarray, int]:
-    """Newton's direction `[K, P, rank + 1]` by conjugate gradients, and how many products it took."""
+def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Newton's direction `[K, P, rank + 1]` by conjugate gradients (Steihaug 1983): no longer than `radius`
+    `[P]` in the metric's norm, since far from the optimum, where all answers are sure and some wrong, the
+    Hessian says little. And by how much the objective would fall were it quadratic, the direction's length
+    (`[P]` each) and how many products it took.
+    """
     single = np.float32
     pull = np.where(np.arange(design.size) < design.size - 1, 1 / at.strength[:, None], 0).astype(single)
     diagonal = at.metric(design)
     hessian = Hessian(design, at.A, at.member)
     left = np.arange(len(at.f))
-    scale = np.maximum(np.abs(at.g).max(axis=(0, 2)), 1e-300)[:, None]  # single precision has a least number
-    r = (at.g / -scale).astype(single)
+    scale = np.maximum(np.abs(at.g).max(axis=(0, 2)), 1e-300)  # single precision has a least number
+    r = (at.g / -scale[:, None]).astype(single)
     x, out = np.zeros_like(r), np.zeros_like(r)
     v = r / diagonal
-    size = np.einsum("kpd,kpd->p", r, v)
+    size = _dot(r, v)
     enough = INEXACT**2 * size
+    # gain, and the squared length of x, their product with v's metric, the squared length of v
+    gain, length, along, own, edge = (
+        np.zeros(len(left)),
+        np.zeros(len(left)),
+        np.zeros(len(left)),
+        size,
+        radius / scale,
+    )
+    gains, lengths = np.zeros(len(left)), np.zeros(len(left))
     for products in range(1, PRODUCTS + 1):
         bent = hessian.times(v) + pull * v
-        curvature = np.einsum("kpd,kpd->p", v, bent)
-        length = np.where(curvature > 0, size / np.where(curvature > 0, curvature, 1), 0)[:, None].astype(single)
-        x += length * v
-        r -= length * bent
+        curvature = np.maximum(_dot(v, bent), 1e-30)
+        step = size / curvature
+        outside = length + 2 * step * along + step**2 * own >= edge**2
+        if outside.any():  # as far as the edge
+            root = np.sqrt(np.maximum(along**2 + own * (np.minimum(edge, 1e15) ** 2 - length), 0))
+            step = np.where(outside, (root - along) / np.maximum(own, 1e-30), step)
+        length = np.where(outside, edge**2, length + 2 * step * along + step**2 * own)
+        gain = gain + step * size - step**2 * curvature / 2
+        x += step[:, None].astype(single) * v
+        r -= step[:, None].astype(single) * bent
         z = r / diagonal
-        before, size = size, np.einsum("kpd,kpd->p", r, z)
-        over = (size <= enough) | (curvature <= 0) | (products == PRODUCTS)
+        before, size = size, _dot(r, z)
+        over = (size <= enough) | outside | (products == PRODUCTS)
         if over.any():
-            out[:, left[over]] = x[:, over]
+            out[:, left[over]], gains[left[over]], lengths[left[over]] = x[:, over], gain[over], length[over]
             if over.all():
                 break
             keep = ~over
             hessian.take(keep)
             left, pull, before, size, enough = left[keep], pull[keep], before[keep], size[keep], enough[keep]
+            gain, length, along, own, edge, step = (a[keep] for a in (gain, length, along, own, edge, step))
             x, r, z, v, diagonal = (a[:, keep] for a in (x, r, z, v, diagonal))
-        v = z + (size / before)[:, None].astype(single) * v
-    return out * scale, products
+        turn = size / before
+        along, own = turn * (along + step * own), size + turn**2 * own
+        v = z + turn[:, None].astype(single) * v
+    return out * scale[:, None], gains * scale**2, np.sqrt(lengths) * scale, products
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("kpd,kpd->p", a, b).astype(np.float64)
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -28,14 +28,14 @@ def minimise(
     start: np.ndarray,
     *,
     tolerance: float,
-    most: int = 50,
+    most: int = 100,
 ) -> Solution:
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
     from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and to where the held-out loss stays as it is.
     """
     found = Solution.unsolved(start)
-    K, P, size = start.shape
-    many = max(1, STATE // (200 * K * size))
+    K = design.columns
+    many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance)
     passes = 0
     for some in _parts(np.flatnonzero(wanted >= SINGLE), many):
@@ -49,6 +49,17 @@ def minimise(
         found.put(some, part)
         passes += part.passes
     return replace(found, passes=passes)
+
+
+def climb(design: Design, strength: float, members: np.ndarray) -> np.ndarray:
+    """Where to start with nothing solved, `[K, M, rank + 1]`: zeros, or up a ladder of strengths from about 1.
+
+    Where the prior is weak and some answers are wrong, a start far off leads Newton's steps astray.
+    """
+    A = np.zeros((design.columns, len(members), design.size))
+    for rung in range(int(np.ceil(np.log(max(strength, 1)) / np.log(100))), 0, -1):
+        A = minimise(design, np.full(len(members), strength / 100**rung), members, A, tolerance=1e-3).A
+    return A
 
 
 def _parts(which: np.ndarray, many: int) -> list[np.ndarray]:
@@ -84,7 +95,7 @@ class Path:
         members: np.ndarray,
         *,
         tolerance: float = 1e-5,
-        most: int = 50,
+        most: int = 100,
     ) -> None:
         self.design, self.strengths, self.members = design, strengths, members
         self.tolerance, self.most = tolerance, most
@@ -116,21 +127,24 @@ class Path:
         for column, i in enumerate(level):
             self.solved[i] = found.take(slice(column * M, (column + 1) * M))
 
-    def _start(self, i: int) -> np.ndarray | float:
+    def _start(self, i: int) -> np.ndarray:
+        if not self.solved:
+            return climb(self.design, float(self.strengths[i]), self.members)
         known, x = sorted(self.solved), np.log(self.strengths)
         if len(known) > 1 and i > known[-1]:
             before, last = known[-2:]
             share = (x[i] - x[last]) / (x[last] - x[before])
             return (1 + share) * self.solved[last].A - share * self.solved[before].A
-        return sum(
-            (share * self.solved[j].A * self._metric[j] / self._metric[i] for j, share in _neighbours(x, known, i)), 0.0
-        )
+        parts = [share * self.solved[j].A * self._metric[j] for j, share in _neighbours(x, known, i)]
+        return np.sum(parts, axis=0) / self._metric[i]
 
     def whole(self) -> None:
         """Solve all of it, coarse to fine."""
         last = len(self.strengths) - 1
-        for stride in (8, 4, 2, 1):
-            self.solve([*range(0, last + 1, stride), last])
+        for i in [*range(0, last + 1, 8), last]:
+            self.solve([i])
+        for stride in (4, 2, 1):
+            self.solve([*range(0, last + 1, stride)])
 
     def search(self) -> int:
         """The strength with the least held-out loss, solving only what it takes to find it.
@@ -152,7 +166,8 @@ class Path:
 
     @property
     def best(self) -> int:
-        return min(self.solved, key=lambda i: (self.held(i), i))
+        """Of the strengths that were solved; of all, where none was."""
+        return min(self.solved, key=lambda i: (not self.solved[i].converged.all(), self.held(i), i))
 
     def held(self, i: int) -> float:
         """A strength's loss, summed over all held-out rows."""
@@ -161,8 +176,6 @@ class Path:
 
 def _neighbours(x: np.ndarray, known: list[int], i: int) -> list[tuple[int, float]]:
     """Lagrange weights at x[i] of its two solved neighbours on each side; past the ends, its nearest's own."""
-    if not known:
-        return []
     if not known[0] < i < known[-1]:
         return [(known[0] if i < known[0] else known[-1], 1.0)]
     place = int(np.searchsorted(known, i))
