@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from featx.devices import has_cuda
 from featx.errors import FeatxError, HeadError
-from featx.heads import _design, _solver, _training, logreg
+from featx.heads import _design, _hessian, _solver, _training, logreg
 
 
 def clouds(
@@ -289,6 +289,11 @@ def test_torch_makes_the_same_passes_as_numpy(kind: str, dtype: type) -> None:
         assert getattr(other, name) == pytest.approx(getattr(one, name), rel=rel), name
     assert other.gradient.dtype == dtype and np.abs(one.gradient).max() > 1
     np.testing.assert_allclose(other.gradient, one.gradient, atol=rel * np.abs(one.gradient).max())
+    along = rng.normal(size=A.shape)
+    products = [_hessian.Hessian(design, A, member).times(along.astype(np.float32)) for design in (numpy, torch)]
+    near, far = (numpy.visit(A.astype(np.float64) + step * along, member).gradient for step in (-1e-5, 1e-5))
+    for product in products:
+        np.testing.assert_allclose(product, (far - near) / 2e-5, atol=1e-4 * np.abs(product).max())
 
 
 def test_a_fit_by_torchs_passes_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
