@@ -80,15 +80,7 @@ def fit(
             chosen, start = float(grid[best]), path.solved[best].A.mean(axis=1, keepdims=True)
             held_out = _held_out(design, path.solved[best], fold, counted)
             info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
-            if len(grid) > 1 and best in (0, len(grid) - 1):
-                info["notes"].append(f"the best strength, {chosen:g}, is at the end of the grid")
-            lost = sorted(i for i, found in path.solved.items() if not found.converged.all())
-            if lost:
-                listed = ", ".join(f"{grid[i]:.3g}" for i in lost)
-                worst = max(float(path.solved[i].gap.max()) for i in lost)
-                info["notes"].append(
-                    f"cross-validation: not solved, taken to be worse: strengths {listed} (relative gap {worst:.1e})"
-                )
+            info["notes"] += _remarks(path)
         weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
         head = _training.finish(
@@ -145,6 +137,18 @@ def _measured(
         "accuracy": float(right.mean()),
         "passes": path.passes,
     }
+
+
+def _remarks(path: Path) -> list[str]:
+    notes, last = [], len(path.strengths) - 1
+    if last and path.best in (0, last):
+        notes.append(f"the best strength, {path.strengths[path.best]:g}, is at the end of the grid")
+    lost = sorted(i for i, found in path.solved.items() if not found.converged.all())
+    if lost:
+        listed = ", ".join(f"{path.strengths[i]:.3g}" for i in lost)
+        gap = max(float(path.solved[i].gap.max()) for i in lost)
+        notes.append(f"cross-validation: not solved, taken to be worse: strengths {listed} (relative gap {gap:.1e})")
+    return notes
 
 
 def _last(
