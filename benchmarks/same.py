@@ -61,7 +61,8 @@ heads = {
 }
 for name, settings in heads.items():
     run = featx.fit(
-        photos, "squeezenet1_1", name.split()[0], settings=settings, output=folder / name.replace(" ", "-"), **real, **quiet
+        photos, "squeezenet1_1", name.split()[0], settings=settings, output=folder / name.replace(" ", "-"),
+        **real, **quiet,
     )
     head = run.head
     found[f"head {name}"] = digest(head.weight, head.bias, repr((head.class_names, head.threshold)).encode())

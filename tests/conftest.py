@@ -60,6 +60,12 @@ def photos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def groups() -> Path:
+    """Features `X` `[N, 1280]` of photographs of twenty groups, their `y`, and which are to `train` on."""
+    return _real("faults/00-cross-validated-head-is-not-the-one-shipped/features.npz")
+
+
+@pytest.fixture(scope="session")
 def squeezenet_weights() -> Path:
     """SqueezeNet 1.1 with real ImageNet weights, a torchvision state dict."""
     return _real("weights/squeezenet1_1-imagenet1k.pth")

@@ -14,7 +14,8 @@ from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.design import Design, single_thread
 from featx.solvers.examples import Examples
-from featx.solvers.lbfgs import Path, Solution, minimise
+from featx.solvers.newton import Solution
+from featx.solvers.path import Path, climb, minimise
 from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
@@ -41,7 +42,6 @@ def fit(
     calibrate: bool = False,
     threshold: float | None = None,
     reject: float | None = None,
-    solver: str = "featx",
 ) -> Fitted:
     """Minimise `sum of cross-entropies + ||W||^2 / (2 C)`, scikit-learn's objective, bias not penalised.
 
@@ -52,15 +52,12 @@ def fit(
     With one strength there is no cross-validation, unless calibration or a threshold needs it. Columns are
     standardised once, over all rows, labels unseen.
     class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
-    threshold, reject: see `_training.finish`. solver: `featx`, or `scikit-learn`, which fits the chosen
-    strength with its lbfgs; it is also the fall-back where featx's does not converge, and a note says so.
+    threshold, reject: see `_training.finish`.
     device: a GPU, where there is one, makes the passes of a fit that is large enough to gain by it; `cuda`
     asks for it, `cpu` forgoes it.
     Raises `HeadError`.
     """
     started = time.perf_counter()
-    if solver not in ("featx", "scikit-learn"):
-        raise HeadError(f"solver is featx or scikit-learn, not {solver!r}")
     grid = np.unique(np.asarray(strengths, np.float64))
     if not len(grid) or not grid[0] > 0 or not np.isfinite(grid).all():
         raise HeadError(f"strengths are positive numbers (scikit-learn's C), not {list(strengths)}")
@@ -77,21 +74,13 @@ def fit(
                 chosen = UNMEASURED
                 info["notes"].append(f"strength {chosen} was taken without measuring")
         elif len(grid) > 1 or calibrate or reject is not None or threshold is not None:
-            # losses to four digits are enough to choose by
             path = Path(design, grid, np.arange(fold.max() + 1), tolerance=GAP)
             best = path.search()
             chosen, start = float(grid[best]), path.solved[best].A.mean(axis=1, keepdims=True)
             held_out = _held_out(design, path.solved[best], fold, counted)
             info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
-            if len(grid) > 1 and best in (0, len(grid) - 1):
-                info["notes"].append(f"the best strength, {chosen:g}, is at the end of the grid")
-            loose = [i for i, found in path.solved.items() if not found.converged.all()]
-            if loose:
-                listed = ", ".join(f"{grid[i]:.3g}" for i in sorted(loose))
-                info["notes"].append(f"not converged in cross-validation at strengths {listed}")
-        if start is None:
-            start = np.zeros((design.columns, 1, design.size))
-        weight, bias = _last(task, design, chosen, weights, start, solver, info)
+            info["notes"] += _remarks(path)
+        weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
         head = _training.finish(
             head,
@@ -136,7 +125,7 @@ def _measured(
     fold: np.ndarray,
 ) -> dict[str, Any]:
     total = float(counted.sum() if weights is None else weights[counted].sum())
-    solved = sorted(path.solved)
+    solved = sorted(i for i, found in path.solved.items() if found.converged.all() or i == path.best)
     y = task.y[counted]
     right = ((held_out >= 0) == (y > 0)).all(axis=1) if task.several else held_out.argmax(axis=1) == y
     return {
@@ -149,64 +138,34 @@ def _measured(
     }
 
 
+def _remarks(path: Path) -> list[str]:
+    notes, last = [], len(path.strengths) - 1
+    if last and path.best in (0, last):
+        notes.append(f"the best strength, {path.strengths[path.best]:g}, is at the end of the grid")
+    lost = sorted(i for i, found in path.solved.items() if not found.converged.all())
+    if lost:
+        listed = ", ".join(f"{path.strengths[i]:.3g}" for i in lost)
+        gap = max(float(path.solved[i].gap.max()) for i in lost)
+        notes.append(f"cross-validation: not solved, taken to be worse: strengths {listed} (relative gap {gap:.1e})")
+    return notes
+
+
 def _last(
-    task: Task,
-    design: Design,
-    strength: float,
-    weights: np.ndarray | None,
-    start: np.ndarray,
-    solver: str,
-    info: dict[str, Any],
+    design: Design, strength: float, start: np.ndarray | None, info: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The optimum over all rows as `[C, D]` and `[C]`, in double precision, and in `info` how near it is."""
-    if solver == "featx":
-        # single precision goes most of the way at half the cost
-        near = minimise(design, np.array([strength]), np.array([-1]), start.astype(np.float32), tolerance=1e-5)
-        found = minimise(design, np.array([strength]), np.array([-1]), near.A.astype(np.float64), tolerance=ASKED)
-        gap = float(found.gap[0])
-        info |= {
-            "solver": "featx",
-            "converged": gap <= GAP,
-            "relative_gap": gap,
-            "gap_bound": float(found.bound[0]),
-            "passes": near.passes + found.passes,
-        }
-        if gap <= GAP or design.streamed:
-            if gap > GAP:
-                info["notes"].append(f"the solver stopped at a relative gap of {gap:.1e}: not converged")
-            return design.features_space(found.A[:, 0])
-        info["notes"].append(f"featx's solver stopped at a relative gap of {gap:.1e}; scikit-learn's was used")
-    weight, bias, converged = reference(task, strength, weights)
-    info |= {"solver": "scikit-learn", "converged": converged}
-    if not converged:
-        info["notes"].append("scikit-learn's lbfgs did not converge")
-    return weight, bias
-
-
-def reference(
-    task: Task, strength: float, weights: np.ndarray | None = None, *, tol: float = 1e-6
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """scikit-learn's optimum as `[C, D]`, `[C]`, and whether it converged; a binary one gets two rows."""
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    Z = task.standard().astype(np.float64)
-    classes = len(task.class_names)
-    weight, bias = np.zeros((classes, Z.shape[1])), np.zeros(classes)
-    converged = True
-    for c, target in enumerate(task.y.T if task.several else [task.y]):
-        model = LogisticRegression(C=strength, max_iter=5000, tol=tol)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.fit(Z, target, weights)
-        converged &= not any(issubclass(w.category, ConvergenceWarning) for w in caught)
-        if task.several:
-            weight[c], bias[c] = model.coef_[0], model.intercept_[0]
-        elif classes == 2:
-            # softmax of (-z/2, z/2) is the sigmoid of z
-            weight[:], bias[:] = np.outer([-0.5, 0.5], model.coef_[0]), [-0.5, 0.5] * model.intercept_
-        else:
-            weight[:], bias[:] = model.coef_, model.intercept_
-    return weight, bias, converged
+    """The optimum over all rows as `[C, D]` and `[C]`, and in `info` how near it is."""
+    whole = np.array([-1])  # no fold is left out
+    if start is None:
+        start = climb(design, strength, whole)
+    found = minimise(design, np.array([strength]), whole, start, tolerance=ASKED)
+    gap = float(found.gap[0])
+    info |= {
+        "solver": "featx",
+        "converged": gap <= GAP,
+        "relative_gap": gap,
+        "gap_bound": float(found.bound[0]),
+        "passes": found.passes,
+    }
+    if gap > GAP:
+        info["notes"].append(f"the solver stopped at a relative gap of {gap:.1e}: not converged")
+    return design.features_space(found.A[:, 0])

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from featx.devices import available_threads
 from featx.features import Rows, gathered
 from featx.solvers.training import FLOOR, Task
+
+if TYPE_CHECKING:
+    from featx.solvers.torch_passes import TorchPasses
 
 SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
 # Below this many multiplications a pass is over before threads have started.
@@ -72,13 +75,13 @@ class Design:
             with single_thread(len(gram) < 2048):
                 values, self.rotation = np.linalg.eigh(gram)
             self.eigenvalues = np.maximum(values, 0.0)
-        self._passes: Callable[..., tuple[np.ndarray, ...]] | None = None
+        self.torch: TorchPasses | None = None
         if torch_device:
             import torch
 
             from featx.solvers.torch_passes import TorchPasses
 
-            self._passes = TorchPasses(
+            self.torch = TorchPasses(
                 {torch.float32: self.single, torch.float64: self.rows},
                 *(self.y, self.fold, self.weights, self.scored),
                 several=self.several,
@@ -116,10 +119,15 @@ class Design:
     def size(self) -> int:
         return len(self.eigenvalues) + 1
 
-    def null(self, member: np.ndarray) -> np.ndarray:
-        """The loss of answering with even probabilities, `float64 [P]`."""
-        inside = [self.weights[(self.fold != m) | (self.fold < 0)].sum() for m in member]
-        return np.array(inside) * (self.columns * np.log(2) if self.several else np.log(self.columns))
+    def trained(self, rows: slice, member: np.ndarray) -> np.ndarray:
+        """The weight of each row in problems that leave these folds out, `float64 [P, B]`."""
+        fold = self.fold[rows]
+        return ((fold != member[:, None]) | (fold < 0)) * self.weights[rows]
+
+    def held_out(self, member: np.ndarray) -> np.ndarray:
+        """The weight of the rows that count when these folds are left out, `float64 [P]`."""
+        counts = self.scored & (self.fold >= 0)
+        return np.array([self.weights[counts & (self.fold == m)].sum() for m in member])
 
     def rotate(self, dtype: Any) -> None:
         """Keep the rows in the eigenbasis, in `dtype`, where they are kept at all: for many uses of it."""
@@ -159,7 +167,7 @@ class Design:
 
     def logits(self, A: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The head's logits `[M, C]` for rows `int [M]` of the training data, by one problem `[K, rank + 1]`."""
-        weight = self._for_rows(A[:, None])[:, 0]
+        weight = self.for_rows(A[:, None])[:, 0]
         place = np.empty(self.count, np.int64)
         place[self.order] = np.arange(self.count)
         every = np.empty((self.count, len(weight)), np.float32)
@@ -169,7 +177,7 @@ class Design:
         out = every[place[rows]]
         return np.concatenate([-out / 2, out / 2], axis=1) if self.paired else out
 
-    def _for_rows(self, A: np.ndarray) -> np.ndarray:
+    def for_rows(self, A: np.ndarray) -> np.ndarray:
         """Coordinates -> what multiplies `rows`."""
         if self.rotation is None:
             return A
@@ -178,7 +186,7 @@ class Design:
         out[..., -1] = A[..., -1]
         return out
 
-    def _from_rows(self, G: np.ndarray) -> np.ndarray:
+    def from_rows(self, G: np.ndarray) -> np.ndarray:
         if self.rotation is None:
             return G
         out = np.empty((*G.shape[:2], self.rotation.shape[1] + 1), G.dtype)
@@ -186,43 +194,46 @@ class Design:
         out[..., -1] = G[..., -1]
         return out
 
+    def step(self, problems: int) -> int:
+        """Rows per block, for logits `[problems, B]`."""
+        return max(64, min(SCRATCH // problems, 2 * SCRATCH // self.rows.shape[1]))
+
     def visit(self, A: np.ndarray, member: np.ndarray) -> Visit:
         """One pass over the features for P problems: coordinates A `[K, P, rank + 1]` (its dtype is the
         arithmetic's), `member` `int [P]` the fold that each leaves out, -1 for none.
         """
         K, P, _ = A.shape
-        W = np.ascontiguousarray(self._for_rows(A).reshape(K * P, -1))
+        W = np.ascontiguousarray(self.for_rows(A).reshape(K * P, -1))
         width = self.rows.shape[1]
-        if self._passes:
-            loss, held, gradient, curvature = self._passes(W, member)
-            return Visit(loss, self._from_rows(gradient.reshape(K, P, width)), curvature / self.count, held)
+        if self.torch:
+            loss, held, gradient, curvature = self.torch(W, member)
+            return Visit(loss, self.from_rows(gradient.reshape(K, P, width)), curvature / self.count, held)
         parts = spread(
             lambda rows, sums: self._block(rows, W, member, sums),
             self.count,
-            max(64, min(SCRATCH // (K * P), 2 * SCRATCH // width)),
+            self.step(K * P),
             lambda: _Sums.empty(K, P, width, A.dtype),
             self.count * width * K * P,
         )
         total = parts[0]
         for part in parts[1:]:
             total.add(part)
-        G = self._from_rows(total.gradient.reshape(K, P, width))
+        G = self.from_rows(total.gradient.reshape(K, P, width))
         return Visit(total.loss, G, total.curvature / self.count, total.held)
 
     def _block(self, rows: slice, W: np.ndarray, member: np.ndarray, sums: _Sums) -> None:
         Z = np.asarray((self.rows if W.dtype == np.float64 else self.single)[rows], W.dtype)
-        y, fold, weight = self.y[rows], self.fold[rows], self.weights[rows].astype(W.dtype)
+        y, fold, weight = self.y[rows], self.fold[rows], self.weights[rows]
         P = len(member)
         L = (W @ Z.T).reshape(-1, P, len(Z))  # logits, then probabilities, then residuals
         loss = self._sigmoid(L, y, sums) if self.several else self._softmax(L, y, sums)
-        inside = (fold[None] != member[:, None]) | (fold[None] < 0)
-        trained = inside * weight
+        trained = self.trained(rows, member)
         sums.loss += (loss * trained).sum(axis=1, dtype=np.float64)
-        left = ~inside & self.scored[rows]
+        left = (fold == member[:, None]) & (fold >= 0) & self.scored[rows]
         if left.any():
             sums.held += (loss * (left * weight)).sum(axis=1, dtype=np.float64)
-        if not inside.all() or (weight != 1).any():
-            L *= trained
+        if (trained != 1).any():
+            L *= trained.astype(W.dtype)
         sums.gradient += L.reshape(-1, len(Z)) @ Z
 
     @staticmethod

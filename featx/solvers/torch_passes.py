@@ -59,6 +59,27 @@ class TorchPasses:
             gradient += L.view(K * P, -1) @ Z
         return loss.cpu().numpy(), held.cpu().numpy(), gradient.cpu().numpy(), curvature.cpu().numpy()
 
+    def product(self, W: np.ndarray, V: np.ndarray, member: np.ndarray) -> np.ndarray:
+        """The products of the losses' Hessians at W with V, `[K * P, width]` each, without the penalty."""
+        P = len(member)
+        weight, along, left_out = (torch.from_numpy(a).to(self.device) for a in (W, V, member))
+        total = torch.zeros_like(along)
+        step = max(64, SCRATCH // len(W))
+        for start in range(0, self.count, step):
+            rows = slice(start, min(start + step, self.count))
+            Z = self._block(rows, weight.dtype)
+            share, U = ((A @ Z.T).view(-1, P, len(Z)) for A in (weight, along))
+            if self.several:
+                share = share.sigmoid() * (-share).sigmoid()
+            else:
+                share = share.softmax(dim=0)
+                for _ in range(2):  # the second time takes what rounding left
+                    U -= (share * U).sum(dim=0)
+            fold = self.fold[rows]
+            U *= share * (((fold != left_out[:, None]) | (fold < 0)) * self.weights[rows]).to(U.dtype)
+            total += U.view(len(V), -1) @ Z
+        return total.cpu().numpy()
+
     def _block(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         whole = self.rows[dtype]
         if dtype not in self._kept and isinstance(whole, np.ndarray) and self._fits(whole.size * dtype.itemsize):

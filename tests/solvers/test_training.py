@@ -280,7 +280,6 @@ def test_folds_for_several_labels_spread_the_rarest() -> None:
         ({"reject": 1.5}, "accuracy to reach"),
         ({"class_weight": "heavy"}, "None or 'balanced'"),
         ({"strengths": [0.0, 1.0]}, "strengths are positive"),
-        ({"solver": "magic"}, "featx or scikit-learn"),
         ({"folds": 1}, r"folds is a whole number of at least 2 \(5 is usual\), not 1"),
         ({"folds": 2.5}, r"folds is a whole number of at least 2 \(5 is usual\), not 2.5"),
     ],

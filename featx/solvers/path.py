@@ -1,0 +1,183 @@
+"""Owns the logistic optimum: all strengths and folds of a regularisation path in shared passes over the features.
+
+The objective is scikit-learn's, `sum_i w_i * cross_entropy_i + ||W||^2 / (2 C)`, bias not penalised. Every
+problem (a fold with a strength) takes its own steps; what they share is the pass, which reads X once for all
+of them. Where rows outnumber weights by far, L-BFGS in single precision is near enough; the rest is Newton's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from featx.solvers.design import Design
+from featx.solvers.hessian import CACHE
+from featx.solvers.lbfgs import lbfgs
+from featx.solvers.newton import SETTLED, Solution, newton
+
+STATE = 1 << 29  # bytes of vectors at a time; more problems than fit are solved in turns
+LONG = 60  # passes of L-BFGS; what takes more is Newton's
+SINGLE = 1e-6  # the least relative gap to ask for in single precision
+
+
+def minimise(
+    design: Design,
+    strengths: np.ndarray,
+    member: np.ndarray,
+    start: np.ndarray,
+    *,
+    tolerance: float,
+    most: int = 100,
+) -> Solution:
+    """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
+    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and to where the held-out loss stays as it is.
+    """
+    found = Solution.unsolved(start)
+    K = design.columns
+    many = max(1, STATE // (200 * K * design.size))
+    wanted = _wanted(design, member, tolerance)
+    passes = 0
+    for some in _parts(np.flatnonzero(wanted >= SINGLE), many):
+        part = lbfgs(design, strengths[some], member[some], start[:, some], wanted[some], LONG)
+        found.put(some, part)
+        passes += part.passes
+    if not design.streamed:
+        many = min(many, max(1, CACHE // (4 * K * design.count)))
+    for some in _parts(np.flatnonzero(~found.converged), many):
+        part = newton(design, strengths[some], member[some], found.A[:, some], tolerance, most)
+        found.put(some, part)
+        passes += part.passes
+    return replace(found, passes=passes)
+
+
+def climb(design: Design, strength: float, members: np.ndarray) -> np.ndarray:
+    """Where to start with nothing solved, `[K, M, rank + 1]`: zeros, or up a ladder of strengths from about 1.
+
+    Where the prior is weak and some answers are wrong, a start far off leads Newton's steps astray.
+    """
+    A = np.zeros((design.columns, len(members), design.size))
+    for rung in range(int(np.ceil(np.log(max(strength, 1)) / np.log(100))), 0, -1):
+        A = minimise(design, np.full(len(members), strength / 100**rung), members, A, tolerance=1e-3).A
+    return A
+
+
+def _parts(which: np.ndarray, many: int) -> list[np.ndarray]:
+    return [which[i : i + many] for i in range(0, len(which), many)]
+
+
+def _wanted(design: Design, member: np.ndarray, tolerance: float) -> np.ndarray:
+    """The relative gaps `[P]` at which held-out losses are right to `SETTLED` per row, at most `tolerance`.
+
+    By Cauchy and Schwarz a gap of g moves the loss of n held-out rows by at most `sqrt(2 g f * h' H^-1 h)`, h
+    its gradient. For rows like the N trained on, `h' H^-1 h` is about n / N times the number of weights (the
+    Hessian is the gradients' covariance), and f about N.
+    """
+    rows = design.held_out(member)
+    near = SETTLED**2 * rows / (2 * design.columns * design.size)
+    return np.where(rows > 0, np.minimum(near, tolerance), tolerance)
+
+
+class Path:
+    """The problems of a path, every strength (`[S]`, ascending) with every member (`int [M]`), solved in
+    whatever order is asked for.
+
+    A new strength starts on a curve through its solved neighbours. What is interpolated, over log C, is
+    `A * (h * eigenvalue + 1 / C)`, which a ridge keeps constant, so most of a path starts next to its
+    optimum. Beyond the weakest prior solved, A itself goes on along a line: where planes part the classes,
+    weights grow with log C.
+    """
+
+    def __init__(
+        self,
+        design: Design,
+        strengths: np.ndarray,
+        members: np.ndarray,
+        *,
+        tolerance: float = 1e-5,
+        most: int = 100,
+    ) -> None:
+        self.design, self.strengths, self.members = design, strengths, members
+        self.tolerance, self.most = tolerance, most
+        even = 0.25 if design.several else (1 - 1 / design.columns) / design.columns
+        self._metric = even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
+        self._metric[:, -1] = 1.0
+        self.solved: dict[int, Solution] = {}
+        """By strength: a problem per member."""
+        self.passes = 0
+
+    def solve(self, level: list[int]) -> None:
+        """Solve these strengths together; those already solved are skipped."""
+        level = [i for i in level if i not in self.solved]
+        if not level:
+            return
+        M, K, size = len(self.members), self.design.columns, self.design.size
+        start = np.zeros((K, len(level), M, size))
+        for column, i in enumerate(level):
+            start[:, column] = self._start(i)
+        found = minimise(
+            self.design,
+            np.repeat(self.strengths[level], M),
+            np.tile(self.members, len(level)),
+            start.reshape(K, -1, size),
+            tolerance=self.tolerance,
+            most=self.most,
+        )
+        self.passes += found.passes
+        for column, i in enumerate(level):
+            self.solved[i] = found.take(slice(column * M, (column + 1) * M))
+
+    def _start(self, i: int) -> np.ndarray:
+        if not self.solved:
+            return climb(self.design, float(self.strengths[i]), self.members)
+        known, x = sorted(self.solved), np.log(self.strengths)
+        if len(known) > 1 and i > known[-1]:
+            before, last = known[-2:]
+            share = (x[i] - x[last]) / (x[last] - x[before])
+            return (1 + share) * self.solved[last].A - share * self.solved[before].A
+        parts = [share * self.solved[j].A * self._metric[j] for j, share in _neighbours(x, known, i)]
+        return np.sum(parts, axis=0) / self._metric[i]
+
+    def whole(self) -> None:
+        """Solve all of it, coarse to fine."""
+        last = len(self.strengths) - 1
+        for i in [*range(0, last + 1, 8), last]:
+            self.solve([i])
+        for stride in (4, 2, 1):
+            self.solve([*range(0, last + 1, stride)])
+
+    def search(self) -> int:
+        """The strength with the least held-out loss, solving only what it takes to find it.
+
+        Every eighth strength, from the strongest prior, until the loss rises; then half-way around the best,
+        three times. The loss is taken to have one minimum at these distances.
+        """
+        last = len(self.strengths) - 1
+        coarse = sorted({*range(0, last + 1, 8), last})
+        self.solve(coarse[:3])
+        for anchor in coarse[3:]:
+            if self.best != max(self.solved):
+                break
+            self.solve([anchor])
+        for stride in (4, 2, 1):
+            best = self.best
+            self.solve([i for i in (best - stride, best + stride) if 0 <= i <= last])
+        return self.best
+
+    @property
+    def best(self) -> int:
+        """Of the strengths that were solved; of all, where none was."""
+        return min(self.solved, key=lambda i: (not self.solved[i].converged.all(), self.held(i), i))
+
+    def held(self, i: int) -> float:
+        """A strength's loss, summed over all held-out rows."""
+        return float(self.solved[i].held.sum())
+
+
+def _neighbours(x: np.ndarray, known: list[int], i: int) -> list[tuple[int, float]]:
+    """Lagrange weights at x[i] of its two solved neighbours on each side; past the ends, its nearest's own."""
+    if not known[0] < i < known[-1]:
+        return [(known[0] if i < known[0] else known[-1], 1.0)]
+    place = int(np.searchsorted(known, i))
+    near = known[max(0, place - 2) : place + 2]
+    return [(j, float(np.prod([(x[i] - x[k]) / (x[j] - x[k]) for k in near if k != j]))) for j in near]
