@@ -517,12 +517,12 @@ def test_a_fine_tuned_run_is_a_run_like_any_other_wherever_it_is_moved(bench: Be
     report = run.report
     assert report["fit"]["finetune"]["selected_on"] > 0 and report["count"] > 3
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
-    classifier = load(moved)
+    classifier = load(moved, factory="small:backbone_normed")
     features = bench.extraction("normed").features()
     val = np.flatnonzero(features.splits == "val")
     pixels = [classifier.preprocess((bench.images / features.ids[i]).read_bytes()) for i in val]
     answers = classifier(np.stack(pixels)).argmax(1)
     assert (answers == features.y[val]).mean() == pytest.approx(report["accuracy"])
-    parity = export(moved)
+    parity = export(moved, factory="small:backbone_normed")
     assert parity.passed and parity.equal_labels == parity.images > 3
     assert parity.accuracy == pytest.approx(report["accuracy"])
