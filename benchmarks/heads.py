@@ -210,7 +210,7 @@ def whole_fit(photos: FilePath, weights: FilePath) -> None:
     import featx
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"weights": str(weights), "cache": f"{folder}/cache", "output": f"{folder}/run", "report": False}
+        options = {"weights": str(weights), "cache": f"{folder}/cache", "output": f"{folder}/run"}
         spent = []
         for _ in range(21):
             started = time.perf_counter()

@@ -180,7 +180,7 @@ def test_ants_and_bees_from_cached_views(photos: Path, squeezenet_weights: Path,
     run = fit(photos, "squeezenet1_1", output=tmp_path / "run", **options)
     assert run.report["accuracy"] >= 0.915
     extraction = sync(photos, "squeezenet1_1", **options)
-    assert extraction.report["extracted"] == 0
+    assert extraction.report.extracted == 0
     features = extraction.features()
     views = [extraction.features(k).X for k in range(3)]
     val = np.flatnonzero(features.splits == "val")
