@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from featx.errors import FeatxError
+from featx.identity import Identity
 from featx.pixels.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -45,7 +47,7 @@ def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class FeatureSpec:
+class FeatureSpec(Identity):
     """All that changes a feature, and nothing else. Two specs with one digest have the same features."""
 
     backbone: str
@@ -79,12 +81,9 @@ class FeatureSpec:
         """How far two rows of one image may lie apart, as computed; a store records it beside the spec."""
         return TOLERANCE[self.precision]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
-        return cls(**{**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureSpec:
+        return super().from_dict({**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
 
 
 def content_key(data: bytes) -> bytes:

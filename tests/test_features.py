@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from featx.backbones.request import BackboneInfo
-from featx.errors import FeatxError
+from featx.errors import FeatxError, NewerError
 from featx.features import (
     VALIDATION_SHARE,
     Features,
@@ -21,6 +21,7 @@ from featx.features import (
     groups,
     hash_fraction,
 )
+from featx.identity import ADDED
 from featx.pixels.preprocess import Preprocess
 
 SPEC = FeatureSpec(backbone="torchvision/resnet18", weights="00" * 32)
@@ -231,6 +232,39 @@ def test_whatever_changes_a_feature_changes_the_digest(change: dict[str, Any]) -
 def test_a_spec_survives_json() -> None:
     again = FeatureSpec.from_dict(json.loads(json.dumps(SPEC.to_dict())))
     assert again == SPEC and again.digest == SPEC.digest
+
+
+@dataclass(frozen=True)
+class GrownPreprocess(Preprocess):
+    mode: str = field(default="center", metadata=ADDED)
+
+
+@dataclass(frozen=True)
+class GrownSpec(FeatureSpec):
+    tokens: tuple[int, ...] = field(default=(), metadata=ADDED)
+
+
+def test_a_field_added_later_changes_a_digest_only_where_it_is_used() -> None:
+    weights = "00" * 32
+    assert GrownSpec(SPEC.backbone, weights, preprocess=GrownPreprocess()).digest == SPEC.digest
+    used = [
+        GrownSpec(SPEC.backbone, weights, tokens=(1, 2)),
+        GrownSpec(SPEC.backbone, weights, preprocess=GrownPreprocess(mode="squash")),
+    ]
+    assert len({SPEC.digest, *(spec.digest for spec in used)}) == 3
+    assert GrownSpec.from_dict(json.loads(json.dumps(used[0].to_dict()))) == used[0]
+    assert GrownSpec.from_dict(SPEC.to_dict()) == GrownSpec(SPEC.backbone, weights)
+    assert replace(INFO, preprocess=GrownPreprocess(**vars(ODD))).to_dict() == INFO.to_dict()
+    for spec, name in zip(used, ("tokens", "mode"), strict=True):
+        with pytest.raises(NewerError, match=rf"does not know \({name}\).*newer one; update featx"):
+            FeatureSpec.from_dict(spec.to_dict())
+
+
+def test_a_spec_that_lacks_a_field_of_version_1_is_refused() -> None:
+    values = SPEC.to_dict()
+    del values["layer"]
+    with pytest.raises(FeatxError, match="FeatureSpec lacks layer"):
+        FeatureSpec.from_dict(values)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float64"}, {"precision": "int8"}])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from featx.errors import FeatxError, ImageError
+from featx.identity import Identity
 
 # What people use for photographs, out of the 40 parsers that Pillow would otherwise sniff for. JPEG
 # finds MPO, the stereo files of some cameras, too.
@@ -42,7 +42,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(Identity):
     """Resize the short side, crop the centre, and (inside the model) scale and normalise.
 
     The same arithmetic as torchvision's `ImageClassification` preset on a Pillow image, except that
@@ -145,14 +145,6 @@ class Preprocess:
         if width <= height:
             return self.resize, int(self.resize * height / width)
         return int(self.resize * width / height), self.resize
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
 
 
 def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:
