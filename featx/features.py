@@ -58,7 +58,7 @@ class FeatureSpec(Identity):
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     view: str = "center"
-    """`center`, or a seeded augmented view such as `crop-flip/seed=0/3`."""
+    """`center`, or a seeded augmented view such as `crop-flip/seed=0/3/pixels=2`."""
     precision: str = "fp32"
     """Arithmetic of the forward pass: `fp32`, `bf16` or `fp16`."""
     dtype: str = "float32"

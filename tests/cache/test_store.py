@@ -201,7 +201,7 @@ def test_a_read_only_cache_can_be_read_and_says_that_it_is_read_only(
 
 def test_a_view_is_its_own_row_so_adding_views_computes_only_the_new_ones(tmp_path: Path) -> None:
     keys, _ = table(40)
-    views = ["center", "crop-flip/seed=0/1", "crop-flip/seed=0/2", "crop-flip/seed=0/3"]
+    views = ["center", *view_names(0, 3)[1:]]
     computed = []
     for count in (1, 3, 4):
         stores = [FeatureStore(tmp_path, replace(SPEC, view=v), engine="tiny") for v in views[:count]]
