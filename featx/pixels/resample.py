@@ -1,4 +1,4 @@
-"""Pillow's antialiased resize of a box in torch, on any device: at most 1 level away, measured on photographs."""
+"""Pillow's antialiased resize of a box in torch, on any device: to within 2 levels, measured on photographs."""
 
 from __future__ import annotations
 
