@@ -19,16 +19,6 @@ from featx.pixels.resample import resized
 
 # Decoded pixels that lie on the device at a time; a group of larger images is decoded in parts.
 PIXELS = 1 << 27
-# What makes an image upright, by EXIF's orientation: whether rows become columns, and then which axes turn round.
-TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
-    2: (False, (2,)),
-    3: (False, (1, 2)),
-    4: (False, (1,)),
-    5: (True, ()),
-    6: (True, (2,)),
-    7: (True, (1, 2)),
-    8: (True, (1,)),
-}
 # JPEG files, on a device -> `uint8 [3, H, W]` of each as stored; None for those that fail.
 Decode = Callable[[Sequence[bytes], torch.device], list[Tensor | None]]
 
@@ -129,10 +119,9 @@ def repeats_chroma(device: torch.device, decode: Decode) -> bool:
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
-    """`uint8 [3, H, W]` as stored -> as it is to be seen."""
-    swapped, turned = TURNS.get(orientation, (False, ()))
-    image = image.transpose(1, 2) if swapped else image
-    return image.flip(turned) if turned else image
+    """`uint8 [3, H, W]` as stored -> as it is to be seen, by EXIF's orientation."""
+    image = image.transpose(1, 2) if orientation >= 5 else image
+    return image.flip([axis for axis, by in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in by])
 
 
 def stacked(images: Sequence[Tensor | np.ndarray]) -> Tensor:
