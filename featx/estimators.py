@@ -90,7 +90,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
             raise SourceError("there are no images to transform")
         source = _Images(uri="the given images", root=Path(), ids=ids, items=items)
         extraction = sync(source, **self.get_params(deep=False))
-        skipped = extraction.report["skipped_images"]
+        skipped = extraction.report.skipped_images
         if skipped:
             raise ImageError(
                 f"{len(skipped)} of {len(items)} images cannot be used; the first is {skipped[0]['id']}: "

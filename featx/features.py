@@ -6,13 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from featx.errors import FeatxError
 from featx.identity import Identity
+from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from featx.extraction.report import ExtractionReport
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
@@ -59,9 +63,9 @@ class FeatureSpec(Identity):
     preprocess: Preprocess = field(default_factory=Preprocess)
     view: str = "center"
     """`center`, or a seeded augmented view such as `crop-flip/seed=0/3/pixels=2`."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the forward pass: `fp32`, `bf16` or `fp16`."""
-    dtype: str = "float32"
+    dtype: StoredDtype = "float32"
     """What is stored: `float32`, or `float16`, which refuses what it cannot hold."""
     version: int = FORMAT_VERSION
 
@@ -113,8 +117,8 @@ class Features:
     keys: np.ndarray
     """`uint8 [N, 32]`: `content_key` of each image."""
     spec: FeatureSpec
-    report: dict[str, Any] = field(default_factory=dict)
-    """found / ignored / cached / extracted / duplicate / skipped, timings, and the names behind them."""
+    report: ExtractionReport | None = None
+    """Of the extraction that they come from."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -15,7 +15,8 @@ from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.cache.streaming import Stacked, StoredRows
 from featx.devices import memory_for_features
 from featx.errors import HeadError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import Features, Rows, groups, repeated, short_keys
 from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
@@ -144,7 +145,7 @@ def fit(
     learned = features.keys[(features.splits == "train") & (head != "pretrained")]
     write_array(run.path / "trained-on.npy", np.unique(short_keys(learned)))
     run.write("report.json", values)
-    run = replace(run, features=features, source=extracted.source)
+    run = replace(run, features=features, source=extracted.source, factory=request.name)
     if report:
         from featx.reporting.report import write_report
 
@@ -248,7 +249,7 @@ def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, An
     train = features.split("train")
     values["train_accuracy"] = share_right(fitted.head, train) if len(train) else None
     values["fit"] = fitted.info | {"seconds": round(seconds, 4)}
-    values["extract"] = features.report
+    values["extract"] = features.report.to_dict() if features.report else None
     if not values["count"]:
         values["notes"] = ["there are no validation images: nothing was measured on images the head has not seen"]
     return values

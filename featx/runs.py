@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featx.backbones.loading import locate
 from featx.backbones.request import BackboneRequest
 from featx.errors import RunError
 from featx.files import write_atomic
@@ -43,6 +45,8 @@ class Run:
     features: Features | None = field(default=None, repr=False, compare=False)
     """What it was fitted and measured on, with `source`, in the process that fitted it; else None."""
     source: Source | None = field(default=None, repr=False, compare=False)
+    factory: str | None = field(default=None, repr=False, compare=False)
+    """`package.module:function` that the user has named, and which may be imported if the run names it, too."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -68,8 +72,25 @@ class Run:
 
     @property
     def request(self) -> BackboneRequest:
-        """How the run's backbone is loaded."""
-        return BackboneRequest.from_dict(self.config["request"])
+        """How the run's backbone is loaded. Raises `RunError` for a factory that the user has not named.
+
+        The folder may be anyone's: it is read, and what it names runs no code.
+        """
+        request = BackboneRequest.from_dict(self.config["request"])
+        source, name = locate(request.name)
+        if source == "custom" and name != (self.factory or "").removeprefix("custom/"):
+            other = f", not {self.factory}" if self.factory else ""
+            raise RunError(
+                f"{self.path} was fitted with {name}{other}: code that is not featx's, imported only if you name it; "
+                f"if you trust it, add --factory {shlex.quote(name)} (factory={name!r} in Python)"
+            )
+        return request
+
+    def folder(self, name: str) -> Path:
+        """A folder in the run's. Raises `RunError` for a link: what lies behind it is not featx's to replace."""
+        if (self.path / name).is_symlink():
+            raise RunError(f"{self.path / name} is a link, and featx writes into folders of the run alone; remove it")
+        return self.path / name
 
     @property
     def head(self) -> Head:
@@ -118,9 +139,10 @@ class Run:
             raise RunError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def open_run(run: str | Path | Run) -> Run:
-    """A finished run. Raises `RunError` for anything else."""
+def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
+    """A finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
     run = run if isinstance(run, Run) else Run(Path(run))
+    run = replace(run, factory=factory) if factory else run
     _ = run.config, run.report
     return run
 

@@ -22,7 +22,8 @@ from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.backbones.table import names
 from featx.engines.opening import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import Features, groups
 from featx.files import write_array, write_atomic
 from featx.fitting import fit
@@ -55,7 +56,7 @@ class Sweep:
     @property
     def winner(self) -> Run:
         """A run like any other: evaluate it, export it."""
-        return Run(self.path / self.points[0]["run"])
+        return Run(self.path / self.points[0]["run"], factory=self.points[0]["backbone"])
 
     def table(self) -> str:
         """Plain text for people, best first."""
@@ -91,7 +92,7 @@ def sweep(
     """
     if by not in CRITERIA:
         raise FeatxError(f"a sweep chooses by {' or '.join(CRITERIA)}, not {by!r}")
-    source = data if isinstance(data, Source) else open_source(data)
+    source = open_source(data)
     requests = [_request(b, weights, layer, seed) for b in backbones for layer in layers]
     variants = [parse_head(h) for h in heads]
     if not requests or not variants or not views or min(views) < 0:
@@ -136,7 +137,7 @@ def sweep(
             points[i]["behind"] = augmentation.paired(mine[CRITERIA.index(by)] - best[CRITERIA.index(by)])
     found = Sweep(path, [points[i] for i in order], failed, by)
     _write(path, found.points, failed, by)
-    comparison.write_page(path, found.points, failed, by, source)
+    comparison.write(path, found.points, failed, by, source)
     if report:
         from featx.reporting.report import write_report
 
@@ -191,7 +192,7 @@ def _point(
     asked = [request.to_dict(), head, settings, views, common["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
-    run = Run(path / "runs" / name)
+    run = Run(path / "runs" / name, factory=request.name)
     if not run.finished:
         fit(
             source,
@@ -219,7 +220,7 @@ def _point(
     point: dict[str, Any] = {
         "name": name,
         "run": f"runs/{name}",
-        "backbone": info.name.removeprefix("torchvision/"),
+        "backbone": extraction.info.name.removeprefix("torchvision/"),
         "layer": request.layer,
         "head": head_text(head, settings),
         "views": views,

@@ -119,7 +119,7 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
     ]
     text = found.table()
     assert text.count("colours") >= 4
-    assert "The validation images chose nothing." in text
+    assert "Validation images were not used to pick the winner." in text
     page = (found.path / "sweep.html").read_text()
     assert f'href="{found.points[0]["run"]}/report.html"' in page
     assert (found.winner.path / "report.html").is_file()
@@ -131,16 +131,16 @@ def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any])
 def test_a_point_that_fails_is_named_and_the_others_go_on(
     grid: dict[str, Any], monkeypatch: pytest.MonkeyPatch, engine: ColourEngine
 ):
-    from featx.extraction import pipeline as extraction
+    from featx.extraction.pipeline import job
 
-    resolve = extraction.resolve
+    resolve = job.resolve
 
     def only_colours(request: Any, cache: Path | None) -> Any:
         if request.name == "sounds":
             raise BackboneError("unknown backbone 'sounds'")
         return resolve(request, cache)
 
-    monkeypatch.setattr(extraction, "resolve", only_colours)
+    monkeypatch.setattr(job, "resolve", only_colours)
     found = sweep(**{**grid, "backbones": ["sounds", "colours"], "views": [0]})
     assert len(found.points) == 2
     assert len(found.failed) == 2

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from featx.backbones.loading import load_backbone
 from featx.devices import available_threads
 from featx.errors import TrainingError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import Features, hash_fraction
 from featx.finetuning import layers, prefix
 from featx.finetuning.augment import Augmentation
@@ -172,7 +172,7 @@ def prepare(
         weights=_class_weights(targets, class_names, settings).to(world.device),
         class_names=class_names,
         checkpoints=Checkpoints(
-            run.path / "checkpoints",
+            run.folder("checkpoints"),
             {
                 **settings.to_dict(),
                 "weights": backbone.info.weights_digest,

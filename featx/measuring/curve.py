@@ -27,19 +27,21 @@ def learning_curve(
     repeats: int = 5,
     seed: int | None = None,
     device: str = "auto",
+    factory: str | None = None,
 ) -> dict[str, Any]:
     """Fit a run's head on parts of its training images, and write `curve.json` into its folder.
 
     sizes: training images, by default N, N / 2, N / 4, ... down to about four a class. repeats: subsets of
     each size, stratified, drawn with `seed` (default: the run's), each within the next larger one; duplicates
     stay together. Measured on the run's validation images, which choose nothing: each subset's head chooses
-    inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets.
+    inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets. factory: as
+    for `featx.load`.
 
     Returns JSON values: `rows` (images, accuracy, low, high, subsets, spread: the standard deviation over
     subsets), `forecast` (see `foretell`) or None, and `verdict`, a sentence. Raises `RunError` where the data
     are not the run's any more, `HeadError` where nothing can be learned or measured.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     config = opened.config
     if config["head"] == "pretrained":
         raise HeadError("the pretrained head learns nothing from training images; fit logreg or linear first")

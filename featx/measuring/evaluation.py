@@ -122,15 +122,16 @@ def evaluate(
     *,
     split: str | None = None,
     cache: str | Path | None = None,
+    factory: str | None = None,
     **options: Any,
 ) -> Report:
     """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
 
     split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
-    options: `device`, `batch_size` and `workers` of `featx.extract`. Raises `RunError` for what is no
-    finished run, `HeadError` where there is no labelled image.
+    factory: as for `featx.load`. options: `device`, `batch_size` and `workers` of `featx.extract`. Raises
+    `RunError` for what is no finished run, `HeadError` where there is no labelled image.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     config = opened.config
     spec = FeatureSpec.from_dict(config["spec"])
     features = extract(
@@ -167,7 +168,7 @@ def evaluate(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
             "measured here promises too much"
         )
-    skipped = features.report["skipped_images"]
+    skipped = features.report.skipped_images if features.report else []
     if skipped:
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
         notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")

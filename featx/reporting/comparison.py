@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from featx.files import write_atomic
-from featx.reporting import page, plots
+from featx.reporting import plots
+from featx.reporting.page import Drawing, Table, signed, strip_paths, write_page
 from featx.sources.source import Source
 
 # of the table, in the terminal and in the page
-COLUMNS = [
-    "backbone",
-    "head",
-    "views",
-    "cross-validated",
-    "log-loss",
-    "behind the first",
-    "validation",
-    "images/s",
-    "MB",
-]
+COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
+COLUMNS += ["images/s", "MB"]
 
 
 def table(points: list[dict[str, Any]], failed: list[dict[str, str]], by: str) -> str:
@@ -44,7 +34,7 @@ def _row(point: dict[str, Any]) -> list[Any]:
         point["views"],
         _between(found["accuracy"], found["low"], found["high"]) if found else None,
         f"{found['log_loss']:.3f}" if found else None,
-        f"{behind['value']:+.3f} ({behind['low']:+.3f} to {behind['high']:+.3f})" if behind else None,
+        signed(behind) if behind else None,
         _between(point["accuracy"], point["low"], point["high"]) if point["accuracy"] is not None else None,
         None if point["images_per_second"] is None else f"{point['images_per_second']:g}",
         f"{point['megabytes']:.1f}",
@@ -55,17 +45,17 @@ def _between(value: float, low: float, high: float) -> str:
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _chosen(by: str, points: Iterable[dict[str, Any]]) -> str:
+def _chosen(by: str, points: list[dict[str, Any]]) -> str:
     first, *others = points
     if first["cross_validated"] is None:
         return "Too few training images to cross-validate: nothing was chosen, the first of the grid comes first."
-    near = [p for p in others if p["behind"] and p["behind"]["low"] <= 0 <= p["behind"]["high"]]
-    text = (
-        f"Chosen by cross-validated {by.replace('_', '-')} on {first['cross_validated']['images']:,} training images: "
-    )
-    text += f"{first['run']}. The validation images chose nothing."
+    near = sum(1 for p in others if p["behind"] and p["behind"]["low"] <= 0 <= p["behind"]["high"])
+    criterion, images = by.replace("_", "-"), first["cross_validated"]["images"]
+    text = f"Chosen by cross-validated {criterion} on {images:,} training images: {first['run']}. "
+    text += "Validation images were not used to pick the winner."
     if near:
-        text += f" {len(near)} of the {len(others)} others cannot be told from it on these images."
+        few = f"None of the other {near} is" if near == len(others) else f"{near} of the other {len(others)} are not"
+        text += f" {few} measurably worse on these images."
     return text
 
 
@@ -76,27 +66,18 @@ def _plotted(point: dict[str, Any]) -> dict[str, Any]:
     return {**point, **(point["cross_validated"] or {"accuracy": 0.0, "low": 0.0, "high": 1.0})}
 
 
-def write_page(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]], by: str, source: Source) -> None:
+def write(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]], by: str, source: Source) -> None:
     """`sweep.html` and `plots/trade-off.png`, in the sweep's folder."""
-    title = f"{Path(source.uri).resolve().name} · sweep of {len(points)} runs"
-    figure = plots.trade_off([_plotted(p) for p in points], winner=0)
-    drawing = plots.svg(figure, "trade-off", "Accuracy against images per second and file size, with intervals.")
-    chosen = _chosen(by, points)
-    link = f'<p><a href="{page.text(points[0]["run"])}/report.html">The report of the first</a></p>'
-    failures = [f"{f['point']}: {f['error'].replace(str(Path(source.uri).resolve().parent), '')}" for f in failed]
-    html = page.page(
-        title,
-        f'<header><h1>{page.text(title)}</h1><p class="lead">{page.text(chosen)}</p>{link}</header>',
-        page.section(
-            "Accuracy, speed and size",
-            page.figure(drawing, 1040),
-            note="Validation accuracy with 95% intervals; heads on one backbone are set side by side.",
-        ),
-        page.section(
-            "All runs",
-            page.table(COLUMNS, [_row(p) for p in points], "Best first; 95% intervals in brackets.", mark=0),
-        ),
-        page.section("Failed", page.notes(failures)),
+    data = Path(source.uri).resolve()
+    note = "Validation accuracy with 95% intervals, against images per second and file size; "
+    note += "numbers are places in the table, and heads that share a backbone are drawn next to each other."
+    rows = [[str(place), *_row(p)] for place, p in enumerate(points, 1)]
+    write_page(
+        path / "sweep.html",
+        {"trade-off": Drawing(plots.trade_off([_plotted(p) for p in points], winner=0), note, 1040)},
+        title=f"{data.name} · sweep of {len(points)} run{'s' if len(points) > 1 else ''}",
+        chosen=_chosen(by, points),
+        best=points[0]["run"],
+        runs=Table(["", *COLUMNS], rows, "Best first; 95% intervals in brackets.", mark=0),
+        failed=[f"{f['point']}: {strip_paths(f['error'], [data.parent])}" for f in failed],
     )
-    write_atomic(path / "sweep.html", html)
-    plots.png(figure, path / "plots" / "trade-off.png", dpi=130)

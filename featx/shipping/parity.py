@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import Features, content_key, cosines, difference
 from featx.files import write_atomic
 from featx.head import MULTILABEL, Head
@@ -153,7 +153,7 @@ def choose(extraction: Extraction, features: Features, split: str, limit: int) -
         labels = [tuple(names[c] for c in np.flatnonzero(features.y[i])) for i in rows]
     else:
         labels = [(names[features.y[i]],) for i in rows]
-    numbers = extraction.rows[rows].tolist()
+    numbers = extraction.numbers[rows].tolist()
     return Images(
         ids=[features.ids[i] for i in rows],
         labels=labels,
