@@ -146,8 +146,6 @@ def photo_run(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.T
 
     root = tmp_path_factory.mktemp("photo-run")
     weights = str(squeezenet_weights)
-    run = featx.fit(
-        photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run", report=False
-    )
+    run = featx.fit(photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run")
     featx.export(run.path)
     return root / "run"

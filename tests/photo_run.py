@@ -56,6 +56,6 @@ def photo_run(factory: pytest.TempPathFactory, photos: Path, weights: Path) -> P
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TORCH_HOME", str(torch_home(base / "torch", weights)))
             folders = {"cache": base / "cache", "output": base / "run"}
-            run = featx.fit(base / "photos", "squeezenet1_1", report=False, **folders)
+            run = featx.fit(base / "photos", "squeezenet1_1", **folders)
             featx.export(run.path)
     return base

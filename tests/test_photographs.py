@@ -29,13 +29,11 @@ def fitted(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.Temp
             weights=str(squeezenet_weights),
             cache=root / "cache",
             output=root / head,
-            report=False,
         )
     restricted = {
         "settings": {"restrict": True},
         "cache": root / "cache",
         "output": root / "restricted",
-        "report": False,
     }
     runs["restricted"] = featx.fit(photos, "squeezenet1_1", "pretrained", weights=str(squeezenet_weights), **restricted)
     return runs

@@ -151,7 +151,7 @@ def fit(
         from featx.finetuning.recipes import configure
 
         finetune = configure(recipe, mode=mode, seed=options["seed"], **chosen)
-    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, report=False, **options)
+    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, **options)
     if rank() != 0:
         return DONE  # of several processes, one speaks
     values = run.report
@@ -163,9 +163,9 @@ def fit(
         for note in [*values["fit"].get("notes", []), *filter(None, [values.get("views_note")])]:
             say(f"note: {note}")
         if "views" in values:
-            from featx.measuring.views import gain_text
+            from featx.measuring.views import Gain
 
-            say(gain_text(values["views"]))
+            say(Gain.from_dict(values["views"]).text())
     if report:
         page_of(run)
     if as_json:
@@ -240,18 +240,18 @@ def report(run: str) -> int:
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
-    from featx.measuring.curve import curve_text, learning_curve
+    from featx.measuring.curve import learning_curve
 
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes else None
     except ValueError:
         raise click.BadParameter(f"{sizes!r} is no list of whole numbers", param_hint="--sizes") from None
-    values = learning_curve(run, sizes=wanted, **options)
+    found = learning_curve(run, sizes=wanted, **options)
     if not as_json:
-        click.echo(prose(curve_text(values)))
+        click.echo(prose(found.text()))
     page_of(run)
     if as_json:
-        emit(values)
+        emit(found.to_dict())
     return DONE
 
 
@@ -284,16 +284,18 @@ def sweep(
 
     Features are extracted once for each backbone and layer. Ranked by cross-validation on training images.
     """
+    from featx.reporting.comparison import write
     from featx.sweeping import sweep
 
     grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
-    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, report=False, **options)
+    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, **options)
     if not as_json:
-        say(found.table())
+        say(found.text())
+    write(found)
     if report:
         page_of(found.winner)
     if as_json:
-        emit({"path": str(found.path), "by": found.by, "points": found.points, "failed": found.failed})
+        emit({"path": str(found.path), **found.to_dict()})
     else:
         click.echo(printable(str(found.winner.path)))
     return SKIPPED if found.failed else DONE

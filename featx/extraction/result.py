@@ -1,8 +1,9 @@
-"""`Extraction`: a data set whose features are all in the cache, and how its labels become numbers."""
+"""`Extraction`: a data set whose features are all in the cache."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import numpy as np
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
-from featx.errors import SourceError
 from featx.extraction.report import ExtractionReport
-from featx.features import Features, assign_splits
+from featx.features import Features, assign_splits, labelled
 from featx.sources.source import Source
 
 
@@ -40,10 +40,9 @@ class Extraction:
         """
         source, store, numbers = self.source, self.stores[view], self.numbers.tolist()
         labels = [source.labels[i] if source.labels else "" for i in numbers]
-        y, class_names = (several_labels if source.multilabel else one_label)(labels)
+        y, class_names = labelled(labels, source.multilabel)
         given = np.array([source.splits[i] if source.splits else "" for i in numbers], dtype="U5")
-        one = y if y.ndim == 1 else np.minimum(y[:, 0], 0)  # of several labels, whether there are any
-        splits, notes = assign_splits(self.keys, one, given, class_names)
+        splits, notes = assign_splits(self.keys, y, given, class_names)
 
         return Features(
             rows=StoredRows(store, self.keys) if self.exceeds(memory, len(self.keys)) else store.read(self.keys),
@@ -54,30 +53,18 @@ class Extraction:
             keys=self.keys,
             spec=store.spec,
             report=replace(self.report, notes=[*self.report.notes, *notes]),
+            given=given,
         )
+
+    def views(self, keys: np.ndarray, *, memory: float = float("inf")) -> Sequence[np.ndarray | StoredRows]:
+        """The rows of these keys, `uint8 [M, 32]`, in every view: in memory, or read by slices where the rows of
+        all views together take more than `memory` bytes.
+        """
+        if self.exceeds(memory, len(keys) * len(self.stores)):
+            return [StoredRows(store, keys) for store in self.stores]
+        return [store.read(keys, mapped=False) for store in self.stores]
 
     def exceeds(self, memory: float, rows: int) -> bool:
         """Whether so many rows of features take more than `memory` bytes."""
         row_bytes = math.prod(self.info.row_shape) * np.dtype(self.stores[0].spec.dtype).itemsize
         return rows * row_bytes > memory
-
-
-def one_label(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels -> `int64 [N]` and the sorted class names they index; -1 for an empty label."""
-    class_names = sorted(set(labels) - {""})
-    number = {"": -1} | {name: i for i, name in enumerate(class_names)}
-    return np.array([number[label] for label in labels], dtype=np.int64), class_names
-
-
-def several_labels(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels such as `cat|indoor` -> 0/1 `int64 [N, C]`, -1 for an empty label, and the columns' sorted class names."""
-    sets = [set(label.split("|")) - {""} for label in labels]
-    class_names = sorted(set().union(*sets))
-    if not class_names:
-        raise SourceError("no image has a class: every label is empty")
-    number = {name: i for i, name in enumerate(class_names)}
-    y = np.zeros((len(labels), len(class_names)), dtype=np.int64)
-    for row, names in enumerate(sets):
-        y[row, [number[name] for name in names]] = 1
-    y[[label == "" for label in labels]] = -1
-    return y, class_names

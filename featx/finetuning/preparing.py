@@ -24,7 +24,7 @@ from featx.finetuning.pixels import Pictures
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup
-from featx.head import Head
+from featx.head import Head, columns
 from featx.runs import Run
 
 HOLDOUT = "holdout"
@@ -219,9 +219,7 @@ def _rows(
 
 def _classes(features: Features, class_names: tuple[str, ...]) -> np.ndarray:
     """`int64 [N]`: each image's class as the head counts them, -1 for none."""
-    number = {name: i for i, name in enumerate(class_names)}
-    table = np.array([*(number.get(name, -1) for name in features.class_names), -1], np.int64)
-    return table[features.y]
+    return np.append(columns(features.class_names, class_names), -1)[features.y]
 
 
 def _class_weights(targets: Tensor, class_names: tuple[str, ...], settings: FinetuneConfig) -> Tensor:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from featx.errors import FeatxError
 from featx.features import Features, FeatureSpec
-from featx.head import MULTILABEL
 from featx.pixels.preprocess import Preprocess, decode
 from featx.pixels.views import CENTER, augmented
 from featx.pixels.views import pixels as view_pixels
@@ -175,12 +174,10 @@ def grid(pictures: list[Picture]) -> Drawing | None:
 def _answers(run: Run, part: Features) -> Iterator[tuple[str, str, str]]:
     """Each image's label, the head's answer, and how sure it is."""
     head = run.head
-    for probabilities, y in zip(head.probabilities(head(part.X)), part.y, strict=True):
-        if head.activation == "sigmoid":
-            answer, sure = _named(np.flatnonzero(probabilities >= MULTILABEL), head.class_names), ""
-        else:
-            answer, sure = head.class_names[int(probabilities.argmax())], f"{probabilities.max():.0%}"
-        yield _label(y, part.class_names), answer, sure
+    probabilities = head.probabilities(head(part.rows))
+    for p, said, y in zip(probabilities, head.answers(probabilities), part.y, strict=True):
+        sure = "" if head.activation == "sigmoid" else f"{p.max():.0%}"
+        yield _label(y, part.class_names), _named(np.flatnonzero(said), head.class_names), sure
 
 
 def _label(y: np.ndarray, names: list[str]) -> str:

@@ -6,7 +6,7 @@ import base64
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,24 +17,12 @@ from PIL import Image
 
 from featx.files import write_atomic
 from featx.reporting import plots
-from featx.text import printable
+from featx.text import printable, templates
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
     from matplotlib.figure import Figure
-
-
-SCORES = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "top5_accuracy": "Top-5 accuracy",
-    "mean_average_precision": "Mean average precision",
-    "micro_f1": "Micro F1",
-    "macro_f1": "Macro F1",
-    "log_loss": "Log-loss",
-}
-"""The numbers of an evaluation that come first, on a page and on a model card."""
 
 
 @dataclass(frozen=True)
@@ -116,23 +104,10 @@ def signed(found: Mapping[str, float]) -> str:
     return f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
-def environment(package: str, escape: Callable[[str], str], html: bool) -> Environment:
-    """The templates of a package. `escape` goes over each value that is put in, unless it is markup already."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def shown(value: Any) -> str:
-        return value if isinstance(value, Markup) else escape(str(value))
-
-    made = Environment(loader=PackageLoader(package), finalize=shown, undefined=StrictUndefined, autoescape=html)
-    made.trim_blocks = made.lstrip_blocks = True
-    return made
-
-
 @cache
 def _pages() -> Environment:
     # names come from files, and may hold what no UTF-8 file takes
-    made = environment("featx.reporting", printable, html=True)
+    made = templates("featx.reporting", printable, html=True)
     made.filters |= {"jpeg": _jpeg, "number": _number, "percent": _percent}
     return made
 

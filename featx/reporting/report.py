@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from featx.errors import FeatxError
+from featx.metrics import SCORES
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import Material
-from featx.reporting.page import SCORES, Drawing, Table, signed, write_page
+from featx.reporting.page import Drawing, Table, signed, write_page
 from featx.runs import Run, open_run
 
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling

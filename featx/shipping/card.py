@@ -12,9 +12,9 @@ from featx.backbones.request import BackboneInfo
 from featx.errors import ExportError
 from featx.features import FeatureSpec
 from featx.files import write_atomic
-from featx.reporting.page import SCORES, environment
+from featx.metrics import SCORES
 from featx.runs import CARD, CARD_MARK, Run, open_run
-from featx.text import printable
+from featx.text import printable, templates
 
 CLASSES = 30
 """Named one by one, at most; report.json has all."""
@@ -50,7 +50,7 @@ def card(run: str | Path) -> str:
     backbone, count = BackboneInfo.from_dict(config["backbone"]), report.get("count")
     measured = {name: float(report[name]) for name in SCORES if count and report.get(name) is not None}
     front = _front_matter(opened, config, report, backbone, measured)
-    template = environment("featx.shipping", _escaped, html=False).get_template("card.md")
+    template = templates("featx.shipping", _escaped, html=False).get_template("card.md")
     return template.render(
         front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
         mark=Markup(CARD_MARK),

@@ -20,7 +20,8 @@ from featx.errors import ExportError, ImageError
 from featx.extraction.result import Extraction
 from featx.features import Features, content_key, cosines, difference
 from featx.files import write_atomic
-from featx.head import MULTILABEL, Head
+from featx.head import MULTILABEL, Head, columns
+from featx.head import answers as answered
 from featx.pixels.preprocess import CLOSE, EXACT, GPU, Preprocess
 from featx.shipping.graph import FEATURES_VALUE, PIXELS
 
@@ -259,14 +260,13 @@ def compare(
 
     mine = answers(file["probabilities"], class_names, head.activation)
     theirs = answers(probabilities, list(head.class_names), head.activation)
-    column = {name: i for i, name in enumerate(head.class_names)}
     ties: list[str] = []
     differing: list[str] = []
     for i in np.flatnonzero([a != b for a, b in zip(mine, theirs, strict=True)]):
-        names = set(mine[i]) ^ set(theirs[i])
-        p = [float(probabilities[i, column[name]]) for name in names if name in column]
+        column = columns(sorted(set(mine[i]) ^ set(theirs[i])), head.class_names)
+        p = probabilities[i, column[column >= 0]].tolist()
         apart = max(abs(x - MULTILABEL) * 2 for x in p) if head.activation == "sigmoid" else max(p) - min(p)
-        close = len(p) == len(names) and apart <= gap
+        close = len(p) == len(column) and apart <= gap
         (ties if close else differing).append(images.ids[i])
 
     checks = [Check("labels", float(len(differing)), 0.0)]
@@ -323,9 +323,7 @@ def _cached(images: Images, rows: Rows) -> Check:
 
 def answers(probabilities: np.ndarray, names: list[str], activation: str) -> list[tuple[str, ...]]:
     """What each row of probabilities `[N, C]` says: one class, or the sorted classes that are probable enough."""
-    if activation == "softmax":
-        return [(names[i],) for i in probabilities.argmax(axis=1)]
-    return [tuple(sorted(names[i] for i in np.flatnonzero(row >= MULTILABEL))) for row in probabilities]
+    return [tuple(sorted(names[i] for i in np.flatnonzero(row))) for row in answered(probabilities, activation)]
 
 
 def verified_path(cache: Path, images: Images, parts: dict[str, str]) -> Path:

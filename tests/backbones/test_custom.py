@@ -274,7 +274,7 @@ def received(nets: Path) -> Path:
     """A folder with `data/`, and an exported `run/` whose factory's module leaves a mark when it is imported."""
     (nets / "mynets.py").write_text(MARK + NETS)
     write_images(nets / "data", per_class=20)
-    run = featx.fit(nets / "data", "mynets:encoder", cache=nets / "cache", output=nets / "run", report=False)
+    run = featx.fit(nets / "data", "mynets:encoder", cache=nets / "cache", output=nets / "run")
     featx.export(run)  # this one the user has named
     assert forgotten(nets)
     return nets
@@ -345,7 +345,7 @@ def test_a_run_that_names_a_module_of_its_own_folder_runs_nothing_in_another_pro
 
 
 def test_the_winner_of_a_sweep_over_factories_knows_what_the_user_named(received: Path) -> None:
-    options = {"cache": received / "cache", "output": received / "sweep", "report": False}
+    options = {"cache": received / "cache", "output": received / "sweep"}
     for _ in range(2):  # made, and found there
         found = sweep(received / "data", backbones=["mynets:encoder"], heads=["ncm"], **options)
         assert found.points[0]["backbone"] == "custom/mynets:encoder"

@@ -342,7 +342,6 @@ def fitted(data: Path, folder: Path) -> Run:
         decode="gpu",
         cache=folder / "cache",
         output=folder / "run",
-        report=False,
     )
 
 

@@ -277,13 +277,13 @@ def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Pa
     run = tmp_path / "run"
     for wrong in ({"Cs": 5}, {"strengths": [-1.0]}):
         with pytest.raises(HeadError):
-            fit(tiny, "tiny", settings=wrong, cache=tmp_path / "cache", output=run, report=False)
+            fit(tiny, "tiny", settings=wrong, cache=tmp_path / "cache", output=run)
         assert not run.exists()
-    fitted = fit(tiny, "tiny", cache=tmp_path / "cache", output=run, report=False)
+    fitted = fit(tiny, "tiny", cache=tmp_path / "cache", output=run)
     assert fitted.finished
     with pytest.raises(RunError, match="give another --output"):
         (tmp_path / "file").write_text("")
-        fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "file" / "run", report=False)
+        fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "file" / "run")
 
 
 def test_a_split_that_is_not_there_and_other_kinds_of_labels_are_named(
@@ -292,7 +292,7 @@ def test_a_split_that_is_not_there_and_other_kinds_of_labels_are_named(
     from featx.fitting import fit
     from featx.measuring.evaluation import evaluate
 
-    run = fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    run = fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "run")
     with pytest.raises(HeadError, match=r"the split 'vla'; there are train .*val .*Did you mean val"):
         evaluate(run.path, tiny, split="vla")
     table = tmp_path / "several.csv"

@@ -89,7 +89,7 @@ def photographs(root: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, engine: ColourEngine) -> Run:
     data = photographs(tmp_path / "insects")
-    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
 
 
 WRITTEN: list[Page] = []
@@ -236,7 +236,7 @@ def test_several_labels_per_image(tmp_path: Path, engine: ColourEngine):
         label = "|".join(name for name, there in (("dark", dark), ("wide", wide)) if there) or "|"
         lines.append(f"{i}.png,{label},{'val' if i % 3 == 0 else 'train'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run")
     seen = Page(write_report(run.path, layout="pca"))
     assert {"Per class", "Predictions", "Map of the features"} <= set(seen.headings)
     assert "Confusion matrix" not in seen.headings
@@ -302,7 +302,7 @@ def test_folders_of_this_machine_go_from_any_sentence():
 
 def test_ridge_shows_how_it_chose_its_penalty(tmp_path: Path, engine: ColourEngine):
     data = photographs(tmp_path / "insects")
-    run = fit(data, "colours", "ridge", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    run = fit(data, "colours", "ridge", cache=tmp_path / "cache", output=tmp_path / "run")
     seen = Page(write_report(run.path, layout="pca"))
     assert "Choice of the regularisation" in seen.headings
     assert {"held-out mean squared error", "penalty (larger = more regularisation)"} <= set(seen.words)

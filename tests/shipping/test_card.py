@@ -26,7 +26,7 @@ def run(tmp_path: Path, engine: ColourEngine) -> Run:
     data = write_images(tmp_path / "secret place" / "my: data | set", classes=ODD, per_class=8)
     output = tmp_path / "secret place" / "run: one #1"
     settings = {"strengths": [0.01]}
-    return featx.fit(data, "colours", settings=settings, cache=tmp_path / "cache", output=output, report=False)
+    return featx.fit(data, "colours", settings=settings, cache=tmp_path / "cache", output=output)
 
 
 def front_matter(text: str) -> dict[str, Any]:
