@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from PIL import Image
 from featx.backbones.loading import load_backbone
 from featx.backbones.request import BackboneRequest
 from featx.features import cosines
-from featx.pixels import nvjpeg
 from featx.pixels.nvjpeg import Gpu
 from featx.pixels.preprocess import CLOSE, Preprocess
 
@@ -39,12 +39,17 @@ def features(module: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
         return np.concatenate([module(torch.from_numpy(x)).numpy() for x in np.array_split(pixels, len(pixels) // 16)])
 
 
+def repeating(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor | None]:
+    """In the place of nvJPEG, where there is no GPU."""
+    return [torch.from_numpy(repeated(data)) for data in files]
+
+
 def compared(files: list[bytes], interpolation: str, device: str, networks: dict[str, torch.nn.Module]) -> list[Any]:
     """A row for each network and way to bring up chroma: repeated, and interpolated as featx does it."""
     preprocess = Preprocess(interpolation=interpolation)
     images = asked(files, preprocess)
     exact = np.stack([preprocess(image.data) for image in images])
-    gpu = Gpu(preprocess, device)
+    gpu = Gpu(preprocess, device, repeating if device == "cpu" else None)
     rows = []
     for way, gpu.repeats in (("repeated", False), ("interpolated", True)):
         ours = np.stack([views[0].cpu().numpy() for views in gpu(images) if views])
@@ -74,10 +79,10 @@ The photographs were saved anew as 4:2:0, quality 90; features of squeezenet1_1 
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-- *repeated* is what the decoder gives; *interpolated* is what featx makes of it (`decoding/chroma.py`) and stores.
+- *repeated* is what the decoder gives; *interpolated* is what featx makes of it (`pixels/chroma.py`) and stores.
   Without that step 4:2:0 files would miss the cosine of {close} that a run is held to.
-- What differs after it lies at colours cut off at 0 or 255, from which a sample cannot be told exactly.
-- The resize adds nothing: it is Pillow's, bit for bit (`tests/decoding/test_resample.py`).
+- What differs most after it lies at colours cut off at 0 or 255, from which a sample cannot be told exactly.
+- The resize adds little: at most 2 levels in fewer than 5 of 1,000 pixels (`tests/pixels/test_resample.py`).
 """
 
 
@@ -125,8 +130,6 @@ def main() -> None:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     pictures = [Image.open(path).convert("RGB") for path in sorted(options.photos.glob("val/*/*.jpg"))]
     files = [encoded(picture, quality=90, subsampling="4:2:0") for picture in pictures]
-    if device == "cpu":
-        nvjpeg.decoded = lambda files, device: [torch.from_numpy(repeated(data)) for data in files]  # type: ignore
     requests = {
         "squeezenet1_1": BackboneRequest("squeezenet1_1", weights=str(options.weights)),
         "resnet18": BackboneRequest("resnet18", weights="random"),

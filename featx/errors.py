@@ -31,6 +31,10 @@ class DamageError(StoreError):
     """Bytes in a cache that are not the ones once committed, or never could have been."""
 
 
+class NewerError(FeatxError):
+    """What a newer featx wrote, with fields that this one does not know: neither damaged nor readable here."""
+
+
 class HeadError(FeatxError):
     """A head that cannot be fitted or read: one class, NaN features, an unknown setting."""
 

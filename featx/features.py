@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from featx.errors import FeatxError, SourceError
+from featx.identity import Identity
 from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
@@ -74,7 +75,7 @@ def labelled(labels: Sequence[str], several: bool) -> tuple[np.ndarray, list[str
 
 
 @dataclass(frozen=True)
-class FeatureSpec:
+class FeatureSpec(Identity):
     """All that changes a feature, and nothing else. Two specs with one digest have the same features."""
 
     backbone: str
@@ -85,7 +86,7 @@ class FeatureSpec:
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     view: str = "center"
-    """`center`, or a seeded augmented view such as `crop-flip/seed=0/3`."""
+    """`center`, or a seeded augmented view such as `crop-flip/seed=0/3/pixels=2`."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass: `fp32`, `bf16` or `fp16`."""
     dtype: StoredDtype = "float32"
@@ -108,12 +109,9 @@ class FeatureSpec:
         """How far two rows of one image may lie apart, as computed; a store records it beside the spec."""
         return TOLERANCE[self.precision]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
-        return cls(**{**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureSpec:
+        return super().from_dict({**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
 
 
 def content_key(data: bytes) -> bytes:

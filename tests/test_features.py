@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from featx.errors import FeatxError
+from featx.backbones.request import BackboneInfo
+from featx.errors import FeatxError, NewerError
 from featx.features import (
     VALIDATION_SHARE,
     Features,
@@ -20,6 +21,7 @@ from featx.features import (
     groups,
     hash_fraction,
 )
+from featx.identity import ADDED
 from featx.pixels.preprocess import Preprocess
 
 SPEC = FeatureSpec(backbone="torchvision/resnet18", weights="00" * 32)
@@ -164,10 +166,44 @@ def test_what_was_given_is_not_changed_in_place() -> None:
 # --- the spec -------------------------------------------------------------------------------------
 
 
-def test_the_digest_of_a_spec_is_pinned() -> None:
+ODD = Preprocess(342, 299, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.25, 0.125), "nvjpeg/1")
+INFO = BackboneInfo("timm/vit_tiny", "ab" * 32, "blocks.3", ODD, (192,), ("ant", "bee"), True, 5, "note", "mit")
+
+
+def sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("spec", "digest"),
+    [
+        (SPEC, "e3d4a46dec3f1a7ce901a8a556fdb8809f8aeaced43492874c102f02dbc264f9"),
+        (replace(SPEC, preprocess=ODD), "f208ce5b6b2bebbbae95321c2310e67f28e07bd5b94206091ab66ef635bd71b3"),
+        (
+            replace(SPEC, view="crop-flip/seed=0/3"),
+            "378565d7f999eeb14bbb3ea33e3a2f3837263a52be7f3ef7896949e6a46b5e1b",
+        ),
+        (
+            replace(SPEC, layer="logits", precision="bf16", dtype="float16"),
+            "7be3deafffd3b245b349d666598e73c27bb940350d398e47ae28c83c017f69bf",
+        ),
+        (
+            INFO.spec(precision="fp16", dtype="float16"),
+            "7a021245b56710ba546e7f46f7cc4c029d9aff2fd8003fe31b0334dbef5178fa",
+        ),
+    ],
+    ids=("plain", "pixels", "view", "stored", "info"),
+)
+def test_the_digests_of_version_1_are_pinned(spec: FeatureSpec, digest: str) -> None:
     """If this fails, every cache in the world is cold: raise `FORMAT_VERSION` on purpose, or undo it."""
-    assert SPEC.digest == "e3d4a46dec3f1a7ce901a8a556fdb8809f8aeaced43492874c102f02dbc264f9"
-    assert SPEC.digest == hashlib.sha256(json.dumps(SPEC.to_dict(), sort_keys=True).encode()).hexdigest()
+    assert spec.version == 1
+    assert spec.digest == digest == sha256(spec.to_dict())
+
+
+def test_the_json_of_preprocessing_and_backbones_is_pinned() -> None:
+    assert sha256(Preprocess().to_dict()) == "d0424e188aac983ef292ad45b0f9ee0ab389e5eb217381ff81b87d15825cacee"
+    assert sha256(ODD.to_dict()) == "0b4dc7c5c0eea43d95ea2d9e76f64a3e2cf155a75443d9f139fbec2071461495"
+    assert sha256(INFO.to_dict()) == "beeb0874e31e589ed3cd22e88efa56ffea9dc3664dee938dbf566c7a7d76910a"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +232,39 @@ def test_whatever_changes_a_feature_changes_the_digest(change: dict[str, Any]) -
 def test_a_spec_survives_json() -> None:
     again = FeatureSpec.from_dict(json.loads(json.dumps(SPEC.to_dict())))
     assert again == SPEC and again.digest == SPEC.digest
+
+
+@dataclass(frozen=True)
+class GrownPreprocess(Preprocess):
+    mode: str = field(default="center", metadata=ADDED)
+
+
+@dataclass(frozen=True)
+class GrownSpec(FeatureSpec):
+    tokens: tuple[int, ...] = field(default=(), metadata=ADDED)
+
+
+def test_a_field_added_later_changes_a_digest_only_where_it_is_used() -> None:
+    weights = "00" * 32
+    assert GrownSpec(SPEC.backbone, weights, preprocess=GrownPreprocess()).digest == SPEC.digest
+    used = [
+        GrownSpec(SPEC.backbone, weights, tokens=(1, 2)),
+        GrownSpec(SPEC.backbone, weights, preprocess=GrownPreprocess(mode="squash")),
+    ]
+    assert len({SPEC.digest, *(spec.digest for spec in used)}) == 3
+    assert GrownSpec.from_dict(json.loads(json.dumps(used[0].to_dict()))) == used[0]
+    assert GrownSpec.from_dict(SPEC.to_dict()) == GrownSpec(SPEC.backbone, weights)
+    assert replace(INFO, preprocess=GrownPreprocess(**vars(ODD))).to_dict() == INFO.to_dict()
+    for spec, name in zip(used, ("tokens", "mode"), strict=True):
+        with pytest.raises(NewerError, match=rf"does not know \({name}\).*newer one; update featx"):
+            FeatureSpec.from_dict(spec.to_dict())
+
+
+def test_a_spec_that_lacks_a_field_of_version_1_is_refused() -> None:
+    values = SPEC.to_dict()
+    del values["layer"]
+    with pytest.raises(FeatxError, match="FeatureSpec lacks layer"):
+        FeatureSpec.from_dict(values)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float64"}, {"precision": "int8"}])

@@ -57,7 +57,20 @@ def test_imports_point_one_way() -> None:
 
 # Low to high: a room imports from its own and from those before it, inside functions too.
 ROOMS = (
-    *("errors", "text", "kinds", "options", "threads", "files", "devices", "metrics", "pixels", "features", "head"),
+    *(
+        "errors",
+        "identity",
+        "text",
+        "kinds",
+        "options",
+        "threads",
+        "files",
+        "devices",
+        "metrics",
+        "pixels",
+        "features",
+        "head",
+    ),
     *("sources", "cache", "backbones", "engines", "solvers", "heads", "extraction", "runs", "classifier"),
     *("measuring", "finetuning", "fitting", "sweeping", "estimators", "shipping", "reporting", "cli"),
 )

@@ -90,7 +90,7 @@ class BackboneInfo:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "preprocess": self.preprocess.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BackboneInfo:

@@ -18,7 +18,7 @@ from featx.cache.hdf5 import plan, utf8
 from featx.cache.index import as_keys, distinct
 from featx.cache.shards import StaleError
 from featx.cache.store import FeatureStore
-from featx.errors import DamageError, StoreError
+from featx.errors import DamageError, NewerError, StoreError
 from featx.features import Features, FeatureSpec
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
 from featx.text import near
@@ -37,7 +37,7 @@ class Entry:
     """The folder's name, `resnet18-0123456789abcdef`; its start will do where it is the only one."""
     path: Path
     spec: FeatureSpec | None
-    """None where `spec.json` is lost or damaged; the next run with this spec writes it anew."""
+    """None where `spec.json` is lost or damaged (the next run with this spec writes it anew), or a newer featx's."""
     engine: str | None
     row_shape: tuple[int, ...] | None
     shards: int
@@ -116,7 +116,11 @@ def verify(cache: Path, name: str | None = None) -> list[dict[str, Any]]:
         if entry.spec is None and not folders.list_shards(entry.path):
             done.append({"name": entry.name, "shards": 0, "rows": 0, "bytes": 0, "notes": ["it holds nothing"]})
             continue
-        _, store = _open(cache, entry.name)
+        try:
+            _, store = _open(cache, entry.name)
+        except NewerError as error:
+            done.append({"name": entry.name, "shards": 0, "rows": 0, "bytes": 0, "notes": [str(error)]})
+            continue
         store.refresh(trust=False)
         listed = folders.list_shards(entry.path)
         size = sum(status[0] for _, status in listed)
@@ -250,7 +254,7 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 def _entry(path: Path) -> Entry:
     try:
         form = folders.read_form(path / "spec.json")
-    except (DamageError, StaleError):
+    except (DamageError, NewerError, StaleError):
         form = None
     damaged = path / "damaged"
     return Entry(
@@ -266,7 +270,10 @@ def _entry(path: Path) -> Entry:
 
 
 def _open(cache: Path, name: str) -> tuple[Entry, FeatureStore]:
-    """An entry and its store; where `spec.json` is lost, with the spec of its first intact shard."""
+    """An entry and its store; where `spec.json` is lost, with the spec of its first intact shard.
+
+    Raises `StoreError`, and `NewerError` for what a newer featx wrote.
+    """
     entry = find(cache, name)
     spec = entry.spec
     for shard, _ in folders.list_shards(entry.path) if spec is None else []:

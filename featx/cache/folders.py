@@ -13,7 +13,7 @@ from typing import Any
 
 from featx.cache import shards
 from featx.cache.shards import Form, Shard, StaleError
-from featx.errors import DamageError
+from featx.errors import DamageError, NewerError
 from featx.features import FeatureSpec
 from featx.files import aside_name, make_folder, sync_folder, write_atomic
 
@@ -53,12 +53,14 @@ def create(folder: Path, form: Form) -> None:
 
 
 def read_form(path: Path) -> Form:
-    """What a `spec.json` says. Raises `DamageError`, `OSError`."""
+    """What a `spec.json` says. Raises `DamageError`, `NewerError`, `OSError`."""
     values = _unsealed(path)
     try:
         shape = tuple(int(size) for size in values["row_shape"])
         form = Form(FeatureSpec.from_dict(values["spec"]), str(values["engine"]), shape)
-    except (ValueError, TypeError, KeyError) as error:
+    except NewerError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{path} holds no spec ({error})") from None
     if values.get("kind") != shards.KIND or min(shape, default=1) < 0:
         raise DamageError(f"{path} is of another kind ({values.get('kind')})")

@@ -20,7 +20,7 @@ import numpy as np
 
 from featx.cache.hdf5 import headers, plan
 from featx.cache.index import KEY_BYTES
-from featx.errors import DamageError, StoreError
+from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
 from featx.files import write_chunks
 
@@ -250,7 +250,9 @@ def _form_of(texts: dict[str, bytes], row_shape: tuple[int, ...]) -> Form:
     try:
         spec = FeatureSpec.from_dict(json.loads(texts["spec"]))
         engine = json.loads(texts["engine"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except NewerError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamageError(f"its spec cannot be read ({error})") from None
     if not isinstance(engine, str):
         raise DamageError("its engine is no text")

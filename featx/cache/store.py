@@ -17,7 +17,7 @@ from featx.cache.index import KeyIndex, as_keys, distinct
 from featx.cache.memo import CLOCK_NS
 from featx.cache.reading import Reader, readers
 from featx.cache.shards import Form, Shard, StaleError
-from featx.errors import DamageError, StoreError
+from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
 
@@ -331,10 +331,10 @@ class FeatureStore:
             reason = "it is another spec's"
         except StaleError:
             reason = "it is missing"
-        except DamageError as error:
+        except (DamageError, NewerError) as error:
             reason = str(error)
         for name, _ in folders.list_shards(self.folder):
-            with contextlib.suppress(DamageError, StaleError):
+            with contextlib.suppress(DamageError, NewerError, StaleError):
                 _, form = shards.check(self.folder, name, None)
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time

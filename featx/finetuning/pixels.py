@@ -18,7 +18,7 @@ from featx.features import content_key
 from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror
 from featx.finetuning.memory import free_memory
 from featx.pixels.preprocess import RESAMPLE
-from featx.pixels.views import CENTER, augmented, pixels
+from featx.pixels.views import CENTER, pixels, view_names
 
 # of the memory that is free: the rest is for activations, gradients and everybody else
 SHARE = 0.4
@@ -145,7 +145,7 @@ class Pictures:
         preprocess = extraction.info.preprocess
         self.side = preprocess.crop
         side, whole = preprocess.crop, preprocess.resize
-        names = [augmented(extraction.request.seed, k) for k in range(1, views + 1)]
+        names = view_names(extraction.request.seed, views)[1:]
 
         def center(image: Image.Image, key: bytes, view: int) -> np.ndarray:
             return pixels(preprocess, image, key, CENTER)

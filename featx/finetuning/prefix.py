@@ -22,7 +22,7 @@ from featx.extraction.result import Extraction
 from featx.features import FeatureSpec
 from featx.finetuning.augment import Draws
 from featx.finetuning.layers import Tuned
-from featx.pixels.views import CENTER, augmented
+from featx.pixels.views import view_names
 
 BATCH = 32
 _RANDOM = ("StochasticDepth", "DropPath", "DropBlock2d")
@@ -166,7 +166,7 @@ def _module(
 
 def specs(extraction: Extraction, spec: FeatureSpec, layer: str, views: int) -> list[FeatureSpec]:
     """The identities of the activations before `layer`: the centre crop's, then one for each view."""
-    names = [CENTER, *(augmented(extraction.request.seed, k) for k in range(1, views + 1))]
+    names = view_names(extraction.request.seed, views)
     return [replace(spec, layer=f"before {layer}", view=v, precision="fp32", dtype="float16") for v in names]
 
 

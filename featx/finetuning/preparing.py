@@ -191,7 +191,7 @@ def _check_labels(features: Features) -> None:
 
 
 def _overrides(extraction: Extraction) -> tuple[tuple[str, Any], ...]:
-    return tuple(extraction.info.preprocess.to_dict().items())
+    return tuple(vars(extraction.info.preprocess).items())
 
 
 def _rows(

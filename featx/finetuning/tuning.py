@@ -158,7 +158,7 @@ def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
 
 def tuned_request(backbone: Backbone, path: os.PathLike[str]) -> BackboneRequest:
     """How a tuned network is loaded: its file, seen through the preprocessing that it was trained with."""
-    overrides = tuple(backbone.info.preprocess.to_dict().items())
+    overrides = tuple(vars(backbone.info.preprocess).items())
     return BackboneRequest(
         name=backbone.info.name.removeprefix("custom/"),
         weights=os.fspath(path),

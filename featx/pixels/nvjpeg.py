@@ -1,9 +1,9 @@
-"""Owns JPEG decoding on a GPU: files to cropped pixels there, as near to Pillow's as nvJPEG can come."""
+"""JPEG decoding on a GPU: files to cropped pixels there, as near to Pillow's as nvJPEG can come."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -15,41 +15,36 @@ from featx.errors import FeatxError
 from featx.pixels.chroma import interpolated
 from featx.pixels.jpeg import Encoded, Header
 from featx.pixels.preprocess import Preprocess
-from featx.pixels.resample import Resize, resized
+from featx.pixels.resample import resized
 
 # Decoded pixels that lie on the device at a time; a group of larger images is decoded in parts.
 PIXELS = 1 << 27
-# What makes an image upright, by EXIF's orientation: whether rows become columns, and then which axes turn round.
-TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
-    2: (False, (2,)),
-    3: (False, (1, 2)),
-    4: (False, (1,)),
-    5: (True, ()),
-    6: (True, (2,)),
-    7: (True, (1, 2)),
-    8: (True, (1,)),
-}
+# JPEG files, on a device -> `uint8 [3, H, W]` of each as stored; None for those that fail.
+Decode = Callable[[Sequence[bytes], torch.device], list[Tensor | None]]
 
 
 class Gpu:
     """Decodes and resizes on one device, by torchvision's decoder and on a stream of its own; for one thread.
 
-    The device may be "cpu", for tests: everything but the decoder itself is the same there. Written
-    without a GPU at hand: its speed is not measured.
+    The device may be "cpu", for tests: everything but the decoder itself is the same there.
     """
 
-    def __init__(self, preprocess: Preprocess, device: str) -> None:
+    def __init__(
+        self, preprocess: Preprocess, device: str, decode: Decode | None = None, at_once: int | None = None
+    ) -> None:
+        """decode: in place of torchvision's decoder. at_once: in place of `PIXELS`."""
         self.preprocess = preprocess
         self.device = torch.device(device)
+        self.decode, self.at_once = decode or decoded, at_once or PIXELS
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
-            self.repeats = repeats_chroma(self.device)
+            self.repeats = repeats_chroma(self.device, self.decode)
 
     def __call__(self, images: Sequence[Encoded]) -> list[list[Tensor] | None]:
         """The views of each image, `uint8 [3, crop, crop]`; None for what cannot be decoded. Waits for the device."""
         out: list[list[Tensor] | None] = []
         with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
-            for part in _parts(images):
+            for part in _parts(images, self.at_once):
                 try:
                     out += self._views(part)
                 except torch.cuda.OutOfMemoryError:  # left to Pillow, as all that fails here
@@ -61,26 +56,25 @@ class Gpu:
         return out
 
     def _views(self, part: list[Encoded]) -> list[list[Tensor] | None]:
-        decoded = self._upright(part)
-        images: list[Tensor] = []
-        resizes: list[Resize] = []
-        for e, image in zip(part, decoded, strict=True):
-            if image is not None:
-                images += [image] * len(e.looks)
-                resizes += [Resize.of(self.preprocess, *e.header.upright, box, turn) for _, box, turn in e.looks]
-        views = iter(resized(images, resizes)) if images else iter(())
-        pairs = zip(part, decoded, strict=True)
+        images: list[Tensor | None] = []
+        for image, e in zip(self.decode([e.data for e in part], self.device), part, strict=True):
+            if image is not None and list(image.shape) != [3, e.header.height, e.header.width]:
+                image = None
+            images.append(None if image is None else self._upright(image, e.header))
+
+        looks = [
+            (image, (right, top, left, bottom) if mirrored else (left, top, right, bottom))
+            for image, e in zip(images, part, strict=True)
+            if image is not None
+            for _, (left, top, right, bottom), mirrored in e.looks
+        ]
+        crop, interpolation = self.preprocess.crop, self.preprocess.interpolation
+        views = iter(resized([image for image, _ in looks], [box for _, box in looks], crop, interpolation))
+        pairs = zip(part, images, strict=True)
         return [None if image is None else list(islice(views, len(e.looks))) for e, image in pairs]
 
-    def _upright(self, part: list[Encoded]) -> list[Tensor | None]:
-        """`uint8 [3, H, W]` of each; None for what fails, or has another size than its header says."""
-        images = decoded([e.data for e in part], self.device)
-        out: list[Tensor | None] = [None] * len(part)
-        good = {i: image for i, image in enumerate(images) if image is not None and _fits(image, part[i].header)}
-        samplings = [part[i].header.sampling if self.repeats else (1, 1) for i in good]
-        for i, image in zip(good, interpolated(list(good.values()), samplings), strict=True):
-            out[i] = upright(image, part[i].header.orientation)
-        return out
+    def _upright(self, image: Tensor, header: Header) -> Tensor:
+        return upright(interpolated(image, header.sampling) if self.repeats else image, header.orientation)
 
 
 def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
@@ -104,7 +98,7 @@ def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]
     return [image for data in files for image in decoded([data], device)]
 
 
-def repeats_chroma(device: torch.device) -> bool:
+def repeats_chroma(device: torch.device, decode: Decode) -> bool:
     """Whether the device's decoder repeats samples of chroma, where Pillow's libjpeg interpolates them.
 
     nvJPEG under torchvision is said to, and may not always: it is asked, with a small picture of many colours.
@@ -114,21 +108,20 @@ def repeats_chroma(device: torch.device) -> bool:
     buffer = io.BytesIO()
     Image.fromarray(tints).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=2)
     own = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float()
-    (made,) = decoded([buffer.getvalue()], device)
+    (made,) = decode([buffer.getvalue()], device)
     if made is None:
         raise FeatxError(
             f"torchvision's JPEG decoder does not work on {device}: not even a plain picture can be decoded. Its "
             "build may be without nvJPEG; use --decode exact"
         )
-    mended = interpolated([made], [(2, 2)])[0]
+    mended = interpolated(made, (2, 2))
     return bool((mended.cpu() - own).abs().mean() < (made.cpu() - own).abs().mean())
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
-    """`uint8 [3, H, W]` as stored -> as it is to be seen."""
-    swapped, turned = TURNS.get(orientation, (False, ()))
-    image = image.transpose(1, 2) if swapped else image
-    return image.flip(turned) if turned else image
+    """`uint8 [3, H, W]` as stored -> as it is to be seen, by EXIF's orientation."""
+    image = image.transpose(1, 2) if orientation >= 5 else image
+    return image.flip([axis for axis, by in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in by])
 
 
 def stacked(images: Sequence[Tensor | np.ndarray]) -> Tensor:
@@ -141,17 +134,13 @@ def stacked(images: Sequence[Tensor | np.ndarray]) -> Tensor:
     return torch.stack(here)
 
 
-def _fits(image: Tensor, header: Header) -> bool:
-    return list(image.shape) == [3, header.height, header.width]
-
-
-def _parts(images: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-    """The images, in order, in parts of up to `PIXELS`."""
+def _parts(images: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
+    """The images, in order, in parts of up to so many pixels."""
     part: list[Encoded] = []
     pixels = 0
     for image in images:
         size = image.header.width * image.header.height
-        if part and pixels + size > PIXELS:
+        if part and pixels + size > most:
             yield part
             part, pixels = [], 0
         part.append(image)

@@ -1,15 +1,15 @@
-"""Owns the way from an image file's bytes to the `uint8 [3, crop, crop]` pixels a backbone sees."""
+"""From an image file's bytes to the `uint8 [3, crop, crop]` pixels that a backbone sees."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from featx.errors import FeatxError, ImageError
+from featx.identity import Identity
 
 # What people use for photographs, out of the 40 parsers that Pillow would otherwise sniff for. JPEG
 # finds MPO, the stereo files of some cameras, too.
@@ -42,7 +42,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(Identity):
     """Resize the short side, crop the centre, and (inside the model) scale and normalise.
 
     The same arithmetic as torchvision's `ImageClassification` preset on a Pillow image, except that
@@ -99,7 +99,7 @@ class Preprocess:
         box in single precision). An exported model that resizes by itself leaves a square of side
         `resize` as it is, so images of many sizes can share a batch. Raises `ImageError` as `box` does.
         """
-        return self._across_then_down(image, side, self.box(*image.size, side))
+        return self.render(image, self.box(*image.size, side), side)
 
     def box(self, width: int, height: int, side: int) -> Box:
         """What `square` sees of an upright image of this size, in its pixels.
@@ -122,37 +122,28 @@ class Preprocess:
         right, bottom = min((left + side) * across, width), min((top + side) * down, height)
         return left * across, top * down, right, bottom
 
-    def rows(self, box: Box, side: int, height: int) -> tuple[int, int]:
-        """The first row of the image that matters to a box resized to `side`, and the one after the last."""
-        reach = REACH[self.interpolation] * max((box[3] - box[1]) / side, 1) + 1
-        return max(0, int(box[1] - reach)), min(height, int(box[3] + reach) + 1)
+    def render(self, image: Image.Image, box: Box, side: int, mirrored: bool = False) -> np.ndarray:
+        """A box of the image as `uint8 [side, side, 3]`: the one place where the pixels of features are resampled.
 
-    def _across_then_down(self, image: Image.Image, side: int, box: Box) -> np.ndarray:
-        """Resize the box to `side` x `side`, first across, then down, as Pillow before 13 and onnxruntime do.
-
-        Each pass rounds to 8 bits. Pillow 13 takes the cheaper order, which depends on the box: bicubic
-        pixels then differ by up to 13 levels on photographs, and bilinear ones by 1, but 8 times as often,
-        which took probabilities 7e-3 from the exported model's instead of 2e-3 (measured).
+        First across, then down, as Pillow before 13 and onnxruntime do; each pass rounds to 8 bits. Pillow 13
+        takes the cheaper order, which depends on the box: bicubic pixels then differ by up to 13 levels on
+        photographs, and bilinear ones by 1, but 8 times as often, which took probabilities 7e-3 from the
+        exported model's instead of 2e-3 (measured).
         """
-        resample = RESAMPLE[self.interpolation]
-        first, last = self.rows(box, side, image.height)
-        across = image.resize((side, last - first), resample, box=(box[0], first, box[2], last))
-        down = (0, box[1] - first, side, min(box[3] - first, last - first))
-        return np.asarray(across.resize((side, side), resample, box=down))
+        left, top, right, bottom = box
+        resample, reach = RESAMPLE[self.interpolation], REACH[self.interpolation] * max((bottom - top) / side, 1) + 1
+        first, last = max(0, int(top - reach)), min(image.height, int(bottom + reach) + 1)  # rows that matter
+
+        across = image.resize((side, last - first), resample, box=(left, first, right, last))
+        down = (0, top - first, side, min(bottom - first, last - first))
+        array = np.asarray(across.resize((side, side), resample, box=down))
+        return array[:, ::-1] if mirrored else array
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after the resize, in pixels, rounded as torchvision rounds them."""
         if width <= height:
             return self.resize, int(self.resize * height / width)
         return int(self.resize * width / height), self.resize
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
 
 
 def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Owns augmented views: the named, seeded ways to see one image that each get a cache row of their own."""
+"""Augmented views: the named, seeded ways to see one image that each get a cache row of their own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import math
 import numpy as np
 from PIL import Image
 
-from featx.pixels.preprocess import RESAMPLE, Box, Preprocess
+from featx.pixels.preprocess import Box, Preprocess
 
 CENTER = "center"
+# Ends the names of augmented views. Raised when their pixels change, so that no old row is served for a new one;
+# what is drawn is left as it is. Without it: each resized in the order of passes that Pillow happened to choose.
+REVISION = "/pixels=2"
 # Of the image's area. Milder than the 0.08 of ImageNet training from scratch, since a handful of cached
 # views replaces hundreds of epochs: a crop that misses the object would stay in the training set for good.
 SCALE = (0.25, 1.0)
@@ -19,7 +22,7 @@ RATIO = (3 / 4, 4 / 3)
 
 def augmented(seed: int, k: int) -> str:
     """The name of augmented view `k` (1, 2, ...): random resized crop and horizontal flip."""
-    return f"crop-flip/seed={seed}/{k}"
+    return f"crop-flip/seed={seed}/{k}{REVISION}"
 
 
 def view_names(seed: int, views: int) -> list[str]:
@@ -28,27 +31,23 @@ def view_names(seed: int, views: int) -> list[str]:
 
 
 def look(preprocess: Preprocess, width: int, height: int, key: bytes, view: str) -> tuple[Box, bool]:
-    """What a view shows of an image: a box of its pixels, which is resized to the crop, and whether mirrored.
+    """What a view shows of an upright image: a box of its pixels, which is resized to the crop, and whether mirrored.
 
-    What is drawn depends on the image's content key and the view's name alone: not on the order of the
-    images, on threads or on other views, so that adding images or views later changes no row.
+    What is drawn depends on the image's content key and the view's name, its revision left out: not on the
+    order of the images, on threads or on other views, so that adding images or views later changes no row.
     """
     if view == CENTER:
         return preprocess.box(width, height, preprocess.crop), False
-    seed = int.from_bytes(hashlib.sha256(key + view.encode()).digest()[:16], "big")
+    drawn = hashlib.sha256(key + view.removesuffix(REVISION).encode())
+    seed = int.from_bytes(drawn.digest()[:16], "big")
     rng = np.random.default_rng(seed)
     return _crop(rng, width, height), bool(rng.random() < 0.5)
 
 
 def pixels(preprocess: Preprocess, image: Image.Image, key: bytes, view: str) -> np.ndarray:
     """`uint8 [3, crop, crop]` of one view of a decoded image."""
-    side = preprocess.crop
-    if view == CENTER:
-        return np.ascontiguousarray(preprocess.square(image, side).transpose(2, 0, 1))
     box, mirrored = look(preprocess, *image.size, key, view)
-    array = np.asarray(image.resize((side, side), RESAMPLE[preprocess.interpolation], box=box))
-    if mirrored:
-        array = array[:, ::-1]
+    array = preprocess.render(image, box, preprocess.crop, mirrored)
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
@@ -11,9 +12,11 @@ import pytest
 from storekit import SPEC, fill, flip, table
 
 from featx.cache import caching, folders, shards
+from featx.cache.shards import Form
 from featx.cache.store import FeatureStore
-from featx.errors import StoreError
-from featx.features import Features
+from featx.errors import NewerError, StoreError
+from featx.features import Features, FeatureSpec
+from featx.identity import ADDED
 
 NAME = folders.folder_name(SPEC)
 
@@ -73,6 +76,31 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     assert 200 <= there.sum() < 300 and np.array_equal(store.read(keys[there]), rows[there])
     assert (shard.parent / "damaged" / shard.name).exists()
     assert caching.entries(cache)[0].damaged == 1
+
+
+@dataclass(frozen=True)
+class NewerSpec(FeatureSpec):
+    tokens: int = field(default=0, metadata=ADDED)
+
+
+def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(
+    filled: tuple[Path, np.ndarray, np.ndarray],
+) -> None:
+    cache, keys, rows = filled
+    newer = Form(NewerSpec(SPEC.backbone, SPEC.weights, tokens=3), "tiny", (8,))
+    folder = cache / "features" / folders.folder_name(newer.spec)
+    folders.create(folder, newer)
+    shard = shards.write(folder, newer, keys, [rows])
+    for form_is_there in (True, False):  # the shard alone says the same
+        found = {entry.name: entry.spec for entry in caching.entries(cache)}
+        assert found == {NAME: SPEC, folder.name: None}
+        with pytest.raises(NewerError, match=r"does not know \(tokens\): it was written by a newer one; update featx"):
+            caching.info(cache, folder.name)
+        notes = {row["name"]: row["notes"] for row in caching.verify(cache)}
+        assert notes[NAME] == [] and "written by a newer one" in notes[folder.name][0]
+        if form_is_there:
+            (folder / "spec.json").unlink()
+    assert [path.name for path in folder.iterdir()] == [shard.name]
 
 
 def test_compact_gives_one_memory_mapped_run(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:

@@ -20,6 +20,7 @@ from featx.cache import store as store_module
 from featx.cache.index import KeyIndex
 from featx.cache.store import FeatureStore
 from featx.errors import StoreError
+from featx.pixels.views import view_names
 
 GOLDEN = Path(__file__).parent / "golden" / "cache"
 
@@ -201,7 +202,7 @@ def test_a_read_only_cache_can_be_read_and_says_that_it_is_read_only(
 
 def test_a_view_is_its_own_row_so_adding_views_computes_only_the_new_ones(tmp_path: Path) -> None:
     keys, _ = table(40)
-    views = ["center", "crop-flip/seed=0/1", "crop-flip/seed=0/2", "crop-flip/seed=0/3"]
+    views = view_names(0, 3)
     computed = []
     for count in (1, 3, 4):
         stores = [FeatureStore(tmp_path, replace(SPEC, view=v), engine="tiny") for v in views[:count]]

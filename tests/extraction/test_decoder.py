@@ -147,7 +147,7 @@ def test_what_the_device_refuses_is_decoded_by_pillow_one_by_one(
     row = next(i for i, name in enumerate(found.ids) if name.endswith("03.jpg"))
     np.testing.assert_array_equal(found.X[row], exact.X[row])
 
-    monkeypatch.setattr(nvjpeg, "repeats_chroma", lambda device: False)
+    monkeypatch.setattr(nvjpeg, "repeats_chroma", lambda *a: False)
     monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [None] * len(files))
     found = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "none", decode="gpu")
     np.testing.assert_array_equal(found.X, exact.X)

@@ -87,13 +87,13 @@ def test_everything_else_is_left_to_pillow(data: bytes) -> None:
     assert header(data) is None
 
 
-def test_what_is_too_large_for_a_group_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(photo())
-    monkeypatch.setattr(jpeg, "MOST_PIXELS", 61 * 37 - 1)
-    assert header(data) is None
-    monkeypatch.undo()
-    monkeypatch.setattr(jpeg, "MOST_BYTES", len(data) - 1)
-    assert header(data) is None
+def test_what_is_too_large_for_a_group_is_left_to_pillow() -> None:
+    data, size = encoded(photo()), b"\xff\xc0\x00\x11\x08" + bytes([0, 37, 0, 61])
+    for side, taken in ((1 << 13, True), ((1 << 13) + 1, False)):  # 2**26 pixels, and some more
+        said = size[:5] + side.to_bytes(2, "big") * 2
+        assert (header(changed(data, size, said)) is not None) == taken
+    filled = data + b"\xff\xd9" * ((jpeg.MOST_BYTES - len(data)) // 2)
+    assert header(filled) is not None and header(filled + b"\xff\xd9") is None
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

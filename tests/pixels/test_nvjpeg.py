@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,8 @@ from PIL import Image
 from featx.errors import FeatxError
 from featx.pixels import nvjpeg
 from featx.pixels.jpeg import Encoded, Header
-from featx.pixels.nvjpeg import Gpu
+from featx.pixels.nvjpeg import Gpu, decoded
 from featx.pixels.preprocess import Preprocess
-from featx.pixels.resample import Resize
 
 pytestmark = [  # `Decoder` keeps these to itself
     pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning"),
@@ -23,13 +23,15 @@ pytestmark = [  # `Decoder` keeps these to itself
 ]
 
 
-def test_whether_a_decoder_repeats_chroma_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def repeating(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor | None]:
+    return [torch.from_numpy(repeated(data)) for data in files]
+
+
+def test_whether_a_decoder_repeats_chroma_is_asked_of_it() -> None:
     assert not Gpu(Preprocess(36, 32), "cpu").repeats
-    monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [torch.from_numpy(repeated(f)) for f in files])
-    assert Gpu(Preprocess(36, 32), "cpu").repeats
-    monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [None] * len(files))
+    assert Gpu(Preprocess(36, 32), "cpu", repeating).repeats
     with pytest.raises(FeatxError, match=r"does not work on cpu.*use --decode exact"):
-        Gpu(Preprocess(36, 32), "cpu")
+        Gpu(Preprocess(36, 32), "cpu", lambda files, device: [None] * len(files))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -48,55 +50,59 @@ def test_a_torchvision_without_the_decoder_is_named(monkeypatch: pytest.MonkeyPa
         Gpu(Preprocess(), "cpu")
 
 
-def test_one_file_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_that_fails_fails_alone_in_parts_of_any_size() -> None:
     preprocess = Preprocess(36, 32)
     good, other = encoded(photo()), encoded(photo(50, 40), quality=95)
     bad = encoded(photo(64, 48))
     tables = bad.index(b"\xff\xc4"), bad.index(b"\xff\xda")
     bad = bad[: tables[0]] + b"\xff\xc4\x00\x05\x00\xff\xff" + bad[tables[1] :]
-    gpu = Gpu(preprocess, "cpu")
-    calls: list[int] = []
-    plain = nvjpeg.decoded
-    monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: (calls.append(len(files)), plain(files, device))[1])
-    found = gpu(asked([good, bad, other], preprocess))
+    found = Gpu(preprocess, "cpu")(asked([good, bad, other], preprocess))
     assert [views is None for views in found] == [False, True, False]
-    assert calls == [3, 1, 1, 1]
-    assert gpu(asked([bad], preprocess)) == [None]
-    monkeypatch.setattr(nvjpeg, "PIXELS", 1)
-    again = gpu(asked([good, bad, other], preprocess))
-    assert calls[5:] == [1, 1, 1]
+
+    calls: list[int] = []
+
+    def counting(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor | None]:
+        calls.append(len(files))
+        return decoded(files, device)
+
+    again = Gpu(preprocess, "cpu", counting, at_once=1)(asked([good, bad, other], preprocess))
+    assert calls == [1, 1, 1, 1]  # the first asks about chroma
     assert all(a is b or (a and b and (a[0] == b[0]).all()) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_chroma_that_a_decoder_repeats_is_interpolated_before_the_image_is_turned(
-    orientation: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chroma_that_a_decoder_repeats_is_interpolated_before_the_image_is_turned(orientation: int) -> None:
     preprocess = Preprocess(36, 32)
     files = [encoded(photo(low=90, high=170, seed=i), orientation=orientation, subsampling=2) for i in range(3)]
-    monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [torch.from_numpy(repeated(data)) for data in files])
-    gpu = Gpu(preprocess, "cpu")
+    gpu = Gpu(preprocess, "cpu", repeating)
     exact = np.stack([preprocess(data) for data in files]).astype(int)
     apart = {}
-    for repeats in (False, True):
-        gpu.repeats = repeats
+    for gpu.repeats in (False, True):
         found = np.stack([views[0].numpy() for views in gpu(asked(files, preprocess)) if views])
-        apart[repeats] = np.abs(found - exact)
-    assert apart[False].max() > 3 and apart[True].max() <= 1
+        apart[gpu.repeats] = np.abs(found - exact)
+    assert apart[False].max() > 3 and apart[True].max() <= 2
 
 
-def test_images_that_the_devices_memory_does_not_hold_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirrored_look_is_the_other_way_round() -> None:
     preprocess = Preprocess(36, 32)
-    plain = nvjpeg.resized
+    (image,) = asked([encoded(photo())], preprocess)
+    (number, box, _) = image.looks[0]
+    both = Encoded(image.data, image.header, [(number, box, False), (number, box, True)])
+    ((plain, mirrored),) = [views for views in Gpu(preprocess, "cpu")([both]) if views]
+    assert (plain.int() - mirrored.flip(2)).abs().max() <= 1 and (plain != mirrored).any()
 
-    def full(images: list[torch.Tensor], resizes: list[Resize]) -> list[torch.Tensor]:
-        if images[0].shape[2] > 100:
+
+def test_images_that_the_devices_memory_does_not_hold_are_left_to_pillow() -> None:
+    preprocess = Preprocess(36, 32)
+
+    def full(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor | None]:
+        images = decoded(files, device)
+        if any(image is not None and image.shape[2] > 100 for image in images):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return plain(images, resizes)
+        return images
 
-    monkeypatch.setattr(nvjpeg, "resized", full)
-    monkeypatch.setattr(nvjpeg, "PIXELS", 1)
-    found = Gpu(preprocess, "cpu")(asked([encoded(photo(size, 40)) for size in (60, 120, 61)], preprocess))
+    gpu = Gpu(preprocess, "cpu", full, at_once=1)
+    found = gpu(asked([encoded(photo(size, 40)) for size in (60, 120, 61)], preprocess))
     assert [views is None for views in found] == [False, True, False]
 
 

@@ -1,0 +1,36 @@
+"""Dataclasses whose JSON is hashed and kept: a field that is added to one later leaves every old digest as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from featx.errors import FeatxError, NewerError
+
+# The metadata of a field that was not there in version 1: `field(default=..., metadata=ADDED)`.
+ADDED = {"added": True}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """To and from JSON. A field that was `ADDED` is left out at its default; all others are always there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = [f for f in fields(self) if "added" not in f.metadata or getattr(self, f.name) != f.default]
+        values = {f.name: getattr(self, f.name) for f in kept}
+        return {name: v.to_dict() if isinstance(v, Identity) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises `NewerError` for fields that are not known here, and `FeatxError` for ones of version 1 that lack."""
+        first = {f.name for f in fields(cls) if "added" not in f.metadata}
+        lacking, unknown = first - values.keys(), values.keys() - {f.name for f in fields(cls)}
+        if lacking:
+            raise FeatxError(f"{cls.__name__} lacks {', '.join(sorted(lacking))}")
+        if unknown:
+            raise NewerError(
+                f"{cls.__name__} has fields that this featx does not know ({', '.join(sorted(unknown))}): "
+                "it was written by a newer one; update featx to read it"
+            )
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
