@@ -17,7 +17,6 @@ from featx.devices import memory_for_features
 from featx.errors import HeadError
 from featx.extraction.pipeline import Extraction, sync
 from featx.features import Features, Rows, groups, repeated, short_keys
-from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
 from featx.head import MULTILABEL, Fitted, Head
 from featx.measuring import views as augmentation
@@ -113,21 +112,23 @@ def fit(
         fitted = fitter.fit(X, y, features.class_names, groups=group, seed=seed, device=device, **centre, **settings)
     seconds = time.perf_counter() - begin
     if finetune is not None:
-        run, first = runs.Run(path), fitted.head if fitted else None
-        tuned = tuning.finetune(extracted, chosen, first, finetune, run, device, config=config, overwrite=overwrite)
+        first = fitted.head if fitted else None
+        tuned = tuning.finetune(extracted, chosen, first, finetune, path, device, config=config, overwrite=overwrite)
         if rank() != 0:
-            return run
+            return runs.Run(path, config, {}, tuned.head)
         # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
         extracted = sync(data, tuned.request, **options)
         features = extracted.features(memory=limit)
         fitted = Fitted(tuned.head, (fitted.info if fitted else {}) | {"finetune": tuned.history})
-        config |= {
-            "request": replace(tuned.request, weights=Path(tuned.request.weights).name).to_dict(),
-            "backbone": extracted.info.to_dict(),
-            "spec": features.spec.to_dict(),
-            "base": {name: config[name] for name in ("request", "backbone", "spec")},
-        }
-        run.write_config(config)
+        base = config.to_dict()
+        config = replace(
+            config,
+            request=replace(tuned.request, weights=Path(tuned.request.weights).name),
+            backbone=extracted.info,
+            spec=features.spec,
+            base={name: base[name] for name in ("request", "backbone", "spec")},
+        )
+        runs.write_config(path, config)
     assert fitted is not None
     values = measured(features, fitted, seconds)
     if head != "pretrained":  # which learned from no image here
@@ -139,16 +140,13 @@ def fit(
     if finetune is not None and finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
     if finetune is None:
-        run = runs.start(path, config, overwrite=overwrite)
-    fitted.head.save(run.path / "head.safetensors")
+        runs.start(path, config, overwrite=overwrite)
     learned = features.keys[(features.splits == "train") & (head != "pretrained")]
-    write_array(run.path / "trained-on.npy", np.unique(short_keys(learned)))
-    run.write("report.json", values)
-    run = replace(run, features=features, source=extracted.source)
+    run = runs.finish(path, fitted.head, np.unique(short_keys(learned)), values)
     if report:
         from featx.reporting.report import write_report
 
-        write_report(run)
+        write_report(run, features=features, source=extracted.source)
     return run
 
 
@@ -213,29 +211,28 @@ def configuration(
     settings: dict[str, Any],
     seed: int,
     finetune: FinetuneConfig | None,
-) -> dict[str, Any]:
-    """`config.json`: all that is needed to make the run again, or to load, evaluate and export it."""
-    request = extracted.request.to_dict()
-    if Path(request["weights"]).is_file():  # a run can be loaded from any working folder
-        request["weights"] = str(Path(request["weights"]).resolve())
-    splits = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
-    config = {
-        "featx": __version__,
-        "data": str(Path(extracted.source.uri).resolve()),
-        "data_digest": features.digest,
-        "cache": str(extracted.cache.resolve()),
-        "request": request,
-        "backbone": extracted.info.to_dict(),
-        "spec": features.spec.to_dict(),
-        "views": len(extracted.stores) - 1,
-        "head": head,
-        "settings": settings,
-        "finetune": finetune.to_dict() if finetune else None,
-        "seed": seed,
-        "class_names": features.class_names,
-        "splits": splits,
-    }
-    return {**config, "digest": runs.digest(config)}
+) -> runs.RunConfig:
+    """What `config.json` says before any fine-tuning."""
+    request = extracted.request
+    if Path(request.weights).is_file():  # a run can be loaded from any working folder
+        request = replace(request, weights=str(Path(request.weights).resolve()))
+    config = runs.RunConfig(
+        featx=__version__,
+        data=str(Path(extracted.source.uri).resolve()),
+        data_digest=features.digest,
+        cache=str(extracted.cache.resolve()),
+        request=request,
+        backbone=extracted.info,
+        spec=features.spec,
+        views=len(extracted.stores) - 1,
+        head=head,
+        settings=settings,
+        finetune=finetune.to_dict() if finetune else None,
+        seed=seed,
+        class_names=features.class_names,
+        splits={name: int((features.splits == name).sum()) for name in ("train", "val", "test")},
+    )
+    return replace(config, digest=runs.digest(config))
 
 
 def measured(features: Features, fitted: Fitted, seconds: float) -> dict[str, Any]:

@@ -24,16 +24,15 @@ from featx.engines.opening import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
 from featx.extraction.pipeline import Extraction, sync
 from featx.features import Features, groups
-from featx.files import write_array, write_atomic
+from featx.files import write_array, write_atomic, write_json
 from featx.fitting import fit
 from featx.heads import check_settings
 from featx.measuring import views as augmentation
 from featx.reporting import comparison
-from featx.runs import Run
+from featx.runs import Run, is_finished, open_run
 from featx.solvers import training as _training
 from featx.sources.opening import open_source
 from featx.sources.source import Source
-from featx.text import to_json
 
 FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
@@ -55,7 +54,7 @@ class Sweep:
     @property
     def winner(self) -> Run:
         """A run like any other: evaluate it, export it."""
-        return Run(self.path / self.points[0]["run"])
+        return open_run(self.path / self.points[0]["run"])
 
     def table(self) -> str:
         """Plain text for people, best first."""
@@ -140,7 +139,7 @@ def sweep(
     if report:
         from featx.reporting.report import write_report
 
-        write_report(found.winner.path)
+        write_report(found.winner)
     return found
 
 
@@ -191,23 +190,14 @@ def _point(
     asked = [request.to_dict(), head, settings, views, common["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
-    run = Run(path / "runs" / name)
-    if not run.finished:
-        fit(
-            source,
-            request,
-            head,
-            settings=settings,
-            gain=False,
-            views=views,
-            output=run.path,
-            overwrite=True,
-            report=False,
-            **common,
-        )
-    measured, config = run.report, run.config
-    info = BackboneInfo.from_dict(config["backbone"])
-    if config["request"]["layer"] != request.layer:  # the pretrained head may want the logits
+    folder = path / "runs" / name
+    if is_finished(folder):
+        run = open_run(folder)
+    else:
+        wanted = {"output": folder, "overwrite": True, "gain": False, "report": False} | common
+        run = fit(source, request, head, settings=settings, views=views, **wanted)
+    measured, info = run.report, run.config.backbone
+    if run.request.layer != request.layer:  # the pretrained head may want the logits
         request = run.request
         extraction = sync(source, request, **common)
         features = extraction.features()
@@ -343,7 +333,7 @@ def _former(path: Path) -> dict[str, dict[str, Any]]:
 def _write(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]], by: str) -> None:
     ranked = sorted(points, key=lambda p: _rank(p, by))
     values = {"by": by, "winner": ranked[0]["run"] if ranked else None, "points": ranked, "failed": failed}
-    write_atomic(path / "sweep.json", to_json(values).encode() + b"\n")
+    write_json(path / "sweep.json", values)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     flat = [

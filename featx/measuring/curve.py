@@ -11,7 +11,8 @@ import numpy as np
 from featx import heads
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import FeatureSpec, groups
+from featx.features import groups
+from featx.files import write_json
 from featx.measuring import views as augmentation
 from featx.runs import Run, open_run
 
@@ -41,25 +42,24 @@ def learning_curve(
     """
     opened = open_run(run)
     config = opened.config
-    if config["head"] == "pretrained":
+    if config.head == "pretrained":
         raise HeadError("the pretrained head learns nothing from training images; fit logreg or linear first")
-    if config.get("finetune"):
+    if config.finetune:
         raise HeadError("a learning curve of fine-tuning would take a fine-tuning each point; give a run of a head")
     if repeats < 1:
         raise HeadError(f"a curve needs at least one subset a size, not {repeats}")
-    spec = FeatureSpec.from_dict(config["spec"])
     extraction = sync(
-        config["data"],
+        config.data,
         opened.request,
-        cache=config["cache"],
-        seed=config["seed"],
-        precision=spec.precision,
-        dtype=spec.dtype,
-        views=config.get("views", 0),
+        cache=config.cache,
+        seed=config.seed,
+        precision=config.spec.precision,
+        dtype=config.spec.dtype,
+        views=config.views,
         device=device,
     )
     features = extraction.features()
-    if features.spec != spec or features.digest != config["data_digest"]:
+    if features.spec != config.spec or features.digest != config.data_digest:
         raise RunError(f"the data or the backbone of {opened.path} have changed since; fit again")
     train, held = features.split("train"), features.split("val")
     if not len(held):
@@ -68,8 +68,8 @@ def learning_curve(
     views = [features.X, *(extraction.features(k).X for k in range(1, len(extraction.stores)))]
     views = [view[rows] for view in views]
     group = groups(train.keys)
-    seed = config["seed"] if seed is None else seed
-    fitter = heads.module(config["head"])
+    seed = config.seed if seed is None else seed
+    fitter = heads.module(config.head)
     column = {name: i for i, name in enumerate(features.class_names)}
     wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(sizes))
     if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
@@ -90,7 +90,7 @@ def learning_curve(
                     groups=np.tile(group[part], len(views)),
                     seed=seed + r,
                     device=device,
-                    **config["settings"],
+                    **config.settings,
                 )
             except HeadError as error:
                 raise HeadError(f"with {size} training images: {error}") from error
@@ -100,7 +100,7 @@ def learning_curve(
         right.append(np.array(each))
     values = summarise(wanted, right)
     values |= {"seed": seed, "repeats": repeats, "measured_on": len(held)}
-    opened.write("curve.json", values)
+    write_json(opened.path / "curve.json", values)
     return values
 
 

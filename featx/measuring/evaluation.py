@@ -12,7 +12,7 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import extract
-from featx.features import FeatureSpec, short_keys
+from featx.features import short_keys
 from featx.head import MULTILABEL, Head
 from featx.measuring import intervals
 from featx.measuring.intervals import Estimate
@@ -131,12 +131,11 @@ def evaluate(
     finished run, `HeadError` where there is no labelled image.
     """
     opened = open_run(run)
-    config = opened.config
-    spec = FeatureSpec.from_dict(config["spec"])
+    spec = opened.config.spec
     features = extract(
         data,
         opened.request,
-        cache=cache or config["cache"],
+        cache=cache or opened.config.cache,
         precision=spec.precision,
         dtype=spec.dtype,
         **options,

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from featx.errors import FeatxError
-from featx.features import Features, FeatureSpec, content_key
+from featx.features import Features, content_key
 from featx.head import MULTILABEL
 from featx.pixels.preprocess import Preprocess, decode
 from featx.pixels.views import CENTER, augmented
 from featx.pixels.views import pixels as view_pixels
 from featx.reporting import page, plots
-from featx.runs import Run
+from featx.runs import Run, RunConfig
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 
@@ -66,34 +66,33 @@ class Material:
         return Preprocess.from_dict(self.config["backbone"]["preprocess"])
 
 
-def gather(run: Run) -> Material:
-    """A finished run with its features and photographs, as far as they are still there."""
-    config, report, features, source = run.config, run.report, run.features, run.source
+def gather(run: Run, features: Features | None = None, source: Source | None = None) -> Material:
+    """A finished run with its features and photographs, where these are not given as far as they are still there."""
+    config = run.config
     missing = []
     if source is None:
         try:
-            source = open_source(config["data"])
+            source = open_source(config.data)
         except FeatxError:
             missing.append("The photographs are not where they were: they are not shown.")
     if features is None and source is not None:
         features = _cached(config, source)
         if features is None:
             missing.append("The cache does not hold the run's features any more: no map and no predictions.")
-        elif features.digest != config["data_digest"]:
+        elif features.digest != config.data_digest:
             features = None
             missing.append("The data have changed since the run: no map and no predictions.")
-    return Material(run, config, report, features, source, missing)
+    return Material(run, config.to_dict(), run.report, features, source, missing)
 
 
-def _cached(config: dict[str, Any], source: Source) -> Features | None:
+def _cached(config: RunConfig, source: Source) -> Features | None:
     """The run's features as far as its cache has them, in the source's order; None where it has none."""
-    from featx.backbones.request import BackboneInfo, BackboneRequest
     from featx.cache.memo import KeyMemo
     from featx.cache.store import FeatureStore
     from featx.extraction.pipeline import Extraction
 
     keys, known = np.zeros((len(source), 32), np.uint8), np.zeros(len(source), bool)
-    cache = Path(config["cache"])
+    cache = Path(config.cache)
     if not cache.is_dir():
         return None
     if source.stats is not None:
@@ -104,12 +103,13 @@ def _cached(config: dict[str, Any], source: Source) -> Features | None:
             known[i] = True
         except FeatxError:
             continue
-    store = FeatureStore(cache, FeatureSpec.from_dict(config["spec"]))
+    store = FeatureStore(cache, config.spec)
     rows = np.flatnonzero(known & store.contains(keys))
     if not len(rows):
         return None
-    info, request = BackboneInfo.from_dict(config["backbone"]), BackboneRequest.from_dict(config["request"])
-    return Extraction(source, request, info, cache, [store], rows, keys[rows], {"notes": []}).features()
+    return Extraction(
+        source, config.request, config.backbone, cache, [store], rows, keys[rows], {"notes": []}
+    ).features()
 
 
 def strip_paths(sentence: str, config: dict[str, Any]) -> str:

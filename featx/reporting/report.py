@@ -18,6 +18,9 @@ from featx.runs import Run, open_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from featx.features import Features
+    from featx.sources.source import Source
+
 # Adds a figure to `plots/` and gives its HTML: name, figure, what a screen reader says, width in pixels.
 Draw = Callable[..., str]
 
@@ -33,17 +36,19 @@ SCORES = {
 }
 
 
-def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
+def write_report(
+    run: str | Path | Run, *, layout: str = "tsne", features: Features | None = None, source: Source | None = None
+) -> Path:
     """Write `report.html`, one file that needs nothing else, and the same figures as `plots/*.png`.
 
-    Of a run that another process fitted, features and photographs come from its cache and its data, without
-    any forward pass; what is not there any more is left out and said. layout: of the map of features, `tsne`
-    (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` for what is no finished run.
+    features, source: what the run was fitted and measured on. Where they are not given they come from its cache and
+    its data, without any forward pass; what is not there any more is left out and said. layout: of the map of features,
+    `tsne` (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` for what is no finished run.
     """
     if layout not in ("tsne", "pca"):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
     opened = open_run(run)
-    material = gallery.gather(opened)
+    material = gallery.gather(opened, features, source)
     figures: dict[str, Figure] = {}
 
     def draw(name: str, figure: Figure, description: str, width: int = 640, caption: str = "") -> str:

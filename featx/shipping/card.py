@@ -8,11 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from featx.backbones.request import BackboneInfo
 from featx.errors import ExportError
-from featx.features import FeatureSpec
 from featx.files import write_atomic
-from featx.runs import CARD, CARD_MARK, Run, open_run
+from featx.runs import CARD, CARD_MARK, Run, RunConfig, open_run
 from featx.text import printable
 
 CLASSES = 30
@@ -58,22 +56,23 @@ print(class_names[probabilities[0].argmax()], probabilities[0].max())
 ```"""
 
 
-def card(run: str | Path) -> str:
+def card(run: str | Path | Run) -> str:
     """The model card of a finished run: YAML for a hub, then Markdown for people. It names no place on this machine."""
     opened = open_run(run)
     return f"---\n{_yaml(_front_matter(opened))}---\n\n{CARD_MARK}\n\n{_body(opened)}"
 
 
-def write(run: str | Path) -> bool:
+def write(run: str | Path | Run) -> bool:
     """Put the card into the run's folder; a README.md of somebody's own stays, and False says so.
 
     Raises `ExportError` where the folder cannot be written.
     """
-    path = Path(run) / CARD
+    opened = open_run(run)
+    path = opened.path / CARD
     try:
         if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return False
-        write_atomic(path, card(run).encode())
+        write_atomic(path, card(opened).encode())
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
     return True
@@ -81,7 +80,7 @@ def write(run: str | Path) -> bool:
 
 def _front_matter(run: Run) -> dict[str, Any]:
     config, report = run.config, run.report
-    info = BackboneInfo.from_dict(config["backbone"])
+    info = config.backbone
     license = info.license.lower()
     front: dict[str, Any] = {"library_name": "featx", "pipeline_tag": "image-classification"}
     if license in LICENSES or not license:
@@ -105,14 +104,13 @@ def _front_matter(run: Run) -> dict[str, Any]:
 
 def _body(run: Run) -> str:
     config, report, head = run.config, run.report, run.head
-    info = BackboneInfo.from_dict(config["backbone"])
-    preprocess = FeatureSpec.from_dict(config["spec"]).preprocess
+    info, preprocess = config.backbone, config.spec.preprocess
     kind = "any number of classes" if head.activation == "sigmoid" else "one class"
     parts = [
         f"# {_text(_run_name(run))}",
         f"An image classifier: {kind} of {len(head.class_names)} for each image. "
-        f"The backbone is {_text(info.name)} ({_text(info.weights_note)}); the head is {_text(config['head'])}, "
-        f"fitted by featx {_text(config['featx'])} on {_text(_data_name(config))}.",
+        f"The backbone is {_text(info.name)} ({_text(info.weights_note)}); the head is {_text(config.head)}, "
+        f"fitted by featx {_text(config.featx)} on {_text(_data_name(config))}.",
         "## Classes\n\n" + _names(head.class_names),
     ]
     if head.threshold is not None:
@@ -185,9 +183,9 @@ def _names(names: tuple[str, ...]) -> str:
     return f"{text} and {len(names) - CLASSES} more." if len(names) > CLASSES else f"{text}."
 
 
-def _data_name(config: dict[str, Any]) -> str:
+def _data_name(config: RunConfig) -> str:
     """The data's own name, without where it lies."""
-    return re.split(r"[/\\]", config["data"].rstrip("/\\"))[-1] or "images"
+    return re.split(r"[/\\]", config.data.rstrip("/\\"))[-1] or "images"
 
 
 def _run_name(run: Run) -> str:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx import __version__
-from featx.backbones.request import BackboneInfo
 from featx.devices import memory_for_features
 from featx.engines.opening import backbone_onnx
 from featx.errors import ExportError, ParityError
@@ -69,9 +68,8 @@ def export(
     path = free_path(Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx"))
     backbone = None
     if input != "features":
-        backbone = load(backbone_path(opened))
-    spec = FeatureSpec.from_dict(opened.config["spec"])
-    model = graph.build(backbone, head, spec.preprocess, input=input, outputs=outputs)
+        backbone = graph.load(backbone_path(opened))
+    model = graph.build(backbone, head, opened.config.spec.preprocess, input=input, outputs=outputs)
     parts = graph.part_digests(model.graph)
     chosen = gate_images(opened, images, split, data)
     found, rows = _measure(opened, model, parts, chosen, list(head.class_names), tolerance, trust=True)
@@ -88,7 +86,7 @@ def export(
     short |= known | {check.name.replace(" ", "_"): check.value for check in found.checks[1:]}
     put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | known)
     if path == opened.path / DEFAULT["pixels"]:
-        card.write(opened.path)
+        card.write(opened)
     return found
 
 
@@ -100,13 +98,13 @@ def check(model: str | Path, run: str | Path | Run, *, images: int = parity.IMAG
     differs, and `ExportError` for a file that featx did not export.
     """
     path, opened = Path(model), open_run(run)
-    proto = load(path)
+    proto = graph.load(path)
     head = opened.head
     described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
     if described.get("precision", "fp32") != "fp32":
         raise ExportError(f"{path} is {described['precision']}: it was held to fp32 when it was made, not to torch")
     parts = graph.part_digests(proto.graph)
-    spec = FeatureSpec.from_dict(opened.config["spec"])
+    spec = opened.config.spec
     wrong = []
     if described["class_names"] != list(head.class_names):
         wrong.append("its classes, or their order, are not the run's")
@@ -133,31 +131,6 @@ def default_outputs(head: Head, input: str) -> tuple[str, ...]:
     return tuple(name for name in names if name != "features" or input != "features")
 
 
-def load(path: Path, *, external: bool = False) -> ModelProto:
-    """Read an ONNX file that is whole in itself. Raises `ExportError` for anything else.
-
-    Weights in other files are refused, since a crafted file could name any file of this machine; with
-    `external` such a file is read without them.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
-    except DecodeError as error:
-        raise ExportError(f"{path} is no ONNX file ({error})") from error
-    if not model.graph.node and not model.graph.initializer:
-        raise ExportError(f"{path} is no ONNX file, or holds no graph")
-    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside and not external:
-        raise ExportError(
-            f"{path} keeps {len(outside)} weights in other files ({outside[0]}); featx reads and writes one file"
-        )
-    return model
-
-
 def free_path(path: Path) -> Path:
     """The path, if a file may be written there, with its record beside it: in no one's place but featx's own."""
     for file, ours, what in ((path, _is_export, "an export"), (_beside(path), _is_record, "the record of one")):
@@ -171,7 +144,7 @@ def free_path(path: Path) -> Path:
 
 def _is_export(path: Path) -> bool:
     try:
-        return any(entry.key == "featx_format" for entry in load(path, external=True).metadata_props)
+        return any(entry.key == "featx_format" for entry in graph.load(path, external=True).metadata_props)
     except ExportError:
         return False
 
@@ -221,8 +194,7 @@ def metadata(
     from importlib.metadata import version
 
     config, report = run.config, run.report
-    info = BackboneInfo.from_dict(config["backbone"])
-    spec = FeatureSpec.from_dict(config["spec"])
+    info, spec = config.backbone, config.spec
     metrics = {name: report[name] for name in METRICS if report.get(name) is not None}
     return {
         "contract": contract(spec, input, head),
@@ -239,8 +211,8 @@ def metadata(
         "weights": info.weights_note,
         "weights_digest": info.weights_digest,
         "license": info.license or "not stated with the weights; ask their publisher",
-        "head": config["head"],
-        "data_digest": config["data_digest"],
+        "head": config.head,
+        "data_digest": config.data_digest,
         "metrics": metrics | {"split": report.get("split"), "count": report.get("count")},
         "parity": found,
         "parts": parts,
@@ -292,8 +264,7 @@ def _measure(
         if kept is None:
             return _measure_all(run, model, images, class_names, tolerance)
         rows, method = kept, "head"
-    spec = FeatureSpec.from_dict(run.config["spec"])
-    alone = graph.build(None, head, spec.preprocess, input="features", outputs=("probabilities", "logits"))
+    alone = graph.build(None, head, run.config.spec.preprocess, input="features", outputs=("probabilities", "logits"))
     file, same = parity.run_head(rows, open_session(alone.SerializeToString(), threads=1))
     return parity.compare(
         images, head, rows, file, same, class_names=class_names, method=method, tolerance=tolerance
@@ -305,7 +276,7 @@ def _measure_all(
 ) -> tuple[Parity, Rows]:
     from featx.classifier import load as load_classifier
 
-    classifier = load_classifier(run.path)
+    classifier = load_classifier(run)
     same = open_session(graph.opened_up(model, pixels=True))
     resizes = any(node.op_type == "Resize" and node.name.startswith("preprocess/") for node in model.graph.node)
     file = open_session(graph.opened_up(model)) if resizes else None
@@ -317,12 +288,10 @@ def _measure_all(
 
 
 def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str, str]:
-    spec = FeatureSpec.from_dict(run.config["spec"])
-    backbone = None if described["input"] == "features" else load(backbone_path(run))
+    backbone = None if described["input"] == "features" else graph.load(backbone_path(run))
     outputs = tuple(described["outputs"])
-    return graph.part_digests(
-        graph.build(backbone, head, spec.preprocess, input=described["input"], outputs=outputs).graph
-    )
+    expected = graph.build(backbone, head, run.config.spec.preprocess, input=described["input"], outputs=outputs)
+    return graph.part_digests(expected.graph)
 
 
 def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None) -> Images:
@@ -333,22 +302,21 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
     if limit < 1:
         raise ExportError(f"the gate needs at least one image, not {limit}")
     config = run.config
-    spec = FeatureSpec.from_dict(config["spec"])
     extraction: Extraction = sync(
-        data or config["data"],
+        data or config.data,
         run.request,
-        cache=config["cache"],
-        precision=spec.precision,
-        dtype=spec.dtype,
+        cache=config.cache,
+        precision=config.spec.precision,
+        dtype=config.spec.dtype,
     )
     features = extraction.features(memory=memory_for_features())
-    if features.spec.digest != spec.digest:
+    if features.spec.digest != config.spec.digest:
         raise ExportError(
-            f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "
+            f"{config.backbone.name} gives other features now than when {run.path} was fitted "
             "(its weights or preprocessing changed); fit again"
         )
     chosen = parity.choose(extraction, features, split, limit)
-    if features.digest == config["data_digest"]:
+    if features.digest == config.data_digest:
         return chosen
     seen = run.trained_on
     unseen = seen is not None and not np.isin(short_keys(chosen.keys), seen).any()
@@ -356,12 +324,11 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
 
 
 def backbone_path(run: Run) -> Path:
-    config = run.config
-    return backbone_onnx(run.request, BackboneInfo.from_dict(config["backbone"]), _cache(run))
+    return backbone_onnx(run.request, run.config.backbone, _cache(run))
 
 
 def _cache(run: Run) -> Path:
-    return Path(run.config["cache"])
+    return Path(run.config.cache)
 
 
 def _advice(found: Parity) -> str:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featx.errors import ExportError
 from featx.shipping.deployed import parse_metadata
-from featx.shipping.exporting import load
-from featx.shipping.graph import PARTS, part_digests
+from featx.shipping.graph import PARTS, load, part_digests
 
 if TYPE_CHECKING:
     from onnx import ValueInfoProto
