@@ -194,7 +194,7 @@ def _point(
     if is_finished(folder):
         run = open_run(folder)
     else:
-        wanted = {"output": folder, "overwrite": True, "gain": False, "report": False} | common
+        wanted: dict[str, Any] = {"output": folder, "overwrite": True, "gain": False, "report": False} | common
         run = fit(source, request, head, settings=settings, views=views, **wanted)
     measured, info = run.report, run.config.backbone
     if run.request.layer != request.layer:  # the pretrained head may want the logits
