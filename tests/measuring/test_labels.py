@@ -138,7 +138,7 @@ def test_overwrite_replaces_runs_of_featx_and_nothing_else(split: Path, tmp_path
         (run.path / name).write_bytes(b"of the former head")
     (run.path / "mine.onnx").write_bytes(b"no export")
     again = fitted(split, tmp_path, overwrite=True, settings={"strengths": [0.1]})
-    assert again.config["settings"] == {"strengths": [0.1]}
+    assert again.config.settings == {"strengths": [0.1]}
     assert set(lying(run.path)) == {
         *("config.json", "report.json", "head.safetensors", "trained-on.npy"),
         *("notes.md", "README.md", "mine.onnx"),
