@@ -39,6 +39,7 @@ class Entry:
     spec: FeatureSpec | None
     """None where `spec.json` is lost or damaged; the next run with this spec writes it anew."""
     engine: str | None
+    tolerance: float | None
     row_shape: tuple[int, ...] | None
     shards: int
     bytes: int
@@ -47,17 +48,9 @@ class Entry:
     """Files set aside in `damaged/`."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "path": str(self.path),
-            "spec": self.spec.to_dict() if self.spec else None,
-            "engine": self.engine,
-            "tolerance": self.spec.tolerance if self.spec else None,
-            "row_shape": list(self.row_shape) if self.row_shape is not None else None,
-            "shards": self.shards,
-            "bytes": self.bytes,
-            "damaged": self.damaged,
-        }
+        shape = None if self.row_shape is None else list(self.row_shape)
+        spec = self.spec.to_dict() if self.spec else None
+        return vars(self) | {"path": str(self.path), "spec": spec, "row_shape": shape}
 
 
 @dataclass(frozen=True)
@@ -294,21 +287,13 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    try:
+    known: tuple[Any, Any, Any, Any] = None, None, None, None
+    with contextlib.suppress(DamageError, StaleError):
         form = folders.read_form(path / "spec.json")
-    except (DamageError, StaleError):
-        form = None
-    damaged = path / "damaged"
-    return Entry(
-        name=path.name,
-        path=path,
-        spec=form.spec if form else None,
-        engine=form.engine if form else None,
-        row_shape=form.row_shape if form else None,
-        shards=len(folders.list_shards(path)),
-        bytes=_bytes(path),
-        damaged=len(list(damaged.iterdir())) if damaged.is_dir() else 0,
-    )
+        known = form.spec, form.engine, form.spec.tolerance, form.row_shape
+    aside = path / "damaged"
+    damaged = len(list(aside.iterdir())) if aside.is_dir() else 0
+    return Entry(path.name, path, *known, len(folders.list_shards(path)), _bytes(path), damaged)
 
 
 def _open(cache: Path, name: str) -> tuple[Entry, FeatureStore]:

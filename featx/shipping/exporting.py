@@ -63,16 +63,12 @@ def export(
     there but a file that featx exported is an `ExportError`.
     """
     opened = open_run(run)
-    head = opened.head
-    outputs = outputs or default_outputs(head, input)
+    outputs = outputs or default_outputs(opened.head, input)
     path = free_path(Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx"))
-    backbone = None
-    if input != "features":
-        backbone = graph.load(backbone_path(opened))
-    model = graph.build(backbone, head, opened.config.spec.preprocess, input=input, outputs=outputs)
+    model = _built(opened, input, outputs)
     parts = graph.part_digests(model.graph)
     chosen = gate_images(opened, images, split, data)
-    found, rows = _measure(opened, model, parts, chosen, list(head.class_names), tolerance, trust=True)
+    found, rows = _measure(opened, model, parts, chosen, list(opened.head.class_names), tolerance, trust=True)
     if not found.passed:
         raise ParityError(
             f"the file does not answer as the classifier does, on {found.images} images: "
@@ -84,7 +80,7 @@ def export(
     short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")}
     known = {"split": chosen.split}
     short |= known | {check.name.replace(" ", "_"): check.value for check in found.checks[1:]}
-    put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | known)
+    put(model, path, metadata(opened, input, outputs, parts, short), found.to_dict() | known)
     if path == opened.path / DEFAULT["pixels"]:
         card.write(opened)
     return found
@@ -99,20 +95,19 @@ def check(model: str | Path, run: str | Path | Run, *, images: int = parity.IMAG
     """
     path, opened = Path(model), open_run(run)
     proto = graph.load(path)
-    head = opened.head
     described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
     if described.get("precision", "fp32") != "fp32":
         raise ExportError(f"{path} is {described['precision']}: it was held to fp32 when it was made, not to torch")
     parts = graph.part_digests(proto.graph)
     spec = opened.config.spec
     wrong = []
-    if described["class_names"] != list(head.class_names):
+    if described["class_names"] != list(opened.head.class_names):
         wrong.append("its classes, or their order, are not the run's")
     if described["preprocess"] != json.loads(json.dumps(spec.preprocess.to_dict())):
         wrong.append("its preprocessing is not the run's")
     if described["spec_digest"] != spec.digest:
         wrong.append("its backbone is not the run's")
-    expected = _expected_parts(opened, head, described)
+    expected = graph.part_digests(_built(opened, described["input"], tuple(described["outputs"])).graph)
     for name in (*graph.PARTS, "other"):
         if parts[name] != expected[name]:
             wrong.append(f"its {name} part has other nodes or weights than the run gives")
@@ -183,7 +178,6 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
 
 def metadata(
     run: Run,
-    head: Head,
     input: str,
     outputs: tuple[str, ...],
     parts: dict[str, str],
@@ -193,7 +187,7 @@ def metadata(
     """What the file says about itself; each value is written as JSON, and none names a place on this machine."""
     from importlib.metadata import version
 
-    config, report = run.config, run.report
+    config, report, head = run.config, run.report, run.head
     info, spec = config.backbone, config.spec
     metrics = {name: report[name] for name in METRICS if report.get(name) is not None}
     return {
@@ -255,20 +249,19 @@ def _measure(
     trust: bool,
 ) -> tuple[Parity, Rows | None]:
     """Run the gate: the head alone where its backbone is verified (and `trust`), else everything."""
-    head = run.head
     if model.graph.input[0].name == "features":
-        rows = Rows(None, images.cached, images.cached)
-        method = "head"
+        rows: Rows | None = Rows(None, images.cached, images.cached)
     else:
-        kept = parity.load_rows(parity.verified_path(_cache(run), images, parts), images) if trust else None
-        if kept is None:
-            return _measure_all(run, model, images, class_names, tolerance)
-        rows, method = kept, "head"
-    alone = graph.build(None, head, run.config.spec.preprocess, input="features", outputs=("probabilities", "logits"))
+        rows = parity.load_rows(parity.verified_path(_cache(run), images, parts), images) if trust else None
+    if rows is None:
+        return _measure_all(run, model, images, class_names, tolerance)
+
+    alone = _built(run, "features", ("probabilities", "logits"))
     file, same = parity.run_head(rows, open_session(alone.SerializeToString(), threads=1))
-    return parity.compare(
-        images, head, rows, file, same, class_names=class_names, method=method, tolerance=tolerance
-    ), rows
+    found = parity.compare(
+        images, run.head, rows, file, same, class_names=class_names, method="head", tolerance=tolerance
+    )
+    return found, rows
 
 
 def _measure_all(
@@ -287,11 +280,9 @@ def _measure_all(
     return found, rows
 
 
-def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str, str]:
-    backbone = None if described["input"] == "features" else graph.load(backbone_path(run))
-    outputs = tuple(described["outputs"])
-    expected = graph.build(backbone, head, run.config.spec.preprocess, input=described["input"], outputs=outputs)
-    return graph.part_digests(expected.graph)
+def _built(run: Run, input: str, outputs: tuple[str, ...]) -> ModelProto:
+    backbone = None if input == "features" else graph.load(backbone_path(run))
+    return graph.build(backbone, run.head, run.config.spec.preprocess, input=input, outputs=outputs)
 
 
 def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None) -> Images:

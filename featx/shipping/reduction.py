@@ -137,7 +137,7 @@ def export_reduced(
     require(found)
     record = found.to_dict() | {"split": held.split}
     parts = graph.part_digests(model.graph)
-    entries = metadata(opened, head, input, outputs, parts, record, precision)
+    entries = metadata(opened, input, outputs, parts, record, precision)
     put(model, path, entries, record)
     return found
 
