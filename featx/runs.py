@@ -70,7 +70,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Older ones lack some fields that have a default. Raises `ValueError`, `TypeError`, `KeyError`."""
+        """Older ones lack some fields that have a default."""
         needed = [item.name for item in fields(cls) if item.default is item.default_factory is MISSING]
         if missing := [name for name in needed if name not in values]:
             raise ValueError(f"it has no {', '.join(missing)}")
@@ -126,7 +126,7 @@ def read_config(path: Path) -> RunConfig:
         if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
             values["request"]["weights"] = str(path.absolute() / "model.safetensors")
         return RunConfig.from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path / "config.json", error) from error
 
 
