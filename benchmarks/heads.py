@@ -34,6 +34,7 @@ from featx.features import FeatureSpec
 from featx.heads import logreg, ridge
 from featx.solvers import training as _training
 from featx.solvers.design import Design, single_thread
+from featx.solvers.examples import Examples
 from featx.solvers.lbfgs import Path, minimise
 
 STRENGTHS = np.array(logreg.STRENGTHS)
@@ -129,13 +130,13 @@ def compare_ridge(rows: int, size: int, classes: int, apart: float) -> None:
             spent.append(np.array([time.perf_counter(), time.process_time()]) - started)
         return np.min(spent, axis=0)
 
-    ours = best(lambda: ridge.fit(X, y, names, penalties=np.logspace(-6, 5, 45)))
+    ours = best(lambda: ridge.fit(Examples(X, y), names, penalties=np.logspace(-6, 5, 45)))
     print(f"\nRidge, N={rows:,} D={size} C={classes}, best of 4")
     print(
         f"  featx.fit, 45 penalties with leave-one-out, checked, standardised, calibrated  {ours[0]:.3f} s, "
         f"CPU {ours[1]:.3f} s"
     )
-    one = best(lambda: ridge.fit(X, y, names, penalties=[1e-2]))
+    one = best(lambda: ridge.fit(Examples(X, y), names, penalties=[1e-2]))
     print(
         f"  the same with one penalty: {one[0]:.3f} s, CPU {one[1]:.3f} s; ratio {ours[0] / one[0]:.2f}, by CPU ",
         end="",
@@ -155,7 +156,7 @@ def small_fit() -> None:
     spent, burnt = [], []
     for _ in range(20):
         started, cpu = time.perf_counter(), time.process_time()
-        fitted = logreg.fit(X, y, ["ants", "bees"])
+        fitted = logreg.fit(Examples(X, y), ["ants", "bees"])
         spent.append(time.perf_counter() - started)
         burnt.append(time.process_time() - cpu)
     print(f"\nlogreg.fit with cross-validation, N=244 D=512 C=2: best {1000 * min(spent):.0f} ms, median ", end="")
@@ -194,11 +195,12 @@ from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
 from featx.features import FeatureSpec
 from featx.heads import logreg
+from featx.solvers.examples import Examples
 keys, y = np.load(f"{folder}/keys.npy"), np.load(f"{folder}/y.npy")
 store = FeatureStore(Path(folder), FeatureSpec("custom/gaussian", "00" * 32))
 begin = time.perf_counter()
 X = StoredRows(store, keys) if streamed else store.read(keys)
-fitted = logreg.fit(X, y, [str(c) for c in range(10)], device="cpu")
+fitted = logreg.fit(Examples(X, y), [str(c) for c in range(10)], device="cpu")
 seconds = time.perf_counter() - begin
 peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 new = np.load(f"{folder}/new.npy")

@@ -49,19 +49,25 @@ def measure(root: Path) -> None:
     """Extract and print the count, the seconds and the peak of this process, in bytes."""
     from featx.backbones.request import BackboneInfo
     from featx.cache.store import FeatureStore
-    from featx.extraction import pipeline as extraction
+    from featx.extraction.job import prepare
+    from featx.extraction.keys import KeyTable
+    from featx.extraction.pipeline import compute
+    from featx.extraction.report import Chunk, describe
+    from featx.options import complete
     from featx.pixels.preprocess import Preprocess
 
-    extraction.resolve = lambda request, cache: BackboneInfo(  # type: ignore[assignment]
-        "custom/colour", "00" * 32, "features", Preprocess(resize=16, crop=16), (3,), None, False, 0, ""
-    )
-    extraction.open_engine = lambda *a, **k: Colour()  # type: ignore[assignment]
-    # rows wait 20 s for their shard: at this speed that would be all of them, at a real backbone's some thousands
-    extraction.FeatureStore = lambda cache, spec: FeatureStore(cache, spec, shard_seconds=1.0)  # type: ignore
+    preprocess = Preprocess(resize=16, crop=16)
+    info = BackboneInfo("custom/colour", "00" * 32, "features", preprocess, (3,), None, False, 0, "")
     begin = time.perf_counter()
-    report = extraction.sync(root / "data", "colour", cache=root / "cache").report
+    job = prepare(root / "data", info, complete({"cache": root / "cache"}))
+    # rows wait 20 s for their shard: at this speed that would be all of them, at a real backbone's some thousands
+    stores = [FeatureStore(job.cache, spec, shard_seconds=1.0) for spec in job.specs]
+    table = KeyTable(job.source, job.cache)
+    chunk = Chunk()
+    compute(job, table, stores, np.arange(len(job.source)), chunk, Colour())
+    report = describe(job, table, stores, table.stored(stores), chunk, time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(report["extracted"], time.perf_counter() - begin, peak)
+    print(report.extracted, time.perf_counter() - begin, peak)
 
 
 def main() -> None:

@@ -4,7 +4,10 @@ python classify.py model.onnx photo.jpg ...
 """
 
 import json
+import os
 import sys
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, or onnxruntime reports to its maker
 
 import numpy as np
 import onnxruntime

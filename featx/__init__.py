@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
+
+# onnxruntime writes a device id into the home folder and reports to its maker, unless this is there at its first import
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+if "onnxruntime" in sys.modules:  # imported before featx: the id is written, what else it reports can be stopped
+    sys.modules["onnxruntime"].disable_telemetry_events()
 
 # name -> module; imported when first used, so that `import featx` loads no torch, h5py or scikit-learn
 _PUBLIC = {

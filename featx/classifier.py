@@ -48,9 +48,13 @@ class Classifier:
         return self.head.probabilities(self(images))
 
 
-def load(run: str | Path | Run) -> Classifier:
-    """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed."""
-    opened = open_run(run)
+def load(run: str | Path | Run, *, factory: str | None = None) -> Classifier:
+    """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed.
+
+    factory: the `package.module:function` that made the backbone. Where the run names one, it is imported only if it
+    is named here, too (`RunError`).
+    """
+    opened = open_run(run, factory)
     backbone, fitted_on = load_backbone(opened.request), opened.config.backbone.weights_digest
     if backbone.info.weights_digest != fitted_on:
         raise WeightsError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from featx import heads
 from featx.errors import HeadError, ImageError, SourceError
 from featx.extraction.pipeline import sync
 from featx.pixels.preprocess import decode
+from featx.solvers.examples import Examples
 from featx.sources.source import Source
 
 
@@ -26,6 +27,9 @@ class _Images(Source):
     """Images that are no listing of files: an image in memory is read as the PPM file of its pixels."""
 
     items: Sequence[Any] = ()
+
+    def take(self, rows: np.ndarray) -> Source:
+        return replace(super().take(rows), items=[self.items[i] for i in rows])  # type: ignore[call-arg]
 
     def read(self, i: int) -> bytes:
         item = self.items[i]
@@ -90,7 +94,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
             raise SourceError("there are no images to transform")
         source = _Images(uri="the given images", root=Path(), ids=ids, items=items)
         extraction = sync(source, **self.get_params(deep=False))
-        skipped = extraction.report["skipped_images"]
+        skipped = extraction.report.skipped_images
         if skipped:
             raise ImageError(
                 f"{len(skipped)} of {len(items)} images cannot be used; the first is {skipped[0]['id']}: "
@@ -134,18 +138,14 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise HeadError(f"classifier cannot be fitted: y holds one class, {self.classes_[0]!r}")
-        module = heads.module(self.head)
-        if self.head == "pretrained":
-            raise HeadError("the pretrained head is not fitted to data; use linear, logreg, ncm or ridge")
         heads.check_settings(self.head, self.settings or {})
-        fitted = module.fit(
-            X,
-            numbers.astype(np.int64),
+        fitted = heads.learn(
+            self.head,
+            Examples(X, numbers.astype(np.int64), groups),
             [str(i) for i in range(len(self.classes_))],
-            groups=groups,
             seed=self.random_state or 0,
             device=self.device,
-            **(self.settings or {}),
+            settings=self.settings,
         )
         self.head_, self.info_ = fitted.head, fitted.info
         return self

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from featx.errors import FeatxError
+from featx.errors import FeatxError, SourceError
+from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
+from featx.text import near
+
+if TYPE_CHECKING:
+    from featx.extraction.report import ExtractionReport
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
@@ -44,6 +50,29 @@ def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
     return np.concatenate([X[i : i + 1] for i in which.tolist()])
 
 
+def taken(X: np.ndarray | StoredRows, which: np.ndarray) -> np.ndarray | StoredRows:
+    """The rows with these numbers, `int [M]`: of an array a copy, of a stored table one that is read later."""
+    return X[which] if isinstance(X, np.ndarray) else X.take(which)
+
+
+def labelled(labels: Sequence[str], several: bool) -> tuple[np.ndarray, list[str]]:
+    """Labels -> `y` and `class_names` of `Features`; an empty label is none. several: `cat|indoor` is two classes."""
+    if not several:
+        class_names = sorted(set(labels) - {""})
+        number = {"": -1} | {name: i for i, name in enumerate(class_names)}
+        return np.array([number[label] for label in labels], np.int64), class_names
+    sets = [set(label.split("|")) - {""} for label in labels]
+    class_names = sorted(set().union(*sets))
+    if not class_names:
+        raise SourceError("no image has a class: every label is empty")
+    number = {name: i for i, name in enumerate(class_names)}
+    y = np.zeros((len(labels), len(class_names)), np.int64)
+    for row, names in enumerate(sets):
+        y[row, [number[name] for name in names]] = 1
+    y[[label == "" for label in labels]] = -1
+    return y, class_names
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """All that changes a feature, and nothing else. Two specs with one digest have the same features."""
@@ -57,9 +86,9 @@ class FeatureSpec:
     preprocess: Preprocess = field(default_factory=Preprocess)
     view: str = "center"
     """`center`, or a seeded augmented view such as `crop-flip/seed=0/3`."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the forward pass: `fp32`, `bf16` or `fp16`."""
-    dtype: str = "float32"
+    dtype: StoredDtype = "float32"
     """What is stored: `float32`, or `float16`, which refuses what it cannot hold."""
     version: int = FORMAT_VERSION
 
@@ -114,8 +143,10 @@ class Features:
     keys: np.ndarray
     """`uint8 [N, 32]`: `content_key` of each image."""
     spec: FeatureSpec
-    report: dict[str, Any] = field(default_factory=dict)
-    """found / ignored / cached / extracted / duplicate / skipped, timings, and the names behind them."""
+    report: ExtractionReport | None = None
+    """Of the extraction that they come from."""
+    given: np.ndarray | None = None
+    """`str [N]`: the splits that the source gives, empty where it gives none; None where `splits` were all given."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,12 +169,47 @@ class Features:
         """The rows with these numbers, `int [M]`."""
         return replace(
             self,
-            rows=self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows),
+            rows=taken(self.rows, rows),
             y=self.y[rows],
             ids=[self.ids[i] for i in rows],
             splits=self.splits[rows],
             keys=self.keys[rows],
+            given=None if self.given is None else self.given[rows],
         )
+
+    @property
+    def labels(self) -> list[str]:
+        """N labels as a source writes them: `cat`, `cat|indoor`, `|` where no class applies, empty for none."""
+        if self.y.ndim == 1:
+            names = [*self.class_names, ""]
+            return [names[i] for i in self.y]
+        applies = [[self.class_names[i] for i in np.flatnonzero(row > 0)] for row in self.y]
+        return [("|".join(names) or "|") if row[0] >= 0 else "" for names, row in zip(applies, self.y, strict=True)]
+
+    def relabel(self, labels: Mapping[str, str | None] | Sequence[str | None]) -> Features:
+        """The same images with other labels: `{id: label}` for some of them, or N labels; None or "" takes one away.
+
+        Classes and splits become what the source would give with these labels: splits that it gives stay, the
+        others follow from the images' content, and an image without a label is in none. No row is read or
+        copied. Raises `FeatxError` for an id that is not here, or another number of labels.
+        """
+        if isinstance(labels, Mapping):
+            new = dict(zip(self.ids, self.labels, strict=True))
+            for id in labels:
+                if id not in new:
+                    raise FeatxError(f"there is no image {id!r} to label.{near(id, new)}")
+            labels = list((new | dict(labels)).values())
+        if len(labels) != len(self):
+            raise FeatxError(f"{len(labels)} labels were given for {len(self)} images")
+        given = self.splits if self.given is None else self.given
+
+        y, class_names = labelled([label or "" for label in labels], self.y.ndim == 2)
+        splits, notes = assign_splits(self.keys, y, given, class_names)
+        former = assign_splits(self.keys, self.y, given, self.class_names)[1]
+        report = self.report
+        if report is not None:
+            report = replace(report, notes=[*(note for note in report.notes if note not in former), *notes])
+        return replace(self, y=y, class_names=class_names, splits=splits, given=given, report=report)
 
     @property
     def digest(self) -> str:
@@ -198,12 +264,13 @@ def assign_splits(
     other files come, go, or are renamed, and duplicates never straddle it. A class left empty on one
     side borrows its image with the hash nearest to 0.2 from the other side.
 
-    keys: `uint8 [N, 32]`; y: `int64 [N]`, -1 for no label; given: `str [N]`, empty where unknown.
+    keys: `uint8 [N, 32]`; y: `int64 [N]` or `[N, C]`, -1 for no label; given: `str [N]`, empty where unknown.
     Where the source gives a `val` split, its rows without one become `train`; where it gives `train`
     but no `val`, validation is taken out of `train`. Images without a label are in no split: nothing can be
     learned from or measured on them. Returns the splits, `str [N]`, and one sentence for these and for each
     class that had to borrow or could not.
     """
+    y = y if y.ndim == 1 else np.minimum(y[:, 0], 0)  # of several labels, whether there are any
     splits = given.astype("U5")
     unlabelled = (splits != "") & (y < 0)
     splits[unlabelled] = ""

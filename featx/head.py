@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
 from featx.files import write_atomic
@@ -16,6 +18,21 @@ from featx.files import write_atomic
 BLOCK = 8192  # rows of a table that is read by slices
 MULTILABEL = 0.5
 """A sigmoid head answers with every class whose probability is at least this."""
+
+
+def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
+    """What probabilities `[N, C]` say, `bool [N, C]`: of `softmax` the likeliest class, of `sigmoid` every class
+    that is probable enough.
+    """
+    if activation == "sigmoid":
+        return np.greater_equal(probabilities, MULTILABEL)
+    return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
+
+
+def columns(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """`int64 [L]`: where each of L `names` stands among `known`, -1 for one that is not there."""
+    place = {name: i for i, name in enumerate(known)}
+    return np.array([place.get(name, -1) for name in names], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +78,20 @@ class Head:
             return (0.5 * (1.0 + np.tanh(0.5 * z))).astype(np.float32)
         e = np.exp(z - z.max(axis=1, keepdims=True))
         return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def answers(self, probabilities: np.ndarray) -> np.ndarray:
+        """What probabilities `[N, C]` say, `bool [N, C]`: one class an image, or with `sigmoid` any number."""
+        return answers(probabilities, self.activation)
+
+    def aligned(self, logits: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+        """This head's logits `[N, C]` in columns for L `class_names`, `float64 [N, L]`.
+
+        A class that the head does not know gets a logit below all others, of a probability of nearly 0.
+        """
+        column = columns(class_names, self.class_names)
+        out = np.full((len(logits), len(class_names)), np.log(metrics.SMALLEST) + min(0.0, logits.min(initial=0.0)))
+        out[:, column >= 0] = logits[:, column[column >= 0]]
+        return out
 
     def save(self, path: Path) -> None:
         """Write `path` (safetensors: `weight`, `bias`; names, activation and threshold as metadata)."""

@@ -8,6 +8,16 @@ BINS = 15  # of the calibration error, as in Guo et al. 2017
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 # Below this a log-loss would say infinity for one image; scikit-learn clips float64 at its epsilon too.
 SMALLEST = float(np.finfo(np.float64).eps)
+SCORES = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "top5_accuracy": "Top-5 accuracy",
+    "mean_average_precision": "Mean average precision",
+    "micro_f1": "Micro F1",
+    "macro_f1": "Macro F1",
+    "log_loss": "Log-loss",
+}
+"""The numbers of an evaluation that come first, on a page and on a model card."""
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:

@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featx.backbones.loading import locate
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import RunError
 from featx.features import FeatureSpec
@@ -91,23 +93,35 @@ class Run:
     head: Head = field(repr=False)
     trained_on: np.ndarray | None = field(default=None, repr=False)
     """`uint64 [M]`: `short_keys` of the training images, sorted; None where that is not known, as of older runs."""
+    factory: str | None = field(default=None, repr=False)
+    """`package.module:function` that the user has named, and which may be imported if the run names it, too."""
 
     @property
     def request(self) -> BackboneRequest:
-        """How its backbone is loaded."""
+        """How its backbone is loaded. Raises `RunError` for a factory that the user has not named.
+
+        The folder may be anyone's: it is read, and what it names runs no code.
+        """
+        source, name = locate(self.config.request.name)
+        if source == "custom" and name != (self.factory or "").removeprefix("custom/"):
+            other = f", not {self.factory}" if self.factory else ""
+            raise RunError(
+                f"{self.path} was fitted with {name}{other}: code that is not featx's, imported only if you name it; "
+                f"if you trust it, add --factory {shlex.quote(name)} (factory={name!r} in Python)"
+            )
         return self.config.request
 
 
-def open_run(run: str | Path | Run) -> Run:
-    """Read a finished run. Raises `RunError` for anything else."""
+def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
+    """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
     if isinstance(run, Run):
-        return run
+        return replace(run, factory=factory) if factory else run
     path = Path(run)
     config, report = read_config(path), _read(path, "report.json")
     trained_on = None
     with contextlib.suppress(OSError, ValueError):
         trained_on = np.load(path / "trained-on.npy", allow_pickle=False)
-    return Run(path, config, report, Head.load(path / "head.safetensors"), trained_on)
+    return Run(path, config, report, Head.load(path / "head.safetensors"), trained_on, factory)
 
 
 def read_config(path: Path) -> RunConfig:
@@ -157,6 +171,13 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 
 def _damaged(path: Path, error: Exception) -> RunError:
     return RunError(f"{path} is damaged ({error}); fit again into another --output")
+
+
+def own_folder(path: Path, name: str) -> Path:
+    """A folder in the run's. Raises `RunError` for a link: what lies behind it is not featx's to replace."""
+    if (path / name).is_symlink():
+        raise RunError(f"{path / name} is a link, and featx writes into folders of the run alone; remove it")
+    return path / name
 
 
 def is_finished(path: Path) -> bool:
@@ -216,12 +237,12 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
         raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
 
 
-def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any]) -> Run:
-    """Write what a started run lacks, its report last, and open it. trained_on, report: as in `Run`."""
+def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any], factory: str | None = None) -> Run:
+    """Write what a started run lacks, its report last, and open it. The arguments are as in `Run`."""
     head.save(path / "head.safetensors")
     write_array(path / "trained-on.npy", trained_on)
     write_json(path / "report.json", report)
-    return open_run(path)
+    return open_run(path, factory)
 
 
 def _clear(path: Path) -> None:

@@ -10,9 +10,10 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -20,33 +21,108 @@ from featx import metrics
 from featx.backbones.loading import locate, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.backbones.table import names
+from featx.devices import memory_for_features
 from featx.engines.opening import backbone_onnx, open_engine
 from featx.errors import FeatxError, HeadError, RunError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import Features, groups
-from featx.files import write_array, write_atomic, write_json
+from featx.files import write_array, write_atomic
 from featx.fitting import fit
-from featx.heads import check_settings
-from featx.measuring import views as augmentation
-from featx.reporting import comparison
+from featx.head import columns
+from featx.heads import check_settings, module
+from featx.measuring.views import Difference, held_out, paired, scores
+from featx.options import Shared, complete
 from featx.runs import Run, is_finished, open_run
 from featx.solvers import training as _training
 from featx.sources.opening import open_source
 from featx.sources.source import Source
+from featx.text import to_json
 
 FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
 HELD_OUT = "held-out-by-key.npy"
+COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
+COLUMNS += ["images/s", "MB"]
 CRITERIA = ("accuracy", "log_loss")
+OWN = ("layers", "views", "by", "output", "memory")  # of `sweep`, beside the extraction's options
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """What held-out training images say of a head; 95 % intervals."""
+
+    accuracy: float
+    low: float
+    high: float
+    log_loss: float
+    log_loss_low: float
+    log_loss_high: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One backbone, layer, head and number of views: a run, and what it is worth."""
+
+    name: str
+    run: str
+    """Its folder, from the sweep's."""
+    backbone: str
+    layer: str
+    head: str
+    """With its settings, as `parse_head` reads it."""
+    views: int
+    cross_validated: CrossValidated | None
+    """None where there are too few images for folds."""
+    accuracy: float | None
+    """On the validation images, with its 95 % interval and log-loss; None where there are none."""
+    low: float | None
+    high: float | None
+    log_loss: float | None
+    images_per_second: float
+    """Of the backbone alone."""
+    megabytes: float
+    """Of the exported backbone and the head, 10**6 bytes."""
+    parameters: int
+    fit_seconds: float
+    behind: Difference | None = None
+    """The criterion on the same held-out images, this point's less the winner's; None for the winner."""
+
+    @property
+    def cells(self) -> list[Any]:
+        """Its row in a table of `COLUMNS`; None for what is not known."""
+        found, behind = self.cross_validated, self.behind
+        return [
+            self.backbone + ("" if self.layer == "features" else f", {self.layer}"),
+            self.head,
+            self.views,
+            _between(found.accuracy, found.low, found.high) if found else None,
+            f"{found.log_loss:.3f}" if found else None,
+            f"{behind.value:+.3f} ({behind.low:+.3f} to {behind.high:+.3f})" if behind else None,
+            None if self.accuracy is None else _between(self.accuracy, self.low, self.high),
+            f"{self.images_per_second:g}",
+            f"{self.megabytes:.1f}",
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def _between(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What a sweep found: `sweep.json`, `sweep.csv`, `sweep.html`, `plots/trade-off.png`, and `runs/`."""
+    """What a sweep found: `sweep.json`, `sweep.csv` and `runs/`; `featx.reporting.comparison` adds a page."""
 
     path: Path
-    points: list[dict[str, Any]]
-    """One for each point that could be fitted, best first, by the criterion; see `sweep`."""
+    data: str
+    """What was swept over: the source's `uri`."""
+    points: list[Point]
+    """One for each point that could be fitted, best first, by the criterion."""
     failed: list[dict[str, str]]
     """`point` and `error` of those that could not."""
     by: str
@@ -54,11 +130,50 @@ class Sweep:
     @property
     def winner(self) -> Run:
         """A run like any other: evaluate it, export it."""
-        return open_run(self.path / self.points[0]["run"])
+        return open_run(self.path / self.points[0].run, self.points[0].backbone)
 
-    def table(self) -> str:
-        """Plain text for people, best first."""
-        return comparison.table(self.points, self.failed, self.by)
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"by": self.by, "points": [point.to_dict() for point in self.points], "failed": self.failed}
+
+    @property
+    def verdict(self) -> str:
+        """How the first was chosen, and how many of the others may be as good."""
+        first, *others = self.points
+        if first.cross_validated is None:
+            return "Too few training images to cross-validate: nothing was chosen, the first of the grid comes first."
+        near = sum(1 for p in others if p.behind and p.behind.low <= 0 <= p.behind.high)
+        criterion, images = self.by.replace("_", "-"), first.cross_validated.images
+        text = f"Chosen by cross-validated {criterion} on {images:,} training images: {first.run}. "
+        text += "Validation images were not used to pick the winner."
+        if near:
+            few = (
+                f"None of the other {near} is" if near == len(others) else f"{near} of the other {len(others)} are not"
+            )
+            text += f" {few} measurably worse on these images."
+        return text
+
+    def text(self) -> str:
+        """A table for a terminal, best first."""
+        rows = [COLUMNS, *([str("–" if v is None else v) for v in point.cells] for point in self.points)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, self.verdict, *(f"failed: {f['point']}: {f['error']}" for f in self.failed)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """What all points of a sweep share."""
+
+    path: Path
+    source: Source
+    memory: float
+    options: dict[str, Any]
+    """Of `fit` and `sync`: seed, cache, device and what else was given."""
+    former: dict[str, dict[str, Any]]
+    """Points that are there already, by name: speeds and sizes are not measured twice."""
+    speeds: dict[str, float]
+    """Images per second, by the digest of the features' spec: heads on one backbone share its speed."""
 
 
 def sweep(
@@ -66,81 +181,83 @@ def sweep(
     backbones: Sequence[str | BackboneRequest] = ("resnet18",),
     heads: Sequence[str] = ("logreg",),
     *,
-    weights: str = "pretrained",
     layers: Sequence[str] = ("features",),
     views: Sequence[int] = (0,),
     by: str = "accuracy",
-    seed: int = 0,
-    cache: str | Path = "cache",
-    device: str = "auto",
     output: str | Path | None = None,
-    report: bool = True,
-    **extraction: Any,
+    memory: float | None = None,
+    **options: Unpack[Shared],
 ) -> Sweep:
     """Fit every combination, each on features that are extracted once, and rank them on training images.
 
     backbones: names, each with weights of its own if written `name=weights`. heads: names, with settings if
     written `logreg class_weight=balanced`; the same head may come several times. by: `accuracy` or `log_loss`
     over five folds of the training images, in which each head chooses its settings anew; the validation
-    images are measured, beside, and choose nothing. extraction: as for `featx.extract`.
+    images are measured, beside, and choose nothing. memory: as for `featx.fit`. options: as for `featx.extract`.
 
     Each point is a run in `<output>/runs/`, by default `export/<data>-sweep`. A point that is there already,
     on the same data, is not fitted again. One that fails (a layer that a network lacks, weights that cannot
     be had) is named and left out. Raises `FeatxError` where all fail, and for what is wrong with the grid.
     """
+    source = open_source(data)
+    path = Path(output) if output else Path("export") / f"{Path(source.uri).resolve().stem}-sweep"
+    asked = complete(options, Shared, OWN)
+    requests = [_request(b, asked["weights"], layer, asked["seed"]) for b in backbones for layer in layers]
+    variants = [parse_head(h) for h in heads]
+    _check(path, requests, variants, views, by, Path(asked["cache"]))
+
+    place = _Place(path, source, memory_for_features() if memory is None else memory, asked, _former(path), {})
+    found: list[tuple[Point, np.ndarray | None]] = []
+    failed: list[dict[str, str]] = []
+    for request, count, (head, settings) in product(requests, dict.fromkeys(views), variants):
+        if not module(head).LEARNS and count != min(views):
+            continue  # views change nothing
+        try:
+            found.append(_point(place, request, head, settings, count))
+        except FeatxError as error:
+            name = " ".join([f"{request.name}/{request.layer}", head_text(head, settings), f"{count} views"])
+            failed.append({"point": name, "error": str(error)})
+            continue
+        _write(path, [point for point, _ in found], failed, by)  # what is known survives an interruption
+    if not found:
+        raise FeatxError("no point of the sweep could be fitted; the first: " + "{point}: {error}".format(**failed[0]))
+
+    swept = Sweep(path, source.uri, _ranked(found, by), failed, by)
+    _write(path, swept.points, failed, by)
+    return swept
+
+
+def _check(
+    path: Path,
+    requests: list[BackboneRequest],
+    variants: list[tuple[str, dict[str, Any]]],
+    views: Sequence[int],
+    by: str,
+    cache: Path,
+) -> None:
+    """Raise `FeatxError` for a grid that is wrong as a whole: a mistyped name is not one failed point among many."""
     if by not in CRITERIA:
         raise FeatxError(f"a sweep chooses by {' or '.join(CRITERIA)}, not {by!r}")
-    source = data if isinstance(data, Source) else open_source(data)
-    requests = [_request(b, weights, layer, seed) for b in backbones for layer in layers]
-    variants = [parse_head(h) for h in heads]
     if not requests or not variants or not views or min(views) < 0:
         raise FeatxError("a sweep needs at least one backbone, layer, head and number of views")
-    path = Path(output) if output else Path("export") / f"{Path(source.uri).resolve().stem}-sweep"
     if path.exists() and not (path.is_dir() and ((path / "sweep.json").is_file() or not any(path.iterdir()))):
         raise RunError(f"{path} exists and is no sweep; give another --output")
     for head, settings in variants:
-        check_settings(head, settings)  # a mistyped name is not one failed point among many
+        check_settings(head, settings)
     for request in requests:
         kind, network = locate(request.name)
         if kind == "torchvision" and network not in names():
-            resolve(request, Path(cache))  # says what it may have meant, unless this torchvision is newer than featx
-    former = _former(path)
-    speeds: dict[str, float] = {}
-    points: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    held: list[np.ndarray | None] = []
-    common: dict[str, Any] = {"seed": seed, "cache": cache, "device": device, **extraction}
-    for request in requests:
-        for count in dict.fromkeys(views):
-            for head, settings in variants:
-                if head == "pretrained" and count != min(views):
-                    continue  # it learns nothing, so views change nothing
-                name = " ".join([f"{request.name}/{request.layer}", head_text(head, settings), f"{count} views"])
-                try:
-                    point, right = _point(path, source, request, head, settings, count, common, former, speeds)
-                except FeatxError as error:
-                    failed.append({"point": name, "error": str(error)})
-                    continue
-                points.append(point)
-                held.append(right)
-                former[point["name"]] = point
-                _write(path, points, failed, by)  # what is known survives an interruption
-    if not points:
-        raise FeatxError("no point of the sweep could be fitted; the first: " + "{point}: {error}".format(**failed[0]))
-    order = sorted(range(len(points)), key=lambda i: _rank(points[i], by))
-    best = held[order[0]]
-    for i in order:
-        mine = held[i]
-        if i != order[0] and best is not None and mine is not None:
-            points[i]["behind"] = augmentation.paired(mine[CRITERIA.index(by)] - best[CRITERIA.index(by)])
-    found = Sweep(path, [points[i] for i in order], failed, by)
-    _write(path, found.points, failed, by)
-    comparison.write_page(path, found.points, failed, by, source)
-    if report:
-        from featx.reporting.report import write_report
+            resolve(request, cache)  # says what it may have meant, unless this torchvision is newer than featx
 
-        write_report(found.winner)
-    return found
+
+def _ranked(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Point]:
+    """The points, best first, each with how far it is behind the first on the same images."""
+    (first, best), *others = sorted(found, key=lambda each: _rank(each[0], by))
+    ranked, i = [first], CRITERIA.index(by)
+    for point, mine in others:
+        behind = None if best is None or mine is None else paired(mine[i] - best[i])
+        ranked.append(replace(point, behind=behind))
+    return ranked
 
 
 def parse_head(text: str) -> tuple[str, dict[str, Any]]:
@@ -174,66 +291,55 @@ def _request(backbone: str | BackboneRequest, weights: str, layer: str, seed: in
 
 
 def _point(
-    path: Path,
-    source: Source,
-    request: BackboneRequest,
-    head: str,
-    settings: dict[str, Any],
-    views: int,
-    common: dict[str, Any],
-    former: dict[str, dict[str, Any]],
-    speeds: dict[str, float],
-) -> tuple[dict[str, Any], np.ndarray | None]:
+    place: _Place, request: BackboneRequest, head: str, settings: dict[str, Any], views: int
+) -> tuple[Point, np.ndarray | None]:
     """One point's run and figures; and, of each training image, held out, `right` and log-loss `[2, N]`."""
-    extraction = sync(source, request, views=views, **common)
-    features = extraction.features()
-    asked = [request.to_dict(), head, settings, views, common["seed"], features.digest, features.spec.digest]
+    options = place.options
+    extraction = sync(place.source, request, views=views, **options)
+    features = extraction.features(memory=place.memory)
+    asked = [request.to_dict(), head, settings, views, options["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
-    folder = path / "runs" / name
+    folder = place.path / "runs" / name
     if is_finished(folder):
-        run = open_run(folder)
+        run = open_run(folder, request.name)
     else:
-        wanted: dict[str, Any] = {"output": folder, "overwrite": True, "gain": False, "report": False} | common
-        run = fit(source, request, head, settings=settings, views=views, **wanted)
+        given: dict[str, Any] = {"settings": settings, "views": views, "gain": False, "memory": place.memory}
+        run = fit(place.source, request, head, output=folder, overwrite=True, **given, **options)
+
     measured, info = run.report, run.config.backbone
-    if run.request.layer != request.layer:  # the pretrained head may want the logits
+    if run.config.request.layer != request.layer:  # the pretrained head may want the logits
         request = run.request
-        extraction = sync(source, request, **common)
-        features = extraction.features()
-    right = _held_out(run, extraction, features, head, settings, common)
-    seen = former.get(name, {})
-    if features.spec.digest not in speeds:  # heads on one backbone share its speed
-        speeds[features.spec.digest] = seen.get("images_per_second") or _speed(request, info, common)
+        extraction = sync(place.source, request, **options)
+        features = extraction.features(memory=place.memory)
+    right = _held_out(run, extraction, features, head, settings, place)
+    seen, spec = place.former.get(name, {}), features.spec.digest
+    if spec not in place.speeds:
+        place.speeds[spec] = seen.get("images_per_second") or _speed(request, info, options)
     interval = (measured.get("intervals") or {}).get("accuracy", {})
-    point: dict[str, Any] = {
-        "name": name,
-        "run": f"runs/{name}",
-        "backbone": info.name.removeprefix("torchvision/"),
-        "layer": request.layer,
-        "head": head_text(head, settings),
-        "views": views,
-        "cross_validated": _summary(right),
-        "accuracy": measured["accuracy"],
-        "low": interval.get("low"),
-        "high": interval.get("high"),
-        "log_loss": measured.get("log_loss"),
-        "images_per_second": speeds[features.spec.digest],
-        "megabytes": seen.get("megabytes") or _megabytes(request, info, run, Path(common["cache"])),
-        "parameters": info.parameters,
-        "fit_seconds": measured["fit"]["seconds"],
-        "behind": None,
-    }
+    point = Point(
+        name=name,
+        run=f"runs/{name}",
+        backbone=extraction.info.name.removeprefix("torchvision/"),
+        layer=request.layer,
+        head=head_text(head, settings),
+        views=views,
+        cross_validated=_summary(right),
+        accuracy=measured["accuracy"],
+        low=interval.get("low"),
+        high=interval.get("high"),
+        log_loss=measured.get("log_loss"),
+        images_per_second=place.speeds[spec],
+        megabytes=seen.get("megabytes") or _megabytes(request, info, run, Path(options["cache"])),
+        parameters=info.parameters,
+        fit_seconds=measured["fit"]["seconds"],
+    )
+    place.former[name] = point.to_dict()
     return point, right
 
 
 def _held_out(
-    run: Run,
-    extraction: Extraction,
-    features: Features,
-    head: str,
-    settings: dict[str, Any],
-    common: dict[str, Any],
+    run: Run, extraction: Extraction, features: Features, head: str, settings: dict[str, Any], place: _Place
 ) -> np.ndarray | None:
     """`right` and log-loss of held-out training images, `float64 [2, N]`, kept in the run; None without folds.
 
@@ -245,58 +351,40 @@ def _held_out(
     except (OSError, ValueError):
         pass
     rows = np.flatnonzero(features.splits == "train")
-    rows = rows[np.lexsort(features.keys[rows].T[::-1])]
-    y, group = features.y[rows], groups(features.keys[rows])
-    fold, _ = _training.folds(y, FOLDS, groups=group, seed=common["seed"])
+    train = features.take(rows[np.lexsort(features.keys[rows].T[::-1])])
+    group, seed = groups(train.keys), place.options["seed"]
+    fold, _ = _training.folds(train.y, FOLDS, groups=group, seed=seed)
     measured = np.flatnonzero(fold >= 0)
     if not len(measured):
         return None
-    if head == "pretrained" and y.ndim == 1:  # it learned from no image here: all are held out
-        answers = run.head
-        logits = answers(features.X[rows[measured]])
-        column = np.array([answers.class_names.index(c) for c in features.class_names])[y[measured]]
-        right = np.array([logits.argmax(axis=1) == column, metrics.losses(logits, column)])
-    else:
-        views = [features.X, *(extraction.features(k).X for k in range(1, len(extraction.stores)))]
-        logits, _ = augmentation.held_out(
-            head,
-            [view[rows] for view in views],
-            y,
-            features.class_names,
-            fold,
-            groups=group,
-            seed=common["seed"],
-            device=common["device"],
-            **settings,
-        )
-        right = np.array(augmentation.scores(logits[measured], y[measured]))
+
+    if module(head).LEARNS:
+        views = extraction.views(train.keys, memory=place.memory)
+        alike: dict[str, Any] = {"groups": group, "seed": seed, "device": place.options["device"]}
+        logits, _ = held_out(head, views, train.y, train.class_names, fold, settings=settings, **alike)
+        right = np.array(scores(logits[measured], train.y[measured]))
+    else:  # it learned from no image here: all are held out
+        part, known = train.take(measured), run.head
+        right = np.array(scores(known(part.rows), columns(part.class_names, known.class_names)[part.y]))
     write_array(file, right)
     return right
 
 
-def _summary(right: np.ndarray | None) -> dict[str, Any] | None:
+def _summary(right: np.ndarray | None) -> CrossValidated | None:
     if right is None:
         return None
     low, high = metrics.wilson(int(right[0].sum()), right.shape[1])
-    loss = augmentation.paired(right[1])
-    return {
-        "accuracy": float(right[0].mean()),
-        "low": low,
-        "high": high,
-        "log_loss": loss["value"],
-        "log_loss_low": loss["low"],
-        "log_loss_high": loss["high"],
-        "images": right.shape[1],
-    }
+    loss = paired(right[1])
+    return CrossValidated(float(right[0].mean()), low, high, loss.value, loss.low, loss.high, right.shape[1])
 
 
-def _rank(point: dict[str, Any], by: str) -> tuple[Any, ...]:
+def _rank(point: Point, by: str) -> tuple[Any, ...]:
     """Best first; what could not be cross-validated last; of equals the faster."""
-    found = point["cross_validated"]
+    found = point.cross_validated
     if found is None:
         return (1,)
-    first, second = -found["accuracy"], found["log_loss"]
-    return (0, *((first, second) if by == "accuracy" else (second, first)), -(point["images_per_second"] or 0))
+    first, second = -found.accuracy, found.log_loss
+    return (0, *((first, second) if by == "accuracy" else (second, first)), -(point.images_per_second or 0))
 
 
 def _speed(request: BackboneRequest, info: BackboneInfo, common: dict[str, Any]) -> float:
@@ -323,17 +411,17 @@ def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Pa
 
 
 def _former(path: Path) -> dict[str, dict[str, Any]]:
-    """The points of a former sweep there, by name: speeds and sizes are not measured twice."""
+    """The points of a former sweep there, by name."""
     try:
         return {p["name"]: p for p in json.loads((path / "sweep.json").read_bytes())["points"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _write(path: Path, points: list[dict[str, Any]], failed: list[dict[str, str]], by: str) -> None:
-    ranked = sorted(points, key=lambda p: _rank(p, by))
+def _write(path: Path, points: list[Point], failed: list[dict[str, str]], by: str) -> None:
+    ranked = [point.to_dict() for point in sorted(points, key=lambda p: _rank(p, by))]
     values = {"by": by, "winner": ranked[0]["run"] if ranked else None, "points": ranked, "failed": failed}
-    write_json(path / "sweep.json", values)
+    write_atomic(path / "sweep.json", to_json(values).encode() + b"\n")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     flat = [

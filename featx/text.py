@@ -1,4 +1,4 @@
-"""Text for people and programs: names made printable, lists made short, near matches, JSON."""
+"""Text for people and programs: names made printable, lists made short, near matches, JSON, templates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -55,3 +58,16 @@ def to_json(values: Any) -> str:
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def templates(package: str, escape: Callable[[str], str], html: bool) -> Environment:
+    """The templates of a package. `escape` goes over each value that is put in, unless it is markup already."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: Any) -> str:
+        return value if isinstance(value, Markup) else escape(str(value))
+
+    made = Environment(loader=PackageLoader(package), finalize=shown, undefined=StrictUndefined, autoescape=html)
+    made.trim_blocks = made.lstrip_blocks = True
+    return made

@@ -6,15 +6,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.pixels.preprocess import Preprocess
+
 # one environment for all: no progress bars, no network, no threads beyond the machine's
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests may import onnxruntime before featx, which sets it
 os.environ.setdefault("FEATX_FIT_REPORT", "0")  # seconds of drawing; the report has tests of its own
 worker = os.environ.get("PYTEST_XDIST_WORKER", "")
 if worker and "FEATX_TEST_CORES" not in os.environ and hasattr(os, "sched_setaffinity"):  # not in its children
@@ -86,8 +91,12 @@ class ColourEngine:
 
     def __init__(self) -> None:
         self.images = 0
+        self.interrupt_at: int | None = None
+        """Raise `KeyboardInterrupt` once so many images were computed."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        if self.images == self.interrupt_at:
+            raise KeyboardInterrupt
         assert images.dtype == np.uint8
         assert images.shape[1:] == (3, 32, 32)
         self.images += len(images)
@@ -102,30 +111,31 @@ class ColourEngine:
         pass
 
 
+COLOURS = BackboneInfo(
+    name="custom/colours",
+    weights_digest="00" * 32,
+    layer="features",
+    preprocess=Preprocess(resize=36, crop=32),
+    row_shape=(48,),
+    class_names=None,
+    affine=False,
+    parameters=0,
+    weights_note="colours",
+)
+"""What `ColourEngine` runs: `sync(data, COLOURS, engine=ColourEngine(), ...)`."""
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
-    """Put `ColourEngine` in the backbone's place, whatever backbone is asked for; a forward pass is counted."""
-    from featx.backbones.request import BackboneInfo, BackboneRequest
-    from featx.extraction import pipeline as extraction
-    from featx.pixels.preprocess import Preprocess
-
+    """A `ColourEngine`; for the command line and whole fits, it also runs whatever backbone is asked for by name."""
     made = ColourEngine()
 
     def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
-        return BackboneInfo(
-            name=f"custom/{request.name}",
-            weights_digest="00" * 32,
-            layer=request.layer,
-            preprocess=Preprocess(resize=36, crop=32),
-            row_shape=(48,),
-            class_names=None,
-            affine=False,
-            parameters=0,
-            weights_note="colours",
-        )
+        preprocess = request.override(COLOURS.preprocess)
+        return replace(COLOURS, name=f"custom/{request.name}", layer=request.layer, preprocess=preprocess)
 
-    monkeypatch.setattr(extraction, "resolve", resolve)
-    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: made)
+    monkeypatch.setattr("featx.extraction.job.resolve", resolve)
+    monkeypatch.setattr("featx.extraction.job.open_engine", lambda *a, **k: made)
     return made
 
 
@@ -136,8 +146,6 @@ def photo_run(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.T
 
     root = tmp_path_factory.mktemp("photo-run")
     weights = str(squeezenet_weights)
-    run = featx.fit(
-        photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run", report=False
-    )
+    run = featx.fit(photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run")
     featx.export(run.path)
     return root / "run"

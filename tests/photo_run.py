@@ -6,23 +6,37 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import featx
 
 PER_CLASS = {"train": 20, "val": 30}
+ORIENTATION = {"ants": 6, "bees": 5}
+"""Of the first validation photograph of each class, which lies on its side in its file, as phones write them."""
 CHECKPOINT = "squeezenet1_1-b8a52dc0.pth"
 """What torchvision calls the file of its pretrained SqueezeNet 1.1."""
 
 
 def some_photographs(photos: Path, folder: Path) -> Path:
-    """`folder/{train,val}/{ants,bees}`: 20 and 30 photographs of each class, spread over the data set."""
+    """`folder/{train,val}/{ants,bees}`: 20 and 30 photographs of each class, spread over the data set, some turned."""
     for split, count in PER_CLASS.items():
         for name in ("ants", "bees"):
             found = sorted((photos / split / name).glob("*.jpg"))
             (folder / split / name).mkdir(parents=True)
             for path in found[:: len(found) // count][:count]:
                 shutil.copy(path, folder / split / name)
+    for name, orientation in ORIENTATION.items():
+        _turn(min((folder / "val" / name).iterdir()), orientation)
     return folder
+
+
+def _turn(path: Path, orientation: int) -> None:
+    """Store a photograph as a camera that lay on its side does: other pixels, and the tag that turns them upright."""
+    image, exif = Image.open(path).convert("RGB"), Image.Exif()
+    exif[0x0112] = orientation
+    stored = {6: Image.Transpose.ROTATE_90, 5: Image.Transpose.TRANSPOSE}[orientation]
+    # nearly without loss: the answers that pages show stay as they are
+    image.transpose(stored).save(path, "JPEG", quality=100, subsampling=0, exif=exif)
 
 
 def torch_home(folder: Path, weights: Path) -> Path:
@@ -42,6 +56,6 @@ def photo_run(factory: pytest.TempPathFactory, photos: Path, weights: Path) -> P
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TORCH_HOME", str(torch_home(base / "torch", weights)))
             folders = {"cache": base / "cache", "output": base / "run"}
-            run = featx.fit(base / "photos", "squeezenet1_1", report=False, **folders)
+            run = featx.fit(base / "photos", "squeezenet1_1", **folders)
             featx.export(run.path)
     return base

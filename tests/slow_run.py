@@ -11,10 +11,8 @@ from typing import Any
 PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from conftest import ColourEngine
+from conftest import COLOURS, ColourEngine
 from featx.extraction import gpu as decoder, pipeline as extraction
-from featx.backbones.request import BackboneInfo
-from featx.pixels.preprocess import Preprocess
 
 class Stopping(ColourEngine):
     left = int(sys.argv[1])
@@ -25,11 +23,8 @@ class Stopping(ColourEngine):
             time.sleep(3600)
         return super().__call__(images)
 
-extraction.resolve = lambda request, cache: BackboneInfo("custom/tiny", "00" * 32, "features",
-    request.override(Preprocess(resize=36, crop=32)), (48,), None, False, 0, "colours")
-extraction.open_engine = lambda *a, **k: Stopping()
 {setup}
-extraction.extract({data!r}, "tiny", cache={cache!r}, **{options!r})
+extraction.extract({data!r}, COLOURS, engine=Stopping(), cache={cache!r}, **{options!r})
 """
 
 

@@ -1,20 +1,24 @@
-"""The example applications: what each answers is what `featx predict` answers."""
+"""The example applications: what each answers is what `featx predict` answers, of photographs on their side, too."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import browser
 import numpy as np
 import pytest
 from photo_run import photo_run
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 import featx
+from featx.runs import open_run
+from featx.shipping import exporting, reduction
 
 ROOT = Path(__file__).resolve().parent.parent
 # `featx predict` resizes with Pillow, these applications in the graph: 1 level of a pixel apart, at most
@@ -33,7 +37,7 @@ def site(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def odd_files(photograph: Path, folder: Path) -> dict[str, Path]:
     """Files of one photograph that show whether an application turns, converts and names as featx does."""
-    image = Image.open(photograph).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(photograph)).convert("RGB")
     sideways = Image.Exif()
     sideways[0x0112] = 6
     # sRGB with red and blue exchanged: who applies the profile gets other colours
@@ -57,6 +61,8 @@ def files(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """Twenty photographs and the odd ones, by name."""
     photographs = {path.name: path for path in sorted((made / "photos" / "val").glob("*/*.jpg"))[::3]}
     assert len(photographs) == 20
+    turned = [path for path in photographs.values() if Image.open(path).getexif().get(0x0112, 1) != 1]
+    assert len(turned) == 2
     one = next(iter(photographs.values()))
     return photographs | odd_files(one, tmp_path_factory.mktemp("odd") / "files")
 
@@ -70,8 +76,40 @@ def expected(made: Path, files: dict[str, Path]) -> dict[str, dict[str, float]]:
     return found
 
 
+def test_photographs_on_their_side_count_as_upright_ones_at_every_step(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduction, "_speeds", lambda *_: [250.0, 100.0])
+    monkeypatch.setenv("TORCH_HOME", str(made / "torch"))
+    run, cache = made / "run", made / "cache"
+    turns = {6: lambda stored: np.rot90(stored, -1), 5: lambda stored: stored.transpose(1, 0, 2)}
+    for name in ("ants", "bees"):
+        side = min((made / "photos" / "val" / name).iterdir())
+        stored = Image.open(side)
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(side, tmp_path / "data" / name / "side.jpg")
+        upright = turns[stored.getexif()[0x0112]](np.asarray(stored))
+        Image.fromarray(upright).save(tmp_path / "data" / name / "upright.png")
+    request = open_run(run).request
+    features = featx.extract(tmp_path / "data", request, cache=cache)
+    assert [Path(i).name for i in features.ids] == ["side.jpg", "upright.png"] * 2
+    np.testing.assert_allclose(features.X[::2], features.X[1::2], rtol=0, atol=1e-5)
+    report = json.loads((run / "report.json").read_text())
+    record = json.loads((run / "parity.json").read_text())
+    assert record["images"] == record["equal_labels"] == report["count"] == 60
+    assert record["accuracy"] == record["torch_accuracy"] == report["accuracy"]
+    assert exporting.check(run / "model.onnx", run).equal_labels == 60
+    tensor = featx.export(run, input="tensor", output=tmp_path / "tensor.onnx")
+    assert tensor.equal_labels == 60
+    int8 = reduction.export_reduced(run, "int8", output=tmp_path / "int8.onnx")
+    assert int8.images == 60 and int8.lost <= int8.allowed and int8.equal_labels >= 56
+    answers = list(featx.predict(run / "model.onnx", sorted((tmp_path / "data").glob("*/*"))))
+    for side, upright in zip(answers[::2], answers[1::2], strict=True):
+        assert side.label == upright.label and side.probability == pytest.approx(upright.probability, abs=1e-6)
+
+
 def test_the_python_example_needs_no_featx_and_no_torch_and_answers_as_predict_does(
-    made: Path, files: dict[str, Path], expected: dict[str, dict[str, float]]
+    made: Path, files: dict[str, Path], expected: dict[str, dict[str, float]], tmp_path: Path
 ) -> None:
     example = ROOT / "examples" / "classify.py"
     words = [str(example), str(made / "run" / "model.onnx"), *map(str, files.values())]
@@ -82,14 +120,18 @@ for name in ("featx", "torch", "torchvision", "sklearn", "h5py", "onnx"):
     sys.modules[name] = None
 runpy.run_path(sys.argv[0])
 """
-    done = subprocess.run([sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, encoding="utf-8")
+    (tmp_path / "home").mkdir()
+    unasked = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"HOME": str(tmp_path / "home")}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "env": unasked}
+    done = subprocess.run([sys.executable, "-X", "utf8", "-c", code], **options)
     assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "home").iterdir())
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [path for path, _, _ in lines] == [str(path) for path in files.values()]
     for (_, label, probability), top in zip(lines, expected.values(), strict=True):
         assert label == next(iter(top))
         assert float(probability) == pytest.approx(top[label], abs=TOLERANCE)
-    code_lines = example.read_text().split('"""')[2].strip().splitlines()
+    code_lines = [line for line in example.read_text().split('"""')[2].splitlines() if line]
     assert len(code_lines) <= 20
 
 

@@ -55,14 +55,37 @@ def test_imports_point_one_way() -> None:
         visit(name, [])
 
 
-@pytest.mark.parametrize("layer", ["errors", "devices", "preprocess", "features", "sources", "cache", "heads"])
-def test_the_ground_floor_imports_nothing_from_above(layer: str) -> None:
-    above = ("backbones", "engines", "extraction", "fitting", "evaluation", "exporting", "prediction", "cli")
-    files = {n: p for n, p in modules().items() if n == f"featx.{layer}" or n.startswith(f"featx.{layer}.")}
-    assert files
+# Low to high: a room imports from its own and from those before it, inside functions too.
+ROOMS = (
+    *("errors", "text", "kinds", "options", "threads", "files", "devices", "metrics", "pixels", "features", "head"),
+    *("sources", "cache", "backbones", "engines", "solvers", "heads", "extraction", "runs", "classifier"),
+    *("measuring", "finetuning", "fitting", "sweeping", "estimators", "shipping", "reporting", "cli"),
+)
+
+
+def all_imports_of(path: Path) -> set[str]:
+    """The rooms that a file imports anywhere, `TYPE_CHECKING` blocks left out."""
+    found = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        waiting += ast.iter_child_nodes(node)
+    return {name.split(".")[1] for name in found if name.startswith("featx.")} & set(ROOMS)
+
+
+def test_no_room_imports_from_one_above_it() -> None:
+    files = {name: path for name, path in modules().items() if name not in ("featx", "featx.__main__")}
+    assert {name.split(".")[1] for name in files} == set(ROOMS)
     for name, path in files.items():
-        found = {i.split(".")[1] for i in imports_of(path) if "." in i}
-        assert not found & set(above), f"{name} imports {found & set(above)}"
+        own = ROOMS.index(name.split(".")[1])
+        above = {room for room in all_imports_of(path) if ROOMS.index(room) > own}
+        assert not above, f"{name} imports {', '.join(sorted(above))}"
 
 
 def loaded_by(code: str) -> set[str]:
@@ -81,6 +104,20 @@ def test_importing_featx_loads_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_onnxruntime_is_told_to_report_nothing_whether_it_is_imported_before_featx_or_after(first: bool) -> None:
+    code = f"""
+import os, sys, types
+del os.environ["ORT_DISABLE_TELEMETRY"]
+told = []
+if {first}:
+    sys.modules["onnxruntime"] = types.SimpleNamespace(disable_telemetry_events=lambda: told.append(True))
+import featx
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1" and told == [True] * {first}
+"""
+    assert "featx" in loaded_by(code)
+
+
 @pytest.mark.parametrize("arguments", ["--help", "--version", "extract --help", "fit --help", "completion bash"])
 def test_help_and_version_load_nothing_heavy(arguments: str) -> None:
     code = f"""
@@ -93,7 +130,13 @@ except SystemExit as done:
 """
     loaded = loaded_by(code)
     assert "click" in loaded
-    assert not loaded & HEAVY
+    assert not loaded & (HEAVY | {"jinja2", "yaml"})
+
+
+def test_predicting_loads_no_templates() -> None:
+    loaded = loaded_by("import featx.cli.shipping, featx.shipping.prediction")
+    assert "numpy" in loaded
+    assert not loaded & {"jinja2", "yaml", "torch", "matplotlib"}
 
 
 def test_the_public_names_are_there() -> None:

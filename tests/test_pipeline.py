@@ -9,20 +9,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ColourEngine, write_images
+from conftest import COLOURS, ColourEngine, write_images
 from PIL import Image
 from slow_run import interrupt, program
 
+from featx.cache.store import FeatureStore
 from featx.errors import FeatxError, ImageError
-from featx.extraction import pipeline as extraction
+from featx.extraction.embedding import embed, keep
 from featx.extraction.loader import Loader
 from featx.extraction.pipeline import extract, sync
 from featx.pixels.preprocess import FAST, Preprocess, decode
 from featx.sources.opening import open_source
+from featx.sources.source import Source
 
 
 class QueuedEngine(ColourEngine):
@@ -64,20 +68,30 @@ def mixed(tmp_path: Path) -> Path:
     return root.parent
 
 
+@dataclass(frozen=True, eq=False)
+class Counting(Source):
+    """A source that notes which images are read."""
+
+    loads: list[int] = field(default_factory=list)
+
+    def read(self, i: int) -> bytes:
+        self.loads.append(i)
+        return super().read(i)
+
+
 def loading_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith(("featx-load", "test-embed"))]
 
 
 def test_features_do_not_depend_on_batch_size_threads_or_the_order_in_which_work_ends(
-    mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+    mixed: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
-    expected = extract(mixed, "tiny", cache=tmp_path / "reference", workers=1)
+    expected = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "reference", workers=1)
     assert expected.X.shape == (18, 48) and len(np.unique(expected.X, axis=0)) == 17
     rng = np.random.default_rng(0)
     for number, (size, workers) in enumerate([(1, 1), (3, 4), (16, 2), (17, 7), (64, 3)]):
         made = QueuedEngine(size, lambda n: 0.003 * float(rng.random()))
-        monkeypatch.setattr(extraction, "open_engine", lambda *a, made=made, **k: made)
-        features = extract(mixed, "tiny", cache=tmp_path / str(number), workers=workers)
+        features = extract(mixed, COLOURS, engine=made, cache=tmp_path / str(number), workers=workers)
         np.testing.assert_array_equal(features.X, expected.X)
         assert features.ids == expected.ids
         full, rest = divmod(17, size)
@@ -86,33 +100,28 @@ def test_features_do_not_depend_on_batch_size_threads_or_the_order_in_which_work
 
 
 def test_a_duplicate_is_found_however_many_claims_were_forgotten_meanwhile(
-    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engine: ColourEngine
 ) -> None:
-    from featx.cache import store
-    from featx.extraction import loader
-
-    monkeypatch.setattr(loader, "CLAIMS", 5)
-    monkeypatch.setattr(extraction, "FeatureStore", lambda cache, spec: store.FeatureStore(cache, spec, shard_bytes=1))
     root = write_images(tmp_path / "data", per_class=20)
     for i in range(10):
         (root / "warm" / f"copy{i}.png").write_bytes((root / "cold" / f"{i:03d}.png").read_bytes())
-    report = extract(root, "tiny", cache=tmp_path / "cache").report
-    assert (report["extracted"], report["duplicate"]) == (40, 10) and engine.images == 40
+    source, store = open_source(root), FeatureStore(tmp_path / "cache", COLOURS.spec(), shard_bytes=1)
+    loader = Loader(source, COLOURS.preprocess, [store], workers=2, claims=5)
+    for batch in embed(loader(np.arange(50)), engine):
+        keep(batch, [store], source)
+    assert len(store) == engine.images == 40
 
 
-def test_one_image_is_enough_and_a_bad_one_leaves_no_hole_in_its_batch(
-    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_image_is_enough_and_a_bad_one_leaves_no_hole_in_its_batch(tmp_path: Path, engine: ColourEngine) -> None:
     root = write_images(tmp_path / "one", per_class=1, classes=("only",))
-    assert extract(root, "tiny", cache=tmp_path / "a").X.shape == (1, 48)
+    assert extract(root, COLOURS, engine=engine, cache=tmp_path / "a").X.shape == (1, 48)
     for i in range(1, 6):
         (root / "only" / f"{i:03d}.png").write_bytes(b"" if i % 2 else (b"\x89PNG\r\n\x1a\n" + bytes([i])))
     write_images(root, per_class=3, classes=("other",), seed=3)
     made = QueuedEngine(4)
-    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: made)
-    features = extract(root, "tiny", cache=tmp_path / "b")
+    features = extract(root, COLOURS, engine=made, cache=tmp_path / "b")
     assert made.sizes == [4]
-    assert features.report["skipped"] == 5 and features.report["extracted"] == 4
+    assert features.report.skipped == 5 and features.report.extracted == 4
     preprocess = Preprocess(resize=36, crop=32)
     for row, name in zip(features.X, features.ids, strict=True):
         pixels = preprocess((root / name).read_bytes())[None]
@@ -120,7 +129,7 @@ def test_one_image_is_enough_and_a_bad_one_leaves_no_hole_in_its_batch(
 
 
 def test_an_engine_that_is_lost_mid_run_ends_with_what_was_committed_and_its_own_error(
-    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engine: ColourEngine
 ) -> None:
     root = write_images(tmp_path / "data", per_class=20)
 
@@ -134,43 +143,34 @@ def test_an_engine_that_is_lost_mid_run_ends_with_what_was_committed_and_its_own
             raise FeatxError("the GPU fell off the bus; start again, or use --device cpu")
 
     lost = Lost(4)
-    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: lost)
-    with pytest.raises(FeatxError, match="fell off the bus"):
-        extract(root, "tiny", cache=tmp_path / "cache")
+    with closing(lost), pytest.raises(FeatxError, match="fell off the bus"):
+        extract(root, COLOURS, engine=lost, cache=tmp_path / "cache")
     assert loading_threads() == []
-    monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: engine)
-    report = extract(root, "tiny", cache=tmp_path / "cache").report
-    assert report["cached"] == 16 and report["extracted"] == 24
-    assert engine.images == report["extracted"]
+    report = extract(root, COLOURS, engine=engine, cache=tmp_path / "cache").report
+    assert report.cached == 16 and report.extracted == 24
+    assert engine.images == report.extracted
 
 
 def test_loading_threads_end_with_the_run_with_an_error_and_when_nobody_reads_on(
     tiny: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
-    extract(tiny, "tiny", cache=tmp_path / "cache", workers=5)
+    extract(tiny, COLOURS, engine=engine, cache=tmp_path / "cache", workers=5)
     assert loading_threads() == []
-    store = sync(tiny, "tiny", cache=tmp_path / "cache").stores[0]
+    store = sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache").stores[0]
     loader = Loader(open_source(tiny), Preprocess(resize=36, crop=32), [store], 3)
     images = loader(np.arange(12))
-    assert next(images).row == 0 and len(loading_threads()) > 0
+    assert next(images).number == 0 and len(loading_threads()) > 0
     images.close()
     assert loading_threads() == []
 
 
-def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
-    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from featx.extraction import loader as module
-
+def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(tmp_path: Path, engine: ColourEngine) -> None:
     root = write_images(tmp_path / "data", per_class=30)
     pixels = 3 * 32 * 32
-    monkeypatch.setattr(module, "WAITING_BYTES", 8 * pixels)
-    store = sync(write_images(tmp_path / "one"), "tiny", cache=tmp_path / "cache").stores[0]
-    made = Loader(open_source(root), Preprocess(resize=36, crop=32), [store], 2)
-    loads: list[int] = []
-    load = made._load
-    monkeypatch.setattr(made, "_load", lambda row, *how: (loads.append(row), load(row, *how))[1])
-    images = made(np.arange(60))
+    store = sync(write_images(tmp_path / "one"), COLOURS, engine=engine, cache=tmp_path / "cache").stores[0]
+    source = Counting(**vars(open_source(root)))
+    loads = source.loads
+    images = Loader(source, COLOURS.preprocess, [store], 2, waiting_bytes=8 * pixels)(np.arange(60))
     for taken in range(1, 20):
         next(images)
         time.sleep(0.005)
@@ -182,9 +182,9 @@ def test_the_loader_stays_only_a_window_ahead_of_a_slow_backbone(
 def test_ctrl_c_ends_it_and_leaves_a_usable_cache(tmp_path: Path, engine: ColourEngine) -> None:
     root, cache = write_images(tmp_path / "data", per_class=60), tmp_path / "cache"
     interrupt(program(root, cache), batches=5)
-    report = extract(root, "tiny", cache=cache).report
-    assert report["cached"] == 12  # of four batches, the last was still on its way to the store
-    assert engine.images == report["extracted"] == 108
+    report = extract(root, COLOURS, engine=engine, cache=cache).report
+    assert report.cached == 12  # of four batches, the last was still on its way to the store
+    assert engine.images == report.extracted == 108
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
@@ -239,22 +239,11 @@ def test_the_fast_decoder_turns_images_upright_and_keeps_bad_ones_out(photo: byt
     assert decode(photo, 400).size == (500, 375) or decode(photo, 400).size == (1000, 750)
 
 
-def test_fast_features_are_cached_apart_from_exact_ones(
-    tiny: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from featx.backbones.request import BackboneRequest
-
-    plain = extraction.resolve
-    monkeypatch.setattr(
-        extraction,
-        "resolve",
-        lambda request, cache: (lambda info: __import__("dataclasses").replace(
-            info, preprocess=request.override(info.preprocess)))(plain(request, cache)),
-    )  # fmt: skip
-    exact = extract(tiny, "tiny", cache=tmp_path / "cache")
-    fast = extract(tiny, "tiny", cache=tmp_path / "cache", decode="fast")
+def test_fast_features_are_cached_apart_from_exact_ones(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+    exact = extract(tiny, COLOURS, engine=engine, cache=tmp_path / "cache")
+    fast = extract(tiny, COLOURS, engine=engine, cache=tmp_path / "cache", decode="fast")
     assert engine.images == 24
     assert fast.spec.preprocess.pixels == "pillow-draft/1" and fast.spec.digest != exact.spec.digest
     np.testing.assert_array_equal(exact.X, fast.X)  # none of them is large
     with pytest.raises(FeatxError, match="exact, fast"):
-        extract(tiny, BackboneRequest("tiny"), cache=tmp_path / "cache", decode="quick")
+        extract(tiny, COLOURS, cache=tmp_path / "cache", decode="quick")  # type: ignore[arg-type]

@@ -13,8 +13,10 @@ from conftest import ColourEngine, write_images
 from PIL import Image
 
 from featx import sweeping as module
+from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, ExportError, FeatxError, HeadError, RunError
 from featx.measuring.evaluation import evaluate
+from featx.reporting.comparison import write
 from featx.sweeping import head_text, parse_head, sweep
 
 
@@ -46,7 +48,6 @@ def grid(data: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.M
         "views": [0, 2],
         "cache": tmp_path / "cache",
         "output": tmp_path / "sweep",
-        "report": False,
     }
 
 
@@ -54,33 +55,33 @@ def test_each_image_is_extracted_once_and_each_point_is_a_run(grid: dict[str, An
     found = sweep(**grid)
     assert engine.images == 36 * 3
     assert len(found.points) == 4
-    assert {(p["head"], p["views"]) for p in found.points} == {
+    assert {(p.head, p.views) for p in found.points} == {
         (head, views) for head in ("logreg", "logreg folds=3") for views in (0, 2)
     }
     for point in found.points:
-        report = json.loads((found.path / point["run"] / "report.json").read_text())
-        assert point["accuracy"] == report["accuracy"]
-        assert point["images_per_second"] > 0
-        assert point["megabytes"] == pytest.approx(
-            (found.path / point["run"] / "head.safetensors").stat().st_size / 1e6, abs=1e-3
+        report = json.loads((found.path / point.run / "report.json").read_text())
+        assert point.accuracy == report["accuracy"]
+        assert point.images_per_second > 0
+        assert point.megabytes == pytest.approx(
+            (found.path / point.run / "head.safetensors").stat().st_size / 1e6, abs=1e-3
         )
-    assert len({p["images_per_second"] for p in found.points}) == 1  # heads on one backbone share its speed
+    assert len({p.images_per_second for p in found.points}) == 1  # heads on one backbone share its speed
 
 
 def test_the_winner_is_the_best_of_held_out_training_images_and_a_run_like_any(grid: dict[str, Any], data: Path):
     found = sweep(**grid)
-    ranks = [(-p["cross_validated"]["accuracy"], p["cross_validated"]["log_loss"]) for p in found.points]
+    ranks = [(-p.cross_validated.accuracy, p.cross_validated.log_loss) for p in found.points]
     assert ranks == sorted(ranks)
     for point in found.points:
-        right, loss = np.load(found.path / point["run"] / "held-out-by-key.npy")
-        assert len(right) == 24 == point["cross_validated"]["images"]
-        assert point["cross_validated"]["accuracy"] == right.mean()
-        assert point["cross_validated"]["log_loss"] == pytest.approx(loss.mean())
-    assert found.winner.path == found.path / found.points[0]["run"]
+        right, loss = np.load(found.path / point.run / "held-out-by-key.npy")
+        assert len(right) == 24 == point.cross_validated.images
+        assert point.cross_validated.accuracy == right.mean()
+        assert point.cross_validated.log_loss == pytest.approx(loss.mean())
+    assert found.winner.path == found.path / found.points[0].run
     again = evaluate(found.winner.path, data, split="val")
-    assert again.accuracy == found.points[0]["accuracy"]
+    assert again.accuracy == found.points[0].accuracy
     by_loss = sweep(**grid, by="log_loss").points
-    losses = [p["cross_validated"]["log_loss"] for p in by_loss]
+    losses = [p.cross_validated.log_loss for p in by_loss]
     assert losses == sorted(losses)
 
 
@@ -91,9 +92,9 @@ def test_relabelled_validation_images_change_no_choice(grid: dict[str, Any], dat
     warm.rename(cold)
     (data / "val" / "aside").rename(warm)
     second = sweep(**{**grid, "output": tmp_path / "other"})
-    assert [(p["head"], p["views"]) for p in first.points] == [(p["head"], p["views"]) for p in second.points]
-    assert [p["cross_validated"] for p in first.points] == [p["cross_validated"] for p in second.points]
-    assert first.points[0]["accuracy"] != second.points[0]["accuracy"]
+    assert [(p.head, p.views) for p in first.points] == [(p.head, p.views) for p in second.points]
+    assert [p.cross_validated for p in first.points] == [p.cross_validated for p in second.points]
+    assert first.points[0].accuracy != second.points[0].accuracy
 
 
 def test_a_second_sweep_fits_nothing(grid: dict[str, Any], engine: ColourEngine, monkeypatch: pytest.MonkeyPatch):
@@ -101,53 +102,40 @@ def test_a_second_sweep_fits_nothing(grid: dict[str, Any], engine: ColourEngine,
     before = engine.images
     for name in ("fit", "_speed"):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("fitted or measured again"))
-    monkeypatch.setattr(module.augmentation, "held_out", lambda *a, **k: pytest.fail("cross-validated again"))
+    monkeypatch.setattr(module, "held_out", lambda *a, **k: pytest.fail("cross-validated again"))
     assert sweep(**grid).points == first.points
     assert engine.images == before
 
 
 def test_what_was_found_is_written_for_people_and_programs(grid: dict[str, Any]):
-    found = sweep(**{**grid, "report": True})
+    found = sweep(**grid)
     values = json.loads((found.path / "sweep.json").read_text())
-    assert values["winner"] == found.points[0]["run"]
-    assert values["points"] == found.points
+    assert values["winner"] == found.points[0].run
+    assert {**values, "winner": None} == {**found.to_dict(), "winner": None}
     with open(found.path / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [r["name"] for r in rows] == [p["name"] for p in found.points]
-    assert [float(r["cross_validated_accuracy"]) for r in rows] == [
-        p["cross_validated"]["accuracy"] for p in found.points
-    ]
-    text = found.table()
+    assert [r["name"] for r in rows] == [p.name for p in found.points]
+    assert [float(r["cross_validated_accuracy"]) for r in rows] == [p.cross_validated.accuracy for p in found.points]
+    text = found.text()
     assert text.count("colours") >= 4
-    assert "The validation images chose nothing." in text
+    assert "Validation images were not used to pick the winner." in text
+    write(found)
     page = (found.path / "sweep.html").read_text()
-    assert f'href="{found.points[0]["run"]}/report.html"' in page
-    assert (found.winner.path / "report.html").is_file()
+    assert f'href="{found.points[0].run}/report.html"' in page
     assert str(found.path.parent) not in page
     with Image.open(found.path / "plots" / "trade-off.png") as image:
         assert image.width > 1000
 
 
-def test_a_point_that_fails_is_named_and_the_others_go_on(
-    grid: dict[str, Any], monkeypatch: pytest.MonkeyPatch, engine: ColourEngine
-):
-    from featx.extraction import pipeline as extraction
-
-    resolve = extraction.resolve
-
-    def only_colours(request: Any, cache: Path | None) -> Any:
-        if request.name == "sounds":
-            raise BackboneError("unknown backbone 'sounds'")
-        return resolve(request, cache)
-
-    monkeypatch.setattr(extraction, "resolve", only_colours)
-    found = sweep(**{**grid, "backbones": ["sounds", "colours"], "views": [0]})
+def test_a_point_that_fails_is_named_and_the_others_go_on(grid: dict[str, Any], engine: ColourEngine):
+    sounds = BackboneRequest("sounds", preprocess=(("pitch", 440),))
+    found = sweep(**{**grid, "backbones": [sounds, "colours"], "views": [0]})
     assert len(found.points) == 2
     assert len(found.failed) == 2
-    assert all("sounds" in f["point"] and "unknown backbone" in f["error"] for f in found.failed)
-    assert "failed: custom/sounds" in found.table() or "failed: sounds" in found.table()
+    assert all("sounds" in f["point"] and "pitch" in f["error"] for f in found.failed)
+    assert "failed: custom/sounds" in found.text() or "failed: sounds" in found.text()
     with pytest.raises(FeatxError, match="no point of the sweep could be fitted"):
-        sweep(**{**grid, "backbones": ["sounds"], "output": found.path.parent / "none"})
+        sweep(**{**grid, "backbones": [sounds], "output": found.path.parent / "none"})
 
 
 def test_a_wrong_grid_is_refused_before_anything_runs(grid: dict[str, Any], engine: ColourEngine, tmp_path: Path):
@@ -180,3 +168,11 @@ def test_a_head_is_written_with_its_settings():
     for text in ("", "logreg folds", 'logreg "folds=3'):
         with pytest.raises(HeadError):
             parse_head(text)
+
+
+def test_features_beyond_the_memory_given_are_read_by_slices(grid: dict[str, Any], tmp_path: Path):
+    chosen = {**grid, "heads": ["ncm"], "views": [2]}
+    held, sliced = sweep(**chosen), sweep(**{**chosen, "output": tmp_path / "sliced"}, memory=100.0)
+    assert sliced.points[0].cross_validated.accuracy == held.points[0].cross_validated.accuracy
+    with pytest.raises(FeatxError, match="--head linear holds the features in memory"):
+        sweep(**{**chosen, "heads": ["linear epochs=1"], "output": tmp_path / "linear"}, memory=100.0)

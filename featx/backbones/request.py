@@ -12,6 +12,7 @@ import numpy as np
 
 from featx.errors import BackboneError
 from featx.features import FeatureSpec
+from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
 
@@ -74,7 +75,9 @@ class BackboneInfo:
     license: str = ""
     """Of the weights, where their publisher says so."""
 
-    def spec(self, *, view: str = "center", precision: str = "fp32", dtype: str = "float32") -> FeatureSpec:
+    def spec(
+        self, *, view: str = "center", precision: Precision = "fp32", dtype: StoredDtype = "float32"
+    ) -> FeatureSpec:
         """The identity of the features that this backbone gives."""
         return FeatureSpec(
             backbone=self.name,

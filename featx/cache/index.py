@@ -55,6 +55,7 @@ class KeyIndex:
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """A place of each key, counting through all rows; -1 for none. `int64 [N]`. The first one, unless the keys
         are asked for as they are stored."""
+        keys = as_keys(keys)
         if 0 < len(keys) <= self._count and _same(self.keys, keys):
             return np.arange(len(keys))  # a data set in the order it was stored in: nothing to search
         runs, words = self._sorted(), self.keys.view(np.uint64)

@@ -210,7 +210,7 @@ class FeatureStore:
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row."""
-        return self._rows.locate(as_keys(keys)) >= 0
+        return self._rows.locate(keys) >= 0
 
     def read(self, keys: np.ndarray, *, mapped: bool = True) -> np.ndarray:
         """The rows of `keys`, `uint8 [N, 32]`, in that order, with repeats: `[N, *row_shape]` as stored.
@@ -218,7 +218,6 @@ class FeatureStore:
         A read-only `numpy.memmap` where the rows lie in one run in one file (as after a compact in this
         order) and `mapped` allows it, else an array. Raises `StoreError` with the number of keys that have no row.
         """
-        keys = as_keys(keys)
         for _ in range(4):
             listed, at = self._place(keys)
             if self.form is None:
@@ -280,8 +279,10 @@ class FeatureStore:
         known = {name: shard for name, shard in trusted.items() if listed.get(name) == shard.stat}
         now = time.time_ns()
         unknown = listed.keys() - known
-        with readers() as pool:
-            checked = {name: pool.submit(shards.check, self.folder, name, self.form) for name in unknown}
+        with readers() if unknown else contextlib.nullcontext() as pool:
+            checked = (
+                {name: pool.submit(shards.check, self.folder, name, self.form) for name in unknown} if pool else {}
+            )
             for name in listed:
                 try:
                     shard = known[name] if name in known else checked[name].result()[0]
@@ -292,9 +293,9 @@ class FeatureStore:
                     kept[name] = shard
                 found.append((shard, shards.read_keys(self.folder, shard)))
         # one assignment: threads that ask meanwhile see the old list or the new one
-        self._listed = ({shard.name: shard for shard, _ in found}, KeyIndex(keys for _, keys in found))
+        self._listed = ({shard.name: shard for shard, _ in found}, KeyIndex([keys for _, keys in found]))
         self._maps = {}
-        if kept != folders.read_verified(self.folder):
+        if kept != (trusted if trust else folders.read_verified(self.folder)):
             folders.write_verified(self.folder, kept)
 
     def _note(self, note: str) -> None:

@@ -7,16 +7,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from featx import __version__
 from featx.errors import FeatxError
+from featx.options import fields_of
 from featx.text import prose, to_json
 
 DONE, ERROR, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
-SEED = click.IntRange(0)
 
 
 KEPT = (
@@ -104,52 +105,35 @@ def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Co
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on standard output.")
-cache_option = click.option(
-    "--cache",
-    default="cache",
-    show_default=True,
-    type=click.Path(file_okay=False),
-    help="Where features lie.",
+
+
+def option(name: str) -> Callable[[Command], Command]:
+    """The command line's form of one of `featx.options.Options`."""
+    field = fields_of()[name]
+    kind: click.ParamType | None = None
+    if field.choices:
+        kind = click.Choice(field.choices)
+    elif field.type is int:
+        kind = click.IntRange(field.option.least)
+    elif field.type is Path:
+        kind = click.Path(file_okay=False)
+    shown = field.option.default is not None
+    flag = f"--{name.replace('_', '-')}"
+    return click.option(flag, default=field.option.default, show_default=shown, type=kind, help=field.option.help)
+
+
+cache_option = option("cache")
+factory_option = click.option(
+    "--factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="The factory of your own that made RUN's backbone: what a run names is imported only if you name it, too.",
 )
 backbone_options = options_of(
     click.option("--backbone", "-b", default="resnet18", show_default=True, help="See `featx backbones`."),
-    click.option(
-        "--weights",
-        default="pretrained",
-        show_default=True,
-        help="pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file.",
-    ),
-    click.option("--layer", default="features", show_default=True, help="features, logits, or a module's dotted name."),
-    click.option("--seed", default=0, show_default=True, type=SEED, help="For random weights, views and heads."),
+    *map(option, ("weights", "layer", "seed")),
 )
 extraction_options = options_of(
-    cache_option,
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option(
-        "--precision",
-        default="fp32",
-        show_default=True,
-        type=click.Choice(["fp32", "bf16", "fp16"]),
-        help="Arithmetic of the backbone; each has features of its own.",
-    ),
-    click.option(
-        "--dtype",
-        default="float32",
-        show_default=True,
-        type=click.Choice(["float32", "float16"]),
-        help="How features are stored.",
-    ),
-    click.option("--batch-size", type=click.IntRange(1), help="By default the engine's own choice."),
-    click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core."),
-    click.option("--views", default=0, show_default=True, type=click.IntRange(0), help="Augmented views to cache."),
-    click.option(
-        "--decode",
-        default="exact",
-        show_default=True,
-        type=click.Choice(["exact", "fast", "gpu"]),
-        help="fast decodes large JPEGs at a smaller scale, gpu decodes them on the GPU; "
-        "their features differ a little and are cached apart.",
-    ),
+    *map(option, ("cache", "device", "precision", "dtype", "batch_size", "workers", "views", "decode"))
 )
 
 

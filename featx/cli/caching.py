@@ -11,7 +11,6 @@ import click
 from featx.cli.base import (
     DONE,
     ERROR,
-    SKIPPED,
     backbone_options,
     cache_option,
     cli,
@@ -190,15 +189,15 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
     features = extract(data, **options)
     path = caching.export(features, Path(file), overwrite=overwrite)
     click.echo(printable(str(path)))
-    skipped = features.report["skipped_images"]
-    for image in skipped[:10]:
+    assert features.report is not None
+    for image in features.report.skipped_images[:10]:
         say(f"skipped: {printable(image['id'])}: {image['reason']}")
-    return SKIPPED if skipped else DONE
+    return features.report.exit_code
 
 
 def keys_of(cache: str, data: str | None, *, whole: bool = False) -> np.ndarray | None:
     """The content keys of a data set, `uint8 [N, 32]`; of all its files, or of those that can be read."""
-    from featx.extraction.pipeline import content_keys
+    from featx.extraction.keys import content_keys
 
     return None if data is None else content_keys(data, cache, whole=whole)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, emit, json_option, say
+from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, say
 from featx.text import encodable, printable, prose
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--provider", "providers", multiple=True, help="int8, fp16: execution provider that speed is measured on."
 )
+@factory_option
 @json_option
 def export(
     run: str,
@@ -89,6 +90,7 @@ def export(
 @click.argument("run", type=click.Path(file_okay=False))
 @click.option("--parity-images", "images", default=2000, show_default=True, type=click.IntRange(1))
 @click.option("--split", default="val", show_default=True, help="val, test or train.")
+@factory_option
 @json_option
 def check(model: str, run: str, as_json: bool, **options: Any) -> int:
     """Hold a MODEL that lies somewhere to its RUN: whole, unchanged, and answering as measured?"""

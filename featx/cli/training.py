@@ -8,14 +8,15 @@ import click
 
 from featx.cli.base import (
     DONE,
-    SEED,
     SKIPPED,
     assignments,
     backbone_options,
     cache_option,
     emit,
     extraction_options,
+    factory_option,
     json_option,
+    option,
     options_of,
     say,
 )
@@ -42,18 +43,18 @@ def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
         from featx.extraction.planning import plan
 
         planned = plan(data, **options)
-        emit(planned) if as_json else say(plan_text(planned))
+        emit(planned.to_dict()) if as_json else say(planned.text())
         return DONE
     from featx.extraction.pipeline import sync
 
     extraction = sync(data, **options)
     report = extraction.report
     if as_json:
-        emit(report | {"backbone": extraction.info.to_dict(), "cache": str(extraction.cache)})
+        emit(report.to_dict() | {"backbone": extraction.info.to_dict(), "cache": str(extraction.cache)})
     else:
-        say(extraction_text(report))
+        say(report.text())
         say(f"{extraction.info.name} ({extraction.info.weights_note}), {extraction.info.row_shape} a row")
-    return SKIPPED if report["skipped"] else DONE
+    return report.exit_code
 
 
 finetune_options = options_of(
@@ -150,19 +151,21 @@ def fit(
         from featx.finetuning.recipes import configure
 
         finetune = configure(recipe, mode=mode, seed=options["seed"], **chosen)
-    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, report=False, **options)
+    run = fit(data, settings=settings, finetune=finetune, memory=memory and memory * 1e9, **options)
     if rank() != 0:
         return DONE  # of several processes, one speaks
     values = run.report
     if not as_json:
-        say(extraction_text(values["extract"]))
+        from featx.extraction.report import ExtractionReport
+
+        say(ExtractionReport(**values["extract"]).text())
         say(Report.from_dict(values).table() if values["count"] else "\n".join(values["notes"]))
         for note in [*values["fit"].get("notes", []), *filter(None, [values.get("views_note")])]:
             say(f"note: {note}")
         if "views" in values:
-            from featx.measuring.views import gain_text
+            from featx.measuring.views import Gain
 
-            say(gain_text(values["views"]))
+            say(Gain.from_dict(values["views"]).text())
     if report:
         page_of(run)
     if as_json:
@@ -202,8 +205,9 @@ def rates(text: str | None) -> dict[str, Any]:
 @click.argument("run", type=click.Path(file_okay=False))
 @click.argument("data", type=click.Path())
 @click.option("--split", help="Rows of this split only; by default all of them.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core.")
+@option("device")
+@option("workers")
+@factory_option
 @json_option
 def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
     """Evaluate RUN on other labelled DATA, with the same backbone and cache."""
@@ -231,22 +235,23 @@ def report(run: str) -> int:
 @click.argument("run", type=click.Path(file_okay=False))
 @click.option("--sizes", help="Numbers of training images: 20,50,100.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Subsets of each size.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@option("device")
+@factory_option
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
-    from featx.measuring.curve import curve_text, learning_curve
+    from featx.measuring.curve import learning_curve
 
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes else None
     except ValueError:
         raise click.BadParameter(f"{sizes!r} is no list of whole numbers", param_hint="--sizes") from None
-    values = learning_curve(run, sizes=wanted, **options)
+    found = learning_curve(run, sizes=wanted, **options)
     if not as_json:
-        click.echo(prose(curve_text(values)))
+        click.echo(prose(found.text()))
     page_of(run)
     if as_json:
-        emit(values)
+        emit(found.to_dict())
     return DONE
 
 
@@ -257,12 +262,12 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @click.option("--layer", "layers", multiple=True, help="Repeatable; by default features.")
 @click.option("--views", multiple=True, type=click.IntRange(0), help="Repeatable: numbers of augmented views.")
 @click.option("--by", default="accuracy", show_default=True, type=click.Choice(["accuracy", "log_loss"]))
-@click.option("--weights", default="pretrained", show_default=True, help="As for extract.")
-@click.option("--seed", default=0, show_default=True, type=SEED)
+@option("weights")
+@option("seed")
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="By default export/<data>-sweep.")
 @cache_option
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core.")
+@option("device")
+@option("workers")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write the winner's report.html.")
 @json_option
 def sweep(
@@ -279,59 +284,18 @@ def sweep(
 
     Features are extracted once for each backbone and layer. Ranked by cross-validation on training images.
     """
+    from featx.reporting.comparison import write
     from featx.sweeping import sweep
 
     grid: dict[str, Any] = {"backbones": backbones, "heads": heads, "layers": layers, "views": views}
-    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, report=False, **options)
+    found = sweep(data, **{name: chosen for name, chosen in grid.items() if chosen}, **options)
     if not as_json:
-        say(found.table())
+        say(found.text())
+    write(found)
     if report:
         page_of(found.winner)
     if as_json:
-        emit({"path": str(found.path), "by": found.by, "points": found.points, "failed": found.failed})
+        emit({"path": str(found.path), **found.to_dict()})
     else:
         click.echo(printable(str(found.winner.path)))
     return SKIPPED if found.failed else DONE
-
-
-def plan_text(planned: dict[str, Any]) -> str:
-    """A dry run, for people."""
-    counts = ("found", "ignored", "cached", "missing", "duplicate")
-    lines = ["  ".join(f"{name} {planned[name]}" for name in counts)]
-    if planned["missing"] and planned["images_per_second"]:
-        rate = f"{planned['images_per_second']:.0f} images/s ({planned['basis']})"
-        lines.append(f"about {planned['seconds']:.0f} s at {rate}, {planned['bytes'] / 1e6:.1f} MB of features")
-    if planned["exported_bytes"]:
-        lines.append(f"the backbone is exported now: {planned['exported_bytes'] / 1e6:.1f} MB in the cache, once")
-    if not planned["enough"]:
-        lines.append(f"the disk has {planned['free'] / 1e6:.0f} MB free, which is not enough")
-    return "\n".join(lines)
-
-
-def extraction_text(report: dict[str, Any]) -> str:
-    """The report of an extraction, for people."""
-    counts = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
-    lines = ["  ".join(f"{name} {report[name]}" for name in counts)]
-    named = {
-        "ignored": [f"{printable(name)} (no image)" for name in report["ignored_files"]],
-        "skipped": [f"{printable(image['id'])}: {image['reason']}" for image in report["skipped_images"]],
-        "same bytes, several labels": [
-            ", ".join(f"{printable(name)} ({printable(label)})" for name, label in c.items())
-            for c in report["conflicts"]
-        ],
-        "note": report["notes"],
-    }
-    for what, names in named.items():
-        lines += [f"{what}: {name}" for name in names[:10]]
-        if len(names) > 10:
-            lines.append(f"{what}: {len(names) - 10} more, all of them with --json")
-    if report["extracted"]:
-        shares = ", ".join(f"{stage} {share:.0%}" for stage, share in report["shares"].items())
-        lines.append(f"{report['images_per_second']} images/s; work: {shares}")
-        lines += [report["advice"]] if report["advice"] else []
-    if report["decode_cosine"] is not None:
-        lines.append(
-            f"{report['decoded_on_gpu']} images decoded on the GPU; features of some by Pillow's pixels: "
-            f"cosine {report['decode_cosine']:.5f} or more"
-        )
-    return "\n".join(lines)

@@ -1,13 +1,11 @@
-"""Owns the stage between the loader and the engine that has JPEGs decoded on a GPU; imports torch for the first one."""
+"""Has JPEGs decoded on a GPU, between the loader and the engine; imports torch for the first one."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -18,10 +16,12 @@ import numpy as np
 from featx.devices import decoding_device
 from featx.engines.engine import Engine
 from featx.errors import FeatxError, ImageError
+from featx.extraction.embedding import stack
 from featx.extraction.loader import Loaded, Loader
 from featx.features import cosines
 from featx.pixels.jpeg import Encoded
 from featx.pixels.preprocess import CLOSE
+from featx.threads import ahead
 
 if TYPE_CHECKING:
     from featx.extraction.loader import Pixels
@@ -30,52 +30,41 @@ if TYPE_CHECKING:
 # Images that go to the GPU together, and groups that may wait there: memory does not grow with the data set.
 GROUP, GROUPS = 64, 2
 GROUP_BYTES = 64 << 20  # a group of large files is smaller
-# Images at the start of a run that are decoded both ways, to hold their features to each other.
+# Images at the start of a run that are decoded both ways, to compare their features.
 SAMPLE = 16
 
 
-class Decoder:
+class GpuDecoder:
     """Takes over from a `Loader` the JPEGs that a GPU can decode; all others have the loader's own pixels.
 
-    One thread of its own waits for the GPU. What it cannot decode after all, Pillow decodes, or says why
-    not. Written without a GPU at hand: its speed is not measured.
+    One thread of its own waits for the GPU. What it cannot decode after all, Pillow decodes, or says why not.
     """
 
-    def __init__(self, loader: Loader, device: str) -> None:
-        """device: as `sync` takes it. Whether there is a GPU is asked when the first such JPEG comes."""
-        self.loader = loader
-        self.device = device
-        self.decoded = 0
-        """Images that were decoded on the GPU."""
-        self.cosine: float | None = None
-        """What `hold` found; None where nothing was compared."""
-        self.opening = (0.0, 0.0)
-        """When the GPU began to be made ready, torch's import first, and when it was; by `time.perf_counter`."""
-        self._gpu: Gpu | None = None
+    def __init__(self, loader: Loader, device: str, engine: Engine, gpu: Gpu | None = None) -> None:
+        """engine: embeds the images that are decoded both ways. gpu: by default one on `device`, opened for the
+        first JPEG that it can decode."""
+        self.loader, self.device, self.engine = loader, device, engine
+        self._gpu = gpu
         self._sample: list[tuple[Pixels, Pixels]] | None = None  # None: not taken yet; empty: compared
 
-    def __call__(self, rows: np.ndarray) -> Generator[Loaded]:
+    def __call__(self, numbers: np.ndarray) -> Generator[Loaded]:
         """Yield what the loader yields, in its order, with the views of every image decoded.
 
-        Closing the iterator ends the thread, and the loader's. Raises `FeatxError` where there is no GPU.
+        Closing the iterator ends the thread, and the loader's. Raises `FeatxError` where there is no GPU, and where
+        its pixels give other features than Pillow's.
         """
-        waiting: deque[Future[list[Loaded]]] = deque()
-        with closing(self.loader(rows, encoded=True)) as loaded, warnings.catch_warnings():
+        with closing(self.loader(numbers, encoded=True)) as loaded, warnings.catch_warnings():
             # torchvision's that its decoders will move, and torch's that a file's bytes cannot be written to
             warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            executor = ThreadPoolExecutor(1, thread_name_prefix="featx-decode")
-            try:
-                while group := list(_grouped(loaded)):
-                    waiting.append(executor.submit(self._decode, group))
-                    if len(waiting) > GROUPS:
-                        yield from waiting.popleft().result()
-                while waiting:
-                    yield from waiting.popleft().result()
-            finally:
-                executor.shutdown(wait=True, cancel_futures=True)
+            groups = iter(lambda: list(_grouped(loaded)), [])
+            decoded = ahead(self._decode, groups, threads=1, window=GROUPS + 1, name="featx-decode")
+            with closing(decoded):
+                for group in decoded:
+                    self._compare_with_pillow()
+                    yield from group
 
-    def hold(self, engine: Engine) -> None:
+    def _compare_with_pillow(self) -> None:
         """Compare the features of the run's first images by both decoders; raise `FeatxError` if they are far apart.
 
         Does nothing before there are such images, and nothing again after.
@@ -84,14 +73,16 @@ class Decoder:
             return
         sample, self._sample = self._sample, []
         rows = []
+        size = self.engine.batch_size
         for images in zip(*sample, strict=True):
-            parts = [list(images[i : i + engine.batch_size]) for i in range(0, len(images), engine.batch_size)]
-            rows.append(np.concatenate([engine(stacked(part, engine)) for part in parts]))
-        self.cosine = float(cosines(*rows).min())
-        if not self.cosine >= CLOSE:
+            parts = [list(images[i : i + size]) for i in range(0, len(images), size)]
+            rows.append(np.concatenate([self.engine(stack(part, self.engine)) for part in parts]))
+
+        self.loader.cosine = cosine = float(cosines(*rows).min())
+        if not cosine >= CLOSE:
             raise FeatxError(
                 f"features of images decoded on the GPU differ from Pillow's: of {len(sample)} images the worst has a "
-                f"cosine of {self.cosine:.5f}, less than {CLOSE}; none of them was stored. Use --decode exact"
+                f"cosine of {cosine:.5f}, less than {CLOSE}; none of them was stored. Use --decode exact"
             )
 
     def _decode(self, group: list[Loaded]) -> list[Loaded]:
@@ -99,18 +90,17 @@ class Decoder:
         encoded = [image.encoded for image in group if image.encoded]
         if not encoded:
             return group
-        begin = time.perf_counter()
         if self._gpu is None:
-            self._gpu = _open(self.loader, self.device)
-            self.opening = begin, time.perf_counter()
-            begin = self.opening[1]
+            from featx.pixels.nvjpeg import Gpu
+
+            self._gpu = Gpu(self.loader.preprocess, decoding_device(self.device))
+        begin = time.perf_counter()
         made = iter(self._gpu(encoded))
         out = [self._finished(image, next(made)) if image.encoded else image for image in group]
         if self._sample is None:
             self._sample = list(islice(self._both(group, out), SAMPLE)) or None
         decoded = sum(not isinstance(image.views[0][1], np.ndarray) for image in out if image.views)
-        self.decoded += decoded
-        self.loader.decoded_elsewhere(decoded, time.perf_counter() - begin)
+        self.loader.count_gpu(decoded, time.perf_counter() - begin)
         return out
 
     def _finished(self, loaded: Loaded, views: list[Any] | None) -> Loaded:
@@ -143,22 +133,3 @@ def _grouped(loaded: Iterator[Loaded]) -> Iterator[Loaded]:
         size += len(image.encoded.data) if image.encoded else 0
         if size > GROUP_BYTES:
             return
-
-
-def stacked(pixels: list[Pixels], engine: Engine) -> Any:
-    """One batch for an engine: an array, or, for one on the GPU, a tensor there if some of it was decoded there."""
-    arrays = [p for p in pixels if isinstance(p, np.ndarray)]
-    if len(arrays) == len(pixels):
-        return np.stack(arrays)
-    if engine.name != "torch-cuda":
-        return np.stack([p if isinstance(p, np.ndarray) else p.cpu().numpy() for p in pixels])
-    from featx.pixels import nvjpeg
-
-    return nvjpeg.stacked(pixels)
-
-
-def _open(loader: Loader, device: str) -> Gpu:
-    place = decoding_device(device)
-    from featx.pixels.nvjpeg import Gpu
-
-    return Gpu(loader.preprocess, place)

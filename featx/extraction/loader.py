@@ -1,13 +1,12 @@
-"""Owns the threads that read, identify and decode images ahead of the backbone."""
+"""Reads, identifies and decodes images on threads, ahead of the backbone."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from featx.pixels.jpeg import Encoded, header
 from featx.pixels.preprocess import Preprocess
 from featx.pixels.views import look, pixels
 from featx.sources.source import Source
+from featx.threads import ahead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,23 +38,31 @@ CLAIMS = 1 << 11
 class Loaded:
     """One image on its way to the backbone, or the reason why it goes no further."""
 
-    row: int
+    number: int
+    """Of the image in its source."""
     key: bytes
     """The content key, 32 bytes; empty where the file could not be read."""
     views: list[tuple[int, Pixels]]
     """View number and `uint8 [3, H, W]` of each view that no store has; empty for a duplicate."""
     error: str = ""
     encoded: Encoded | None = None
-    """In place of `views`, where whoever asked decodes JPEGs himself."""
+    """Set instead of `views` when the caller decodes JPEGs (`--decode gpu`)."""
 
 
 class Loader:
-    """Decodes what the stores lack, in order, on `workers` threads, never far ahead of its reader.
+    """Decodes what the stores lack, in order, on `workers` threads, never far ahead of its reader."""
 
-    Threads, not processes: Pillow and hashlib release the interpreter's lock where the time goes.
-    """
-
-    def __init__(self, source: Source, preprocess: Preprocess, stores: list[FeatureStore], workers: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Preprocess,
+        stores: list[FeatureStore],
+        workers: int,
+        *,
+        waiting_bytes: int = WAITING_BYTES,
+        claims: int = CLAIMS,
+    ) -> None:
+        """waiting_bytes: of decoded images that may wait. claims: keys on their way that are remembered at first."""
         self.source = source
         self.preprocess = preprocess
         self.stores = stores
@@ -65,67 +73,64 @@ class Loader:
         """The threads' time in reading and hashing, waiting included."""
         self.decoded = self.large = 0
         """Images decoded, and how many of them `--decode fast` would decode at a smaller scale."""
+        self.decoded_on_gpu = 0
+        """Images that a GPU's decoder took."""
         self.device_seconds = 0.0
-        """Wall time that a GPU's decoder worked, waiting for the GPU included."""
+        """Wall time that it worked, waiting for the GPU included."""
+        self.cosine: float | None = None
+        """Least cosine between features of its pixels and of Pillow's; None where none were compared."""
         self._claimed: set[bytes] = set()
-        self._most_claimed = CLAIMS
+        self._waiting_bytes, self._claims = waiting_bytes, claims
+        self._most_claimed = claims
         self._lock = threading.Lock()
 
-    def __call__(self, rows: np.ndarray, *, encoded: bool = False) -> Generator[Loaded]:
-        """Yield a `Loaded` for every row (`int [M]`), in order. Closing the iterator ends the threads.
+    def __call__(self, numbers: np.ndarray, *, encoded: bool = False) -> Generator[Loaded]:
+        """Yield a `Loaded` for every image number, `int [M]`, in order. Closing the iterator ends the threads.
 
         encoded: leave the JPEGs that a GPU can decode as they are.
         """
-        waiting: deque[Future[Loaded]] = deque()
-        most = WAITING_BYTES // (3 * self.preprocess.crop**2 * len(self.stores))
-        most = max(2 * self.workers, min(most, ENCODED if encoded else 512))
-        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="featx-load")
-        try:
-            for row in rows:  # an array's numbers are made one by one
-                waiting.append(executor.submit(self._load, int(row), encoded))
-                if len(waiting) >= most:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+        window = self._waiting_bytes // (3 * self.preprocess.crop**2 * len(self.stores))
+        window = max(2 * self.workers, min(window, ENCODED if encoded else 512))
+        load = partial(self._load, encoded=encoded)
+        return ahead(load, map(int, numbers), threads=self.workers, window=window, name="featx-load")
 
     def counted(self) -> tuple[float, float, float, float]:
         """`read_seconds`, `decode_seconds`, `file_seconds` and `device_seconds` of this moment."""
         with self._lock:
             return self.read_seconds, self.decode_seconds, self.file_seconds, self.device_seconds
 
-    def decoded_elsewhere(self, images: int, seconds: float) -> None:
-        """Count images that somebody else has decoded, in so many seconds."""
+    def count_gpu(self, images: int, seconds: float) -> None:
+        """Count images that the GPU has decoded, in so many seconds."""
         with self._lock:
             self.decoded += images
+            self.decoded_on_gpu += images
             self.device_seconds += seconds
 
     def seen(self, image: Image.Image, key: bytes, view: int) -> np.ndarray:
         """One view of a decoded image."""
         return pixels(self.preprocess, image, key, self.stores[view].spec.view)
 
-    def _load(self, row: int, encoded: bool) -> Loaded:
+    def _load(self, number: int, *, encoded: bool) -> Loaded:
         key = b""
         begin, middle, opened, read = time.thread_time(), None, time.perf_counter(), None
         large = None
         try:
-            data = self.source.read(row)
+            data = self.source.read(number)
             key = content_key(data)
             missing = self._claim(key)
             middle, read = time.thread_time(), time.perf_counter()
             if not missing:
-                return Loaded(row, key, [])
+                return Loaded(number, key, [])
             if encoded and (found := header(data)):
                 names = [self.stores[v].spec.view for v in missing]
                 looks = [look(self.preprocess, *found.upright, key, name) for name in names]
                 whole = [(v, *drawn) for v, drawn in zip(missing, looks, strict=True)]
-                return Loaded(row, key, [], encoded=Encoded(data, found, whole))
+                return Loaded(number, key, [], encoded=Encoded(data, found, whole))
             image = self.preprocess.decode(data)
             large = self.preprocess.shrinks(data, image.size)
-            return Loaded(row, key, [(v, self.seen(image, key, v)) for v in missing])
+            return Loaded(number, key, [(v, self.seen(image, key, v)) for v in missing])
         except ImageError as error:
-            return Loaded(row, key, [], str(error))
+            return Loaded(number, key, [], str(error))
         finally:
             end = time.thread_time()
             middle, read = middle or end, read or time.perf_counter()
@@ -152,4 +157,4 @@ class Loader:
         keys = np.frombuffer(b"".join(self._claimed), np.uint8).reshape(-1, 32)
         waiting = ~np.logical_and.reduce([store.contains(keys) for store in self.stores])
         self._claimed = {key.tobytes() for key in keys[waiting]}
-        self._most_claimed = 2 * len(self._claimed) + CLAIMS
+        self._most_claimed = 2 * len(self._claimed) + self._claims

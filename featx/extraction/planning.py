@@ -1,127 +1,153 @@
-"""Owns the dry run: how many images an extraction would compute, how long it takes, how much disk it needs."""
+"""The dry run: how many images an extraction would compute, how long it takes, how much disk it needs."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import platform
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from featx.backbones.loading import resolve
-from featx.backbones.request import BackboneRequest
-from featx.cache.index import KEY_BYTES, distinct
-from featx.cache.memo import KeyMemo
+from featx.cache.index import KEY_BYTES
 from featx.cache.store import FeatureStore
 from featx.devices import available_threads, decoding_device
 from featx.engines.engine import Engine
-from featx.engines.opening import open_engine
-from featx.errors import ImageError
-from featx.extraction.gpu import Decoder, stacked
-from featx.extraction.loader import Loaded, Loader
-from featx.extraction.pipeline import check_numbers, check_place, recorded_engine, requested
-from featx.extraction.timing import recall_rate
-from featx.features import content_key
+from featx.extraction.embedding import embed
+from featx.extraction.job import Backbone, Data, Job, prepare
+from featx.extraction.keys import KeyTable
+from featx.extraction.loader import Loader
+from featx.extraction.report import ExtractionReport
+from featx.files import write_atomic
+from featx.options import Options, complete
 from featx.pixels.preprocess import GPU
-from featx.pixels.views import view_names
-from featx.sources.opening import open_source
-from featx.sources.source import Source
-
-if TYPE_CHECKING:
-    from featx.extraction.loader import Pixels
 
 # Files whose content is not known yet are read to know it, up to so many bytes; the rest counts as missing.
 READ_BYTES = 1 << 30
 SAMPLE = 64
+# From so many images on, a run's rate is remembered for the next dry run.
+RATE_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction would do: `found` = `cached` + `missing` + `duplicate` images."""
+
+    found: int
+    ignored: int
+    """Files that are not images."""
+    cached: int
+    missing: int
+    duplicate: int
+    unread: int
+    """Of the missing, those not looked into: they may be cached or duplicates after all."""
+    images_per_second: float | None
+    seconds: float | None
+    """For the missing, with opening the backbone."""
+    basis: str
+    """Where the rate is from: the last run of this kind here, else a measurement now on a sample."""
+    bytes: int
+    """That the features will take."""
+    exported_bytes: int
+    """Of the backbone that the measurement exported; they stay in the cache."""
+    free: int
+    """Bytes on the cache's disk."""
+    enough: bool
+    backbone: str
+    row_shape: list[int]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        counts = ("found", "ignored", "cached", "missing", "duplicate")
+        lines = ["  ".join(f"{name} {getattr(self, name)}" for name in counts)]
+        if self.missing and self.images_per_second:
+            rate = f"{self.images_per_second:.0f} images/s ({self.basis})"
+            lines.append(f"about {self.seconds:.0f} s at {rate}, {self.bytes / 1e6:.1f} MB of features")
+        if self.exported_bytes:
+            lines.append(f"the backbone is exported now: {self.exported_bytes / 1e6:.1f} MB in the cache, once")
+        if not self.enough:
+            lines.append(f"the disk has {self.free / 1e6:.0f} MB free, which is not enough")
+        return "\n".join(lines)
 
 
 def plan(
-    data: str | Path | Source,
-    backbone: str | BackboneRequest = "resnet18",
-    *,
-    weights: str = "pretrained",
-    layer: str = "features",
-    seed: int = 0,
-    cache: str | Path = "cache",
-    device: str = "auto",
-    precision: str = "fp32",
-    dtype: str = "float32",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    views: int = 0,
-    decode: str = "exact",
-) -> dict[str, Any]:
-    """What `featx.extraction.sync` with these options would do; no feature is written.
+    data: Data, backbone: Backbone = "resnet18", *, engine: Engine | None = None, **options: Unpack[Options]
+) -> Plan:
+    """What `featx.extraction.pipeline.sync` would do with the same arguments; no feature is written.
 
-    The answer: `found` = `cached` + `missing` + `duplicate` images; `unread` of the missing were not
-    looked into, and may be cached or duplicates after all; `ignored` files that are no images. `seconds`
-    for the missing at `images_per_second`, and `basis`, which says where that rate is from: the last
-    run of this kind here, else a measurement now on a sample (that opens, and so may export, the
-    backbone, in `exported_bytes` that stay in the cache). `bytes` the features will take, `free` bytes on the
-    cache's disk, and `enough`.
+    Where no run of this kind is remembered, a sample is measured: that opens, and so may export, the backbone.
     """
-    check_numbers(seed, views, workers, batch_size)
-    cache = Path(cache)
-    source = data if isinstance(data, Source) else open_source(data)
-    request = requested(backbone, weights, layer, seed, decode)
-    check_place(request, cache, device)
-    info = resolve(request, cache)
-    specs = [info.spec(view=v, precision=precision, dtype=dtype) for v in view_names(seed, views)]
-    stores = [FeatureStore(cache, spec) for spec in specs]
-    workers = workers or available_threads()
-    keys, known = _keys(source, cache)
-    stored = np.logical_and.reduce([store.contains(keys) for store in stores]) & known
-    first = np.zeros(len(source), bool)
-    first[np.flatnonzero(known)[distinct(keys[known])]] = True
-    missing = np.flatnonzero(~stored & (first | ~known))
-    rate, basis = recall_rate(cache, specs, workers, device), "the last run of this kind on this machine"
-    start, exported = 0.0, 0
+    job = prepare(data, backbone, complete(options))
+    table, stores = KeyTable(job.source, job.cache), job.open_stores()
+    table.read_missing(READ_BYTES)
+
+    stored, first = table.stored(stores), table.first()
+    cached = int((stored & first).sum())
+    missing = np.flatnonzero(~stored & (first | ~table.known))
+    rate, start, exported = recall_rate(job), 0.0, 0
+    basis = "the last run of this kind on this machine"
     if rate is None and len(missing):
-        recorded = recorded_engine(stores)
-        if info.preprocess.pixels == GPU:
-            decoding_device(device)
-        options: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
-        begin, before = time.perf_counter(), _engine_bytes(cache)
-        engine = open_engine(request, info, cache=cache, engine=recorded, **options)
-        exported = _engine_bytes(cache) - before
-        if exported:  # the run itself will find what this one has exported
-            engine.close()
-            begin = time.perf_counter()
-            engine = open_engine(request, info, cache=cache, engine=recorded, **options)
-        with closing(engine):
-            start = time.perf_counter() - begin
-            size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))
-            sample = missing[np.linspace(0, len(missing) - 1, size).astype(int)]
-            loader = Loader(source, info.preprocess, stores, workers)
-            images = Decoder(loader, device)(sample) if info.preprocess.pixels == GPU else loader(sample)
-            rate = _measured(images, engine, size)
+        rate, start, exported, size = _measure(job, stores, missing, engine)
         basis = f"measured now on {size} of the missing images"
-    row_bytes = int(np.prod(info.row_shape)) * np.dtype(dtype).itemsize + KEY_BYTES
+
+    row_bytes = int(np.prod(job.info.row_shape)) * np.dtype(job.specs[0].dtype).itemsize + KEY_BYTES
     needed = len(missing) * len(stores) * row_bytes
-    there = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.is_dir())
+    there = next(folder for folder in (job.cache.absolute(), *job.cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    return {
-        "found": len(source),
-        "ignored": len(source.ignored),
-        "cached": int((stored & first).sum()),
-        "missing": len(missing),
-        "duplicate": len(source) - int((stored & first).sum()) - len(missing),
-        "unread": int((~known).sum()),
-        "images_per_second": None if rate is None else round(rate, 1),
-        "seconds": None if rate is None else round(len(missing) / rate + start, 1),
-        "basis": basis if rate is not None else "",
-        "bytes": needed,
-        "exported_bytes": exported,
-        "free": free,
-        "enough": needed < free,
-        "backbone": info.name,
-        "row_shape": list(info.row_shape),
-        "notes": list(source.notes),
-    }
+    return Plan(
+        found=len(job.source),
+        ignored=len(job.source.ignored),
+        cached=cached,
+        missing=len(missing),
+        duplicate=len(job.source) - cached - len(missing),
+        unread=int((~table.known).sum()),
+        images_per_second=None if rate is None else round(rate, 1),
+        seconds=None if rate is None else round(len(missing) / rate + start, 1),
+        basis=basis if rate is not None else "",
+        bytes=needed,
+        exported_bytes=exported,
+        free=free,
+        enough=needed < free,
+        backbone=job.info.name,
+        row_shape=list(job.info.row_shape),
+        notes=list(job.source.notes),
+    )
+
+
+def _measure(
+    job: Job, stores: list[FeatureStore], missing: np.ndarray, given: Engine | None
+) -> tuple[float, float, int, int]:
+    """Images per second from file to features on a sample, seconds to open the engine, bytes exported, sample size."""
+    if job.info.preprocess.pixels == GPU:
+        decoding_device(job.device)
+    begin, before = time.perf_counter(), _engine_bytes(job.cache)
+    engine = given or job.open_engine(stores)
+    exported = _engine_bytes(job.cache) - before
+    if exported and given is None:  # the run itself will find what this one has exported
+        engine.close()
+        begin = time.perf_counter()
+        engine = job.open_engine(stores)
+
+    with nullcontext() if given else closing(engine):
+        start = time.perf_counter() - begin
+        size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))
+        sample = missing[np.linspace(0, len(missing) - 1, size).astype(int)]
+        loader = Loader(job.source, job.info.preprocess, stores, job.workers)
+        begin = time.perf_counter()
+        with closing(job.load(loader, sample, engine)) as images:
+            for _ in embed(images, engine):
+                pass
+    return size / (time.perf_counter() - begin), start, exported, size
 
 
 def _engine_bytes(cache: Path) -> int:
@@ -129,40 +155,21 @@ def _engine_bytes(cache: Path) -> int:
     return sum(path.stat().st_size for path in (cache / "engines").glob("*.onnx"))
 
 
-def _keys(source: Source, cache: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Content keys `uint8 [N, 32]` and which are known, `bool [N]`: from the memo, and from reading a few files."""
-    keys, known = np.zeros((len(source), KEY_BYTES), np.uint8), np.zeros(len(source), bool)
-    if source.stats is not None:
-        keys, known = KeyMemo(cache, source.root).lookup(source.ids, source.stats)
-    room = READ_BYTES
-    for row in np.flatnonzero(~known).tolist():
-        try:
-            data = source.read(row)
-        except ImageError:
-            continue  # the run itself will name it
-        keys[row], known[row] = np.frombuffer(content_key(data), np.uint8), True
-        room -= len(data)
-        if room < 0:
-            break
-    return keys, known
+def remember_rate(job: Job, report: ExtractionReport) -> None:
+    """Keep a run's images per second in `cache/rates/`, for the next dry run on this machine."""
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the dry run a measurement
+        write_atomic(_rate_path(job), json.dumps({"images_per_second": report.images_per_second}).encode())
 
 
-def _measured(images: Generator[Loaded], engine: Engine, count: int) -> float:
-    """Images per second from file to features, one batch decoded while the last is computed."""
-    batch: list[Pixels] = []
-    running: deque[Callable[[], np.ndarray]] = deque()
-    begin = time.perf_counter()
-    with closing(images) as loaded:
-        for image in loaded:
-            for _, pixels in image.views:
-                batch.append(pixels)
-                if len(batch) == engine.batch_size:
-                    running.append(engine.submit(stacked(batch, engine)))
-                    batch = []
-                if len(running) > 1:
-                    running.popleft()()
-    if batch:
-        running.append(engine.submit(stacked(batch, engine)))
-    while running:
-        running.popleft()()
-    return count / (time.perf_counter() - begin)
+def recall_rate(job: Job) -> float | None:
+    """The images per second of the last run of this kind on this machine; None where there was none."""
+    try:
+        rate = json.loads(_rate_path(job).read_bytes())["images_per_second"]
+        return float(rate) if rate > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _rate_path(job: Job) -> Path:
+    kind = [[spec.digest for spec in job.specs], job.workers, available_threads(), job.device, platform.node()]
+    return job.cache / "rates" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:32]}.json"

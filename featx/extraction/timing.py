@@ -1,20 +1,14 @@
-"""Owns where a run's time goes: how busy each stage is, which of them bounds the run, and what would help."""
+"""Where a run's time goes: how busy each stage is, which of them bounds the run, and what would help."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from featx.devices import available_threads
 from featx.extraction.loader import Loaded, Loader
-from featx.features import FeatureSpec
-from featx.files import write_atomic
+from featx.pixels.preprocess import GPU
 
 STAGES = ("read", "decode", "embed", "store")
 BUSY = 0.8  # from this share of their time on, cores or threads count as taken up
@@ -22,7 +16,7 @@ TELLING = 1.0  # seconds that a run must have worked before its shares say what 
 
 
 @dataclass
-class Stages:
+class Timing:
     """Seconds of work of each stage, and since `begin` the two waits of the thread that runs the loop.
 
     On a CPU the stages share the cores, so that their costs add; on a GPU `embed` runs beside the others.
@@ -33,6 +27,9 @@ class Stages:
     workers: int
     cores: int
     gpu: bool = False
+    """Whether the backbone runs on a GPU."""
+    by_gpu: bool = False
+    """Whether JPEGs are decoded on the GPU."""
     work: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     elapsed: float = 0.0
     starved: float = 0.0
@@ -45,44 +42,31 @@ class Stages:
     """Share of the decoded images that `--decode fast` would decode at a smaller scale."""
     device: float = 0.0
     """Of the work of decoding, the seconds that a GPU's decoder took: wall time of one thread."""
-    by_gpu: bool = False
-    """Whether JPEGs are decoded on the GPU."""
-    meanwhile: float = 0.0
-    """Seconds that the loader worked while the engine was being opened: they count as the run's, which opening does
-    not."""
-    _ahead: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """What the loader had counted when the engine was open."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 
-    def begin(self, loader: Loader, before: tuple[float, ...], *, gpu: bool) -> None:
-        """Count from here: the engine is open. before: what the loader had counted when it began to be opened."""
-        self.gpu = gpu
-        self._ahead = loader.counted()
-        self.meanwhile = self._wall(self._ahead) - self._wall(before)
-        self.starved = self.waited = self.work["store"] = 0.0
+    def begin(self, loader: Loader, *, gpu: bool) -> None:
+        """Count from here: the engine is open, and the loader has not begun."""
+        self.gpu, self.by_gpu = gpu, loader.preprocess.pixels == GPU
         self._zero = _moment(loader)
 
-    def _wall(self, counted: tuple[float, ...]) -> float:
-        """Seconds that the loader's threads, or a GPU's decoder beside them, take for what is counted."""
-        read, decode, _, device = counted
-        return max((read + decode) / self.workers, device)
-
-    def update(self, loader: Loader) -> Stages:
+    def update(self, loader: Loader) -> Timing:
         """Take in what has been counted; cheap enough for every batch."""
-        if self._zero:
-            now = _moment(loader)
-            counted = (a - b for a, b in zip(now, self._zero, strict=True))
-            self.elapsed, process, loop, read, decode, files, device = counted
-            self.blocked = max(0.0, files - read)
-            self.large = loader.large / max(1, loader.decoded)
-            embed = self.waited if self.gpu else max(0.0, process - loop - read - decode - device)
-            self.elapsed += self._wall(self._ahead)
-            before_read, before_decode, _, before_device = self._ahead
-            self.device = device + before_device
-            decode += before_decode + self.device
-            self.work |= {"read": read + before_read, "decode": decode, "embed": embed}
+        now = _moment(loader)
+        counted = (a - b for a, b in zip(now, self._zero, strict=True))
+        self.elapsed, process, loop, read, decode, files, self.device = counted
+        self.blocked = max(0.0, files - read)
+        self.large = loader.large / max(1, loader.decoded)
+        embed = self.waited if self.gpu else max(0.0, process - loop - read - decode - self.device)
+        self.work |= {"read": read, "decode": decode + self.device, "embed": embed}
         return self
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Count the time inside as the store's."""
+        begin = time.perf_counter()
+        yield
+        self.work["store"] += time.perf_counter() - begin
 
     def waiting(self, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
         """Pass the images through, counting how long the loop waits for them."""
@@ -172,23 +156,3 @@ class Stages:
 def _moment(loader: Loader) -> tuple[float, ...]:
     """Wall time; the process's and this thread's processor time; what the loader has counted. In seconds."""
     return time.perf_counter(), time.process_time(), time.thread_time(), *loader.counted()
-
-
-def remember_rate(cache: Path, specs: list[FeatureSpec], workers: int, device: str, rate: float) -> None:
-    """Keep a run's images per second in `cache/rates/`, for the next dry run on this machine."""
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the dry run a measurement
-        write_atomic(_rate_path(cache, specs, workers, device), json.dumps({"images_per_second": rate}).encode())
-
-
-def recall_rate(cache: Path, specs: list[FeatureSpec], workers: int, device: str) -> float | None:
-    """The images per second of the last run of this kind on this machine; None where there was none."""
-    try:
-        rate = json.loads(_rate_path(cache, specs, workers, device).read_bytes())["images_per_second"]
-        return float(rate) if rate > 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _rate_path(cache: Path, specs: list[FeatureSpec], workers: int, device: str) -> Path:
-    kind = [[spec.digest for spec in specs], workers, available_threads(), device, platform.node()]
-    return cache / "rates" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:32]}.json"

@@ -93,7 +93,30 @@ def plan(
     shown), a learning rate for a frozen group, and a frozen head.
     """
     names = [name for name, _ in groups] + [HEAD]
-    aliases = set(aliases) - set(names)
+    frozen, rates = _chosen(names, set(aliases) - set(names), lrs, freeze_until, freeze)
+
+    prefix_of = [(f"trunk.network.{p}", name) for name, prefixes in groups for p in prefixes]
+    prefix_of.append(("head", HEAD))
+    left_out = set(unreached)
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
+    for path, parameter in network.named_parameters():
+        owner = next((g for p, g in prefix_of if path == p or path.startswith(p + ".")), None)
+        parameter.requires_grad_(owner is not None and owner not in frozen and path not in left_out)
+        if owner is not None and path not in left_out:
+            members[owner].append((path, parameter))
+
+    planned = []
+    for distance, name in enumerate(reversed(names)):
+        size = sum(p.numel() for _, p in members[name])
+        given = None if name in frozen else rates.get(name, lr * layer_decay**distance)
+        planned.append(Group(name, tuple(path for path, _ in members[name]), size, given))
+    return planned[::-1]
+
+
+def _chosen(
+    names: list[str], aliases: set[str], lrs: Mapping[str, float], freeze_until: str | None, freeze: Iterable[str]
+) -> tuple[set[str], dict[str, float]]:
+    """The groups that are frozen, and the learning rates given by group."""
 
     def known(name: str) -> str:
         if name in aliases:
@@ -119,22 +142,7 @@ def plan(
         if group in rates:
             raise TrainingError(f"group {group!r} has two learning rates, one of them as {name!r}")
         rates[group] = rate
-
-    prefix_of = [(f"trunk.network.{p}", name) for name, prefixes in groups for p in prefixes]
-    prefix_of.append(("head", HEAD))
-    left_out = set(unreached)
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
-    for path, parameter in network.named_parameters():
-        owner = next((g for p, g in prefix_of if path == p or path.startswith(p + ".")), None)
-        parameter.requires_grad_(owner is not None and owner not in frozen and path not in left_out)
-        if owner is not None and path not in left_out:
-            members[owner].append((path, parameter))
-    planned = []
-    for distance, name in enumerate(reversed(names)):
-        size = sum(p.numel() for _, p in members[name])
-        given = None if name in frozen else rates.get(name, lr * layer_decay**distance)
-        planned.append(Group(name, tuple(path for path, _ in members[name]), size, given))
-    return planned[::-1]
+    return frozen, rates
 
 
 def unreached(network: Tuned, crop: int) -> list[str]:

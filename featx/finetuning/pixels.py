@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from featx.devices import available_threads
 from featx.errors import TrainingError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import content_key
 from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror
 from featx.finetuning.memory import free_memory
@@ -43,7 +43,7 @@ class Pixels:
         workers: int | None = None,
         room: float | None = None,
     ) -> None:
-        """rows: `int [N]`, as of `extraction.rows`. look: image, content key and view number -> pixels.
+        """rows: `int [N]`, as of `extraction.numbers`. look: image, content key and view number -> pixels.
 
         shape: `(views, 3, S, S)`. room: bytes to keep decoded images in; by default a share of free memory.
         """
@@ -112,7 +112,7 @@ class Pixels:
 
     def _open(self, i: int) -> tuple[Image.Image, bytes]:
         number = int(self.rows[i])
-        row = int(self.extraction.rows[number])
+        row = int(self.extraction.numbers[number])
         data = self.extraction.source.read(row)
         key = content_key(data)
         if key != self.extraction.keys[number].tobytes():

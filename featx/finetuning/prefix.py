@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from featx.cache.store import FeatureStore
 from featx.errors import BackboneError, TrainingError
-from featx.extraction.loader import Loader
-from featx.extraction.pipeline import Extraction
+from featx.extraction.embedding import embed, keep
+from featx.extraction.loader import Loaded, Loader
+from featx.extraction.result import Extraction
 from featx.features import FeatureSpec
 from featx.finetuning.augment import Draws
 from featx.finetuning.layers import Tuned
@@ -169,6 +170,36 @@ def specs(extraction: Extraction, spec: FeatureSpec, layer: str, views: int) -> 
     return [replace(spec, layer=f"before {layer}", view=v, precision="fp32", dtype="float16") for v in names]
 
 
+class PrefixEngine:
+    """Runs the frozen part of a network as an engine runs a backbone."""
+
+    name = "prefix"
+    batch_size = BATCH
+
+    def __init__(self, prefix: nn.Module, device: torch.device) -> None:
+        self.prefix, self.device = prefix.to(device).eval(), device
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`uint8 [B, 3, crop, crop]` -> `float32 [B, *row_shape]`."""
+        with torch.inference_mode():
+            rows: np.ndarray = self.prefix(torch.from_numpy(images).to(self.device)).float().cpu().numpy()
+        return rows
+
+    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        rows = self(images)
+        return lambda: rows
+
+    def close(self) -> None:
+        pass
+
+
+def _readable(images: Iterable[Loaded]) -> Iterator[Loaded]:
+    for image in images:
+        if image.error:
+            raise TrainingError(f"an image could be read before and cannot now: {image.error}")
+        yield image
+
+
 class Activations:
     """What a cut network is trained on: activations of a few fixed views, read from the feature cache.
 
@@ -223,38 +254,20 @@ class Activations:
 
     def _fill(self, todo: list[np.ndarray], part: Cut, workers: int) -> None:
         """Decode each image once and run the frozen part on the views that are not there yet."""
-        prefix = part.prefix.to(self.device)
-        prefix.eval()
-        batch: list[tuple[int, bytes, np.ndarray]] = []
-
-        def embed() -> None:
-            stacked = torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(self.device)
-            with torch.inference_mode():
-                rows = prefix(stacked).float().cpu().numpy()
-            keys = np.frombuffer(b"".join(key for _, key, _ in batch), np.uint8).reshape(-1, 32)
-            of = np.array([view for view, _, _ in batch])
-            for view in np.unique(of):
-                self.stores[view].append(keys[of == view], rows[of == view])
-            batch.clear()
-
+        source, engine = self.extraction.source, PrefixEngine(part.prefix, self.device)
         for first, last in ((0, 1), (1, len(self.stores))):  # the centre crops, then the views
-            numbers = np.unique(np.concatenate([np.zeros(0, np.int64), *todo[first:last]]))
-            if not len(numbers):
+            wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *todo[first:last]]))
+            if not len(wanted):
                 continue
-            loader = Loader(self.extraction.source, self.extraction.info.preprocess, self.stores[first:last], workers)
-            rows = self.extraction.rows[numbers].tolist()
+            stores = self.stores[first:last]
+            loader = Loader(source, self.extraction.info.preprocess, stores, workers)
+            numbers = self.extraction.numbers[wanted]
             with ExitStack() as stack:  # what is buffered is committed on the way out
-                for store in self.stores[first:last]:
+                for store in stores:
                     stack.enter_context(store)
-                for image in tqdm(loader(rows), "cache prefix", len(rows), unit=" images", disable=None):
-                    if image.error:
-                        raise TrainingError(f"an image could be read before and cannot now: {image.error}")
-                    for view, pixels in image.views:
-                        batch.append((view + first, image.key, pixels))
-                        if len(batch) == BATCH:
-                            embed()
-                if batch:
-                    embed()
+                bar = tqdm(loader(numbers), "cache prefix", len(numbers), unit=" images", disable=None)
+                for batch in embed(_readable(bar), engine):
+                    keep(batch, stores, source)
 
     def train(self, rows: np.ndarray, epoch: int, then: np.ndarray | None = None) -> Tensor:
         """Activations of training images `rows`, `int [B]`, in the views of this epoch -> `float32`, on the device."""

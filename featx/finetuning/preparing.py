@@ -16,7 +16,7 @@ from tqdm import tqdm
 from featx.backbones.loading import load_backbone
 from featx.devices import available_threads
 from featx.errors import TrainingError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import Features, hash_fraction
 from featx.finetuning import layers, prefix
 from featx.finetuning.augment import Augmentation
@@ -25,7 +25,8 @@ from featx.finetuning.pixels import Pictures
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup
-from featx.head import Head
+from featx.head import Head, columns
+from featx.runs import own_folder
 
 HOLDOUT = "holdout"
 
@@ -172,7 +173,7 @@ def prepare(
         weights=_class_weights(targets, class_names, settings).to(world.device),
         class_names=class_names,
         checkpoints=Checkpoints(
-            folder / "checkpoints",
+            own_folder(folder, "checkpoints"),
             {
                 **settings.to_dict(),
                 "weights": backbone.info.weights_digest,
@@ -219,9 +220,7 @@ def _rows(
 
 def _classes(features: Features, class_names: tuple[str, ...]) -> np.ndarray:
     """`int64 [N]`: each image's class as the head counts them, -1 for none."""
-    number = {name: i for i, name in enumerate(class_names)}
-    table = np.array([*(number.get(name, -1) for name in features.class_names), -1], np.int64)
-    return table[features.y]
+    return np.append(columns(features.class_names, class_names), -1)[features.y]
 
 
 def _class_weights(targets: Tensor, class_names: tuple[str, ...], settings: FinetuneConfig) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from featx.errors import TrainingError
 from featx.finetuning.augment import Augmentation
+from featx.kinds import fits
 from featx.text import near
 
 MODES = ("full", "partial", "scratch")
@@ -25,7 +26,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "select": "val",
     }
 }
-_KINDS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         given_as = (self.freeze,) if isinstance(self.freeze, str) else self.freeze
         object.__setattr__(self, "freeze", tuple(given_as))
-        for known_field in fields(self):
-            kinds = str(known_field.type).split(" | ")
-            value = getattr(self, known_field.name)
-            fits = any(isinstance(value, _KINDS.get(kind, object)) for kind in kinds)
-            if not fits or (isinstance(value, bool) and "bool" not in kinds):
-                raise TrainingError(f"{known_field.name} is {known_field.type}, not {value!r}")
+        for name, kind in get_type_hints(FinetuneConfig).items():
+            if not fits(getattr(self, name), kind):
+                raise TrainingError(f"{name} is {self.__annotations__[name]}, not {getattr(self, name)!r}")
         choices = {
             "mode": MODES,
             "init": ("fitted", "random"),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -73,74 +73,27 @@ class Setup:
 
 def train(setup: Setup, progress: Progress) -> None:
     """The loop: from where `progress` stands to the last epoch, or until no better one comes."""
-    settings, world, network = setup.settings, setup.world, setup.network
-    count = len(setup.targets)
+    settings, world, count = setup.settings, setup.world, len(setup.targets)
     steps = -(-count // settings.batch_size)
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
     if progress.scale:
         scaler.load_state_dict(progress.scale)
     if not progress.history:
-        start = {"epoch": 0, **measure(setup)}
-        progress.history.append(start)
+        progress.history.append({"epoch": 0, **measure(setup)})
         keep(setup, progress, 0)
+
     done = progress.epoch * steps + progress.step
     bar = tqdm(total=settings.epochs * steps, initial=done, desc="fine-tune", unit=" steps", disable=_quiet(world))
-    saved = time.monotonic()
     with contextlib.closing(bar):
         while progress.epoch < settings.epochs and not _stale(settings, progress):
-            begin, epoch = time.perf_counter(), progress.epoch
-            order = np.random.default_rng(seed_of(settings.seed, "order", epoch)).permutation(count)
-            # as equal as can be: no last batch of one image, which batch norm cannot take
-            batches = np.array_split(order, steps)
-            sums = torch.tensor(progress.sums, dtype=torch.float64, device=world.device)
-            former: tuple[Tensor, np.ndarray] | None = None
-            first = progress.step
-            setup.train_mode()
-            for step in range(first, steps):
-                at = epoch * steps + step
-                for group in setup.optimizer.param_groups:
-                    group["lr"] = group["base"] * settings.factor(at, steps)
-                total = setup.weights[setup.targets[torch.from_numpy(batches[step]).to(world.device)]].sum()
-                loss = torch.zeros((), device=world.device)
-                setup.optimizer.zero_grad(set_to_none=True)
-                for rows, then, last in _parts(setup, batches, step, progress.micro):
-                    images = setup.inputs.train(rows, epoch, then)
-                    if settings.channels_last and images.ndim == 4:
-                        images = images.contiguous(memory_format=torch.channels_last)
-                    y = setup.targets[torch.from_numpy(rows).to(world.device)]
-                    # dropout's draws follow from the step, so that a resumed run repeats them
-                    torch.manual_seed(seed_of(settings.seed, "dropout", at, world.rank, int(rows[0])))
-                    with _synchronised(setup.model, last):
-                        with _autocast(setup):
-                            logits = setup.model(images).float()
-                        share = F.cross_entropy(
-                            logits, y, setup.weights, reduction="sum", label_smoothing=settings.label_smoothing
-                        )
-                        # several processes' gradients are averaged, and the loss is a mean over all images
-                        scaler.scale(share / total * world.size).backward()
-                    loss = loss + share.detach()
-                    right = (logits.detach().argmax(dim=1) == y).double()
-                    sums += torch.stack([share.detach().double(), right.sum(), setup.weights[y].double().sum()])
-                scaler.step(setup.optimizer)
-                scaler.update()
-                if former is not None:  # one step late, so that a GPU need not wait for each
-                    _check(setup, *former, epoch)
-                former = loss, batches[step]
-                bar.update()
-                if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
-                    _check(setup, *former, epoch)
-                    progress.step, progress.sums = step + 1, tuple(sums.tolist())
-                    progress.scale = scaler.state_dict()
-                    if world.leads and world.size == 1:
-                        setup.checkpoints.save(network, setup.optimizer, progress)
-                    saved = time.monotonic()
-            if former is not None:
-                _check(setup, *former, epoch)
+            begin, first = time.perf_counter(), progress.step
+            sums = train_epoch(setup, progress, scaler, steps, bar)
+
             loss_sum, right_sum, weight_sum = world.added(tuple(sums.tolist()))
-            world.share([b for b in network.buffers()])
+            world.share([b for b in setup.network.buffers()])
             trained = time.perf_counter() - begin
             row = {
-                "epoch": epoch + 1,
+                "epoch": progress.epoch + 1,
                 "loss": loss_sum / weight_sum,
                 "accuracy": right_sum / count,
                 "lr": {g["name"]: g["lr"] for g in setup.optimizer.param_groups},
@@ -149,14 +102,86 @@ def train(setup: Setup, progress: Progress) -> None:
                 "seconds": round(time.perf_counter() - begin, 3),
             }
             progress.history.append(row)
-            progress.epoch, progress.step, progress.sums = epoch + 1, 0, (0.0, 0.0, 0.0)
+            progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, (0.0, 0.0, 0.0)
             progress.scale = scaler.state_dict()
-            keep(setup, progress, epoch + 1)
-            saved = time.monotonic()
-            shown = {"epoch": epoch + 1, "loss": f"{row['loss']:.4f}", "accuracy": f"{row['accuracy']:.4f}"}
+            keep(setup, progress, progress.epoch)
+
+            shown = {"epoch": progress.epoch, "loss": f"{row['loss']:.4f}", "accuracy": f"{row['accuracy']:.4f}"}
             if "held_accuracy" in row:
                 shown[settings.select] = f"{row['held_accuracy']:.4f}"
             bar.set_postfix(shown)
+
+
+def train_epoch(
+    setup: Setup, progress: Progress, scaler: torch.amp.GradScaler, steps: int, bar: tqdm[NoReturn]
+) -> Tensor:
+    """The steps of an epoch not done yet, saved now and then -> sums of loss, hits and weights."""
+    settings, world, epoch = setup.settings, setup.world, progress.epoch
+    order = np.random.default_rng(seed_of(settings.seed, "order", epoch)).permutation(len(setup.targets))
+    # as equal as can be: no last batch of one image, which batch norm cannot take
+    batches = np.array_split(order, steps)
+    sums = torch.tensor(progress.sums, dtype=torch.float64, device=world.device)
+    former: tuple[Tensor, np.ndarray] | None = None
+    saved = time.monotonic()
+    setup.train_mode()
+
+    for step in range(progress.step, steps):
+        loss = train_step(setup, progress, scaler, batches, step, sums)
+        if former is not None:  # one step late, so that a GPU need not wait for each
+            _check(setup, *former, epoch)
+        former = loss, batches[step]
+        bar.update()
+
+        if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
+            _check(setup, *former, epoch)
+            progress.step, progress.sums = step + 1, tuple(sums.tolist())
+            progress.scale = scaler.state_dict()
+            if world.leads and world.size == 1:
+                setup.checkpoints.save(setup.network, setup.optimizer, progress)
+            saved = time.monotonic()
+
+    if former is not None:
+        _check(setup, *former, epoch)
+    return sums
+
+
+def train_step(
+    setup: Setup,
+    progress: Progress,
+    scaler: torch.amp.GradScaler,
+    batches: list[np.ndarray],
+    step: int,
+    sums: Tensor,
+) -> Tensor:
+    """One step of the optimizer on one batch, in parts where it is large; adds to `sums`. Returns the loss."""
+    settings, world, epoch = setup.settings, setup.world, progress.epoch
+    at = epoch * len(batches) + step
+    for group in setup.optimizer.param_groups:
+        group["lr"] = group["base"] * settings.factor(at, len(batches))
+    total = setup.weights[setup.targets[torch.from_numpy(batches[step]).to(world.device)]].sum()
+    loss = torch.zeros((), device=world.device)
+    setup.optimizer.zero_grad(set_to_none=True)
+
+    for rows, then, last in _parts(setup, batches, step, progress.micro):
+        images = setup.inputs.train(rows, epoch, then)
+        if settings.channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        y = setup.targets[torch.from_numpy(rows).to(world.device)]
+        # dropout's draws follow from the step, so that a resumed run repeats them
+        torch.manual_seed(seed_of(settings.seed, "dropout", at, world.rank, int(rows[0])))
+        with _synchronised(setup.model, last):
+            with _autocast(setup):
+                logits = setup.model(images).float()
+            share = F.cross_entropy(logits, y, setup.weights, reduction="sum", label_smoothing=settings.label_smoothing)
+            # several processes' gradients are averaged, and the loss is a mean over all images
+            scaler.scale(share / total * world.size).backward()
+        loss = loss + share.detach()
+        right = (logits.detach().argmax(dim=1) == y).double()
+        sums += torch.stack([share.detach().double(), right.sum(), setup.weights[y].double().sum()])
+
+    scaler.step(setup.optimizer)
+    scaler.update()
+    return loss
 
 
 def measure(setup: Setup) -> dict[str, float]:

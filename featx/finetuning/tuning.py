@@ -15,7 +15,7 @@ from tqdm import tqdm
 from featx.backbones.backbone import Backbone
 from featx.backbones.request import BackboneRequest
 from featx.errors import TrainingError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import Features
 from featx.files import write_atomic
 from featx.finetuning.checkpoints import Progress

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
-import re
-from collections.abc import Mapping
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from featx.errors import HeadError
+from featx.head import Fitted
+from featx.kinds import fits
+from featx.solvers.examples import Examples
 from featx.text import near
-
-# What a setting's annotation takes, by its words; settings of other kinds (sequences, mappings) check themselves.
-KINDS: dict[str, Any] = {"int": Integral, "float": Real, "bool": (bool, np.bool_), "str": str, "None": type(None)}
 
 
 def names() -> list[str]:
@@ -30,7 +29,7 @@ def settings_of(name: str) -> dict[str, inspect.Parameter]:
 
     Where a default of None stands for one in the head's `DEFAULTS`, that one is given.
     """
-    given = ("groups", "seed", "device", "scored")  # by featx, not by the user
+    given = ("seed", "device")  # by featx, not by the user
     found = inspect.signature(module(name).fit).parameters.values()
     usual = getattr(module(name), "DEFAULTS", {})
     return {
@@ -40,36 +39,48 @@ def settings_of(name: str) -> dict[str, inspect.Parameter]:
     }
 
 
-def scoring(name: str, scored: np.ndarray) -> dict[str, np.ndarray]:
-    """`scored` (`bool [N]`, the rows to measure on) as keywords for a head's `fit`: none if it measures nothing."""
-    return {"scored": scored} if "scored" in inspect.signature(module(name).fit).parameters else {}
-
-
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     """Raise `HeadError` for settings that the head does not have, or that are of another kind than it wants."""
-    known = settings_of(name)
+    known, kinds = settings_of(name), get_type_hints(module(name).fit)
     for key, value in settings.items():
         if key not in known:
             only = "; --restrict and --map are for --head pretrained" if key in ("restrict", "mapping") else ""
             raise HeadError(
                 f"--head {name} has no setting {key!r}; there are {', '.join(known)}{only}.{near(key, list(known))}"
             )
-        wanted = known[key].annotation
-        wanted = wanted if isinstance(wanted, str) else inspect.formatannotation(wanted)
-        if not _is(value, wanted):
+        if not fits(value, kinds[key]):
+            wanted = known[key].annotation
+            wanted = wanted if isinstance(wanted, str) else inspect.formatannotation(wanted)
             raise HeadError(f"the setting {key} of --head {name} is {wanted}, not {value!r}")
 
 
-def _is(value: Any, wanted: str) -> bool:
-    """Whether a value is of an annotation's kind; True and False are no numbers, whole numbers are floats."""
-    words = re.sub(r"\[.*\]", "", wanted).replace(" ", "").split("|")
-    if any(word not in KINDS for word in words):
-        return "str" in words or not isinstance(value, str)
-    return any(isinstance(value, KINDS[word]) and (word == "bool" or not isinstance(value, bool)) for word in words)
-
-
+@functools.cache
 def module(name: str) -> ModuleType:
     """The file that fits `name`. Raises `HeadError` for an unknown one, with near matches."""
     if name not in names():
         raise HeadError(f"unknown head {name!r}; there are {', '.join(names())}.{near(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def learn(
+    name: str,
+    examples: Examples,
+    class_names: Sequence[str],
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Fit a head to examples. Raises `HeadError` for one that learns nothing, and for a table that is read by
+    slices where the head needs it in memory.
+    """
+    chosen = module(name)
+    if not chosen.LEARNS:
+        raise HeadError(f"the {name} head learns nothing from training images; use linear, logreg, ncm or ridge")
+    if not chosen.STREAMS and not isinstance(examples.X, np.ndarray):
+        raise HeadError(
+            f"--head {name} holds the features in memory, and {examples.X.shape[0]:,} rows of {examples.X.shape[1]} "
+            "take more than they may; use --head logreg, ridge or ncm, or a larger --memory"
+        )
+    fitted: Fitted = chosen.fit(examples, class_names, seed=seed, device=device, **(settings or {}))
+    return fitted

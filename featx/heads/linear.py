@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from featx.devices import choose_device
 from featx.errors import HeadError
 from featx.head import Fitted
 from featx.solvers import training as _training
-from featx.solvers.training import Rows, Task
+from featx.solvers.examples import Examples
+from featx.solvers.training import Task
 from featx.text import near
 
 if TYPE_CHECKING:
     import torch
 
+LEARNS, STREAMS = True, False
 # Of the mean loss: scikit-learn's C is 1 / (N * decay).
 DECAYS = tuple(np.logspace(-4, 1, 11))
 # What holds where neither the caller nor a recipe says otherwise. Without a rate or a decay, the data choose.
@@ -43,15 +46,42 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Sgd:
+    """How long, how fast and on what batches."""
+
+    epochs: int
+    batch_size: int
+    lr: float | None
+    momentum: float
+    schedule: str
+    step_size: int
+    gamma: float
+    label_smoothing: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "step", "constant"):
+            raise HeadError(f"schedule is cosine, step or constant, not {self.schedule!r}")
+        if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.momentum < 1 or not 0 <= self.label_smoothing < 1:
+            raise HeadError("epochs and batch_size are at least 1, momentum and label_smoothing in [0, 1)")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted over all epochs of `steps` each."""
+        assert self.lr is not None
+        if self.schedule == "step":
+            return self.lr * self.gamma ** (step // steps // self.step_size)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + np.cos(np.pi * step / (self.epochs * steps)))
+        return self.lr
+
+
 def fit(
-    X: Rows,
-    y: np.ndarray,
+    examples: Examples,
     class_names: Sequence[str],
     *,
-    groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
-    scored: np.ndarray | None = None,
     recipe: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -71,97 +101,92 @@ def fit(
 ) -> Fitted:
     """Minimise the mean cross-entropy `+ weight_decay / 2 * ||W||^2` by SGD with momentum.
 
-    X: float `[N, D]`; y: `int [N]`, or 0/1 `[N, C]` for several labels per image (one sigmoid each).
     lr: None for the largest step that the data's curvature allows with momentum; schedule: `cosine` (to 0
     over all steps), `step` (times `gamma` every `step_size` epochs) or `constant`. weight_decay: None
-    chooses among `DECAYS` by log-loss over `folds` stratified folds, equal `groups` (`int [N]`) together;
-    `scored` (`bool [N]`) names the rows that count when held out, for the decay, calibration and rejection.
+    chooses among `DECAYS` by the log-loss of scored rows over `folds` stratified folds.
     All folds and decays are trained at once, on the same batches. recipe: `tutorial` is SGD 0.001, momentum
     0.9, StepLR(7, 0.1), 25 epochs of batches of 4, on unscaled features; what is given beside it wins. None,
     for a setting in `DEFAULTS`, is the recipe's, or else that one. The same seed gives the same head on the
-    same machine.
-    Raises `HeadError`.
+    same machine. Raises `HeadError`.
     """
-    import torch
-
     started = time.perf_counter()
-    if recipe is not None and recipe not in RECIPES:
-        raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
-    own = DEFAULTS | (RECIPES[recipe] if recipe else {})
-    epochs = own["epochs"] if epochs is None else epochs
-    batch_size = own["batch_size"] if batch_size is None else batch_size
-    lr = own["lr"] if lr is None else lr
-    schedule = own["schedule"] if schedule is None else schedule
-    weight_decay = own["weight_decay"] if weight_decay is None else weight_decay
-    standardise = own["standardise"] if standardise is None else standardise
-    if schedule not in ("cosine", "step", "constant"):
-        raise HeadError(f"schedule is cosine, step or constant, not {schedule!r}")
-    if epochs < 1 or batch_size < 1 or not 0 <= momentum < 1 or not 0 <= label_smoothing < 1:
-        raise HeadError("epochs and batch_size are at least 1, momentum and label_smoothing in [0, 1)")
-    task = _training.check(X, y, class_names)
-    if not standardise:
-        scale = np.where(np.isinf(task.scale), np.inf, 1.0)  # constant columns stay out here too
-        task = Task(task.X, task.y, task.class_names, 0 * task.mean, scale, task.notes)
-    fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-    held = np.flatnonzero(_training.counted(fold >= 0, scored))
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
+    given |= {"weight_decay": weight_decay, "standardise": standardise}
+    own = _usual(recipe) | {name: value for name, value in given.items() if value is not None}
+    steps = (own["epochs"], own["batch_size"], own["lr"], momentum, own["schedule"], step_size, gamma)
+    sgd = _Sgd(*steps, label_smoothing, seed)
+    task = _training.check(examples.X, examples.y, class_names)
+    fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
+    held = np.flatnonzero(_training.counted(fold >= 0, examples.scored))
+    task = task if own["standardise"] else _unscaled(task)
     info: dict[str, Any] = {"notes": [*task.notes, *notes]}
-    decays = np.array(DECAYS if weight_decay is None else [weight_decay])
-    if weight_decay is None and not len(held):
+
+    decays = np.array(DECAYS if own["weight_decay"] is None else [own["weight_decay"]])
+    if len(decays) > 1 and not len(held):
         decays = decays[len(decays) // 2 :][:1]
         info["notes"].append(f"weight decay {decays[0]:g} was taken without measuring")
     measure = len(held) > 0 and (len(decays) > 1 or calibrate or reject is not None or threshold is not None)
-    where = choose_device(device)
-    Z = torch.from_numpy(task.standard()).to(where)
+    weights = _training.class_weights(task, class_weight)
+    weight, bias, held_out = _fitted(task, sgd, decays, weights, fold, held if measure else held[:0], device, info)
 
-    count = int(fold.max()) + 1 if measure else 0
+    head = task.head(weight, bias)
+    head = _training.finish(head, task, info, held_out, held, calibrate=calibrate, threshold=threshold, reject=reject)
+    return Fitted(head, info | {"seconds": time.perf_counter() - started})
+
+
+def _usual(recipe: str | None) -> dict[str, Any]:
+    """What holds for the settings in `DEFAULTS` that the caller does not give."""
+    if recipe is not None and recipe not in RECIPES:
+        raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
+    return DEFAULTS | (RECIPES[recipe] if recipe else {})
+
+
+def _unscaled(task: Task) -> Task:
+    scale = np.where(np.isinf(task.scale), np.inf, 1.0)  # constant columns stay out here too
+    return replace(task, mean=0 * task.mean, scale=scale)
+
+
+def _fitted(
+    task: Task,
+    sgd: _Sgd,
+    decays: np.ndarray,
+    row_weights: np.ndarray | None,
+    fold: np.ndarray,
+    held: np.ndarray,
+    device: str,
+    info: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `held`, and the logits of these, each
+    by the fold that had not seen it; without such rows with the first decay. Writes its figures to `info`.
+    """
+    import torch
+
+    Z = torch.from_numpy(task.standard()).to(choose_device(device))
+    count = int(fold.max()) + 1 if len(held) else 0
     masks = np.stack([fold != k for k in range(count)] + [np.ones(len(fold), bool)], axis=1)
-    row_weights = _training.class_weights(task, class_weight)
     masks = masks * (1.0 if row_weights is None else row_weights[:, None])
-    lr = _largest_step(task, Z, momentum, float(decays.max())) if lr is None else lr
-    weight, bias, curve = _train(
-        Z,
-        torch.from_numpy(task.one_hot()).to(where),
-        torch.from_numpy(masks.astype(np.float32)).to(where),
-        torch.from_numpy(decays.astype(np.float32)).to(where),
-        several=task.several,
-        seed=seed,
-        epochs=epochs,
-        batch_size=min(batch_size, len(fold)),
-        lr=lr,
-        momentum=momentum,
-        schedule=schedule,
-        step_size=step_size,
-        gamma=gamma,
-        label_smoothing=label_smoothing,
-    )
+    lr = _largest_step(task, Z, sgd.momentum, float(decays.max())) if sgd.lr is None else sgd.lr
+    sgd = replace(sgd, lr=lr, batch_size=min(sgd.batch_size, len(fold)))
+    targets, trained, rates = (torch.from_numpy(a.astype(np.float32)) for a in (task.one_hot(), masks, decays))
+    weight, bias, curve = _train(Z, targets.to(Z.device), trained.to(Z.device), rates.to(Z.device), sgd, task.several)
+
     best, held_out = 0, None
-    if measure:
+    if count:
         logits = torch.empty((len(decays), len(fold), len(task.class_names)))
         for k in range(count):
-            rows = torch.from_numpy(np.flatnonzero(fold == k)).to(where)
+            rows = torch.from_numpy(np.flatnonzero(fold == k)).to(Z.device)
             part = torch.einsum("nd,scd->snc", Z[rows], weight[k]) + bias[k][:, None]
             logits[:, rows.cpu()] = part.cpu()
         each = metrics.binary_losses if task.several else metrics.losses
-        per_decay = np.array([each(part[held].numpy(), task.y[held]).mean() for part in logits])
-        best = int(np.argmin(per_decay))
+        loss = np.array([each(part[held].numpy(), task.y[held]).mean() for part in logits])
+        best = int(np.argmin(loss))
         held_out = logits[best, held].numpy()
-        info["cross_validation"] = {
-            "weight_decays": decays.tolist(),
-            "log_loss": per_decay.tolist(),
-            "folds": count,
-        }
+        info["cross_validation"] = {"weight_decays": decays.tolist(), "log_loss": loss.tolist(), "folds": count}
         if len(decays) > 1 and best in (0, len(decays) - 1):
             info["notes"].append(f"the best weight decay, {decays[best]:g}, is at the end of the grid")
-    head = task.head(weight[-1, best].cpu().numpy(), bias[-1, best].cpu().numpy())
-    head = _training.finish(head, task, info, held_out, held, calibrate=calibrate, threshold=threshold, reject=reject)
-    info |= {
-        "weight_decay": float(decays[best]),
-        "lr": lr,
-        "training_loss": curve[:, -1, best].tolist(),
-        "device": str(Z.device),
-        "seconds": time.perf_counter() - started,
-    }
-    return Fitted(head, info)
+    training_loss = curve[:, -1, best].tolist()
+    info |= {"weight_decay": float(decays[best]), "lr": lr, "training_loss": training_loss, "device": str(Z.device)}
+    return weight[-1, best].cpu().numpy(), bias[-1, best].cpu().numpy(), held_out
 
 
 def _largest_step(task: Task, Z: torch.Tensor, momentum: float, decay: float) -> float:
@@ -186,17 +211,8 @@ def _train(
     targets: torch.Tensor,
     masks: torch.Tensor,
     decays: torch.Tensor,
-    *,
+    sgd: _Sgd,
     several: bool,
-    seed: int,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    momentum: float,
-    schedule: str,
-    step_size: int,
-    gamma: float,
-    label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Train `F x S` heads at once: every mask `[N, F]` with every decay `[S]`, on the same batches.
 
@@ -206,48 +222,51 @@ def _train(
 
     (count, size), classes = Z.shape, targets.shape[1]
     shape = (masks.shape[1], len(decays), classes)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sgd.seed)
     # nn.Linear's own initialisation, the same for every fold and decay
     bound = size**-0.5
     weight = (torch.rand((classes, size), generator=generator) * 2 - 1) * bound
     bias = (torch.rand(classes, generator=generator) * 2 - 1) * bound
     weight, bias = weight.to(Z.device).repeat(*shape[:2], 1, 1), bias.to(Z.device).repeat(*shape[:2], 1)
     pushed, pushed_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-    targets = targets * (1 - label_smoothing) + label_smoothing / (2 if several else classes)
-    steps = -(-count // batch_size)
-    curve = torch.zeros((epochs, *shape[:2]), device=Z.device)
+    targets = targets * (1 - sgd.label_smoothing) + sgd.label_smoothing / (2 if several else classes)
+    steps = -(-count // sgd.batch_size)
+    curve = torch.zeros((sgd.epochs, *shape[:2]), device=Z.device)
     seen = torch.zeros(shape[0], device=Z.device)
+
     with torch.inference_mode():
-        for epoch in range(epochs):
-            order = torch.randperm(count, generator=generator).to(Z.device)
-            seen.zero_()
-            for step in range(steps):
-                rate = lr
-                if schedule == "step":
-                    rate = lr * gamma ** (epoch // step_size)
-                elif schedule == "cosine":
-                    rate = lr * 0.5 * (1 + np.cos(np.pi * (epoch * steps + step) / (epochs * steps)))
-                rows = order[step * batch_size : (step + 1) * batch_size]
-                z, t, m = Z[rows], targets[rows], masks[rows]
-                logits = (z @ weight.reshape(-1, size).T).reshape(len(rows), *shape) + bias
-                wanted = t[:, None, None, :]
-                if several:
-                    probability = torch.sigmoid(logits)
-                    loss = torch.nn.functional.softplus(logits) - logits * wanted
-                else:
-                    log_probability = torch.log_softmax(logits, dim=-1)
-                    probability = log_probability.exp()
-                    loss = -log_probability * wanted
-                total = m.sum(dim=0).clamp_min(1e-12)
-                curve[epoch] += (loss.sum(dim=-1) * m[:, :, None]).sum(dim=0)
-                seen += m.sum(dim=0)
-                residual = (probability - wanted) * (m / total)[:, :, None, None]
-                gradient = (residual.reshape(len(rows), -1).T @ z).reshape(weight.shape)
-                pushed.mul_(momentum).add_(gradient).add_(weight * decays[None, :, None, None])
-                pushed_bias.mul_(momentum).add_(residual.sum(dim=0))
-                weight.sub_(rate * pushed)
-                bias.sub_(rate * pushed_bias)
-            curve[epoch] /= seen[:, None]
+        for step in range(sgd.epochs * steps):
+            epoch, batch = divmod(step, steps)
+            if batch == 0:
+                order = torch.randperm(count, generator=generator).to(Z.device)
+                seen.zero_()
+            rows = order[batch * sgd.batch_size : (batch + 1) * sgd.batch_size]
+            z, wanted, m = Z[rows], targets[rows][:, None, None, :], masks[rows]
+
+            logits = (z @ weight.reshape(-1, size).T).reshape(len(rows), *shape) + bias
+            probability, loss = _answered(logits, wanted, several)
+            total = m.sum(dim=0).clamp_min(1e-12)
+            curve[epoch] += (loss.sum(dim=-1) * m[:, :, None]).sum(dim=0)
+            seen += m.sum(dim=0)
+
+            residual = (probability - wanted) * (m / total)[:, :, None, None]
+            gradient = (residual.reshape(len(rows), -1).T @ z).reshape(weight.shape)
+            pushed.mul_(sgd.momentum).add_(gradient).add_(weight * decays[None, :, None, None])
+            pushed_bias.mul_(sgd.momentum).add_(residual.sum(dim=0))
+            weight.sub_(sgd.rate(step, steps) * pushed)
+            bias.sub_(sgd.rate(step, steps) * pushed_bias)
+            if batch == steps - 1:
+                curve[epoch] /= seen[:, None]
     if not torch.isfinite(weight).all():
-        raise HeadError(f"training diverged with a learning rate of {lr:g}; give a smaller one")
+        raise HeadError(f"training diverged with a learning rate of {sgd.lr:g}; give a smaller one")
     return weight, bias, curve.cpu().numpy()
+
+
+def _answered(logits: torch.Tensor, wanted: torch.Tensor, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and, of each class, its part of the cross-entropy to the probabilities `wanted`."""
+    import torch
+
+    if several:
+        return torch.sigmoid(logits), torch.nn.functional.softplus(logits) - logits * wanted
+    log_probability = torch.log_softmax(logits, dim=-1)
+    return log_probability.exp(), -log_probability * wanted

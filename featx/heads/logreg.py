@@ -13,8 +13,11 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.design import Design, single_thread
+from featx.solvers.examples import Examples
 from featx.solvers.lbfgs import Path, Solution, minimise
-from featx.solvers.training import Rows, Task
+from featx.solvers.training import Task
+
+LEARNS = STREAMS = True
 
 # scikit-learn's C, from all prior to almost none; the grid of DINOv3's linear evaluation
 STRENGTHS = tuple(float(s) for s in np.logspace(-6, 5, 45))
@@ -27,16 +30,13 @@ GPU_WORTH = 1 << 28
 
 
 def fit(
-    X: Rows,
-    y: np.ndarray,
+    examples: Examples,
     class_names: Sequence[str],
     *,
-    groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 5,
-    scored: np.ndarray | None = None,
     class_weight: str | None = None,
     calibrate: bool = False,
     threshold: float | None = None,
@@ -45,14 +45,12 @@ def fit(
 ) -> Fitted:
     """Minimise `sum of cross-entropies + ||W||^2 / (2 C)`, scikit-learn's objective, bias not penalised.
 
-    X: float `[N, D]`; a memory map, or anything else with row slices, is read in blocks and never held.
-    y: `int [N]`, or 0/1 `[N, C]` for several labels per image (one sigmoid each, one strength for all).
+    A memory map, or anything else with row slices, is read in blocks and never held. Several labels per image
+    have one sigmoid each, and one strength for all.
     strengths: scikit-learn's C, the inverse of the regularisation. The one with the least log-loss over
-    `folds` stratified folds of these rows is taken; equal `groups` (`int [N]`) share a fold, `scored`
-    (`bool [N]`) names the rows that count when held out, for the strength, calibration and rejection (of
-    augmented views: the centre ones, which are what the head will see). With one strength there is no
-    cross-validation, unless calibration or a threshold needs it. Columns are standardised once, over all
-    rows, labels unseen.
+    `folds` stratified folds of these rows is taken; scored rows count, also for calibration and rejection.
+    With one strength there is no cross-validation, unless calibration or a threshold needs it. Columns are
+    standardised once, over all rows, labels unseen.
     class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
     threshold, reject: see `_training.finish`. solver: `featx`, or `scikit-learn`, which fits the chosen
     strength with its lbfgs; it is also the fall-back where featx's does not converge, and a note says so.
@@ -67,12 +65,12 @@ def fit(
     if not len(grid) or not grid[0] > 0 or not np.isfinite(grid).all():
         raise HeadError(f"strengths are positive numbers (scikit-learn's C), not {list(strengths)}")
     with single_thread():  # passes over many rows bring their own threads
-        task = _training.check(X, y, class_names)
+        task = _training.check(examples.X, examples.y, class_names)
         weights = _training.class_weights(task, class_weight)
-        fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-        counted = _training.counted(fold >= 0, scored)
+        fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
+        counted = _training.counted(fold >= 0, examples.scored)
         info: dict[str, Any] = {"notes": [*task.notes, *notes]}
-        design = Design(task, fold, weights, scored=scored, torch_device=_gpu(task, device))
+        design = Design(task, fold, weights, scored=examples.scored, torch_device=_gpu(task, device))
         chosen, held_out, start = float(grid[0]), None, None
         if not counted.any():
             if len(grid) > 1:

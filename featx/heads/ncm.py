@@ -10,34 +10,33 @@ import numpy as np
 
 from featx.head import Fitted
 from featx.solvers import training as _training
-from featx.solvers.training import Rows, Task
+from featx.solvers.examples import Examples
+from featx.solvers.training import Task
+
+LEARNS = STREAMS = True
 
 
 def fit(
-    X: Rows,
-    y: np.ndarray,
+    examples: Examples,
     class_names: Sequence[str],
     *,
-    groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
-    scored: np.ndarray | None = None,
     folds: int = 5,
     threshold: float | None = None,
     reject: float | None = None,
 ) -> Fitted:
     """`logit_c = -|x - mean_c|^2 / (2 t)` on standardised columns, which is affine up to a common term.
 
-    X: float `[N, D]`, read in blocks; y: `int [N]`, or 0/1 `[N, C]` for several labels per image, where
-    each label is told from its absence. Answers do not depend on t; probabilities do: it is the one with the
-    least log-loss over held-out folds (equal `groups` share a fold; `scored`, `bool [N]`, names the rows that
-    count when held out), drawn towards sqrt(D) while these are few, or, without folds, sqrt(D).
+    The rows are read in blocks; of several labels per image, each is told from its absence. Answers do not
+    depend on t; probabilities do: it is the one with the least log-loss over held-out folds, drawn towards
+    sqrt(D) while their rows are few, or, without folds, sqrt(D).
     threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
     """
     started = time.perf_counter()
-    task = _training.check(X, y, class_names)
-    fold, notes = _training.folds(task.y, folds, groups=groups, seed=seed)
-    held = np.flatnonzero(_training.counted(fold >= 0, scored))
+    task = _training.check(examples.X, examples.y, class_names)
+    fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
+    held = np.flatnonzero(_training.counted(fold >= 0, examples.scored))
     info: dict[str, Any] = {"notes": [*task.notes, *notes]}
     sums, counts = _class_sums(task, fold)
     weight, bias = _affine(sums.sum(axis=0), counts.sum(axis=0), task.several)

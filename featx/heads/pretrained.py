@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from featx.errors import HeadError
 from featx.head import Fitted, Head
 from featx.text import near
 
+LEARNS = STREAMS = False
+
 
 def fit(
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    network_classes: Sequence[str],
-    labels: Sequence[str],
+    classifier: Head,
+    class_names: Sequence[str],
     *,
+    seed: int = 0,
+    device: str = "auto",
     mapping: Mapping[str, str | int] | None = None,
     restrict: bool = False,
 ) -> Fitted:
     """The network's classifier, with the class that each label stands for renamed to the label.
 
-    weight `[K, D]`, bias `[K]`: the last Linear; both None where the classifier is not affine in the
-    features: X is then the cached logits (`layer=logits`), D = K, and the head passes them on.
-    network_classes: K names. labels: the data's. mapping: label -> network class (a name or its number),
+    classifier: where other heads are given examples, this one is given the network's last Linear, with its K
+    classes; over cached logits (`layer=logits`) the identity. class_names: the data's labels.
+    mapping: label -> network class (a name or its number),
     for labels that do not match by themselves. All K logits are kept, so that the answer is free to be a
-    class no label stands for; with `restrict` only the labels' are, in the order of `labels`.
-    `info["classes"]` maps each label to the network's class. Raises `HeadError` for a label that matches no
-    class or several (candidates are listed), and for two labels that match one.
+    class no label stands for; with `restrict` only the labels' are, in the order of `class_names`.
+    `info["classes"]` maps each label to the network's class. seed, device: unused. Raises `HeadError` for a label
+    that matches no class or several (candidates are listed), and for two labels that match one.
     """
-    names = [str(name) for name in network_classes]
+    names, labels = list(classifier.class_names), class_names
+    weight, bias = classifier.weight, classifier.bias
     if not labels:
         raise HeadError("there is no label to match with the network's classes")
-    if (weight is None) != (bias is None):
-        raise HeadError("the network's classifier needs weight and bias both, or neither (cached logits)")
-    if weight is None or bias is None:
-        weight, bias = np.eye(len(names)), np.zeros(len(names))
-    weight, bias = np.asarray(weight, np.float32), np.asarray(bias, np.float32)
-    if len(weight) != len(names):
-        raise HeadError(f"{len(names)} class names for a classifier with {len(weight)} classes")
     mapping = dict(mapping or {})
     unknown = [label for label in mapping if label not in labels]
     if unknown:

@@ -12,8 +12,9 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.design import SCRATCH, Design, single_thread, spread
-from featx.solvers.training import Rows
+from featx.solvers.examples import Examples
 
+LEARNS = STREAMS = True
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
 PENALTIES = tuple(float(p) for p in np.logspace(-6, 3, 37))
 # Where nothing can be left out, a middle of what is chosen where it can.
@@ -23,26 +24,22 @@ EXACT = 1 << 23
 
 
 def fit(
-    X: Rows,
-    y: np.ndarray,
+    examples: Examples,
     class_names: Sequence[str],
     *,
-    groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
-    scored: np.ndarray | None = None,
     penalties: Sequence[float] = PENALTIES,
     threshold: float | None = None,
     reject: float | None = None,
 ) -> Fitted:
     """Minimise `|T - Z W^T - b|^2 + N p |W|^2`, T being +1 for an image's class and -1 for others.
 
-    X: float `[N, D]`, standardised to Z, read in blocks; y: `int [N]`, or 0/1 `[N, C]` for several labels
-    per image. The penalty p with the least squared error of rows left out is taken (every fourth
-    is tried, then those around the best). That error is exact and
+    Z: the rows, standardised, read in blocks. The penalty p with the least squared error of rows left out is
+    taken (every fourth is tried, then those around the best). That error is exact and
     takes no second fit: a left-out residual is `r / (1 - h)`, with h the row's own share of its fit (Allen's
-    PRESS, 1974), and rows of equal `groups` are left out together, `(I - H_GG)^-1 r_G`. Rows that count are
-    those of `scored` (`bool [N]`, None for all) whose class has another group to be learned from; without any,
+    PRESS, 1974), and rows of one group are left out together, `(I - H_GG)^-1 r_G`. Rows that count are
+    the scored ones whose class has another group to be learned from; without any,
     the penalty is `UNMEASURED`. The scores become logits by the temperature with the least log-loss on left-out
     scores, or as they are. threshold, reject: see `_training.finish`. seed, device: unused. Raises `HeadError`.
     """
@@ -51,45 +48,30 @@ def fit(
     if not len(grid) or not grid[0] > 0 or not np.isfinite(grid).all():
         raise HeadError(f"penalties are positive numbers, not {list(penalties)}")
     with single_thread():
-        task = _training.check(X, y, class_names)
-        able, notes = _training.measurable(task.y, groups)
-        counted = _training.counted(able, scored)
+        task = _training.check(examples.X, examples.y, class_names)
+        able, notes = _training.measurable(task.y, examples.groups)
+        counted = _training.counted(able, examples.scored)
         info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+
         design = Design(task, np.full(task.X.shape[0], -1))
         targets = (2 * task.one_hot() - 1)[design.order]
-        together = None if groups is None else np.asarray(groups)[design.order]
         coefficients, centre = shared_product(design, targets)
-        measured, best, scores = counted[design.order], 0, None
-        if measured.any():
-            errors: dict[int, float] = {}
-            level = list(range(0, len(grid), 4))
-            for stride in (2, 1, 0):  # every fourth penalty, then half-way around the best, twice
-                level = [i for i in level if 0 <= i < len(grid) and i not in errors]
-                if level:
-                    tried = grid[level] * design.count
-                    found = leave_out(design, targets, tried, coefficients, centre, together, measured)
-                    errors |= dict(zip(level, found.tolist(), strict=True))
-                best = min(errors, key=lambda i: (errors[i], i))
-                level = [best - stride, best + stride]
-            every = _left_out_scores(design, targets, grid[best] * design.count, coefficients, centre, together)
-            place = np.empty(design.count, np.int64)
-            place[design.order] = np.arange(design.count)
-            scores = every[place][counted]
-            info["leave_one_out"] = {
-                "penalties": [float(grid[i]) for i in sorted(errors)],
-                "mean_squared_error": [errors[i] for i in sorted(errors)],
-            }
-            if len(grid) > 1 and best in (0, len(grid) - 1):
-                info["notes"].append(f"the best penalty, {grid[best]:g}, is at the end of the grid")
+
+        scores = None
+        if counted.any():
+            groups = None if examples.groups is None else np.asarray(examples.groups)[design.order]
+            penalty = _choose(design, targets, grid, coefficients, centre, groups, counted[design.order], info)
+            every = _left_out_scores(design, targets, penalty * design.count, coefficients, centre, groups)
+            scores = every[np.argsort(design.order)][counted]
         else:
+            penalty = float(grid[0]) if len(grid) == 1 else UNMEASURED
             if len(grid) > 1:
-                grid = np.array([UNMEASURED])
                 info["notes"].append(f"penalty {UNMEASURED:g} was taken without measuring")
             info["notes"].append("probabilities are not calibrated: no image could be left out")
-        A = np.concatenate([coefficients / (design.eigenvalues + grid[best] * design.count), centre[:, None]], 1)
-        weight, bias = design.affine(A)
+
+        A = np.concatenate([coefficients / (design.eigenvalues + penalty * design.count), centre[:, None]], 1)
         head = _training.finish(
-            task.head(weight, bias),
+            task.head(*design.affine(A)),
             task,
             info,
             scores,
@@ -99,8 +81,37 @@ def fit(
             threshold=threshold,
             reject=reject,
         )
-    info |= {"penalty": float(grid[best]), "seconds": time.perf_counter() - started}
-    return Fitted(head, info)
+    return Fitted(head, info | {"penalty": penalty, "seconds": time.perf_counter() - started})
+
+
+def _choose(
+    design: Design,
+    targets: np.ndarray,
+    grid: np.ndarray,
+    coefficients: np.ndarray,
+    centre: np.ndarray,
+    groups: np.ndarray | None,
+    counted: np.ndarray,
+    info: dict[str, Any],
+) -> float:
+    """The penalty of `grid` with the least error of rows left out; `info` gets the errors of those tried."""
+    errors: dict[int, float] = {}
+    level = list(range(0, len(grid), 4))
+    for stride in (2, 1, 0):  # every fourth penalty, then half-way around the best, twice
+        level = [i for i in level if 0 <= i < len(grid) and i not in errors]
+        if level:
+            found = leave_out(design, targets, grid[level] * design.count, coefficients, centre, groups, counted)
+            errors |= dict(zip(level, found.tolist(), strict=True))
+        best = min(errors, key=lambda i: (errors[i], i))
+        level = [best - stride, best + stride]
+
+    info["leave_one_out"] = {
+        "penalties": [float(grid[i]) for i in sorted(errors)],
+        "mean_squared_error": [errors[i] for i in sorted(errors)],
+    }
+    if len(grid) > 1 and best in (0, len(grid) - 1):
+        info["notes"].append(f"the best penalty, {grid[best]:g}, is at the end of the grid")
+    return float(grid[best])
 
 
 def _precision(design: Design) -> Any:

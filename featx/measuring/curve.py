@@ -3,22 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featx import heads
+from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import groups
+from featx.features import Features, StoredRows, groups, taken
 from featx.files import write_json
-from featx.measuring import views as augmentation
+from featx.measuring.views import scores
 from featx.runs import Run, open_run
+from featx.solvers.examples import Examples
 
 RESAMPLES = 1000
 MOST_SIZES = 7
 LEAST_POINTS = 4  # of a curve that anything is foretold from: two are fitted, one checks, one to spare
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of a learning curve."""
+
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    subsets: int
+    spread: float | None
+    """The standard deviation over subsets; None for one."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The accuracy expected with so many images, with its 95 % interval; `error = a * n ** -exponent`."""
+
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    exponent: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against the number of training images; `curve.json`. Intervals are 95 %."""
+
+    rows: list[Point]
+    forecast: Forecast | None
+    verdict: str
+    """A sentence."""
+    seed: int
+    repeats: int
+    measured_on: int
+    """Validation images."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = ["images  accuracy  95% interval      subsets"]
+        for row in self.rows:
+            between = f"[{row.low:.4f}, {row.high:.4f}]"
+            lines.append(f"{row.images:>6}  {row.accuracy:.4f}    {between:<16}  {row.subsets}")
+        return "\n".join([*lines, self.verdict])
 
 
 def learning_curve(
@@ -28,29 +81,64 @@ def learning_curve(
     repeats: int = 5,
     seed: int | None = None,
     device: str = "auto",
-) -> dict[str, Any]:
+    memory: float | None = None,
+    factory: str | None = None,
+) -> Curve:
     """Fit a run's head on parts of its training images, and write `curve.json` into its folder.
 
     sizes: training images, by default N, N / 2, N / 4, ... down to about four a class. repeats: subsets of
     each size, stratified, drawn with `seed` (default: the run's), each within the next larger one; duplicates
     stay together. Measured on the run's validation images, which choose nothing: each subset's head chooses
-    inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets.
+    inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets. memory: as
+    for `featx.fit`; factory: as for `featx.load`.
 
-    Returns JSON values: `rows` (images, accuracy, low, high, subsets, spread: the standard deviation over
-    subsets), `forecast` (see `foretell`) or None, and `verdict`, a sentence. Raises `RunError` where the data
-    are not the run's any more, `HeadError` where nothing can be learned or measured.
+    Raises `RunError` where the data are not the run's any more, `HeadError` where nothing can be learned or measured.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     config = opened.config
-    if config.head == "pretrained":
-        raise HeadError("the pretrained head learns nothing from training images; fit logreg or linear first")
+    if not heads.module(config.head).LEARNS:
+        raise HeadError(f"the {config.head} head learns nothing from training images; fit logreg or linear first")
     if config.finetune:
         raise HeadError("a learning curve of fine-tuning would take a fine-tuning each point; give a run of a head")
     if repeats < 1:
         raise HeadError(f"a curve needs at least one subset a size, not {repeats}")
+    features, views = _features(opened, device, memory_for_features() if memory is None else memory)
+    train, held = features.split("train"), features.split("val")
+    if not len(held):
+        raise HeadError("there are no validation images to measure on")
+    wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(sizes))
+    if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
+        raise HeadError(f"sizes lie between 2 and the {len(train)} training images, not {list(wanted)}")
+
+    seed = config.seed if seed is None else seed
+    group = groups(train.keys)
+    orders = [nested_order(train.y, group, seed + r) for r in range(repeats)]
+    right: list[np.ndarray] = []
+    for size in wanted:
+        each = []
+        for r, order in enumerate(orders if size < len(train) else orders[:1]):
+            part = order[:size]
+            examples = Examples.of_views([taken(view, part) for view in views], train.y[part], group[part])
+            alike: dict[str, Any] = {"seed": seed + r, "device": device, "settings": config.settings}
+            try:
+                head = heads.learn(config.head, examples, features.class_names, **alike).head
+            except HeadError as error:
+                raise HeadError(f"with {size} training images: {error}") from error
+            each.append(scores(head.aligned(head(held.rows), features.class_names), held.y)[0])
+        right.append(np.array(each))
+
+    rows, forecast, verdict = summarise(wanted, right)
+    found = Curve(rows, forecast, verdict, seed, repeats, len(held))
+    write_json(opened.path / "curve.json", found.to_dict())
+    return found
+
+
+def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[np.ndarray | StoredRows]]:
+    """A run's features, and its training images' rows in each view. Raises `RunError` where they have changed."""
+    config = run.config
     extraction = sync(
         config.data,
-        opened.request,
+        run.request,
         cache=config.cache,
         seed=config.seed,
         precision=config.spec.precision,
@@ -58,50 +146,10 @@ def learning_curve(
         views=config.views,
         device=device,
     )
-    features = extraction.features()
+    features = extraction.features(memory=memory)
     if features.spec != config.spec or features.digest != config.data_digest:
-        raise RunError(f"the data or the backbone of {opened.path} have changed since; fit again")
-    train, held = features.split("train"), features.split("val")
-    if not len(held):
-        raise HeadError("there are no validation images to measure on")
-    rows = np.flatnonzero(features.splits == "train")
-    views = [features.X, *(extraction.features(k).X for k in range(1, len(extraction.stores)))]
-    views = [view[rows] for view in views]
-    group = groups(train.keys)
-    seed = config.seed if seed is None else seed
-    fitter = heads.module(config.head)
-    column = {name: i for i, name in enumerate(features.class_names)}
-    wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(sizes))
-    if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
-        raise HeadError(f"sizes lie between 2 and the {len(train)} training images, not {list(wanted)}")
-    orders = [nested_order(train.y, group, seed + r) for r in range(repeats)]
-    right: list[np.ndarray] = []
-    for size in wanted:
-        each = []
-        for r, order in enumerate(orders if size < len(train) else orders[:1]):
-            part = order[:size]
-            X = np.concatenate([view[part] for view in views]) if len(views) > 1 else views[0][part]
-            y = np.tile(train.y[part], (len(views),) + (1,) * (train.y.ndim - 1))
-            try:
-                fitted = fitter.fit(
-                    X,
-                    y,
-                    features.class_names,
-                    groups=np.tile(group[part], len(views)),
-                    seed=seed + r,
-                    device=device,
-                    **config.settings,
-                )
-            except HeadError as error:
-                raise HeadError(f"with {size} training images: {error}") from error
-            logits = np.full((len(held), len(column)), -1e30)
-            logits[:, [column[name] for name in fitted.head.class_names]] = fitted.head(held.X)
-            each.append(augmentation.scores(logits, held.y)[0])
-        right.append(np.array(each))
-    values = summarise(wanted, right)
-    values |= {"seed": seed, "repeats": repeats, "measured_on": len(held)}
-    write_json(opened.path / "curve.json", values)
-    return values
+        raise RunError(f"the data or the backbone of {run.path} have changed since; fit again")
+    return features, extraction.views(features.keys[features.splits == "train"], memory=memory)
 
 
 def default_sizes(count: int, classes: int) -> list[int]:
@@ -131,37 +179,26 @@ def nested_order(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((chance, place))
 
 
-def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> dict[str, Any]:
+def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[Point], Forecast | None, str]:
     """The curve of `right` (0/1 `[subsets, images]` for each size) with intervals, and what it foretells."""
     rng = np.random.default_rng(0)
     images = right[0].shape[1]
     # the same images are drawn for all sizes: that some are hard moves the whole curve, not its slope
     drawn = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-    samples = []
-    rows = []
+    samples, rows = [], []
     for size, hits in zip(sizes, right, strict=True):
         subsets = len(hits)
         weights = rng.multinomial(subsets, np.full(subsets, 1 / subsets), RESAMPLES) / subsets
         sample = ((weights @ hits) * drawn).sum(axis=1)
-        low, high = np.quantile(sample, [0.025, 0.975])
+        low, high = map(float, np.quantile(sample, [0.025, 0.975]))
         spread = float(hits.mean(axis=1).std(ddof=1)) if subsets > 1 else None
         accuracy = float(hits.mean())
-        rows.append(
-            {
-                "images": int(size),
-                "accuracy": accuracy,
-                "low": min(float(low), accuracy),
-                "high": max(float(high), accuracy),
-                "subsets": subsets,
-                "spread": spread,
-            }
-        )
+        rows.append(Point(int(size), accuracy, min(low, accuracy), max(high, accuracy), subsets, spread))
         samples.append(sample)
-    forecast, verdict = foretell(np.array(sizes), np.array([r["accuracy"] for r in rows]), np.array(samples))
-    return {"rows": rows, "forecast": forecast, "verdict": verdict}
+    return rows, *foretell(np.array(sizes), np.array([r.accuracy for r in rows]), np.array(samples))
 
 
-def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[dict[str, float] | None, str]:
+def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[Forecast | None, str]:
     """Accuracy with twice the images, from `error = a * n ** -b` through the curve; or None, and why.
 
     sizes, accuracy: `[S]`; samples `[S, B]`: resamples of the accuracy. Nothing is foretold from fewer than
@@ -194,28 +231,13 @@ def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tu
     ahead, slope = law(x, z, float(twice))
     low, high = np.quantile(1 - np.exp(ahead[1:]), [0.025, 0.975])
     expected = float(1 - np.exp(ahead[0]))
-    forecast = {
-        "images": twice,
-        "accuracy": expected,
-        "low": min(float(low), expected),
-        "high": max(float(high), expected),
-        "exponent": float(-slope[0]),
-    }
+    forecast = Forecast(twice, expected, min(float(low), expected), max(float(high), expected), float(-slope[0]))
     steepest, flattest = np.quantile(slope[1:], [0.025, 0.975])
     if steepest <= 0 <= flattest:
         return forecast, "The curve is flat within its error: more photographs of the same kind may not help."
     if slope[0] > 0:
         return forecast, "Accuracy falls as images are added: look at the labels of this data set."
     return forecast, (
-        f"If the error goes on falling like this, {twice:,} training images would give {forecast['accuracy']:.1%} "
+        f"If the error goes on falling like this, {twice:,} training images would give {expected:.1%} "
         f"({low:.1%} to {high:.1%}), after {accuracy[-1]:.1%} with {sizes[-1]:,}."
     )
-
-
-def curve_text(values: dict[str, Any]) -> str:
-    """A learning curve for a terminal."""
-    lines = ["images  accuracy  95% interval      subsets"]
-    for row in values["rows"]:
-        between = f"[{row['low']:.4f}, {row['high']:.4f}]"
-        lines.append(f"{row['images']:>6}  {row['accuracy']:.4f}    {between:<16}  {row['subsets']}")
-    return "\n".join([*lines, values["verdict"]])

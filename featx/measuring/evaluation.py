@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from featx import metrics
+from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
-from featx.extraction.pipeline import extract
+from featx.extraction.pipeline import sync
 from featx.features import short_keys
-from featx.head import MULTILABEL, Head
+from featx.head import Head, columns
 from featx.measuring import intervals
 from featx.measuring.intervals import Estimate
+from featx.options import Running
 from featx.runs import Run, open_run
 from featx.sources.source import Source
 from featx.text import near
@@ -122,31 +124,29 @@ def evaluate(
     *,
     split: str | None = None,
     cache: str | Path | None = None,
-    **options: Any,
+    memory: float | None = None,
+    factory: str | None = None,
+    **options: Unpack[Running],
 ) -> Report:
     """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
 
     split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
-    options: `device`, `batch_size` and `workers` of `featx.extract`. Raises `RunError` for what is no
-    finished run, `HeadError` where there is no labelled image.
+    memory: as for `featx.fit`; factory: as for `featx.load`. options: `device`, `batch_size` and `workers` of
+    `featx.extract`. Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     spec = opened.config.spec
-    features = extract(
-        data,
-        opened.request,
-        cache=cache or opened.config.cache,
-        precision=spec.precision,
-        dtype=spec.dtype,
-        **options,
-    )
+    computed: dict[str, Any] = {"precision": spec.precision, "dtype": spec.dtype}
+    extraction = sync(data, opened.request, cache=cache or opened.config.cache, **computed, **options)
+    features = extraction.features(memory=memory_for_features() if memory is None else memory)
     if features.spec != spec:
         raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")
+    head = opened.head
     there = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
     if split and not there.get(split):
         listed = ", ".join(f"{name} ({count})" for name, count in there.items() if count)
         raise HeadError(f"no image of {data} is in the split {split!r}; there are {listed}.{near(split, list(there))}")
-    if (opened.head.activation == "sigmoid") != (features.y.ndim == 2):
+    if (head.activation == "sigmoid") != (features.y.ndim == 2):
         kinds = ("one label for each image", "several labels for an image")
         run_has, data_has = kinds if features.y.ndim == 2 else kinds[::-1]
         raise HeadError(f"{opened.path} was fitted on {run_has}, and {data} has {data_has}: they cannot be compared")
@@ -156,8 +156,8 @@ def evaluate(
     if not features.class_names or not len(features):
         what = f"image in the split {split!r}" if split else "labelled image"
         raise HeadError(f"there is no {what} in {data}; put images into one folder a class, or name a manifest")
-    head = opened.head
-    report = evaluate_logits(head(features.X), features.y, head, features.class_names, features.ids)
+
+    report = evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)
     notes = list(report.notes)
     trained_on = opened.trained_on
     seen = 0 if trained_on is None else int(np.isin(short_keys(features.keys), trained_on).sum())
@@ -166,7 +166,7 @@ def evaluate(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
             "measured here promises too much"
         )
-    skipped = features.report["skipped_images"]
+    skipped = features.report.skipped_images if features.report else []
     if skipped:
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
         notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")
@@ -206,32 +206,16 @@ def evaluate_logits(
 
 def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str, ...], ids: list[str]) -> Report:
     count, size = len(y), len(labels)
-    rows = {name: i for i, name in enumerate(head.class_names)}
-    row_of = np.array([rows.get(name, -1) for name in labels])  # label -> row of the head
-    label_of = np.full(len(head.class_names), size)  # row of the head -> label, or `other`
-    label_of[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
-    probabilities = head.probabilities(logits)
+    row_of = columns(labels, head.class_names)  # label -> row of the head
+    label_of = columns(head.class_names, labels)  # row of the head -> label, or `other`
+    label_of[label_of < 0] = size
     best = logits.argmax(axis=1)
-    answers, confidence = label_of[best], probabilities[np.arange(count), best]
-    right = answers == y
-
-    unseen = [labels[i] for i in np.flatnonzero(row_of < 0)]
-    absent = [labels[i] for i in np.flatnonzero(np.bincount(y, minlength=size) == 0)]
-    notes = []
-    known = row_of[y] >= 0
-    if unseen:
-        notes.append(
-            f"the head never learned {_listed(unseen)}: their {int((~known).sum())} images can only be "
-            "answered wrongly, and the log-loss leaves them out"
-        )
-    if absent:
-        notes.append(f"no image of {_listed(absent)} is here: averages over classes leave them out")
+    answers, confidence = label_of[best], head.probabilities(logits)[np.arange(count), best]
+    right, known = answers == y, row_of[y] >= 0
 
     outside = bool((label_of == size).any())
     full = metrics.confusion(y, answers, size, size + 1)
-    table = full if outside else full[:, :size]
-    scores = {"accuracy": intervals.proportion(right)}
-    scores |= intervals.class_averages(full)
+    scores = {"accuracy": intervals.proportion(right)} | intervals.class_averages(full)
     if len(head.class_names) > 5:
         top = np.argpartition(-logits, 5, axis=1)[:, :5]
         scores["top5_accuracy"] = intervals.proportion((label_of[top] == y[:, None]).any(axis=1))
@@ -242,112 +226,93 @@ def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str,
         {"label": n, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
         for n, p, r, f, s in zip(labels, precision, recall, f1, full.sum(axis=1), strict=True)
     ]
+
     wrong = np.flatnonzero(~right)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-    mistakes = [
-        {
-            "id": ids[i],
-            "label": labels[y[i]],
-            "answer": head.class_names[best[i]],
-            "probability": float(confidence[i]),
-        }
-        for i in wrong
-    ]
+    mistakes = [_mistake(ids[i], labels[y[i]], head.class_names[best[i]], confidence[i]) for i in wrong]
     rejection = None
     if head.threshold is not None:
         answered = confidence >= head.threshold
-        rejection = {
-            "threshold": head.threshold,
-            "coverage": float(answered.mean()),
-            "accuracy": float(right[answered].mean()) if answered.any() else 0.0,
-        }
+        accuracy = float(right[answered].mean()) if answered.any() else 0.0
+        rejection = {"threshold": head.threshold, "coverage": float(answered.mean()), "accuracy": accuracy}
     return Report(
         labels=labels,
         count=count,
         scores=scores,
         calibration_error=metrics.calibration_error(confidence, right),
         per_class=per_class,
-        confusion=table,
+        confusion=full if outside else full[:, :size],
         reliability=metrics.reliability(confidence, right),
         mistakes=mistakes,
         rejection=rejection,
-        notes=notes,
+        notes=_left_out(y, labels, row_of),
     )
 
 
-def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str, ...], ids: list[str]) -> Report:
-    rows = {name: i for i, name in enumerate(head.class_names)}
+def _left_out(y: np.ndarray, labels: tuple[str, ...], row_of: np.ndarray) -> list[str]:
+    """Sentences on the labels that the head does not know or no image has."""
+    unseen = [labels[i] for i in np.flatnonzero(row_of < 0)]
+    absent = [labels[i] for i in np.flatnonzero(np.bincount(y, minlength=len(labels)) == 0)]
     notes = []
-    unknown = [name for name in labels if name not in rows]
+    if unseen:
+        notes.append(
+            f"the head never learned {_listed(unseen)}: their {int((row_of[y] < 0).sum())} images can only be "
+            "answered wrongly, and the log-loss leaves them out"
+        )
+    if absent:
+        notes.append(f"no image of {_listed(absent)} is here: averages over classes leave them out")
+    return notes
+
+
+def _mistake(id: str, label: str, answer: str, probability: float) -> dict[str, Any]:
+    return {"id": id, "label": label, "answer": answer, "probability": float(probability)}
+
+
+def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str, ...], ids: list[str]) -> Report:
+    column, notes = columns(labels, head.class_names), []
+    unknown = [labels[i] for i in np.flatnonzero(column < 0)]
     if len(unknown) == len(labels):
-        raise HeadError(f"the head never learned {_listed(unknown)}; it knows {_listed(list(rows))}")
+        raise HeadError(f"the head never learned {_listed(unknown)}; it knows {_listed(list(head.class_names))}")
     if unknown:
         notes.append(f"the head never learned {_listed(unknown)}, which are not measured")
-        y = y[:, [name in rows for name in labels]]
-        labels = tuple(name for name in labels if name in rows)
-    logits = logits[:, [rows[name] for name in labels]]
+        y, labels = y[:, column >= 0], tuple(np.array(labels, object)[column >= 0])
+    logits = logits[:, column[column >= 0]]
     probabilities = head.probabilities(logits)
     truth: np.ndarray = y.astype(bool)
-    said: np.ndarray = np.greater_equal(probabilities, MULTILABEL)
-    count = len(y)
-    rng = np.random.default_rng(0)
-    resamples = max(50, min(intervals.RESAMPLES, int(2e8 / logits.size)))
-    drawn = rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
-
-    # per image and label: hit, false alarm, miss; every F1 is a ratio of their sums
-    parts = np.stack([truth & said, ~truth & said, truth & ~said], axis=2).astype(np.float64)
-    hits, alarms, missed = np.moveaxis(parts.sum(axis=0), 1, 0)
-    sums = (drawn @ parts.reshape(count, -1)).reshape(resamples, len(labels), 3)
-
-    def f1(table: np.ndarray) -> np.ndarray:
-        return 2 * table[..., 0] / np.maximum(2 * table[..., 0] + table[..., 1] + table[..., 2], 1)
-
+    said = head.answers(probabilities)
     here = np.asarray(truth.any(axis=0))
-    precisions = np.array([metrics.average_precision(logits[:, i], truth[:, i])[0] for i in range(len(labels))])
-    drawn_precisions = np.array(
-        [metrics.average_precision(logits[:, i], truth[:, i], drawn) for i in np.flatnonzero(here)]
-    ).reshape(int(here.sum()), resamples)
-    drawn_precisions = drawn_precisions[:, ~np.isnan(drawn_precisions).all(axis=0)]  # NaN: drew no image of a label
     if not here.all():
         missing = [labels[i] for i in np.flatnonzero(~here)]
         notes.append(f"no image has {_listed(missing)}: averages over labels leave them out")
-    exact = np.all(truth == said, axis=1)
-    table = parts.sum(axis=0)
-    scores = {"accuracy": intervals.proportion(exact)}
-    if here.any():
-        sizes = truth.sum(axis=0)
-        scores["mean_average_precision"] = intervals.average(
-            float(precisions[here].mean()), np.nanmean(drawn_precisions, axis=0), sizes
-        )
-        positive = (sums[..., 0] + sums[..., 2])[:, here] > 0  # a label that a resample leaves out has no F1 in it
-        f1s = np.where(positive, f1(sums)[:, here], np.nan)[positive.any(axis=1)]
-        scores["macro_f1"] = intervals.average(float(f1(table)[here].mean()), np.nanmean(f1s, axis=1), sizes)
-    scores["micro_f1"] = intervals.average(float(f1(table.sum(axis=0))), f1(sums.sum(axis=1)), truth.sum(keepdims=True))
-    scores["log_loss"] = intervals.mean_of(metrics.binary_losses(logits, truth).mean(axis=1))
+
+    precisions = np.array([metrics.average_precision(logits[:, i], truth[:, i])[0] for i in range(len(labels))])
+    # per label: hits, false alarms, misses; every F1 is a ratio of their sums
+    table = np.stack([truth & said, ~truth & said, truth & ~said], axis=2).sum(axis=0).astype(np.float64)
     per_class = [
         {
             "label": name,
-            "precision": float(hits[i] / max(1, hits[i] + alarms[i])),
-            "recall": float(hits[i] / max(1, hits[i] + missed[i])),
-            "f1": float(f1(table)[i]),
+            "precision": float(hits / max(1, hits + alarms)),
+            "recall": float(hits / max(1, hits + missed)),
+            "f1": float(_f1(table[i])),
             "support": int(truth[:, i].sum()),
             "average_precision": float(precisions[i]) if here[i] else None,
         }
-        for i, name in enumerate(labels)
+        for i, (name, (hits, alarms, missed)) in enumerate(zip(labels, table, strict=True))
     ]
+
     confidence = np.where(said, probabilities, 1 - probabilities)
-    sure = np.where(truth != said, confidence, -1.0)
-    wrong = [i for i in np.argsort(-sure.ravel(), kind="stable")[:MISTAKES] if sure.ravel()[i] >= 0]
+    sure = np.where(truth != said, confidence, -1.0).ravel()
     mistakes = []
-    for row, column in (divmod(int(i), len(labels)) for i in wrong):
-        name = labels[column]
-        answer, label = (name, f"not {name}") if said[row, column] else (f"not {name}", name)
-        sureness = float(confidence[row, column])
-        mistakes.append({"id": ids[row], "label": label, "answer": answer, "probability": sureness})
+    for i in np.argsort(-sure, kind="stable")[:MISTAKES]:
+        row, k = divmod(int(i), len(labels))
+        if sure[i] >= 0:
+            answers = (labels[k], f"not {labels[k]}")
+            answer, label = answers if said[row, k] else answers[::-1]
+            mistakes.append(_mistake(ids[row], label, answer, confidence[row, k]))
     return Report(
         labels=labels,
-        count=count,
-        scores=scores,
+        count=len(y),
+        scores=_label_scores(logits, truth, said, precisions),
         calibration_error=metrics.calibration_error(confidence.ravel(), (truth == said).ravel()),
         per_class=per_class,
         confusion=None,
@@ -355,6 +320,39 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
         mistakes=mistakes,
         notes=notes,
     )
+
+
+def _f1(table: np.ndarray) -> np.ndarray:
+    """F1 `[...]` of hits, false alarms and misses `[..., 3]`; 0 where there are none."""
+    return np.asarray(2 * table[..., 0] / np.maximum(2 * table[..., 0] + table[..., 1] + table[..., 2], 1))
+
+
+def _label_scores(
+    logits: np.ndarray, truth: np.ndarray, said: np.ndarray, precisions: np.ndarray
+) -> dict[str, Estimate]:
+    """The scores over L labels of N images, `[N, L]` each, with `precisions` `[L]`; intervals by the bootstrap."""
+    count, size = truth.shape
+    resamples = max(50, min(intervals.RESAMPLES, int(2e8 / logits.size)))
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
+    parts = np.stack([truth & said, ~truth & said, truth & ~said], axis=2).astype(np.float64)
+    sums = (drawn @ parts.reshape(count, -1)).reshape(resamples, size, 3)
+    table, sizes, here = parts.sum(axis=0), truth.sum(axis=0), truth.any(axis=0)
+
+    scores = {"accuracy": intervals.proportion(np.all(truth == said, axis=1))}
+    if here.any():
+        each = [metrics.average_precision(logits[:, i], truth[:, i], drawn) for i in np.flatnonzero(here)]
+        found = np.array(each)
+        found = found[:, ~np.isnan(found).all(axis=0)]  # NaN: drew no image of a label
+        scores["mean_average_precision"] = intervals.average(
+            float(precisions[here].mean()), np.nanmean(found, axis=0), sizes
+        )
+        positive = (sums[..., 0] + sums[..., 2])[:, here] > 0  # a label that a resample leaves out has no F1 in it
+        f1s = np.where(positive, _f1(sums)[:, here], np.nan)[positive.any(axis=1)]
+        scores["macro_f1"] = intervals.average(float(_f1(table)[here].mean()), np.nanmean(f1s, axis=1), sizes)
+    micro = float(_f1(table.sum(axis=0)))
+    scores["micro_f1"] = intervals.average(micro, _f1(sums.sum(axis=1)), truth.sum(keepdims=True))
+    scores["log_loss"] = intervals.mean_of(metrics.binary_losses(logits, truth).mean(axis=1))
+    return scores
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -156,13 +156,13 @@ class Preprocess:
 
 
 def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:
-    """An upright 8-bit RGB Pillow image. GIF and other films: the first frame.
+    """An upright 8-bit RGB Pillow image, the same where it is decoded again. GIF and other films: the first frame.
 
     short: decode a JPEG at 1/2, 1/4 or 1/8 of its size, which its cosine transform gives nearly free, as
     long as the short side keeps this many pixels. Twice what is needed loses little to aliasing, and an
     augmented view of a quarter of the image is still not enlarged.
 
-    EXIF orientation is applied, alpha is dropped as `Image.convert("RGB")` drops it, 16-bit grey is
+    The orientation of EXIF or XMP is applied, alpha is dropped as `Image.convert("RGB")` drops it, 16-bit grey is
     scaled to 8 bits (Pillow alone would clip it). Raises `ImageError`.
     """
     if isinstance(data, np.ndarray):
@@ -178,7 +178,7 @@ def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> 
             )
         if short is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (short, short))
-        return _rgb(_upright(image), image.format)
+        rgb = _rgb(_upright(image), image.format)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -188,6 +188,9 @@ def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> 
         raise ImageError(f"{what}") from None
     except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error ...
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+    if rgb is not data:  # which is its caller's, and upright as it is
+        rgb.info.clear()  # Pillow copies EXIF and XMP to what it turns: decoded again, it would be turned again
+    return rgb
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -29,6 +29,13 @@ SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names, and numbers
 # Fonts with other scripts, used for names that DejaVu Sans has no letters for, where they are installed.
 FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")
+STYLE: dict[Any, Any] = {
+    "font.size": 10, "text.color": INK, "text.parse_math": False,  # a class may be called `$x$`
+    "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.axisbelow": True, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.6,
+    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+    "legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none",
+}  # fmt: skip
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -36,40 +43,14 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @wraps(draw)
     def styled(*args: Any, **kwargs: Any) -> Figure:
-        with _style():
+        import matplotlib
+        from matplotlib import font_manager
+
+        there = {font.name for font in font_manager.fontManager.ttflist}
+        with matplotlib.rc_context(STYLE | {"font.family": ["DejaVu Sans", *(f for f in FALLBACKS if f in there)]}):
             return draw(*args, **kwargs)
 
     return styled
-
-
-def _style() -> Any:
-    import matplotlib
-    from matplotlib import font_manager
-
-    there = {font.name for font in font_manager.fontManager.ttflist}
-    return matplotlib.rc_context(
-        {
-            "font.family": ["DejaVu Sans", *(name for name in FALLBACKS if name in there)],
-            "font.size": 10,
-            "text.parse_math": False,  # a class may be called `$x$`
-            "text.color": INK,
-            "axes.edgecolor": GRID,
-            "axes.labelcolor": MUTED,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.axisbelow": True,
-            "axes.grid": True,
-            "grid.color": GRID,
-            "grid.linewidth": 0.6,
-            "xtick.color": GRID,
-            "ytick.color": GRID,
-            "xtick.labelcolor": MUTED,
-            "ytick.labelcolor": MUTED,
-            "legend.frameon": False,
-            "legend.fontsize": 9,
-            "svg.fonttype": "none",
-        }
-    )
 
 
 def _figure(
@@ -114,14 +95,8 @@ def png(figure: Figure, path: Path, dpi: int = 150) -> None:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
-        figure.savefig(
-            file,
-            format="png",
-            dpi=dpi,
-            facecolor="white",
-            metadata={"Software": None},
-            pil_kwargs={"compress_level": 3},
-        )
+        fast = {"compress_level": 3}
+        figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}, pil_kwargs=fast)
     figure.set_layout_engine("none")
     write_atomic(path, file.getvalue())
 
@@ -147,20 +122,13 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
         axes.imshow(colours, extent=(0, table.shape[1], table.shape[0], 0), interpolation="nearest")
     if size <= NUMBERED:
         for i, j in np.ndindex(*table.shape):
-            shaded = share[i, j] > 0.55
-            axes.text(
-                j + 0.5,
-                i + 0.5,
-                f"{table[i, j]:,}",
-                ha="center",
-                va="center",
-                fontsize=max(6, min(13, cell * 16)),
-                color="white" if shaded else INK if table[i, j] else MUTED,
-            )
+            colour = "white" if share[i, j] > 0.55 else INK if table[i, j] else MUTED
+            at = {"ha": "center", "va": "center", "fontsize": max(6, min(13, cell * 16)), "color": colour}
+            axes.text(j + 0.5, i + 0.5, f"{table[i, j]:,}", **at)
     axes.grid(False)
     axes.set(aspect="equal", xlabel="answer", ylabel="true label", ylim=(table.shape[0], 0))
     for spine in axes.spines.values():
-        spine.set_visible(False)
+        spine.set_visible(not names)
     axes.tick_params(length=0)
     axes.set_xticks(np.arange(len(columns)) + 0.5 if names else [])
     axes.set_yticks(np.arange(len(rows)) + 0.5 if names else [])
@@ -179,7 +147,7 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     from featx.metrics import wilson
 
     figure, (top, bottom) = _figure(4.6, 4.6, 2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="as sure as right")
+    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="perfectly calibrated")
     confidence = np.array([b["confidence"] for b in bins])
     accuracy = np.array([b["accuracy"] for b in bins])
     counts = np.array([int(b["count"]) for b in bins])
@@ -188,7 +156,7 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     top.errorbar(
         confidence, accuracy, [below, above], fmt="o-", color=GOOD, markersize=5, linewidth=1.4, elinewidth=0.9
     )
-    top.set(ylabel="right", ylim=(-0.02, 1.04), xlim=(0, 1.02))
+    top.set(ylabel="share correct", ylim=(-0.02, 1.04), xlim=(0, 1.02))
     top.legend(loc="upper left")
     bottom.bar(confidence, counts, width=0.05, color=GOOD)
     bottom.set(xlabel="confidence", ylabel="images")
@@ -197,19 +165,21 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
 
 
 @_styled
-def path(strengths: Sequence[float], log_loss: Sequence[float], chosen: float | None, name: str) -> Figure:
-    """Held-out log-loss against the regularisation `name`, on a logarithmic axis, and the one chosen."""
+def path(
+    strengths: Sequence[float], losses: Sequence[float], chosen: float | None, name: str, loss: str = "log-loss"
+) -> Figure:
+    """Held-out `loss` against the regularisation `name`, on a logarithmic axis, and the one chosen."""
     figure, axes = _figure(6.0, 3.4)
-    axes.plot(strengths, log_loss, color=GOOD, marker="o", markersize=3, linewidth=1.4)
-    best = int(np.argmin(log_loss))
+    axes.plot(strengths, losses, color=GOOD, marker="o", markersize=3, linewidth=1.4)
+    best = int(np.argmin(losses))
     chosen = strengths[best] if chosen is None else chosen
     near = int(np.argmin(np.abs(np.log(np.asarray(strengths)) - np.log(chosen))))
-    axes.plot([strengths[near]], [log_loss[near]], "o", color=BAD, markersize=8)
+    axes.plot([strengths[near]], [losses[near]], "o", color=BAD, markersize=8)
     axes.annotate(
-        f"{chosen:.3g}", (strengths[near], log_loss[near]), (0, 10), textcoords="offset points", ha="center", color=INK
+        f"{chosen:.3g}", (strengths[near], losses[near]), (0, 10), textcoords="offset points", ha="center", color=INK
     )
-    axes.set(xscale="log", xlabel=name, ylabel="held-out log-loss")
-    finite = np.asarray(log_loss)[np.isfinite(log_loss)]
+    axes.set(xscale="log", xlabel=name, ylabel=f"held-out {loss}")
+    finite = np.asarray(losses)[np.isfinite(losses)]
     low, high = finite.min(), min(finite.max(), 4 * finite.min() + 0.2)  # a diverging end would hide the valley
     axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     return figure
@@ -221,14 +191,8 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
     figure, grid = _figure(4.0 * len(panels), 3.2, 1, len(panels), squeeze=False)
     for axes, (title, series) in zip(grid[0], panels.items(), strict=True):
         for number, (name, line) in enumerate(series.items()):
-            axes.plot(
-                *np.array(line).reshape(-1, 2).T,
-                color=COLOURS[number % len(COLOURS)],
-                linewidth=1.6,
-                marker="o" if len(line) < 40 else "",
-                markersize=3,
-                label=short(name),
-            )
+            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6, "label": short(name)}
+            axes.plot(*np.array(line).reshape(-1, 2).T, marker="o" if len(line) < 40 else "", markersize=3, **style)
         axes.set(xlabel="epoch", ylabel=title)
         axes.xaxis.set_major_locator(_whole_numbers(6))
         if len(series) > 1:
@@ -258,9 +222,8 @@ def feature_map(
             axes.scatter(*points[mine].T, s=14 if soft else 26, alpha=0.35 if soft else 0.95, **style)
         axes.scatter([], [], s=26, label=short(names[i]), **style)
     if ringed.any():
-        axes.scatter(
-            *points[ringed].T, s=90, facecolors="none", edgecolors=INK, linewidths=1.1, label="answered wrongly"
-        )
+        style = {"facecolors": "none", "edgecolors": INK, "linewidths": 1.1, "label": "answered wrongly"}
+        axes.scatter(*points[ringed].T, s=90, **style)
     axes.grid(False)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -288,6 +251,8 @@ def images(pictures: Sequence[np.ndarray], titles: Sequence[str], wrong: Sequenc
 def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) -> Figure:
     """Accuracy with its interval against images per second and megabytes, a colour for each backbone.
 
+    Each point is numbered by its place in `points`, from 1.
+
     points: `name`, `backbone`, `accuracy`, `low`, `high`, and `images_per_second` and `megabytes` (or None).
     """
     kinds = list(dict.fromkeys(p["backbone"] for p in points))
@@ -300,19 +265,13 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
             p, kind = points[i], kinds.index(points[i]["backbone"])
             # heads on one backbone have one speed and size: set side by side, so that each interval shows
             beside = seen[p["backbone"], p[key]] = seen.get((p["backbone"], p[key]), -1) + 1
-            axes.errorbar(
-                p[key] * 1.04**beside,
-                p["accuracy"],
-                [[max(0.0, p["accuracy"] - p["low"])], [max(0.0, p["high"] - p["accuracy"])]],
-                fmt=SHAPES[kind % len(SHAPES)],
-                color=COLOURS[kind % len(COLOURS)],
-                markersize=7,
-                elinewidth=1,
-                capsize=2,
-                alpha=0.9,
-            )
+            x, y = p[key] * 1.04**beside, p["accuracy"]
+            style = {"fmt": SHAPES[kind % len(SHAPES)], "color": COLOURS[kind % len(COLOURS)], "markersize": 7}
+            between = [[max(0.0, y - p["low"])], [max(0.0, p["high"] - y)]]
+            axes.errorbar(x, y, between, elinewidth=1, capsize=2, alpha=0.9, **style)
+            axes.annotate(str(i + 1), (x, p["low"]), (0, -12), textcoords="offset points", ha="center", fontsize=9)
             if i == winner:
-                axes.plot(p[key] * 1.04**beside, p["accuracy"], "o", mfc="none", mec=INK, markersize=15)
+                axes.plot(x, y, "o", mfc="none", mec=INK, markersize=15)
         axes.set(xscale="log", xlabel=label)
         axes.xaxis.set_major_formatter(_plain_numbers())
         axes.xaxis.set_minor_formatter(_plain_numbers(few=True))
@@ -320,14 +279,8 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
         axes.margins(x=0.15)
     grid[0].set_ylabel("accuracy")
     for number, kind in enumerate(kinds):
-        grid[1].plot(
-            [],
-            [],
-            SHAPES[number % len(SHAPES)],
-            color=COLOURS[number % len(COLOURS)],
-            markersize=7,
-            label=short(kind, 28),
-        )
+        style = {"color": COLOURS[number % len(COLOURS)], "markersize": 7, "label": short(kind, 28)}
+        grid[1].plot([], [], SHAPES[number % len(SHAPES)], **style)
     if winner is not None:
         grid[1].plot([], [], "o", mfc="none", mec=INK, markersize=11, label="winner")
     grid[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -347,15 +300,8 @@ def learning(rows: Sequence[Mapping[str, float]], forecast: Mapping[str, float] 
         ends = [n[-1], forecast["images"]]
         axes.plot(ends, [values[-1], forecast["accuracy"]], "--", color=BAD, linewidth=1.4)
         below, above = forecast["accuracy"] - forecast["low"], forecast["high"] - forecast["accuracy"]
-        axes.errorbar(
-            [ends[1]],
-            [forecast["accuracy"]],
-            [[below], [above]],
-            fmt="s",
-            color=BAD,
-            capsize=3,
-            label="if it goes on like this",
-        )
+        style = {"fmt": "s", "color": BAD, "capsize": 3, "label": "if it goes on like this"}
+        axes.errorbar([ends[1]], [forecast["accuracy"]], [[below], [above]], **style)
         axes.legend(loc="lower right")
     axes.set(xscale="log", xlabel="training images", ylabel="accuracy")
     axes.set_xticks([*n, *([forecast["images"]] if forecast else [])])

@@ -17,7 +17,8 @@ from featx import __version__
 from featx.devices import memory_for_features
 from featx.engines.opening import backbone_onnx
 from featx.errors import ExportError, ParityError
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.features import FeatureSpec, short_keys
 from featx.files import write_atomic
 from featx.head import Head
@@ -45,6 +46,7 @@ def export(
     split: str = "val",
     data: str | Path | Source | None = None,
     tolerance: float = parity.PROBABILITIES,
+    factory: str | None = None,
 ) -> Parity:
     """Write a run as one ONNX file, after holding it to the torch classifier on the run's own images.
 
@@ -55,6 +57,7 @@ def export(
     images: how many the gate looks at, at most, of `split` (`val`, `test` or `train`), those with the
     smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
     tolerance: on probabilities through the file's resize, in [0, 1]; above 0.03 on features too.
+    factory: as for `featx.load`.
 
     Where the data are not what the run was fitted on, images, labels and splits, the file is held to torch on
     them all the same; an accuracy is stated if the head has learned from none of these images.
@@ -62,7 +65,7 @@ def export(
     Raises `ParityError` where the file misses a limit; what lay at `output` before is then untouched. Anything
     there but a file that featx exported is an `ExportError`.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     outputs = outputs or default_outputs(opened.head, input)
     path = free_path(Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx"))
     model = _built(opened, input, outputs)
@@ -86,14 +89,21 @@ def export(
     return found
 
 
-def check(model: str | Path, run: str | Path | Run, *, images: int = parity.IMAGES, split: str = "val") -> Parity:
+def check(
+    model: str | Path,
+    run: str | Path | Run,
+    *,
+    images: int = parity.IMAGES,
+    split: str = "val",
+    factory: str | None = None,
+) -> Parity:
     """Hold a file that lies somewhere to a run: is it, whole and unchanged, what was exported?
 
     Its classes, its preprocessing, and every node and weight of its parts are compared with the run's
     record, then every image goes through it and through torch. Raises `ParityError` that names what
-    differs, and `ExportError` for a file that featx did not export.
+    differs, and `ExportError` for a file that featx did not export. factory: as for `featx.load`.
     """
-    path, opened = Path(model), open_run(run)
+    path, opened = Path(model), open_run(run, factory)
     proto = graph.load(path)
     described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
     if described.get("precision", "fp32") != "fp32":

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError
-from featx.extraction.pipeline import Extraction
+from featx.extraction.result import Extraction
 from featx.features import Features, content_key, cosines, difference
 from featx.files import write_atomic
 from featx.head import MULTILABEL, Head
+from featx.head import answers as answered
 from featx.pixels.preprocess import CLOSE, EXACT, GPU, Preprocess
 from featx.shipping.graph import FEATURES_VALUE, PIXELS
 
@@ -154,7 +155,7 @@ def choose(extraction: Extraction, features: Features, split: str, limit: int) -
         labels = [tuple(names[c] for c in np.flatnonzero(features.y[i])) for i in rows]
     else:
         labels = [(names[features.y[i]],) for i in rows]
-    numbers = extraction.rows[rows].tolist()
+    numbers = extraction.numbers[rows].tolist()
     return Images(
         ids=[features.ids[i] for i in rows],
         labels=labels,
@@ -322,9 +323,7 @@ def _cached(images: Images, rows: Rows) -> Check:
 
 def answers(probabilities: np.ndarray, names: list[str], activation: str) -> list[tuple[str, ...]]:
     """What each row of probabilities `[N, C]` says: one class, or the sorted classes that are probable enough."""
-    if activation == "softmax":
-        return [(names[i],) for i in probabilities.argmax(axis=1)]
-    return [tuple(sorted(names[i] for i in np.flatnonzero(row >= MULTILABEL))) for row in probabilities]
+    return [tuple(sorted(names[i] for i in np.flatnonzero(row))) for row in answered(probabilities, activation)]
 
 
 def verified_path(cache: Path, images: Images, parts: dict[str, str]) -> Path:

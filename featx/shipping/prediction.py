@@ -19,7 +19,7 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
-from featx.head import MULTILABEL
+from featx.head import answers
 from featx.shipping.deployed import Model
 from featx.sources.source import EXTENSIONS, read_image
 from featx.text import printable
@@ -173,9 +173,8 @@ def answer(
     names = model.class_names
     order = np.argsort(-probabilities, kind="stable")
     top = tuple((names[i], float(probabilities[i])) for i in order[:top_k])
-    labels: tuple[str, ...] = (names[order[0]],)
-    if model.activation == "sigmoid":
-        labels = tuple(names[i] for i in order if probabilities[i] >= MULTILABEL)
+    said = answers(probabilities[None], model.activation)[0]
+    labels = tuple(names[i] for i in order if said[i])
     accepted = None
     if model.threshold is not None:  # in single precision, as the graph compares
         accepted = bool(probabilities[order[0]] >= np.float32(model.threshold))

@@ -93,6 +93,7 @@ def export_reduced(
     data: str | Path | None = None,
     max_loss: float = 0.5,
     providers: list[str] | None = None,
+    factory: str | None = None,
 ) -> Reduction:
     """Write a run as an ONNX file in `int8` or `fp16`, by default `model-int8.onnx` in its folder.
 
@@ -101,7 +102,7 @@ def export_reduced(
     GPU's), and loses no more right answers than 2 images or `max_loss` points of them. Else it is
     refused with the figures (`ExportError`). Other arguments as for `export`.
     """
-    opened = open_run(run)
+    opened = open_run(run, factory)
     if precision not in PRECISIONS:
         raise ExportError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
     if input == "features":

@@ -12,7 +12,7 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
-from featx.head import MULTILABEL, Head
+from featx.head import Head
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
@@ -316,7 +316,7 @@ def _with(head: Head, temperature: float, threshold: float | None) -> Head:
 def _ece(head: Head, logits: np.ndarray, y: np.ndarray) -> float:
     p = head.probabilities(logits)
     if y.ndim == 2:
-        said = p >= MULTILABEL
+        said = head.answers(p)
         return metrics.calibration_error(np.where(said, p, 1 - p).ravel(), (said == (y > 0)).ravel())
     return metrics.calibration_error(p.max(axis=1), p.argmax(axis=1) == y)
 

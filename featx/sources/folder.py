@@ -84,6 +84,23 @@ def open_folder(path: str) -> Source:
         else:
             for below, found in trees[name].items():
                 listing.add(f"{below}/", found, printable(name), "")
+    _remark(listing, path, top, full, named, trees)
+    return Source(
+        uri=path,
+        root=Path(path),
+        ids=listing.ids,
+        labels=listing.labels if any(listing.labels) else None,
+        splits=listing.splits if named else None,
+        stats=np.concatenate(listing.stats),
+        ignored=listing.ignored,
+        notes=listing.notes,
+    )
+
+
+def _remark(
+    listing: _Listing, path: str, top: _Folder, full: list[str], named: list[str], trees: dict[str, dict[str, _Folder]]
+) -> None:
+    """Note what looks like a mistake in the layout. Raises `SourceError` where there is no image."""
     if not listing.ids:
         others = f"; it holds {some(listing.ignored)}" if listing.ignored else ", or anything else"
         raise SourceError(
@@ -102,16 +119,6 @@ def open_folder(path: str) -> Source:
             f"all images have one class, {printable(full[0])!r}, the only folder with images; if its "
             f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, full[0]))}"
         )
-    return Source(
-        uri=path,
-        root=Path(path),
-        ids=listing.ids,
-        labels=listing.labels if any(listing.labels) else None,
-        splits=listing.splits if named else None,
-        stats=np.concatenate(listing.stats),
-        ignored=listing.ignored,
-        notes=listing.notes,
-    )
 
 
 def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:

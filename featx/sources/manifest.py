@@ -71,6 +71,22 @@ def open_manifest(path: str) -> Source:
             raise SourceError(f"{where}: {name!r} can be no path ({error})") from error
         if stats[-1] is NO_STAT:
             missing.append(f"{identity} (row {number})")
+    notes = _remarks(path, ids, labels if multilabel else [], missing, repeated)
+    return Source(
+        uri=path,
+        root=Path(root),
+        ids=ids,
+        labels=labels if any(labels) else None,
+        splits=splits if any(splits) else None,
+        stats=np.array(stats, np.int64).reshape(-1, 4),
+        notes=notes,
+        multilabel=multilabel,
+    )
+
+
+def _remarks(path: str, ids: list[str], several: list[str], missing: list[str], repeated: list[str]) -> list[str]:
+    """What is to be said of a manifest. Raises `SourceError` where none of its files is there."""
+    shown, root = printable(path), os.path.dirname(path)
     if not ids:
         raise SourceError(f"{shown} has no rows; give one row per image: path, label, and split if you like")
     if len(missing) == len(ids):
@@ -84,19 +100,10 @@ def open_manifest(path: str) -> Source:
         notes.append(f"{len(missing):,} of {len(ids):,} files are not there and will be skipped: {some(missing)}")
     if repeated:
         notes.append(f"rows that repeat another count once: {some(repeated)}")
-    if multilabel:
-        example = max(labels, key=lambda text: text.count(SEPARATOR))
+    if several:
+        example = max(several, key=lambda text: text.count(SEPARATOR))
         notes.append(f"images may have several labels each, parted by {SEPARATOR!r}, as in {example!r}")
-    return Source(
-        uri=path,
-        root=Path(root),
-        ids=ids,
-        labels=labels if any(labels) else None,
-        splits=splits if any(splits) else None,
-        stats=np.array(stats, np.int64).reshape(-1, 4),
-        notes=notes,
-        multilabel=multilabel,
-    )
+    return notes
 
 
 def _identity(name: Any, root: str, where: str) -> str:

@@ -11,12 +11,14 @@ from featx.sources.source import Source
 from featx.text import near, printable
 
 
-def open_source(uri: str | Path) -> Source:
-    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest.
+def open_source(uri: str | Path | Source) -> Source:
+    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest; a `Source` is one already.
 
     Folders: `root/class/**/*.jpg`, `root/{train,val,test}/class/**/*.jpg`, or images without labels
     directly in `root`. docs/data.md shows each. Raises `SourceError` for what is none of these.
     """
+    if isinstance(uri, Source):
+        return uri
     path = os.fspath(uri)
     try:
         found = os.stat(path)

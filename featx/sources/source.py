@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,18 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> Source:
+        """The images with these numbers, `int [M]`, as a source of its own. A subclass with a column of its own
+        takes these rows of it, too.
+        """
+        return replace(
+            self,
+            ids=[self.ids[i] for i in rows],
+            labels=self.labels and [self.labels[i] for i in rows],
+            splits=self.splits and [self.splits[i] for i in rows],
+            stats=None if self.stats is None else self.stats[rows],
+        )
 
     def path(self, i: int) -> Path:
         """Where image `i` lies."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from conftest import write_images
 
+import featx
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
 from featx.backbones.zoos.custom import load as load_custom
+from featx.cli import cli
 from featx.engines.opening import open_engine
-from featx.errors import BackboneError, WeightsError
+from featx.errors import BackboneError, RunError, WeightsError
 from featx.features import TOLERANCE, difference
 from featx.pixels.preprocess import Preprocess
+from featx.runs import open_run
+from featx.shipping.exporting import check
+from featx.sweeping import sweep
 
 NETS = """
 import torch
@@ -244,3 +252,103 @@ def test_timm_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BackboneError, match=r"pip install featx\[timm\]"):
         load_backbone(BackboneRequest("timm/test_vit", weights="random"))
+
+
+MARK = """
+from pathlib import Path
+Path(__file__).with_name("imported").touch()
+"""
+FACTORY = ["--factory", "mynets:encoder"]
+
+
+def forgotten(folder: Path) -> bool:
+    """Whether `mynets` was imported since the last call; then it is as if it never was."""
+    found = (folder / "imported").exists() or "mynets" in sys.modules
+    (folder / "imported").unlink(missing_ok=True)
+    sys.modules.pop("mynets", None)
+    return found
+
+
+@pytest.fixture
+def received(nets: Path) -> Path:
+    """A folder with `data/`, and an exported `run/` whose factory's module leaves a mark when it is imported."""
+    (nets / "mynets.py").write_text(MARK + NETS)
+    write_images(nets / "data", per_class=20)
+    run = featx.fit(nets / "data", "mynets:encoder", cache=nets / "cache", output=nets / "run")
+    featx.export(run)  # this one the user has named
+    assert forgotten(nets)
+    return nets
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate run data",
+        "export run",
+        "export run --input tensor",
+        "export run --input features",
+        "export run --precision int8",
+        "check run/model.onnx run",
+        "curve run --repeats 1",
+    ],
+)
+def test_a_factory_that_a_run_names_is_imported_only_if_the_user_names_it(received: Path, command: str) -> None:
+    done = CliRunner().invoke(cli, command.split())
+    assert done.exit_code == 1 and not forgotten(received)
+    assert "run was fitted with mynets:encoder: code" in done.stderr
+    assert "add --factory mynets:encoder (factory='mynets:encoder' in Python)" in done.stderr
+    done = CliRunner().invoke(cli, [*command.split(), "--factory", "mynets:maps"])
+    assert done.exit_code == 1 and "mynets:encoder, not mynets:maps" in done.stderr and not forgotten(received)
+    done = CliRunner().invoke(cli, [*command.split(), *FACTORY])
+    assert done.exit_code == 0 or "int8 is no faster here" in done.stderr, done.output
+    assert forgotten(received)
+
+
+def test_commands_that_need_no_backbone_import_none(received: Path) -> None:
+    for command in (
+        "report run",
+        "inspect run/model.onnx",
+        "predict run/model.onnx data",
+        "cache list",
+        "cache verify",
+    ):
+        done = CliRunner().invoke(cli, command.split())
+        assert done.exit_code == 0, (command, done.output)
+        assert not forgotten(received), command
+
+
+def test_python_takes_a_factory_by_name_too(received: Path) -> None:
+    run = received / "run"
+    calls = (
+        lambda **named: featx.load(run, **named),
+        lambda **named: featx.evaluate(run, received / "data", **named),
+        lambda **named: check(run / "model.onnx", open_run(run), **named),
+    )
+    for call in calls:
+        with pytest.raises(RunError, match="imported only if you name it"):
+            call()
+        assert not forgotten(received)
+        call(factory="mynets:encoder")
+        assert forgotten(received)
+    featx.load(run, factory="custom/mynets:encoder")
+
+
+def test_a_run_that_names_a_module_of_its_own_folder_runs_nothing_in_another_process(received: Path) -> None:
+    config = (received / "run" / "config.json").read_text()
+    (received / "run" / "evil.py").write_text(MARK)
+    (received / "run" / "config.json").write_text(config.replace('"mynets:encoder"', '"run.evil:factory; true"'))
+    words = ["evaluate", "run", "data"]
+    code = f"from featx.cli import cli; cli({words!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=received, capture_output=True, text=True)
+    assert done.returncode == 1 and "--factory 'run.evil:factory; true'" in done.stderr
+    assert not (received / "run" / "imported").exists()
+
+
+def test_the_winner_of_a_sweep_over_factories_knows_what_the_user_named(received: Path) -> None:
+    options = {"cache": received / "cache", "output": received / "sweep"}
+    for _ in range(2):  # made, and found there
+        found = sweep(received / "data", backbones=["mynets:encoder"], heads=["ncm"], **options)
+        assert found.points[0]["backbone"] == "custom/mynets:encoder"
+        assert featx.load(found.winner).class_names == ("cold", "warm")
+        with pytest.raises(RunError, match="only if you name it"):
+            featx.load(found.winner.path)

@@ -17,6 +17,8 @@ from featx.cache.streaming import Stacked, StoredRows
 from featx.errors import HeadError
 from featx.extraction.pipeline import sync
 from featx.fitting import fit
+from featx.measuring.curve import learning_curve
+from featx.measuring.evaluation import evaluate
 
 
 def test_stored_rows_are_those_of_the_store_whatever_slice_is_asked_for(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_stacked_tables_are_sliced_across_their_borders() -> None:
 @pytest.mark.parametrize("views", [0, 2])
 def test_a_fit_by_slices_is_the_fit_in_memory(head: str, views: int, tmp_path: Path, engine: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
-    options = {"cache": tmp_path / "cache", "views": views, "gain": False, "report": False}
+    options = {"cache": tmp_path / "cache", "views": views, "gain": False}
     usual = fit(data, "tiny", head, output=tmp_path / "usual", **options)  # type: ignore[arg-type]
     sliced = fit(data, "tiny", head, output=tmp_path / "sliced", memory=100.0, **options)  # type: ignore[arg-type]
     assert np.abs(sliced.head.weight - usual.head.weight).max() < 2e-3 * np.abs(usual.head.weight).max()
@@ -94,7 +96,7 @@ def test_features_over_the_limit_are_not_read_before_they_are_sliced(tmp_path: P
 
 def test_what_views_bring_is_not_measured_beyond_the_memory_given(tmp_path: Path, engine: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
-    options = {"cache": tmp_path / "cache", "views": 2, "report": False}
+    options = {"cache": tmp_path / "cache", "views": 2}
     run = fit(data, "tiny", "ncm", output=tmp_path / "run", memory=100.0, **options)  # type: ignore[arg-type]
     assert "more than" in run.report["views_note"] and "views" not in run.report
     assert run.report["averaged_views"]["views"] == 3
@@ -105,3 +107,16 @@ def test_the_linear_head_says_that_it_needs_the_features_in_memory(tmp_path: Pat
     data = write_images(tmp_path / "data")
     with pytest.raises(HeadError, match=r"--head linear holds the features in memory.*logreg.*--memory"):
         fit(data, "tiny", "linear", cache=tmp_path / "cache", output=tmp_path / "run", memory=100.0)
+
+
+def test_what_measures_a_run_reads_by_slices_too(tmp_path: Path, engine: ColourEngine) -> None:
+    data = write_images(tmp_path / "data", per_class=40)
+    options = {"cache": tmp_path / "cache", "views": 2, "gain": False}
+    run = fit(data, "tiny", "ncm", output=tmp_path / "run", **options)  # type: ignore[arg-type]
+    usual, sliced = (evaluate(run, data, split="val", memory=memory) for memory in (None, 100.0))
+    assert sliced.to_dict() == usual.to_dict()
+    held, stored = (learning_curve(run, sizes=[20, 40], repeats=2, memory=memory) for memory in (None, 100.0))
+    assert [point.accuracy for point in stored.rows] == pytest.approx([p.accuracy for p in held.rows], abs=0.05)
+    linear = fit(data, "tiny", "linear", output=tmp_path / "linear", **options)  # type: ignore[arg-type]
+    with pytest.raises(HeadError, match=r"with 20 training images: --head linear holds the features in memory"):
+        learning_curve(linear, sizes=[20], memory=100.0)

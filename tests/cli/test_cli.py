@@ -48,14 +48,7 @@ def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, he
     assert (here / "cache").is_dir()
 
 
-def test_a_dry_run_counts_and_writes_no_feature(
-    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from featx.extraction import pipeline as extraction
-    from featx.extraction import planning
-
-    monkeypatch.setattr(planning, "resolve", extraction.resolve)
-    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
+def test_a_dry_run_counts_and_writes_no_feature(tiny: Path, here: Path, engine: ColourEngine) -> None:
     shutil.copy(tiny / "cold" / "000.png", tiny / "cold" / "copy.png")
     planned = json.loads(run("extract", tiny, "--dry-run", "--json").stdout)
     assert [planned[name] for name in ("found", "cached", "missing", "duplicate")] == [13, 0, 12, 1]
@@ -202,19 +195,10 @@ def test_mistakes_get_a_message_and_an_exit_code(
 
 
 def test_an_interrupt_ends_with_130_and_a_usable_cache(tiny: Path, here: Path, engine: ColourEngine) -> None:
-    from featx.extraction import pipeline as extraction
-
-    class Interrupted(ColourEngine):
-        def __call__(self, images):  # type: ignore[no-untyped-def]
-            if self.images >= 8:
-                raise KeyboardInterrupt
-            return super().__call__(images)
-
-    stopping = Interrupted()
-    extraction.open_engine = lambda *a, **k: stopping  # restored by the fixture's monkeypatch
+    engine.interrupt_at = 8
     result = run("extract", tiny)
     assert result.exit_code == 130 and "Interrupted" in result.stderr
-    extraction.open_engine = lambda *a, **k: engine
+    engine.interrupt_at = None
     report = json.loads(run("extract", tiny, "--json").stdout)
     assert report["cached"] == 4 and report["extracted"] == 8
 
@@ -272,3 +256,58 @@ def test_every_command_has_help() -> None:
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.opts[0].startswith("-")
+
+
+TELLTALE = """
+import sys, time
+from click.testing import CliRunner
+from featx.cli import cli
+
+for line in sys.stdin.read().splitlines():
+    done = CliRunner().invoke(cli, line.split())
+    assert done.exit_code == 0, (line, done.output, done.exception)
+time.sleep(float(sys.argv[1]))  # what is sent is collected first
+"""
+COMMANDS = """
+extract data -b nets:tiny
+fit data -b nets:tiny --output run
+evaluate run data --factory nets:tiny
+curve run --repeats 1 --factory nets:tiny
+report run
+sweep data -b nets:tiny --head ncm --output sweep --no-report
+export run --factory nets:tiny
+check run/model.onnx run --factory nets:tiny
+predict run/model.onnx data
+inspect run/model.onnx
+backbones
+cache list
+cache verify
+"""
+NETS = """
+from torch import nn
+from featx.preprocess import Preprocess
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()), Preprocess(36, 32)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what Linux's strace sees")
+def test_no_command_asks_a_network_or_writes_into_the_home_folder(here: Path) -> None:
+    (here / "nets.py").write_text(NETS)
+    write_images(here / "data", per_class=20)
+    home = here.parent / "home"
+    home.mkdir()
+    kept = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY" and not k.startswith("XDG_")}
+    # matplotlib keeps a list of this machine's fonts, in the folder that its own variable names
+    kept |= {"HOME": str(home), "MPLCONFIGDIR": str(here / "fonts")}
+    calls = here / "calls.txt"
+    traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", str(calls), "-e", "trace=socket,connect,sendto"]
+    traces = bool(shutil.which("strace")) and not subprocess.run([*traced, "true"], capture_output=True).returncode
+    command = [*(traced if traces else []), sys.executable, "-c", TELLTALE, "2" if traces else "0"]
+    done = subprocess.run(command, input=COMMANDS.strip(), env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [str(path.relative_to(home)) for path in home.rglob("*")] == []
+    if not traces:
+        pytest.skip("nothing was written; what is asked of a network is seen by strace alone, which does not run here")
+    assert not [line for line in calls.read_text().splitlines() if "AF_INET" in line]

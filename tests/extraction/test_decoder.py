@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ColourEngine
+from conftest import COLOURS, ColourEngine
 from PIL import Image
 from slow_run import interrupt, program
 
@@ -103,19 +103,19 @@ def threads() -> list[str]:
 def test_every_kind_of_file_gives_the_features_of_the_exact_decoder(
     mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = extract(mixed, "tiny", cache=tmp_path / "exact")
-    assert exact.X.shape == (17, 48) and exact.report["decoded_on_gpu"] == 0
-    assert exact.report["decode_cosine"] is None
+    exact = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "exact")
+    assert exact.X.shape == (17, 48) and exact.report.decoded_on_gpu == 0
+    assert exact.report.decode_cosine is None
     for group, workers in ((64, 3), (3, 1), (1, 2)):
         monkeypatch.setattr(module, "GROUP", group)
         monkeypatch.setattr(nvjpeg, "PIXELS", 1 << (20 if group == 64 else 12))
         cache = tmp_path / str(group)
-        found = extract(mixed, "tiny", cache=cache, workers=workers, decode="gpu")
+        found = extract(mixed, COLOURS, engine=engine, cache=cache, workers=workers, decode="gpu")
         assert found.spec.preprocess.pixels == "nvjpeg/1" and found.spec.digest != exact.spec.digest
-        assert found.ids == exact.ids and found.report["skipped_images"] == exact.report["skipped_images"]
+        assert found.ids == exact.ids and found.report.skipped_images == exact.report.skipped_images
         np.testing.assert_allclose(found.X, exact.X, atol=1.5 / 255)  # two builds of libjpeg
-        assert found.report["decoded_on_gpu"] == 11
-        assert 1 >= found.report["decode_cosine"] > 0.9999
+        assert found.report.decoded_on_gpu == 11
+        assert 1 >= found.report.decode_cosine > 0.9999
         elsewhere = [i for i, name in enumerate(found.ids) if int(name[-6:-4]) in (11, 12, 13, 14, 15)]
         np.testing.assert_array_equal(found.X[elsewhere], exact.X[elsewhere])
         assert threads() == []
@@ -124,9 +124,9 @@ def test_every_kind_of_file_gives_the_features_of_the_exact_decoder(
 def test_augmented_views_are_decoded_once_and_show_the_same_boxes(
     mixed: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
-    exact = sync(mixed, "tiny", cache=tmp_path / "exact", views=3)
-    found = sync(mixed, "tiny", cache=tmp_path / "gpu", views=3, decode="gpu")
-    assert found.report["decoded_on_gpu"] == 11
+    exact = sync(mixed, COLOURS, engine=engine, cache=tmp_path / "exact", views=3)
+    found = sync(mixed, COLOURS, engine=engine, cache=tmp_path / "gpu", views=3, decode="gpu")
+    assert found.report.decoded_on_gpu == 11
     for view in range(4):
         np.testing.assert_allclose(found.features(view).X, exact.features(view).X, atol=2.5 / 255)
     assert np.abs(found.features(1).X - found.features(2).X).max() > 0.05
@@ -135,24 +135,24 @@ def test_augmented_views_are_decoded_once_and_show_the_same_boxes(
 def test_what_the_device_refuses_is_decoded_by_pillow_one_by_one(
     mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = extract(mixed, "tiny", cache=tmp_path / "exact")
+    exact = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "exact")
     plain, smallest = nvjpeg.decoded, sorted((mixed / "all").glob("*.jpg"))[3].stat().st_size
 
     def picky(files: list[bytes], device: torch.device) -> list[torch.Tensor | None]:
         return [None if len(data) == smallest else plain([data], device)[0] for data in files]
 
     monkeypatch.setattr(nvjpeg, "decoded", picky)
-    found = extract(mixed, "tiny", cache=tmp_path / "gpu", decode="gpu")
-    assert found.report["decoded_on_gpu"] == 10 and found.report["extracted"] == exact.report["extracted"]
+    found = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "gpu", decode="gpu")
+    assert found.report.decoded_on_gpu == 10 and found.report.extracted == exact.report.extracted
     row = next(i for i, name in enumerate(found.ids) if name.endswith("03.jpg"))
     np.testing.assert_array_equal(found.X[row], exact.X[row])
 
     monkeypatch.setattr(nvjpeg, "repeats_chroma", lambda device: False)
     monkeypatch.setattr(nvjpeg, "decoded", lambda files, device: [None] * len(files))
-    found = extract(mixed, "tiny", cache=tmp_path / "none", decode="gpu")
+    found = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "none", decode="gpu")
     np.testing.assert_array_equal(found.X, exact.X)
-    assert found.report["decoded_on_gpu"] == 0 and found.report["decode_cosine"] is None
-    assert "no image was decoded on the GPU: none was a baseline JPEG, or it refused them" in found.report["notes"]
+    assert found.report.decoded_on_gpu == 0 and found.report.decode_cosine is None
+    assert "no image was decoded on the GPU: none was a baseline JPEG, or it refused them" in found.report.notes
 
 
 def test_a_decoder_whose_features_are_far_from_pillows_ends_the_run_with_nothing_stored(
@@ -165,12 +165,12 @@ def test_a_decoder_whose_features_are_far_from_pillows_ends_the_run_with_nothing
 
     monkeypatch.setattr(nvjpeg, "decoded", damaged)
     with pytest.raises(FeatxError, match=r"of 11 images the worst has a cosine of 0\.\d+, less than 0.999.*exact"):
-        extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
+        extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu")
     assert not list((tmp_path / "cache").rglob("*.h5")) and threads() == []
     assert not any(path.stat().st_size for path in (tmp_path / "cache").rglob("shard*"))
     monkeypatch.setattr(nvjpeg, "decoded", plain)
-    report = extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu").report
-    assert report["cached"] == 0 and report["extracted"] == 16
+    report = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu").report
+    assert report.cached == 0 and report.extracted == 16
 
 
 def test_a_small_difference_is_told_and_allowed(
@@ -182,7 +182,7 @@ def test_a_small_difference_is_told_and_allowed(
         return [image.clamp(0, 250) + 5 if image is not None else None for image in plain(files, device)]
 
     monkeypatch.setattr(nvjpeg, "decoded", brighter)
-    cosine = extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu").report["decode_cosine"]
+    cosine = extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu").report.decode_cosine
     assert CLOSE < cosine < 0.99999
 
 
@@ -199,26 +199,28 @@ def test_a_warm_run_needs_no_gpu_and_a_cold_one_says_so_before_any_work(
     from featx.devices import decoding_device
 
     filled = tmp_path / "cache"
-    before = extract(mixed, "tiny", cache=filled, decode="gpu").X
+    before = extract(mixed, COLOURS, engine=engine, cache=filled, decode="gpu").X
     for user in (extraction, planning, module):
         monkeypatch.setattr(user, "decoding_device", decoding_device)
     monkeypatch.setattr("featx.devices.has_cuda", lambda: False)
-    np.testing.assert_array_equal(extract(mixed, "tiny", cache=filled, decode="gpu", device="cpu").X, before)
+    np.testing.assert_array_equal(
+        extract(mixed, COLOURS, engine=engine, cache=filled, decode="gpu", device="cpu").X, before
+    )
     monkeypatch.setattr(extraction, "resolve", lambda *a: pytest.fail("weights were asked for"))
     for device, why in (("auto", "there is none here"), ("cpu", "--device cpu was asked for")):
         with pytest.raises(
             FeatxError, match=f"--decode gpu needs a CUDA GPU, and {why}; use --decode exact, or a machine"
         ):
-            extract(mixed, "tiny", cache=tmp_path / "new", decode="gpu", device=device)
+            extract(mixed, COLOURS, engine=engine, cache=tmp_path / "new", decode="gpu", device=device)
         with pytest.raises(FeatxError, match=why):
-            plan(mixed, "tiny", cache=tmp_path / "new", decode="gpu", device=device)
+            plan(mixed, COLOURS, engine=engine, cache=tmp_path / "new", decode="gpu", device=device)
     assert not (tmp_path / "new").exists()
 
 
 def test_new_images_beside_cached_ones_need_the_gpu(
     mixed: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
+    extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu")
     save(mixed / "all" / "20.jpg", 20)
 
     def none(device: str) -> str:
@@ -226,12 +228,12 @@ def test_new_images_beside_cached_ones_need_the_gpu(
 
     monkeypatch.setattr(module, "decoding_device", none)
     with pytest.raises(FeatxError, match="needs a CUDA GPU"):
-        extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
+        extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu")
 
 
 def decoder_of(data: Path, folder: Path) -> Decoder:
     """By itself, on two threads, for a store that holds nothing."""
-    spec = sync(data, "tiny", cache=folder / "other").stores[0].spec
+    spec = sync(data, COLOURS, engine=engine, cache=folder / "other").stores[0].spec
     return Decoder(Loader(open_source(data), Preprocess(36, 32), [FeatureStore(folder / "none", spec)], 2), "cpu")
 
 
@@ -252,7 +254,7 @@ def test_the_threads_end_with_an_error_and_when_nobody_reads_on(
 
     monkeypatch.setattr(nvjpeg, "decoded", lost)
     with pytest.raises(FeatxError, match="fell off the bus"):
-        extract(mixed, "tiny", cache=tmp_path / "lost", decode="gpu")
+        extract(mixed, COLOURS, engine=engine, cache=tmp_path / "lost", decode="gpu")
     assert threads() == []
 
 
@@ -280,12 +282,12 @@ def test_ctrl_c_ends_it_and_keeps_what_was_computed(tmp_path: Path, engine: Colo
     (tmp_path / "cache" / "features").mkdir(parents=True)  # else the GPU is asked for at once
     data, cache = tmp_path / "data", tmp_path / "cache"
     interrupt(program(data, cache, ON_CPU, decode="gpu"), batches=12)  # four of them compare the decoders
-    report = extract(data, "tiny", cache=cache, decode="gpu").report
-    assert report["cached"] == 24 and report["extracted"] == 56
+    report = extract(data, COLOURS, engine=engine, cache=cache, decode="gpu").report
+    assert report.cached == 24 and report.extracted == 56
 
 
 def test_a_warm_run_with_a_damaged_image_loads_no_torch(mixed: Path, tmp_path: Path, engine: ColourEngine) -> None:
-    extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
+    extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu")
     code = program(mixed, tmp_path / "cache", "del decoder.decoding_device", decode="gpu")
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "0"], capture_output=True, text=True, check=False)
@@ -298,18 +300,18 @@ def test_the_time_of_the_device_counts_as_decoding(
     """On a clock that moves by 1,000 s at each look, so that nothing else that runs here can weigh as much."""
     monkeypatch.setattr(module, "GROUP", 8)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=count(0, 1000).__next__))
-    report = sync(mixed, "tiny", cache=tmp_path / "cache", decode="gpu").report
-    assert report["decoded_on_gpu"] == 11
-    assert 2000 <= report["seconds"]["decode"] < 3000  # two of the three groups hold JPEGs for the device
-    assert report["shares"]["decode"] > 0.9
+    report = sync(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu").report
+    assert report.decoded_on_gpu == 11
+    assert 2000 <= report.seconds["decode"] < 3000  # two of the three groups hold JPEGs for the device
+    assert report.shares["decode"] > 0.9
 
 
 def test_a_dry_run_measures_by_the_same_way_and_writes_no_feature(
     mixed: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
-    planned = plan(mixed, "tiny", cache=tmp_path / "cache", decode="gpu")
-    assert planned["missing"] == 19 and planned["images_per_second"] > 0
-    assert extract(mixed, "tiny", cache=tmp_path / "cache", decode="gpu").report["extracted"] == 16
+    planned = plan(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu")
+    assert planned.missing == 19 and planned.images_per_second > 0
+    assert extract(mixed, COLOURS, engine=engine, cache=tmp_path / "cache", decode="gpu").report.extracted == 16
 
 
 def test_the_command_says_how_many_and_how_near(
@@ -340,7 +342,6 @@ def fitted(data: Path, folder: Path) -> Run:
         decode="gpu",
         cache=folder / "cache",
         output=folder / "run",
-        report=False,
     )
 
 
@@ -383,7 +384,7 @@ def test_the_whole_command_on_a_gpu(photos: Path, tmp_path: Path, monkeypatch: p
     options: dict[str, Any] = {"weights": "random", "cache": tmp_path / "cache", "device": "cuda"}
     exact = extract(photos, "resnet18", **options)
     found = sync(photos, "resnet18", decode="gpu", views=1, **options)
-    assert found.report["decoded_on_gpu"] > 380 and found.report["decode_cosine"] >= CLOSE
+    assert found.report.decoded_on_gpu > 380 and found.report.decode_cosine >= CLOSE
     assert cosines(found.features().X, exact.X).min() >= CLOSE
     resaved = tmp_path / "resaved" / "all"
     resaved.mkdir(parents=True)
@@ -414,8 +415,8 @@ def test_two_openings_at_once_take_their_time_from_the_run_once(
     monkeypatch.setattr(extraction, "open_engine", lambda *a, **k: (time.sleep(0.5), engine)[1])
     (tmp_path / "cache").mkdir()
     report = extract(tmp_path / "data", "tiny", cache=tmp_path / "cache", decode="gpu").report
-    assert 0.5 <= report["seconds"]["start"] < report["seconds"]["total"]
-    assert 0 < report["images_per_second"] < 32 / 0.002
+    assert 0.5 <= report.seconds["start"] < report.seconds["total"]
+    assert 0 < report.images_per_second < 32 / 0.002
 
 
 def test_a_group_of_large_files_is_smaller(
@@ -430,4 +431,4 @@ def test_a_group_of_large_files_is_smaller(
     )
     monkeypatch.setattr(module, "GROUP_BYTES", 2 * (tmp_path / "data" / "all" / "00.jpg").stat().st_size)
     report = extract(tmp_path / "data", "tiny", cache=tmp_path / "cache", decode="gpu").report
-    assert report["extracted"] == sum(sizes) == 12 and max(sizes) <= 4
+    assert report.extracted == sum(sizes) == 12 and max(sizes) <= 4

@@ -6,32 +6,20 @@ import os
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ColourEngine, write_images
+from conftest import COLOURS, ColourEngine, write_images
 
-from featx import devices, engines
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
 from featx.cache.store import FeatureStore
-from featx.cli.training import plan_text
 from featx.errors import FeatxError, StoreError
-from featx.extraction import pipeline as extraction
-from featx.extraction import planning
+from featx.extraction import pipeline
 from featx.extraction.pipeline import sync
 from featx.extraction.planning import plan
-from featx.extraction.timing import Stages
-
-
-@pytest.fixture
-def planned(engine: ColourEngine, monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
-    """The dry run over the same backbone without torch."""
-    monkeypatch.setattr(planning, "resolve", extraction.resolve)
-    monkeypatch.setattr(planning, "open_engine", extraction.open_engine)
-    return engine
+from featx.extraction.timing import Timing
+from featx.options import Options
 
 
 def files(folder: Path) -> list[str]:
@@ -39,135 +27,109 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_dry_run_counts_what_the_run_then_does_and_writes_no_feature(
-    tiny: Path, tmp_path: Path, planned: ColourEngine
+    tiny: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
     (tiny / "warm" / "copy.png").write_bytes((tiny / "cold" / "000.png").read_bytes())
     (tiny / "notes.txt").write_text("no image")
     cache = tmp_path / "cache"
-    before = plan(tiny, "tiny", cache=cache)
-    assert (before["found"], before["cached"], before["missing"], before["duplicate"]) == (13, 0, 12, 1)
-    assert before["ignored"] == 1 and before["unread"] == 0
-    assert before["bytes"] == 12 * (48 * 4 + 32) and before["enough"]
+    before = plan(tiny, COLOURS, engine=engine, cache=cache)
+    assert (before.found, before.cached, before.missing, before.duplicate) == (13, 0, 12, 1)
+    assert before.ignored == 1 and before.unread == 0
+    assert before.bytes == 12 * (48 * 4 + 32) and before.enough
     assert not (cache / "features").exists()
-    report = sync(tiny, "tiny", cache=cache).report
-    assert (report["extracted"], report["duplicate"]) == (before["missing"], before["duplicate"])
+    report = sync(tiny, COLOURS, engine=engine, cache=cache).report
+    assert (report.extracted, report.duplicate) == (before.missing, before.duplicate)
     listed = files(cache)
-    after = plan(tiny, "tiny", cache=cache)
-    assert (after["cached"], after["missing"], after["duplicate"], after["bytes"]) == (12, 0, 1, 0)
+    after = plan(tiny, COLOURS, engine=engine, cache=cache)
+    assert (after.cached, after.missing, after.duplicate, after.bytes) == (12, 0, 1, 0)
     assert files(cache) == listed
 
 
 def test_the_time_is_measured_on_a_sample_or_is_the_last_runs_and_it_says_which(
-    tmp_path: Path, planned: ColourEngine
+    tmp_path: Path, engine: ColourEngine
 ) -> None:
     root, cache = write_images(tmp_path / "data", per_class=100), tmp_path / "cache"
-    before = plan(root, "tiny", cache=cache)
-    assert before["basis"] == "measured now on 64 of the missing images"
-    assert planned.images == 64
-    assert before["seconds"] == pytest.approx(200 / before["images_per_second"], abs=0.2)
-    rate = sync(root, "tiny", cache=cache).report["images_per_second"]
+    before = plan(root, COLOURS, engine=engine, cache=cache)
+    assert before.basis == "measured now on 64 of the missing images"
+    assert engine.images == 64
+    assert before.seconds == pytest.approx(200 / before.images_per_second, abs=0.2)
+    rate = sync(root, COLOURS, engine=engine, cache=cache).report.images_per_second
     write_images(root, per_class=50, classes=("new",), seed=5)
-    after = plan(root, "tiny", cache=cache)
-    assert after["missing"] == 50 and after["images_per_second"] == pytest.approx(rate, abs=0.1)
-    assert "last run" in after["basis"]
-    assert planned.images == 64 + 200
-    other = plan(root, "tiny", cache=cache, workers=1 + (os.cpu_count() or 1))
-    assert "measured" in other["basis"]
+    after = plan(root, COLOURS, engine=engine, cache=cache)
+    assert after.missing == 50 and after.images_per_second == pytest.approx(rate, abs=0.1)
+    assert "last run" in after.basis
+    assert engine.images == 64 + 200
+    other = plan(root, COLOURS, engine=engine, cache=cache, workers=1 + (os.cpu_count() or 1))
+    assert "measured" in other.basis
 
 
-def test_what_a_dry_run_exports_is_named_and_not_counted_again(
-    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = tmp_path / "cache" / "engines" / "tiny.onnx"
-    clock = [0.0]
-
-    def look() -> float:
-        clock[0] += 0.25
-        return clock[0]
-
-    def exporting(*given: Any, **options: Any) -> ColourEngine:
-        if not graph.exists():
-            clock[0] += 1000
-            graph.parent.mkdir(parents=True)
-            graph.write_bytes(bytes(1_500_000))
-        return planned
-
-    monkeypatch.setattr(planning, "open_engine", exporting)
-    monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=look))
-    found = plan(tiny, "tiny", cache=tmp_path / "cache")
-    assert found["exported_bytes"] == 1_500_000 and found["seconds"] == 0.5  # to open the engine, and for the sample
-    assert "exported now: 1.5 MB in the cache" in plan_text(found)
-    again = plan(tiny, "tiny", cache=tmp_path / "cache")
-    assert again["exported_bytes"] == 0 and "exported" not in plan_text(again)
+def test_what_a_dry_run_exports_is_named_and_exported_once(tiny: Path, tmp_path: Path) -> None:
+    request, cache = BackboneRequest("small:backbone_plain", weights="random"), tmp_path / "cache"
+    found = plan(tiny, request, cache=cache)
+    exported = sum(path.stat().st_size for path in (cache / "engines").glob("*.onnx"))
+    assert found.exported_bytes == exported > 0
+    assert f"exported now: {exported / 1e6:.1f} MB in the cache" in found.text()
+    again = plan(tiny, request, cache=cache)
+    assert again.exported_bytes == 0 and "exported" not in again.text()
 
 
-def test_a_gpu_that_is_not_here_is_missed_before_weights_are_loaded(
-    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(devices, "has_cuda", lambda: False)
-    monkeypatch.setattr(planning, "resolve", None)
-    monkeypatch.setattr(extraction, "resolve", None)
+def test_a_gpu_that_is_not_here_is_missed_before_weights_are_loaded(tiny: Path, tmp_path: Path) -> None:
+    options: list[Options] = [{"device": "cuda:99"}, {"decode": "gpu", "device": "cpu"}]
     for run in (plan, sync):
-        for options in ({"device": "cuda"}, {"decode": "gpu"}, {"decode": "gpu", "device": "cuda:1"}):
-            with pytest.raises(FeatxError, match=r"use --de(vice cpu|code exact)"):
-                run(tiny, "tiny", cache=tmp_path / "cache", **options)
+        for given in options:
+            with pytest.raises(FeatxError, match=r"use --de(vice cpu|code exact)|no device cuda:99"):
+                run(tiny, "no_such_network", cache=tmp_path / "cache", **given)
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_engine_that_cannot_run_here_ends_a_dry_run_as_it_ends_the_run(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_cannot_run_here_ends_a_dry_run_as_it_ends_the_run(tiny: Path, tmp_path: Path) -> None:
     request = BackboneRequest("small:backbone_plain", weights="random")
-    spec = resolve(request, tmp_path).spec()
-    with FeatureStore(tmp_path, spec, engine="torch-cuda") as store:
-        store.append(np.ones((1, 32), np.uint8), np.ones((1, *resolve(request, tmp_path).row_shape), np.float32))
-    monkeypatch.setattr(devices, "has_cuda", lambda: False)
-    monkeypatch.setattr(engines, "loaded", None)  # nothing is opened, nor exported
-    monkeypatch.setattr(engines, "backbone_onnx", None)
+    info = resolve(request, tmp_path)
+    with FeatureStore(tmp_path, info.spec(), engine="torch-cuda") as store:
+        store.append(np.ones((1, 32), np.uint8), np.ones((1, *info.row_shape), np.float32))
     for run in (plan, sync):
         with pytest.raises(FeatxError, match=r"engine torch-cuda.*here onnxruntime.*use a GPU, another --cache"):
-            run(tiny, request, cache=tmp_path)
+            run(tiny, request, cache=tmp_path, device="cpu")
+    assert not (tmp_path / "engines").exists()  # nothing was opened, nor exported
 
 
 def test_views_that_two_engines_computed_are_refused_before_any_is_opened(
-    tiny: Path, tmp_path: Path, planned: ColourEngine, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
-    found = sync(tiny, "tiny", cache=tmp_path, views=1)
+    found = sync(tiny, COLOURS, engine=engine, cache=tmp_path, views=1)
     for store, name in zip(found.stores, ("one", "two"), strict=True):
         shutil.rmtree(store.folder)
         with FeatureStore(tmp_path, store.spec, engine=name) as filled:
             filled.append(found.keys[:1], np.ones((1, 48), np.float32))
     shutil.rmtree(tmp_path / "rates", ignore_errors=True)
-    monkeypatch.setattr(planning, "open_engine", None)
-    monkeypatch.setattr(extraction, "open_engine", None)
     for run in (plan, sync):
         with pytest.raises(StoreError, match="come from the engine 'two', not 'one'"):
-            run(tiny, "tiny", cache=tmp_path, views=1)
+            run(tiny, COLOURS, cache=tmp_path, views=1)  # opening this backbone would be a BackboneError
 
 
-def test_views_cost_their_own_disk(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:
-    sync(tiny, "tiny", cache=tmp_path / "cache")
-    dry = plan(tiny, "tiny", cache=tmp_path / "cache", views=2, dtype="float16")
-    assert dry["missing"] == 12 and dry["bytes"] == 3 * 12 * (48 * 2 + 32)
+def test_views_cost_their_own_disk(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+    sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache")
+    dry = plan(tiny, COLOURS, engine=engine, cache=tmp_path / "cache", views=2, dtype="float16")
+    assert dry.missing == 12 and dry.bytes == 3 * 12 * (48 * 2 + 32)
 
 
-def test_a_file_that_cannot_be_read_does_not_stop_a_dry_run(tiny: Path, tmp_path: Path, planned: ColourEngine) -> None:
+def test_a_file_that_cannot_be_read_does_not_stop_a_dry_run(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
     (tiny / "cold" / "gone.png").symlink_to(tmp_path / "nothing")
-    dry = plan(tiny, "tiny", cache=tmp_path / "cache")
-    assert dry["found"] == 13 and dry["unread"] == 1 and dry["missing"] == 13
+    dry = plan(tiny, COLOURS, engine=engine, cache=tmp_path / "cache")
+    assert dry.found == 13 and dry.unread == 1 and dry.missing == 13
 
 
 def test_a_run_names_its_bottleneck_and_what_would_help(
     tiny: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("featx.extraction.timing.TELLING", 0.0)
-    report = sync(tiny, "tiny", cache=tmp_path / "cache").report
-    assert set(report["shares"]) == {"read", "decode", "embed", "store"}
-    assert sum(report["shares"].values()) == pytest.approx(1, abs=0.01)
-    assert 0 <= report["used"] <= 1
-    assert report["seconds"]["decode"] > 0  # although all were decoded while the engine opened
-    assert "-bound" in report["advice"]
-    assert sync(tiny, "tiny", cache=tmp_path / "cache").report["advice"] == ""  # nothing was computed
+    report = sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache").report
+    assert set(report.shares) == {"read", "decode", "embed", "store"}
+    assert sum(report.shares.values()) == pytest.approx(1, abs=0.01)
+    assert 0 <= report.used <= 1
+    assert report.seconds["decode"] > 0  # although all were decoded while the engine opened
+    assert "-bound" in report.advice
+    assert sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache").report.advice == ""  # nothing was computed
 
 
 def test_a_short_run_gives_no_advice() -> None:
@@ -177,8 +139,8 @@ def test_a_short_run_gives_no_advice() -> None:
     assert run.advice() == ""
 
 
-def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float) -> Stages:
-    made = Stages(workers, cores, gpu)
+def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float) -> Timing:
+    made = Timing(workers, cores, gpu)
     made.elapsed = 10.0
     made.starved, made.waited, made.blocked = (values.pop(k, 0.0) for k in ("starved", "waited", "blocked"))
     made.large, made.device = values.pop("large", 0.0), values.pop("device", 0.0)
@@ -207,7 +169,7 @@ def stages(workers: int = 2, cores: int = 2, gpu: bool = False, **values: float)
         (stages(gpu=True, decode=4.0, store=8.0, waited=1.0), "store-bound 80%: .* --cache"),
     ],
 )
-def test_the_advice_follows_from_where_the_time_went(run: Stages, says: str) -> None:
+def test_the_advice_follows_from_where_the_time_went(run: Timing, says: str) -> None:
     assert re.search(says, run.advice()), run.advice()
     name, share = run.bound()
     assert run.brief() == f"{name} {share:.0%}"
@@ -218,12 +180,12 @@ def test_the_progress_bar_shows_the_bottleneck(
 ) -> None:
     shown: list[str] = []
 
-    class Bar(extraction.tqdm):  # type: ignore[misc, name-defined, type-arg]
+    class Bar(pipeline.tqdm):  # type: ignore[misc, name-defined, type-arg]
         def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
             shown.append(s)
 
-    monkeypatch.setattr(extraction, "tqdm", Bar)
-    sync(write_images(tmp_path / "data", per_class=20), "tiny", cache=tmp_path / "cache")
-    assert len(shown) == 40 // 4 - 1
+    monkeypatch.setattr(pipeline, "tqdm", Bar)
+    sync(write_images(tmp_path / "data", per_class=20), COLOURS, engine=engine, cache=tmp_path / "cache")
+    assert len(shown) == 40 // 4
     assert all(text.split()[0] in ("read", "decode", "embed", "store") and text.endswith("%") for text in shown)
     assert np.all([float(text.split()[1].rstrip("%")) <= 100 for text in shown])

@@ -493,7 +493,7 @@ def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:
 
 
 def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(bench: Bench, tmp_path: Path) -> None:
-    options = {"cache": bench.root / "cache", "device": "cpu", "report": False, "output": tmp_path / "run"}
+    options = {"cache": bench.root / "cache", "device": "cpu", "output": tmp_path / "run"}
     config = FinetuneConfig(**{**QUICK, "epochs": 1, "select": "last"})
     run = fit(bench.images, "small:backbone_plain", "logreg", finetune=config, **options)
     before = {p.name: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
@@ -510,18 +510,18 @@ def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(ben
 
 
 def test_a_fine_tuned_run_is_a_run_like_any_other_wherever_it_is_moved(bench: Bench, tmp_path: Path) -> None:
-    options = {"cache": bench.root / "cache", "device": "cpu", "report": False}
+    options = {"cache": bench.root / "cache", "device": "cpu"}
     config = FinetuneConfig(**{**QUICK, "holdout": 0.3, "select": "holdout"})
     run = fit(bench.images, "small:backbone_normed", "logreg", finetune=config, output=tmp_path / "run", **options)
     report = run.report
     assert report["fit"]["finetune"]["selected_on"] > 0 and report["count"] > 3
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
-    classifier = load(moved)
+    classifier = load(moved, factory="small:backbone_normed")
     features = bench.extraction("normed").features()
     val = np.flatnonzero(features.splits == "val")
     pixels = [classifier.preprocess((bench.images / features.ids[i]).read_bytes()) for i in val]
     answers = classifier(np.stack(pixels)).argmax(1)
     assert (answers == features.y[val]).mean() == pytest.approx(report["accuracy"])
-    parity = export(moved)
+    parity = export(moved, factory="small:backbone_normed")
     assert parity.passed and parity.equal_labels == parity.images > 3
     assert parity.accuracy == pytest.approx(report["accuracy"])

@@ -16,6 +16,7 @@ from featx.finetuning.preparing import hold_out
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.tuning import finetune
 from featx.heads import linear, logreg
+from featx.solvers.examples import Examples
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def test_the_last_layer_by_the_tutorials_recipe_reaches_91_percent(extraction: E
     assert len(train) == 244 and len(val) == 153
     accuracies = []
     for seed in range(5):
-        fitted = linear.fit(train.X, train.y, features.class_names, seed=seed, recipe="tutorial", device="cpu")
+        fitted = linear.fit(
+            Examples(train.X, train.y), features.class_names, seed=seed, recipe="tutorial", device="cpu"
+        )
         accuracies.append((fitted.head(val.X).argmax(1) == val.y).mean())
     assert np.median(accuracies) >= 0.91
 
@@ -40,7 +43,7 @@ def test_tuning_all_layers_from_the_fitted_head_loses_no_more_than_two_photograp
 ) -> None:
     features = extraction.features()
     train, val = features.split("train"), features.split("val")
-    head = logreg.fit(train.X, train.y, features.class_names, groups=groups(train.keys), seed=0).head
+    head = logreg.fit(Examples(train.X, train.y, groups(train.keys)), features.class_names, seed=0).head
     alone = int((head(val.X).argmax(1) == val.y).sum())
     rows = extraction.rows[features.splits == "val"]
     pixels = np.stack([extraction.info.preprocess(extraction.source.read(int(i))) for i in rows])
@@ -49,7 +52,7 @@ def test_tuning_all_layers_from_the_fitted_head_loses_no_more_than_two_photograp
         config = FinetuneConfig(epochs=1, warmup=0.5, seed=seed)
         chosen = hold_out(features, config)
         part = chosen.split("train")
-        first = logreg.fit(part.X, part.y, features.class_names, groups=groups(part.keys), seed=seed).head
+        first = logreg.fit(Examples(part.X, part.y, groups(part.keys)), features.class_names, seed=seed).head
         folder = tmp_path / str(seed)
         folder.mkdir()
         tuned = finetune(extraction, chosen, first, config, folder, "cpu")

@@ -72,3 +72,19 @@ def test_tensors_that_are_no_affine_map_are_refused(tmp_path: Path) -> None:
         path.write_bytes(save({"weight": weight, "bias": np.ones(2, np.float32)}, METADATA))
         with pytest.raises(HeadError, match=r"head\.safetensors holds no head that featx wrote"):
             Head.load(path)
+
+
+def test_answers_are_one_class_or_every_class_that_is_probable_enough() -> None:
+    p = np.array([[0.2, 0.5, 0.3], [0.6, 0.6, 0.1]], np.float32)
+    weight, bias = np.zeros((3, 1), np.float32), np.zeros(3, np.float32)
+    one, several = (Head(weight, bias, ("a", "b", "c"), kind) for kind in ("softmax", "sigmoid"))
+    assert one.answers(p).tolist() == [[False, True, False], [True, False, False]]
+    assert several.answers(p).tolist() == [[False, True, False], [True, True, False]]
+
+
+def test_logits_are_aligned_by_name_and_an_unknown_class_is_never_the_answer() -> None:
+    head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32), ("b", "a"))
+    logits = np.array([[1.0, 2.0], [90.0, 80.0]])
+    found = head.aligned(logits, ["a", "x", "b"])
+    assert found[:, [2, 0]].tolist() == logits.tolist()
+    assert (head.probabilities(found)[:, 1] < 1e-15).all() and np.isfinite(found).all()

@@ -56,7 +56,7 @@ def test_it_can_be_searched_over() -> None:
 def test_an_unknown_head_is_named_with_near_ones() -> None:
     with pytest.raises(HeadError, match="Did you mean logreg"):
         HeadClassifier("logregs").fit(np.eye(4), [0, 1, 0, 1])
-    with pytest.raises(HeadError, match="not fitted to data"):
+    with pytest.raises(HeadError, match="learns nothing from training images"):
         HeadClassifier("pretrained").fit(np.eye(4), [0, 1, 0, 1])
 
 

@@ -17,6 +17,7 @@ from featx.heads import logreg
 from featx.solvers import design as _design
 from featx.solvers import lbfgs as _solver
 from featx.solvers import training as _training
+from featx.solvers.examples import Examples
 
 
 def clouds(
@@ -53,7 +54,7 @@ def scikit(Z: np.ndarray, y: np.ndarray, strength: float, **fit: object) -> tupl
 @pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
 def test_the_optimum_is_scikit_learns(rows: int, size: int, classes: int, strength: float) -> None:
     X, y, names = clouds(rows, size, classes)
-    fitted = logreg.fit(X, y, names, strengths=[strength])
+    fitted = logreg.fit(Examples(X, y), names, strengths=[strength])
     assert fitted.info["solver"] == "featx" and fitted.info["converged"]
     scaler = StandardScaler().fit(X.astype(np.float64))
     Z = scaler.transform(X.astype(np.float64))
@@ -120,23 +121,23 @@ def test_class_weights_are_scikit_learns() -> None:
     X, y = X[keep], y[keep]
     Z = StandardScaler().fit_transform(X.astype(np.float64))
     peer = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-8, max_iter=5000).fit(Z, y)
-    head = logreg.fit(X, y, names, strengths=[0.1], class_weight="balanced").head
+    head = logreg.fit(Examples(X, y), names, strengths=[0.1], class_weight="balanced").head
     assert head.probabilities(head(X)) == pytest.approx(peer.predict_proba(Z), abs=2e-3)
-    plain = logreg.fit(X, y, names, strengths=[0.1]).head
+    plain = logreg.fit(Examples(X, y), names, strengths=[0.1]).head
     assert np.abs(plain.probabilities(plain(X)) - peer.predict_proba(Z)).max() > 0.05
 
 
 def test_several_labels_per_image_are_as_many_binary_fits() -> None:
     X, y, _ = clouds(500, 15, 4)
     targets = np.stack([y % 2, y > 1, np.arange(500) % 9 == 0], axis=1).astype(np.int64)
-    fitted = logreg.fit(X, targets, ["odd", "high", "rare"], strengths=[0.05])
+    fitted = logreg.fit(Examples(X, targets), ["odd", "high", "rare"], strengths=[0.05])
     assert fitted.head.activation == "sigmoid"
     p = fitted.head.probabilities(fitted.head(X))
     Z = StandardScaler().fit_transform(X.astype(np.float64))
     for c in range(3):
         peer = LogisticRegression(C=0.05, tol=1e-8).fit(Z, targets[:, c])
         assert p[:, c] == pytest.approx(peer.predict_proba(Z)[:, 1], abs=2e-3)
-    searched = logreg.fit(X, targets, ["odd", "high", "rare"])
+    searched = logreg.fit(Examples(X, targets), ["odd", "high", "rare"])
     assert searched.info["converged"] and len(searched.info["cross_validation"]["log_loss"]) > 3
 
 
@@ -144,7 +145,7 @@ def test_rows_read_in_blocks_give_the_same_head(tmp_path: Path) -> None:
     X, y, names = clouds(3000, 24, 3)
     np.save(tmp_path / "X.npy", X)
     mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
-    held, streamed = (logreg.fit(x, y, names).head for x in (X, mapped))
+    held, streamed = (logreg.fit(Examples(x, y), names).head for x in (X, mapped))
     assert streamed.probabilities(streamed(X)) == pytest.approx(held.probabilities(held(X)), abs=2e-3)
 
 
@@ -163,11 +164,11 @@ class Slices:
 def test_a_stream_is_never_read_whole() -> None:
     X, y, names = clouds(20_000, 64, 8)
     stream = Slices(X)
-    fitted = logreg.fit(stream, y, names, strengths=[1e-3], folds=2)
+    fitted = logreg.fit(Examples(stream, y), names, strengths=[1e-3], folds=2)
     assert 0 < stream.most <= 70_000_000 / 4 / 64 and fitted.info["converged"]
     big = Slices(np.broadcast_to(X[:1000], (1000, 64)))
     assert max(len(p) for _, p in _training.blocks(big, columns=100_000)) <= 64
-    held = logreg.fit(X, y, names, strengths=[1e-3]).head
+    held = logreg.fit(Examples(X, y), names, strengths=[1e-3]).head
     assert (fitted.head(X).argmax(axis=1) == held(X).argmax(axis=1)).mean() > 0.999
 
 
@@ -198,7 +199,7 @@ def test_a_pass_has_the_gradient_of_its_loss(classes: int) -> None:
 
 def test_the_same_seed_gives_the_same_head() -> None:
     X, y, names = clouds(300, 40, 3)
-    first, second = (logreg.fit(X, y, names, seed=3) for _ in range(2))
+    first, second = (logreg.fit(Examples(X, y), names, seed=3) for _ in range(2))
     assert (first.head.weight == second.head.weight).all() and (first.head.bias == second.head.bias).all()
 
 
@@ -210,17 +211,17 @@ def test_scikit_learn_is_the_fall_back_and_it_is_said(monkeypatch: pytest.Monkey
         return stuck(*args, **{**settings, "most": 2})  # type: ignore[arg-type]
 
     monkeypatch.setattr(logreg, "minimise", short)
-    fitted = logreg.fit(X, y, names, strengths=[1.0])
+    fitted = logreg.fit(Examples(X, y), names, strengths=[1.0])
     assert fitted.info["solver"] == "scikit-learn" and fitted.info["converged"]
     assert any("scikit-learn's was used" in note for note in fitted.info["notes"])
-    peer = logreg.fit(X, y, names, strengths=[1.0], solver="scikit-learn").head
+    peer = logreg.fit(Examples(X, y), names, strengths=[1.0], solver="scikit-learn").head
     assert (fitted.head.weight == peer.weight).all()
 
 
 def test_calibration_lowers_the_held_out_loss_and_folds_into_the_head() -> None:
     X, y, names = clouds(120, 60, 3)
-    plain = logreg.fit(X, y, names, strengths=[100.0])
-    fitted = logreg.fit(X, y, names, strengths=[100.0], calibrate=True)
+    plain = logreg.fit(Examples(X, y), names, strengths=[100.0])
+    fitted = logreg.fit(Examples(X, y), names, strengths=[100.0], calibrate=True)
     figures = fitted.info["calibration"]
     assert figures["temperature"] > 1 and figures["ece_after"] < figures["ece_before"]
     assert fitted.head.weight * figures["temperature"] == pytest.approx(plain.head.weight, abs=5e-3)
@@ -230,14 +231,15 @@ def test_calibration_lowers_the_held_out_loss_and_folds_into_the_head() -> None:
 
 def test_a_threshold_that_reaches_an_accuracy_says_what_it_answers() -> None:
     X, y, names = clouds(500, 20, 3)
-    fitted = logreg.fit(X, y, names, reject=0.95)
+    fitted = logreg.fit(Examples(X, y), names, reject=0.95)
     figures = fitted.info["rejection"]
     assert figures["accuracy"] >= 0.95 > figures["accuracy_without"]
     assert 0.1 < figures["coverage"] < 1 and fitted.head.threshold == figures["threshold"]
-    given = logreg.fit(X, y, names, threshold=0.6)
+    given = logreg.fit(Examples(X, y), names, threshold=0.6)
     assert given.head.threshold == 0.6 and given.info["rejection"]["coverage"] > figures["coverage"]
     with pytest.raises(HeadError, match="no threshold reaches"):
-        logreg.fit(*clouds(60, 5, 3, apart=0.0), reject=0.999)
+        X, y, names = clouds(60, 5, 3, apart=0.0)
+        logreg.fit(Examples(X, y), names, reject=0.999)
 
 
 def photo_features(photos: Path, weights: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -270,10 +272,10 @@ def test_real_photographs_are_told_apart(real: list[tuple[np.ndarray, np.ndarray
 
     (X, y), (X_val, y_val) = real
     assert len(X) == 244 and len(X_val) == 153
-    fitted = logreg.fit(X, y, ["ants", "bees"])
+    fitted = logreg.fit(Examples(X, y), ["ants", "bees"])
     accuracy = (fitted.head(X_val).argmax(axis=1) == y_val).mean()
     assert accuracy >= 0.90
-    sgd = linear.fit(X, y, ["ants", "bees"])
+    sgd = linear.fit(Examples(X, y), ["ants", "bees"])
     assert abs((sgd.head(X_val).argmax(axis=1) == y_val).mean() - accuracy) <= 0.02
 
 
@@ -302,9 +304,9 @@ def test_torch_makes_the_same_passes_as_numpy(kind: str, dtype: type) -> None:
 
 def test_a_fit_by_torchs_passes_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y, names = clouds(900, 40, 5)
-    usual = logreg.fit(X, y, names, calibrate=True)
+    usual = logreg.fit(Examples(X, y), names, calibrate=True)
     monkeypatch.setattr(logreg, "_gpu", lambda task, device: "cpu")
-    other = logreg.fit(X, y, names, calibrate=True)
+    other = logreg.fit(Examples(X, y), names, calibrate=True)
     assert other.info["strength"] == usual.info["strength"] and other.info["converged"]
     assert other.info["cross_validation"]["log_loss"] == pytest.approx(
         usual.info["cross_validation"]["log_loss"], rel=1e-4
@@ -317,7 +319,7 @@ def test_a_fit_on_the_gpu_is_the_cpus() -> None:
     if not has_cuda():
         pytest.skip("no CUDA device here: the solver's passes on a GPU are untested on this machine")
     X, y, names = clouds(900, 40, 5)
-    cpu, gpu = (logreg.fit(X, y, names, device=device) for device in ("cpu", "cuda"))
+    cpu, gpu = (logreg.fit(Examples(X, y), names, device=device) for device in ("cpu", "cuda"))
     assert gpu.info["strength"] == cpu.info["strength"] and gpu.info["converged"]
     assert np.abs(gpu.head.weight - cpu.head.weight).max() < 1e-3 * np.abs(cpu.head.weight).max()
 
@@ -325,14 +327,14 @@ def test_a_fit_on_the_gpu_is_the_cpus() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     X, y, names = clouds(60, 5, 2)
     with pytest.raises(FeatxError, match="device is auto, cpu, cuda or cuda:N, not 'gpu'"):
-        logreg.fit(X, y, names, device="gpu")
+        logreg.fit(Examples(X, y), names, device="gpu")
 
 
 def test_a_single_class_that_may_apply_or_not_is_scikit_learns() -> None:
     rng = np.random.default_rng(5)
     X = rng.normal(size=(60, 6)).astype(np.float32)
     y = (X[:, 0] + 0.5 * rng.normal(size=60) > 0).astype(np.int64)
-    head = logreg.fit(X, y[:, None], ["defect"], strengths=(0.3,)).head
+    head = logreg.fit(Examples(X, y[:, None]), ["defect"], strengths=(0.3,)).head
     assert head.activation == "sigmoid" and head.weight.shape == (1, 6)
     peer = LogisticRegression(C=0.3, tol=1e-8).fit((X - X.mean(axis=0)) / X.std(axis=0), y)
     wanted = peer.decision_function((X - X.mean(axis=0)) / X.std(axis=0))

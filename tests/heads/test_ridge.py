@@ -10,6 +10,7 @@ from featx.errors import HeadError
 from featx.heads import ridge
 from featx.solvers import design as _design
 from featx.solvers import training as _training
+from featx.solvers.examples import Examples
 
 
 def clouds(rows: int, size: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -49,10 +50,10 @@ def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: 
 
 def test_single_precision_and_blocks_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y, names = clouds(500, 20)
-    exact = ridge.fit(X, y, names)
+    exact = ridge.fit(Examples(X, y), names)
     monkeypatch.setattr(ridge, "EXACT", 0)
     monkeypatch.setattr(ridge, "SCRATCH", 1 << 12)
-    quick = ridge.fit(X, y, names)
+    quick = ridge.fit(Examples(X, y), names)
     ours, theirs = (f.info["leave_one_out"]["mean_squared_error"] for f in (quick, exact))
     assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -60,7 +61,7 @@ def test_single_precision_and_blocks_change_little(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("rows", "size"), [(300, 20), (40, 70)])
 def test_the_head_is_scikit_learns_ridge(rows: int, size: int) -> None:
     X, y, names = clouds(rows, size)
-    fitted = ridge.fit(X, y, names, penalties=[0.3])
+    fitted = ridge.fit(Examples(X, y), names, penalties=[0.3])
     temperature = fitted.info["calibration"]["temperature"]
     task = _training.check(X, y, names)
     peer = Ridge(alpha=0.3 * rows).fit(task.standard().astype(np.float64), 2 * task.one_hot() - 1)
@@ -71,11 +72,11 @@ def test_the_head_is_scikit_learns_ridge(rows: int, size: int) -> None:
 
 def test_the_penalty_with_the_least_left_out_error_is_taken() -> None:
     X, y, names = clouds(80, 60)
-    fitted = ridge.fit(X, y, names)
+    fitted = ridge.fit(Examples(X, y), names)
     figures = fitted.info["leave_one_out"]
     best = int(np.argmin(figures["mean_squared_error"]))
     assert fitted.info["penalty"] == figures["penalties"][best]
-    alone = [ridge.fit(X, y, names, penalties=[p]).info["leave_one_out"] for p in ridge.PENALTIES]
+    alone = [ridge.fit(Examples(X, y), names, penalties=[p]).info["leave_one_out"] for p in ridge.PENALTIES]
     errors = [figures["mean_squared_error"][0] for figures in alone]
     assert fitted.info["penalty"] == ridge.PENALTIES[int(np.argmin(errors))] and 0 < np.argmin(errors) < 36
 
@@ -83,21 +84,22 @@ def test_the_penalty_with_the_least_left_out_error_is_taken() -> None:
 def test_several_labels_are_told_by_sign() -> None:
     X, y, _ = clouds(400, 20, 4)
     targets = np.stack([y % 2, y > 1], axis=1).astype(np.int64)
-    fitted = ridge.fit(X, targets, ["odd", "high"])
+    fitted = ridge.fit(Examples(X, targets), ["odd", "high"])
     assert fitted.head.activation == "sigmoid"
     assert ((fitted.head(X) > 0) == targets).mean() > 0.9
 
 
 def test_classes_of_one_group_each_are_fitted_without_measuring() -> None:
     X, y, names = clouds(60, 10)
-    fitted = ridge.fit(X, y, names, groups=y)
+    fitted = ridge.fit(Examples(X, y, y), names)
     assert fitted.info["penalty"] == ridge.UNMEASURED
     assert not {"leave_one_out", "calibration"} & set(fitted.info)
     notes = " ".join(fitted.info["notes"])
     assert "penalty 0.5 was taken without measuring" in notes and "not calibrated" in notes
-    assert (fitted.head(X) == ridge.fit(X, y, names, groups=y, penalties=[0.5]).head(X)).all()
+    assert (fitted.head(X) == ridge.fit(Examples(X, y, y), names, penalties=[0.5]).head(X)).all()
 
 
 def test_an_impossible_penalty_is_named() -> None:
     with pytest.raises(HeadError, match="penalties are positive"):
-        ridge.fit(*clouds(30, 5), penalties=[0.0])
+        X, y, names = clouds(30, 5)
+        ridge.fit(Examples(X, y), names, penalties=[0.0])

@@ -13,7 +13,8 @@ import pytest
 from conftest import ColourEngine, write_images
 
 from featx.errors import FeatxError, HeadError, ImageError, RunError, SourceError, TrainingError
-from featx.extraction.pipeline import content_keys, extract
+from featx.extraction.keys import content_keys
+from featx.extraction.pipeline import extract
 from featx.finetuning.recipes import FinetuneConfig
 from featx.fitting import fit
 from featx.measuring.evaluation import evaluate
@@ -35,7 +36,7 @@ def split(tmp_path: Path, engine: ColourEngine) -> Path:
 
 
 def fitted(data: Path, tmp_path: Path, name: str = "run", **options: Any) -> Run:
-    return fit(data, "tiny", cache=tmp_path / "cache", output=tmp_path / name, report=False, **options)
+    return fit(data, "tiny", cache=tmp_path / "cache", output=tmp_path / name, **options)
 
 
 def rows_of(data: Path) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ def test_a_split_without_class_folders_takes_part_in_nothing(split: Path, tmp_pa
     features = extract(split, "tiny", cache=tmp_path / "cache")
     assert features.splits.tolist() == [""] * 4 + ["train"] * 12 + ["val"] * 6
     assert features.labelled.tolist() == [False] * 4 + [True] * 18
-    assert features.report["notes"][-1] == "4 images have a split and no label, and take part in none"
+    assert features.report.notes[-1] == "4 images have a split and no label, and take part in none"
     run = fitted(split, tmp_path)
     assert run.report["count"] == 6 and "test" not in run.report and run.config.splits["test"] == 0
     assert (run.path / "report.json").is_file()
@@ -163,7 +164,7 @@ def test_what_an_older_run_was_trained_on_is_not_known(split: Path, tmp_path: Pa
 
 
 def test_a_run_that_was_copied_takes_no_other_projects_data(split: Path, tmp_path: Path) -> None:
-    run = fit(split, "tiny", cache=tmp_path / "cache", output=tmp_path / "export" / "run", report=False)
+    run = fit(split, "tiny", cache=tmp_path / "cache", output=tmp_path / "export" / "run")
     other = tmp_path / "other"
     shutil.copytree(run.path, other / "export" / "run")
     write_images(other / "split" / "train")
@@ -189,7 +190,7 @@ def test_a_run_in_the_working_folder_can_be_replaced(
 ) -> None:
     run = fitted(split, tmp_path)
     monkeypatch.chdir(run.path)
-    again = fit(split, "tiny", cache=tmp_path / "cache", output=".", overwrite=True, report=False)
+    again = fit(split, "tiny", cache=tmp_path / "cache", output=".", overwrite=True)
     assert is_finished(again.path) and set(lying(run.path)) >= {"config.json", "report.json"}
 
 
@@ -197,7 +198,7 @@ def test_a_project_that_moved_as_a_whole_is_found_from_its_run(split: Path, tmp_
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
     data, cache = Path(shutil.move(split, tmp_path / "before" / "photos")), tmp_path / "before" / "cache"
-    run = fit(data, "tiny", cache=cache, output=tmp_path / "before" / "export" / "run", report=False)
+    run = fit(data, "tiny", cache=cache, output=tmp_path / "before" / "export" / "run")
     before = run.config
     assert before.data == str(data) and before.cache == str(cache)
     project = (tmp_path / "before").rename(tmp_path / "after" / "project")

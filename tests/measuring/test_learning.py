@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from PIL import Image
 
 from featx.errors import HeadError, RunError
 from featx.fitting import fit
+from featx.head import Fitted
+from featx.heads import logreg
 from featx.measuring import curve as learning
 from featx.reporting.report import write_report
 from featx.runs import Run, write_config
+from featx.solvers.examples import Examples
 
 
 @pytest.fixture
@@ -26,20 +31,38 @@ def run(tmp_path: Path, engine: ColourEngine) -> Run:
     rng = np.random.default_rng(0)
     for path in sorted(data.rglob("00[0-3].png")):  # some that no head can tell
         Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(path)
-    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
 
 
 def test_the_last_point_is_the_run_itself(run: Run, engine: ColourEngine):
     before = engine.images
-    values = learning.learning_curve(run.path, repeats=3)
+    found = learning.learning_curve(run.path, repeats=3)
     assert engine.images == before
-    assert [r["images"] for r in values["rows"]] == [18, 36, 72]
-    assert [r["subsets"] for r in values["rows"]] == [3, 3, 1]
-    assert values["rows"][-1]["accuracy"] == run.report["accuracy"]
-    assert all(r["low"] <= r["accuracy"] <= r["high"] for r in values["rows"])
-    assert json.loads((run.path / "curve.json").read_text()) == values
-    assert learning.learning_curve(run.path, repeats=3) == values
-    assert values["verdict"] in learning.curve_text(values)
+    assert [r.images for r in found.rows] == [18, 36, 72]
+    assert [r.subsets for r in found.rows] == [3, 3, 1]
+    assert found.rows[-1].accuracy == run.report["accuracy"]
+    assert all(r.low <= r.accuracy <= r.high for r in found.rows)
+    assert json.loads((run.path / "curve.json").read_text()) == found.to_dict()
+    assert learning.learning_curve(run.path, repeats=3) == found
+    assert found.verdict in found.text()
+
+
+def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(
+    tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
+):
+    data = write_images(tmp_path / "data", per_class=20)
+    run = fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", views=2, gain=False)
+    given: list[Examples] = []
+    usual = logreg.fit
+
+    @functools.wraps(usual)
+    def spy(examples: Examples, *rest: Any, **settings: Any) -> Fitted:
+        given.append(examples)
+        return usual(examples, *rest, **settings)
+
+    monkeypatch.setattr(logreg, "fit", spy)
+    learning.learning_curve(run, sizes=[12], repeats=1)
+    assert np.array_equal(given[0].scored, np.arange(36) < 12)
 
 
 def test_the_report_shows_it(run: Run):
@@ -97,10 +120,10 @@ def test_a_power_law_is_foretold():
     accuracy = 1 - 1.2 * n**-0.4
     forecast, verdict = learning.foretell(n, accuracy, samples(accuracy, 0.005))
     assert forecast is not None
-    assert forecast["images"] == 800
-    assert forecast["accuracy"] == pytest.approx(1 - 1.2 * 800**-0.4, abs=1e-9)
-    assert forecast["exponent"] == pytest.approx(0.4)
-    assert forecast["low"] < forecast["accuracy"] < forecast["high"]
+    assert forecast.images == 800
+    assert forecast.accuracy == pytest.approx(1 - 1.2 * 800**-0.4, abs=1e-9)
+    assert forecast.exponent == pytest.approx(0.4)
+    assert forecast.low < forecast.accuracy < forecast.high
     assert "800 training images would give" in verdict
 
 
@@ -129,12 +152,12 @@ def test_intervals_hold_both_images_and_subsets():
     rng = np.random.default_rng(0)
     hard = rng.random(2000)  # each image's chance, shared by all subsets
     right = (rng.random((5, 2000)) < hard).astype(float)
-    row = learning.summarise([100], [right])["rows"][0]
+    (row,), _, _ = learning.summarise([100], [right])
     images = right.mean(axis=0).std() / 2000**0.5
-    assert row["accuracy"] == pytest.approx(right.mean())
-    assert (row["high"] - row["low"]) / (2 * 1.96 * images) == pytest.approx(1.2, abs=0.25)
+    assert row.accuracy == pytest.approx(right.mean())
+    assert (row.high - row.low) / (2 * 1.96 * images) == pytest.approx(1.2, abs=0.25)
     shifted = right.copy()
     shifted[0] = 0  # one subset that learned nothing
-    wide = learning.summarise([100], [shifted])["rows"][0]
-    assert wide["high"] - wide["low"] > 3 * (row["high"] - row["low"])
-    assert wide["spread"] == pytest.approx(shifted.mean(axis=1).std(ddof=1))
+    (wide,), _, _ = learning.summarise([100], [shifted])
+    assert wide.high - wide.low > 3 * (row.high - row.low)
+    assert wide.spread == pytest.approx(shifted.mean(axis=1).std(ddof=1))

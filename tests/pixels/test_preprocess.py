@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from featx.errors import FeatxError, ImageError
 from featx.pixels.preprocess import MAX_ASPECT, MAX_PIXELS, Preprocess, decode
@@ -185,12 +186,41 @@ def test_of_a_stereo_jpeg_the_first_image_counts() -> None:
     assert np.abs(pixels(data).astype(int) - pixels(encoded(smooth(40, 30), "JPEG"))).max() == 0
 
 
+def tag(format: str, kind: str, orientation: int) -> dict[str, Any]:
+    """What Pillow's `save` needs to write an orientation as EXIF, as XMP, or as older programs put EXIF into a PNG."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    if kind == "EXIF":
+        return {"exif": exif}
+    if format == "TIFF":
+        return {"tiffinfo": {700: xmp.encode()}}
+    if format != "PNG":
+        return {"xmp": xmp.encode()}
+    text = PngInfo()
+    data = exif.tobytes()
+    profile = f"\nexif\n{len(data):8}\n{data.hex()}\n"
+    text.add_text(*(("Raw profile type exif", profile) if kind == "profile" else ("XML:com.adobe.xmp", xmp)))
+    return {"pnginfo": text}
+
+
 @pytest.mark.parametrize(
-    ("format", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100})]
+    ("format", "kind", "options"),
+    [
+        *((format, kind, {}) for format in ("PNG", "TIFF") for kind in ("EXIF", "XMP")),
+        ("PNG", "profile", {}),
+        *(("WEBP", kind, {"lossless": True}) for kind in ("EXIF", "XMP")),
+        *(("JPEG", kind, {"quality": 100}) for kind in ("EXIF", "XMP")),
+        ("MPO", "EXIF", {"quality": 100}),
+    ],
 )
+@pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(format: str, options: dict[str, Any], orientation: int) -> None:
-    stored = np.asarray(smooth(48, 32))
+def test_an_orientation_is_applied_once_however_often_an_image_is_decoded(
+    format: str, kind: str, options: dict[str, Any], mode: str, orientation: int
+) -> None:
+    image = smooth(48, 32).convert(mode)
+    stored = np.asarray(image.convert("RGB"))
     turned = {
         1: stored,
         2: stored[:, ::-1],
@@ -201,14 +231,27 @@ def test_exif_orientation_is_applied(format: str, options: dict[str, Any], orien
         7: np.rot90(stored, 2).transpose(1, 0, 2),
         8: np.rot90(stored, 1),
     }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(Image.fromarray(stored), format, exif=exif, **options)
-    found = pixels(data)
-    assert found.shape == turned.shape
-    assert np.abs(found.astype(int) - turned).mean() < (4 if format == "JPEG" else 1e-9)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert (found == np.asarray(expected)).all()
+    data = encoded(image, format, **tag(format, kind, orientation), **options)
+    if format == "MPO":  # alone, Pillow writes such a file as JPEG
+        data = encoded(image, format, save_all=True, append_images=[image], **tag(format, kind, orientation), **options)
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == turned.shape[1::-1]  # the tag is there
+    once = decode(data)
+    assert once.size == turned.shape[1::-1]
+    assert np.abs(np.asarray(once).astype(int) - turned).mean() < (4 if format in ("JPEG", "MPO") else 1e-9)
+    for again in (decode(once), decode(once.copy()), decode(once.convert("L").convert("RGB"), 16)):
+        assert again.size == once.size
+    assert (pixels(decode(once)) == np.asarray(once)).all()
+    assert once.getexif().get(0x0112, 1) == once.copy().getexif().get(0x0112, 1) == 1
+    assert (Preprocess(36, 24)(once) == Preprocess(36, 24)(data)).all()
+
+
+def test_an_image_in_memory_keeps_its_own_tag_and_is_turned_in_what_is_decoded() -> None:
+    data = encoded(smooth(48, 32), "PNG", **tag("PNG", "EXIF", 6))
+    given = Image.open(io.BytesIO(data))
+    once = decode(given)
+    assert (np.asarray(once) == np.rot90(np.asarray(given), -1)).all()
+    assert given.getexif()[0x0112] == 6 and "exif" in given.info
+    assert (pixels(decode(once)) == np.asarray(once)).all()
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])

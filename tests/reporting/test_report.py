@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ColourEngine
+from jinja2 import UndefinedError
 from PIL import Image
 
 from featx.errors import FeatxError, RunError
@@ -90,7 +91,7 @@ def photographs(root: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, engine: ColourEngine) -> Run:
     data = photographs(tmp_path / "insects")
-    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
 
 
 WRITTEN: list[Page] = []
@@ -124,6 +125,7 @@ def test_names_are_shown_as_they_are(seen: Page):
     assert ANTS in words
     assert BEES in words
     assert 'val/<script>alert(1)<!--/x" onerror="alert(' in words
+    assert re.search(rf"answered {re.escape(ANTS)} \(\d+\.\d%\), labelled {re.escape(BEES)}", " ".join(words.split()))
 
 
 def test_the_numbers_are_those_of_the_report(run: Run, seen: Page):
@@ -192,6 +194,16 @@ def test_plots_are_png_files_and_those_of_a_former_report_go(run: Run):
             assert np.asarray(image.convert("L")).std() > 5
 
 
+@pytest.mark.parametrize("name", ["plots", "checkpoints"])
+def test_a_folder_that_is_a_link_is_not_written_through(run: Run, tmp_path: Path, name: str):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.png").write_bytes(b"mine")
+    (run.path / name).symlink_to(tmp_path / "pictures")
+    with pytest.raises(RunError, match=f"{name} is a link.*remove it"):
+        write_report(run.path) if name == "plots" else run.folder(name)
+    assert os.listdir(tmp_path / "pictures") == ["holiday.png"]
+
+
 def test_what_is_gone_is_said(run: Run, tmp_path: Path):
     (tmp_path / "insects" / "val" / BEES / 'x" onerror="alert(1).jpg').unlink()
     assert "The data have changed since the run" in write_report(run.path, layout="pca").read_text()
@@ -226,7 +238,7 @@ def test_several_labels_per_image(tmp_path: Path, engine: ColourEngine):
         label = "|".join(name for name, there in (("dark", dark), ("wide", wide)) if there) or "|"
         lines.append(f"{i}.png,{label},{'val' if i % 3 == 0 else 'train'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run", report=False)
+    run = fit(tmp_path / "list.csv", "colours", cache=tmp_path / "cache", output=tmp_path / "run")
     seen = Page(write_report(run.path, layout="pca"))
     assert {"Per class", "Predictions", "Map of the features"} <= set(seen.headings)
     assert "Confusion matrix" not in seen.headings
@@ -263,11 +275,42 @@ def test_the_projection_keeps_distances_and_does_not_change():
     assert np.isfinite(gallery.project(np.ones((6, 1)), "pca")).all()
 
 
-def test_a_table_escapes_and_aligns():
-    html = page.table(["name", "n"], [["<b>", 1234], ["x", None]], "c & d", mark=1)
-    assert '<th scope="row">&lt;b&gt;</th><td class="n">1,234</td>' in html
-    assert '<tr class="mark"><th scope="row">x</th><td class="n">–</td>' in html
-    assert "<caption>c &amp; d</caption>" in html
+def test_a_table_escapes_and_aligns(tmp_path: Path):
+    rows = [["<b>", 1234, "0.9 (0.8 to 1.0)", "no (number)"], ["caf\udce9\n", None, None, "x"]]
+    table = page.Table(["name", "n", "score", "text"], rows, "c & d", mark=1)
+    values = {"title": "a", "chosen": "b", "best": "c", "runs": table, "failed": ["<i>"]}
+    html = page.write_page(tmp_path / "sweep.html", {}, **values).read_text(encoding="utf-8")
+    body = re.sub(r"\s*\n\s*", "", html[html.index("<table>") :])
+    assert '<th scope="col">name</th><th scope="col" class="n">n</th>' in body
+    assert '<tr><th scope="row">&lt;b&gt;</th><td class="n">1,234</td>' in body
+    assert '<td class="n">0.9<br><small>(0.8 to 1.0)</small></td><td>no (number)</td></tr>' in body
+    assert '<tr class="mark"><th scope="row">caf\\udce9\\x0a</th><td class="n">–</td>' in body
+    assert "<caption>c &amp; d</caption>" in body
+    assert "<li>&lt;i&gt;</li>" in body
+
+
+def test_a_misspelt_value_stops_the_page(tmp_path: Path):
+    with pytest.raises(UndefinedError, match="chosen"):
+        page.write_page(tmp_path / "sweep.html", {}, title="a", choosen="b")
+    assert not (tmp_path / "sweep.html").exists()
+
+
+def test_folders_of_this_machine_go_from_any_sentence():
+    said = "/data/my photos/a.jpg and /opt/weights/w.pth differ; see https://host/page/x, a/b or and/or"
+    assert page.strip_paths(said, ["/data/my photos"]) == (
+        "a.jpg and w.pth differ; see https://host/page/x, a/b or and/or"
+    )
+
+
+def test_ridge_shows_how_it_chose_its_penalty(tmp_path: Path, engine: ColourEngine):
+    data = photographs(tmp_path / "insects")
+    run = fit(data, "colours", "ridge", cache=tmp_path / "cache", output=tmp_path / "run")
+    seen = Page(write_report(run.path, layout="pca"))
+    assert "Choice of the regularisation" in seen.headings
+    assert {"held-out mean squared error", "penalty (larger = more regularisation)"} <= set(seen.words)
+    found = run.report["fit"]
+    losses = (found.get("leave_one_out") or found["cross_validation"])["mean_squared_error"]
+    assert f"the least is {min(losses):.3f}" in " ".join(seen.words)
 
 
 class Browser:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ColourEngine, write_images
 
 import featx
@@ -16,6 +17,7 @@ from featx.errors import RunError
 from featx.files import write_json
 from featx.runs import CARD_MARK, Run, write_config
 from featx.shipping import card
+from featx.text import printable
 
 ODD = ("a|b <b>x", 'he said "yes": #1', "yes", "0x10", "naïve 🐝\u202e", "[link](x) *star* `code`\nend")
 
@@ -26,11 +28,10 @@ def run(tmp_path: Path, engine: ColourEngine) -> Run:
     data = write_images(tmp_path / "secret place" / "my: data | set", classes=ODD, per_class=8)
     output = tmp_path / "secret place" / "run: one #1"
     settings = {"strengths": [0.01]}
-    return featx.fit(data, "colours", settings=settings, cache=tmp_path / "cache", output=output, report=False)
+    return featx.fit(data, "colours", settings=settings, cache=tmp_path / "cache", output=output)
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    yaml = pytest.importorskip("yaml")
     opening, front, _ = re.split(r"^---\n", text, maxsplit=2, flags=re.M)
     assert opening == ""
     return yaml.safe_load(front)
@@ -57,6 +58,17 @@ def test_a_hub_reads_what_the_run_is_and_what_was_measured(run: Run) -> None:
     assert values["accuracy"] == pytest.approx(run.report["accuracy"], abs=1e-6)
     assert values["log_loss"] == pytest.approx(run.report["log_loss"], abs=1e-6)
     assert all(isinstance(value, float) for value in values.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in ODD if "\n" not in name), "caf\udce9", "null", "1e3", "--- x", "%a: b", "'q' #", " é "],
+)
+def test_any_name_comes_through_the_front_matter(run: Run, name: str) -> None:
+    write_config(run.path, replace(run.config, data=f"/elsewhere/{name}"))
+    (entry,) = front_matter(card.card(changed(run, license=name).path))["model-index"]
+    assert entry["results"][0]["dataset"]["name"] == printable(name)
+    assert front_matter(card.card(run.path))["license_name"] == printable(name)
 
 
 def test_the_hub_s_own_library_reads_the_card(run: Run) -> None:
@@ -98,7 +110,7 @@ def test_the_license_of_the_weights_is_passed_on(run: Run, stated: str, expected
     text = card.card(changed(run, license=stated).path)
     front = front_matter(text)
     assert {name: front[name] for name in expected} == expected
-    assert f"Of the backbone's weights: {stated}." in text
+    assert f"Backbone weights: {stated}." in text
 
 
 def test_a_pretrained_timm_network_is_named_as_the_base_model(run: Run) -> None:

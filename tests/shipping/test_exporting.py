@@ -316,7 +316,7 @@ def small_run(tmp_path: Path) -> Path:
     """A run on `data/train` and `data/val` that is fast to export in full."""
     for split, seed in (("train", 0), ("val", 1)):
         write_images(tmp_path / "data" / split, per_class=12, seed=seed)
-    options = {"weights": "random", "cache": tmp_path / "cache", "output": tmp_path / "run", "report": False}
+    options = {"weights": "random", "cache": tmp_path / "cache", "output": tmp_path / "run"}
     return featx.fit(tmp_path / "data", "small:backbone_normed", **options).path
 
 
@@ -480,7 +480,7 @@ def test_every_network_exports_a_clean_file_that_answers_as_torch_does(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = write_images(tmp_path / "data", per_class=5)
-    run = featx.fit(data, calibrated(name), cache=session_cache(), output=tmp_path / "run", report=False)
+    run = featx.fit(data, calibrated(name), cache=session_cache(), output=tmp_path / "run")
     found = export(run.path, images=3)
     assert found.passed and found.method == "file"
     assert max(check.value for check in found.checks[1:]) > 0
@@ -520,7 +520,6 @@ def test_runs_of_both_decoders_on_one_cache_are_each_held_to_their_own_pixels(
             cache=tmp_path / "cache",
             output=tmp_path / f"run-{decode}",
             overwrite=True,
-            report=False,
         )
         assert export(run.path, images=4).passed
         options = {"weights": "random", "decode": decode, "cache": tmp_path / "cache"}

@@ -10,8 +10,11 @@ from scipy.special import logsumexp
 from sklearn.preprocessing import StandardScaler
 
 from featx import heads, metrics
+from featx.cache.streaming import Stacked
 from featx.errors import HeadError
+from featx.head import Fitted
 from featx.solvers import training as _training
+from featx.solvers.examples import Examples
 
 TRAINED = ["linear", "logreg", "ncm", "ridge"]
 QUICK: dict[str, dict[str, Any]] = {"linear": {"epochs": 15}}
@@ -32,8 +35,13 @@ def test_the_trained_heads_are_the_files_that_are_there() -> None:
 class TestEveryHead:
     """The contract of a trained head."""
 
-    def fit(self, name: str, X: Any, y: Any, names: Any, **settings: Any) -> heads.Fitted:
-        return heads.module(name).fit(X, y, names, **QUICK.get(name, {}), **settings)
+    def fit(
+        self, name: str, X: Any, y: Any, names: Any, groups: Any = None, scored: Any = None, **settings: Any
+    ) -> Fitted:
+        fitted: Fitted = heads.module(name).fit(
+            Examples(X, y, groups, scored), names, **QUICK.get(name, {}), **settings
+        )
+        return fitted
 
     def test_it_learns(self, name: str) -> None:
         X, y, names = clouds()
@@ -140,8 +148,10 @@ def test_scored_rows_of_a_table_read_by_slices_are_the_same(name: str) -> None:
             return self.X[rows]
 
     X, y, names = clouds(300)
-    settings = {"scored": np.arange(300) < 150, "threshold": 0.5} | ({"calibrate": True} if name == "logreg" else {})
-    held, streamed = (heads.module(name).fit(x, y, names, **settings) for x in (X, Slices(X)))
+    settings = {"threshold": 0.5} | ({"calibrate": True} if name == "logreg" else {})
+    held, streamed = (
+        heads.module(name).fit(Examples(x, y, scored=np.arange(300) < 150), names, **settings) for x in (X, Slices(X))
+    )
     assert streamed.info["calibration"]["temperature"] == pytest.approx(
         held.info["calibration"]["temperature"], rel=1e-2
     )
@@ -151,10 +161,18 @@ def test_scored_rows_of_a_table_read_by_slices_are_the_same(name: str) -> None:
     )
 
 
-def test_a_head_that_measures_nothing_is_given_no_scored_rows() -> None:
-    scored = np.ones(3, bool)
-    assert heads.scoring("pretrained", scored) == {}
-    assert all(heads.scoring(name, scored)["scored"] is scored for name in TRAINED)
+def test_a_head_says_what_it_can_do() -> None:
+    X, y, names = clouds()
+    table = Examples(Stacked([X]), y)
+    assert [name for name in heads.names() if heads.module(name).LEARNS] == TRAINED
+    for name in TRAINED:
+        assert heads.learn(name, Examples(X, y), names, settings=QUICK.get(name)).head.class_names == tuple(names)
+        if heads.module(name).STREAMS:
+            assert heads.learn(name, table, names).head.class_names == tuple(names)
+    with pytest.raises(HeadError, match=r"linear holds the features in memory, and 90 rows of 8.*--head logreg"):
+        heads.learn("linear", table, names)
+    with pytest.raises(HeadError, match="pretrained head learns nothing"):
+        heads.learn("pretrained", table, names)
 
 
 def gaussians(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +188,7 @@ def gaussians(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("name", "most"), [("logreg", 0.09), ("ncm", 0.06)])
 def test_a_few_images_told_apart_without_a_mistake_make_no_answer_certain(name: str, most: float) -> None:
     X, y = gaussians(40, seed=0)
-    fitted = heads.module(name).fit(X, y, ["a", "b"], **({"calibrate": True} if name == "logreg" else {}))
+    fitted = heads.module(name).fit(Examples(X, y), ["a", "b"], **({"calibrate": True} if name == "logreg" else {}))
     assert 0.1 < fitted.info["calibration"]["temperature"] < 1
     X_new, y_new = gaussians(4000, seed=1)
     assert metrics.losses(fitted.head(X_new), y_new).mean() < most
@@ -269,13 +287,14 @@ def test_folds_for_several_labels_spread_the_rarest() -> None:
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(HeadError, match=says):
-        heads.module("logreg").fit(*clouds(), **settings)
+        X, y, names = clouds()
+        heads.module("logreg").fit(Examples(X, y), names, **settings)
 
 
 def test_calibration_without_held_out_images_is_an_error() -> None:
     X, y, names = clouds(3)
     with pytest.raises(HeadError, match="too few training images"):
-        heads.module("logreg").fit(X, y, names, calibrate=True)
+        heads.module("logreg").fit(Examples(X, y), names, calibrate=True)
 
 
 @pytest.mark.parametrize(

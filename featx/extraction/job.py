@@ -1,0 +1,115 @@
+"""`Job`: one extraction, as any process can open it: which images, by which backbone, into which cache."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx.backbones.loading import resolve
+from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.cache.store import FeatureStore
+from featx.devices import available_threads, choose_device, decoding_device
+from featx.engines.engine import Engine
+from featx.engines.opening import open_engine
+from featx.extraction.loader import Loaded, Loader
+from featx.features import FeatureSpec
+from featx.pixels.preprocess import DECODERS, GPU
+from featx.pixels.views import view_names
+from featx.sources.opening import open_source
+from featx.sources.source import Source
+
+Data = str | Path | Source
+"""A folder, a manifest, or a source."""
+Backbone = str | BackboneRequest | BackboneInfo
+"""A name, a request, or what one was resolved to before: nothing is loaded then."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be computed and where it goes. Picklable; opening it twice does nothing twice."""
+
+    source: Source
+    request: BackboneRequest
+    info: BackboneInfo
+    specs: tuple[FeatureSpec, ...]
+    """Of the centre crop, then of each augmented view."""
+    cache: Path
+    device: str
+    batch_size: int | None
+    workers: int
+
+    def open_stores(self) -> list[FeatureStore]:
+        """One store for each spec."""
+        return [FeatureStore(self.cache, spec) for spec in self.specs]
+
+    def open_engine(self, stores: list[FeatureStore]) -> Engine:
+        """What runs the backbone here. Raises `StoreError` or `FeatxError` where others computed the stores' rows."""
+        recorded = next((store.engine for store in stores if store.engine), None)
+        for store in stores:
+            if recorded:
+                store.computed_by(recorded)
+        return open_engine(
+            self.request,
+            self.info,
+            cache=self.cache,
+            device=self.device,
+            precision=self.specs[0].precision,
+            batch_size=self.batch_size,
+            engine=recorded,
+        )
+
+    def load(self, loader: Loader, numbers: np.ndarray, engine: Engine) -> Generator[Loaded]:
+        """The images `numbers`, `int [M]`, by `loader`; by the GPU as well where the job says so."""
+        if self.info.preprocess.pixels != GPU:
+            return loader(numbers)
+        from featx.extraction.gpu import GpuDecoder
+
+        return GpuDecoder(loader, self.device, engine)(numbers)
+
+
+def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
+    """List the images, resolve the backbone; options: all of `featx.options.Options`.
+
+    Raises `SourceError`, `BackboneError`, and `FeatxError` for a GPU that is not here.
+    """
+    cache = Path(options["cache"])
+    source = open_source(data)
+    request = request_of(backbone, options)
+    check_place(request, cache, options["device"])
+
+    if isinstance(backbone, BackboneInfo):
+        info = replace(backbone, preprocess=request.override(backbone.preprocess))
+    else:
+        info = resolve(request, cache)
+    names = view_names(options["seed"], options["views"])
+    specs = tuple(info.spec(view=name, precision=options["precision"], dtype=options["dtype"]) for name in names)
+    workers = options["workers"] or available_threads()
+    return Job(source, request, info, specs, cache, options["device"], options["batch_size"], workers)
+
+
+def request_of(backbone: Backbone, options: dict[str, Any]) -> BackboneRequest:
+    """The backbone that the options ask for."""
+    if isinstance(backbone, BackboneInfo):
+        request = BackboneRequest(backbone.name, options["weights"], backbone.layer, options["seed"])
+    elif isinstance(backbone, BackboneRequest):
+        request = backbone
+    else:
+        request = BackboneRequest(backbone, options["weights"], options["layer"], options["seed"])
+    if options["decode"] == "exact":
+        return request
+    others = [pair for pair in request.preprocess if pair[0] != "pixels"]
+    return replace(request, preprocess=(*others, ("pixels", DECODERS[options["decode"]])))
+
+
+def check_place(request: BackboneRequest, cache: Path, device: str) -> None:
+    """Raise `FeatxError` for a GPU that is not here, before weights are loaded; a filled cache may need none."""
+    if (cache / "features").exists():
+        return
+    if ("pixels", GPU) in request.preprocess:
+        decoding_device(device)
+    else:
+        choose_device(device)

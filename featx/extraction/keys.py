@@ -1,0 +1,100 @@
+"""The content keys of a source's images: what the memo knows, what reading finds, which images are copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from featx.cache.index import KEY_BYTES, distinct
+from featx.cache.memo import KeyMemo
+from featx.cache.store import FeatureStore
+from featx.devices import available_threads
+from featx.errors import ImageError, SourceError
+from featx.features import content_key, groups
+from featx.sources.opening import open_source
+from featx.sources.source import Source
+from featx.threads import ahead
+
+
+class KeyTable:
+    """One content key for each image of a source, as far as it is known. Opening it reads no image."""
+
+    def __init__(self, source: Source, cache: Path) -> None:
+        self.source = source
+        self.keys = np.zeros((len(source.ids), KEY_BYTES), np.uint8)
+        """`uint8 [N, 32]`; zeros where unknown."""
+        self.known = np.zeros(len(source.ids), bool)
+        """`bool [N]`."""
+        self.errors: dict[int, str] = {}
+        """Why an image cannot be used, by its number."""
+        self._memo = None
+        if source.stats is not None:
+            self._memo = KeyMemo(cache, source.root)
+            self.keys, self.known = self._memo.lookup(source.ids, source.stats)
+
+    def note(self, number: int, key: bytes, error: str = "") -> None:
+        """Take in what reading an image gave: its key, empty where it could not be read, and why it is of no use."""
+        if key:
+            self.keys[number] = np.frombuffer(key, np.uint8)
+        self.known[number] = bool(key)
+        if error:
+            self.errors[number] = error
+
+    def read_missing(self, most_bytes: float = float("inf")) -> None:
+        """Read the images whose keys are unknown, in order, until more than `most_bytes` were read."""
+
+        def read(number: int) -> tuple[int, int, bytes, str]:
+            try:
+                data = self.source.read(number)
+            except ImageError as error:
+                return number, 0, b"", str(error)
+            return number, len(data), content_key(data), ""
+
+        unknown, threads = np.flatnonzero(~self.known).tolist(), available_threads()
+        for number, size, key, error in ahead(read, unknown, threads=threads, window=2 * threads, name="featx-keys"):
+            self.note(number, key, error)
+            most_bytes -= size
+            if most_bytes < 0:
+                break
+
+    def record(self) -> None:
+        """Remember the keys, so that an unchanged file is not read again."""
+        if self._memo is not None:
+            assert self.source.stats is not None
+            self._memo.record(self.source.ids, self.source.stats, self.keys, self.known)
+
+    def stored(self, stores: list[FeatureStore]) -> np.ndarray:
+        """`bool [N]`: which images are known to have a row in every store."""
+        return np.logical_and.reduce([self.known, *(store.contains(self.keys) for store in stores)])
+
+    def first(self) -> np.ndarray:
+        """`bool [N]`: the first image of each known key."""
+        first = np.zeros(len(self.known), bool)
+        first[np.flatnonzero(self.known)[distinct(self.keys[self.known])]] = True
+        return first
+
+    def copies(self, numbers: np.ndarray) -> list[list[int]]:
+        """Of these images, `int [M]`, those with the same bytes: one list for each content that occurs repeatedly."""
+        keys = self.keys[numbers]
+        if len(np.unique(keys[:, :8].copy().view(np.uint64))) == len(numbers):
+            return []
+        group = groups(keys)  # equal first bytes: compare whole keys
+        order = np.argsort(group, kind="stable")
+        runs = np.split(numbers[order], np.flatnonzero(np.diff(group[order])) + 1)
+        return [run.tolist() for run in runs if len(run) > 1]
+
+
+def content_keys(data: str | Path | Source, cache: str | Path, *, whole: bool = False) -> np.ndarray:
+    """`uint8 [N, 32]`: the keys of a data set's readable files; only those that changed are read.
+
+    whole: raise `SourceError` where one cannot be read now, rather than leave it out.
+    """
+    source = open_source(data)
+    table = KeyTable(source, Path(cache))
+    table.read_missing()
+    for number, error in table.errors.items() if whole else ():
+        raise SourceError(f"{source.ids[number]} cannot be read now ({error}), so its row would be lost")
+
+    table.record()
+    return table.keys[table.known]

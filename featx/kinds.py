@@ -1,0 +1,32 @@
+"""Whether a value that a user gave is of the type that a setting is annotated with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+
+NUMBERS: dict[Any, type] = {int: Integral, float: Real}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of `kind`, one of `typing.get_type_hints`' answers; what a container holds is not looked at.
+
+    A whole number is a float, True and False are no numbers, and a sequence is anything but text, so that
+    one number may stand for a sequence of one.
+    """
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is Sequence:
+        return not isinstance(value, str)
+    if origin is bool:
+        return isinstance(value, bool | np.bool_)
+    if origin in NUMBERS:
+        return isinstance(value, NUMBERS[origin]) and not isinstance(value, bool)
+    return origin is Any or isinstance(value, origin)

@@ -1,0 +1,132 @@
+"""The options of an extraction, once: names, types, defaults, checks, and the help of the command line.
+
+Public functions take them as `**options: Unpack[Options]` (PEP 692), so that mypy and editors know them; `complete`
+fills in the defaults and refuses what is misspelt or out of range, whoever calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
+
+from featx.errors import FeatxError
+from featx.text import near
+
+Precision = Literal["fp32", "bf16", "fp16"]
+StoredDtype = Literal["float32", "float16"]
+Decode = Literal["exact", "fast", "gpu"]
+Split = Literal["train", "val", "test"]
+Finetune = Literal["full", "partial", "scratch"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known about an option beside its name and type."""
+
+    default: Any
+    help: str
+    least: int | None = None
+    """The smallest number allowed."""
+
+
+DEVICE = Option("auto", "auto, cpu, cuda or cuda:N.")
+
+
+class Running(TypedDict, total=False):
+    """How an extraction runs; no feature depends on it."""
+
+    device: Annotated[str, DEVICE]
+    batch_size: Annotated[int | None, Option(None, "By default the engine's own choice.", least=1)]
+    workers: Annotated[int | None, Option(None, "Decoding threads; by default one per core.", least=1)]
+
+
+class Shared(Running, total=False):
+    """What all points of a sweep have in common."""
+
+    weights: Annotated[
+        str, Option("pretrained", "pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file.")
+    ]
+    seed: Annotated[int, Option(0, "Random seed: of random weights, views and heads.", least=0)]
+    cache: Annotated[str | Path, Option("cache", "Cache folder.")]
+    precision: Annotated[Precision, Option("fp32", "Arithmetic of the backbone; each has features of its own.")]
+    dtype: Annotated[StoredDtype, Option("float32", "How features are stored.")]
+    decode: Annotated[
+        Decode,
+        Option(
+            "exact",
+            "fast decodes large JPEGs at a smaller scale, gpu decodes them on the GPU; "
+            "their features differ a little and are cached apart.",
+        ),
+    ]
+
+
+class Options(Shared, total=False):
+    """All that an extraction can be told."""
+
+    layer: Annotated[str, Option("features", "features, logits, or a module's dotted name.")]
+    views: Annotated[int, Option(0, "Augmented views to cache.", least=0)]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option of a kind, as its annotation says."""
+
+    name: str
+    type: Any
+    """`str`, `int`, `Path` or a `Literal`; None is allowed where `optional`."""
+    optional: bool
+    option: Option
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a closed set; empty for an open one."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def check(self, value: Any) -> None:
+        """Raise `FeatxError` for a value that the option does not take."""
+        if value is None and self.optional:
+            return
+        if self.choices and value not in self.choices:
+            raise FeatxError(
+                f"{self.name} is one of {', '.join(self.choices)}, not {value!r}.{near(str(value), self.choices)}"
+            )
+        least = self.option.least
+        if least is not None and value < least:
+            raise FeatxError(f"{self.name} is {least} or more, not {value}")
+        if self.name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {value!r}")
+        if self.type is int and value >= 2**63:  # what numpy and torch both take
+            raise FeatxError(f"{self.name} is less than 2**63, not {value}")
+
+
+@functools.cache
+def fields_of(kind: Any = Options) -> dict[str, Field]:
+    """The options of `Options`, `Shared` or `Running`, by name."""
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        kinds, option = get_args(hint)[0], get_args(hint)[1]
+        parts = get_args(kinds) if get_origin(kinds) in (Union, types.UnionType) else (kinds,)
+        found[name] = Field(name, parts[-1] if parts[-1] is not type(None) else parts[0], type(None) in parts, option)
+    return found
+
+
+def complete(given: Mapping[str, Any], kind: Any = Options, others: Iterable[str] = ()) -> dict[str, Any]:
+    """All options of a kind, those given checked, the others at their defaults.
+
+    Raises `FeatxError` for an option that there is not; others: what else the function takes that was called.
+    """
+    fields = fields_of(kind)
+    for name in given:
+        if name not in fields:
+            known = [*fields, *others]
+            raise FeatxError(f"there is no option {name!r}; there are {', '.join(known)}.{near(name, known)}")
+    values = {name: field.option.default for name, field in fields.items()} | dict(given)
+
+    for name, field in fields.items():
+        field.check(values[name])
+    return values

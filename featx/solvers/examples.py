@@ -1,0 +1,42 @@
+"""`Examples`: what a head learns from, one row or, with augmented views, several rows an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from featx.cache.streaming import Stacked
+from featx.features import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Rows with their labels. Nothing is checked here; `featx.solvers.training.check` does that."""
+
+    X: Rows
+    """Float `[N, D]`: an array, or a table that is read by slices."""
+    y: np.ndarray
+    """`int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image."""
+    groups: np.ndarray | None = None
+    """`int [N]`: rows that share a number share a fold, and are left out together. None: each row is alone."""
+    scored: np.ndarray | None = None
+    """`bool [N]`: the held-out rows that count when a head chooses. None: all of them."""
+
+    @classmethod
+    def of_views(cls, views: Sequence[Rows], y: np.ndarray, groups: np.ndarray | None = None) -> Examples:
+        """Every view, `[M, D]`, of the same M images, one below the other.
+
+        The views of an image share its label and its group. The first view alone is scored: it is the centre
+        crop, which is what the head will see. Views in memory are copied into one array, others stay unread.
+        """
+        if len(views) == 1:
+            return cls(views[0], y, groups)
+        arrays = [view for view in views if isinstance(view, np.ndarray)]
+        return cls(
+            X=np.concatenate(arrays) if len(arrays) == len(views) else Stacked(views),
+            y=np.concatenate([y] * len(views)),
+            groups=np.tile(np.arange(len(y)) if groups is None else groups, len(views)),
+            scored=np.arange(len(views) * len(y)) < len(y),
+        )
