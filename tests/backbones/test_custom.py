@@ -348,7 +348,7 @@ def test_the_winner_of_a_sweep_over_factories_knows_what_the_user_named(received
     options = {"cache": received / "cache", "output": received / "sweep"}
     for _ in range(2):  # made, and found there
         found = sweep(received / "data", backbones=["mynets:encoder"], heads=["ncm"], **options)
-        assert found.points[0]["backbone"] == "custom/mynets:encoder"
+        assert found.points[0].backbone == "custom/mynets:encoder"
         assert featx.load(found.winner).class_names == ("cold", "warm")
         with pytest.raises(RunError, match="only if you name it"):
             featx.load(found.winner.path)

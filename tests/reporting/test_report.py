@@ -29,7 +29,7 @@ from featx.files import write_json
 from featx.fitting import fit
 from featx.reporting import gallery, page
 from featx.reporting.report import write_report
-from featx.runs import Run, open_run, write_config
+from featx.runs import Run, open_run, own_folder, write_config
 
 ANTS = "<script>alert(1)<!--"
 BEES = "b&\"es'"
@@ -200,7 +200,7 @@ def test_a_folder_that_is_a_link_is_not_written_through(run: Run, tmp_path: Path
     (tmp_path / "pictures" / "holiday.png").write_bytes(b"mine")
     (run.path / name).symlink_to(tmp_path / "pictures")
     with pytest.raises(RunError, match=f"{name} is a link.*remove it"):
-        write_report(run.path) if name == "plots" else run.folder(name)
+        write_report(run.path) if name == "plots" else own_folder(run.path, name)
     assert os.listdir(tmp_path / "pictures") == ["holiday.png"]
 
 

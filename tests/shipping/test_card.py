@@ -15,7 +15,7 @@ from conftest import ColourEngine, write_images
 import featx
 from featx.errors import RunError
 from featx.files import write_json
-from featx.runs import CARD_MARK, Run, write_config
+from featx.runs import CARD_MARK, Run, read_config, write_config
 from featx.shipping import card
 from featx.text import printable
 
@@ -38,7 +38,8 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def changed(run: Run, **backbone: Any) -> Run:
-    config = replace(run.config, backbone=replace(run.config.backbone, **backbone))
+    config = read_config(run.path)
+    config = replace(config, backbone=replace(config.backbone, **backbone))
     write_config(run.path, config)
     return run
 
