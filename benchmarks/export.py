@@ -26,13 +26,12 @@ import torch
 
 from featx import fit
 from featx.backbones.loading import load_backbone, resolve
-from featx.backbones.request import BackboneRequest
 from featx.engines.opening import backbone_onnx
 from featx.head import Head
 from featx.runs import open_run
 from featx.shipping import graph, prediction, reduction
 from featx.shipping.deployed import Model, open_session
-from featx.shipping.exporting import export, gate_images, load
+from featx.shipping.exporting import export, gate_images
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1")
 BATCHES = (1, 32)
@@ -52,11 +51,11 @@ def best(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]
 def engines(name: str, run: Path, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of network, engine, batch, milliseconds and images per second."""
     opened = open_run(run)
-    cache, request = Path(opened.config["cache"]), BackboneRequest.from_dict(opened.config["request"])
+    cache, request = Path(opened.config.cache), opened.request
     info = resolve(request, cache)
     crop = info.preprocess.crop
     source = backbone_onnx(request, info, cache)
-    model = graph.build(load(source), opened.head, info.preprocess, input="tensor", outputs=("probabilities",))
+    model = graph.build(graph.load(source), opened.head, info.preprocess, input="tensor", outputs=("probabilities",))
     calibration = gate_images(opened, reduction.CALIBRATION, "train", None)
     small = reduction.quantized(source, calibration, info.preprocess)
     int8 = graph.build(small, opened.head, info.preprocess, input="tensor", outputs=("probabilities",))

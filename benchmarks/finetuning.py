@@ -32,7 +32,6 @@ from featx.backbones.request import BackboneRequest
 from featx.extraction.pipeline import Extraction, sync
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.tuning import finetune
-from featx.runs import Run
 
 EPOCHS = 25
 
@@ -100,7 +99,7 @@ def featx_epoch(extraction: Extraction, **settings: Any) -> float:
     """Seconds of the median epoch of three, the first left out: it fills caches and allocators."""
     config = FinetuneConfig(epochs=4, init="random", select="val", warmup=0.0, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        tuned = finetune(extraction, extraction.features(), None, config, Run(Path(folder)))
+        tuned = finetune(extraction, extraction.features(), None, config, Path(folder))
     return statistics.median(row["seconds"] for row in tuned.history["epochs"][2:])
 
 

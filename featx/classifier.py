@@ -55,12 +55,11 @@ def load(run: str | Path | Run, *, factory: str | None = None) -> Classifier:
     is named here, too (`RunError`).
     """
     opened = open_run(run, factory)
-    config = opened.config
-    backbone = load_backbone(opened.request)
-    if backbone.info.weights_digest != config["backbone"]["weights_digest"]:
+    backbone, fitted_on = load_backbone(opened.request), opened.config.backbone.weights_digest
+    if backbone.info.weights_digest != fitted_on:
         raise WeightsError(
-            f"{opened.path} was fitted on weights {config['backbone']['weights_digest'][:12]} of "
-            f"{backbone.info.name}, but {backbone.info.weights_note} is {backbone.info.weights_digest[:12]} "
-            "now; put the former weights back, or fit again"
+            f"{opened.path} was fitted on weights {fitted_on[:12]} of {backbone.info.name}, but "
+            f"{backbone.info.weights_note} is {backbone.info.weights_digest[:12]} now; "
+            "put the former weights back, or fit again"
         )
     return Classifier(backbone, opened.head)

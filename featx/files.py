@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
 import re
 import secrets
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from featx.text import to_json
 
 # A leftover of another machine is swept when it is older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
@@ -37,6 +40,32 @@ def write_array(path: Path, values: Any) -> None:
     file = io.BytesIO()
     np.save(file, values, allow_pickle=False)
     write_atomic(path, file.getvalue())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """JSON values for people and programs (`to_json`), by `write_atomic`."""
+    write_atomic(path, to_json(values).encode() + b"\n")
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """JSON values with their own SHA-256 among them, by `write_atomic`."""
+    write_atomic(path, json.dumps({**values, "sha256": _seal(values)}, indent=1).encode())
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The values in what `write_sealed` wrote. Raises `ValueError` where these are other bytes."""
+    try:
+        values: dict[str, Any] = json.loads(data)
+        seal = values.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if _seal(values) != seal:
+        raise ValueError("does not have the SHA-256 it was written with")
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:
@@ -157,11 +186,13 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def file_stats(path: Path) -> list[int]:
-    """What must stay the same for a file's content to be taken as unchanged."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    """The `stat_row` of a file, as JSON has it."""
+    return list(stat_row(os.stat(path)))
 
 
 def stat_row(found: os.stat_result) -> tuple[int, int, int, int]:
-    """A file's row of `Source.stats`; an inode of more than 63 bits (ReFS) loses the rest."""
+    """What must stay the same for a file's content to be taken as unchanged: size, mtime and ctime in ns, inode.
+
+    An inode of more than 63 bits (ReFS) loses the rest.
+    """
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64

@@ -19,7 +19,6 @@ from featx.extraction.job import request_of
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
 from featx.features import Features, Rows, StoredRows, groups, repeated, short_keys
-from featx.files import write_array
 from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head, columns
 from featx.measuring.evaluation import Report, evaluate_logits
@@ -150,7 +149,7 @@ def fit(
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
 
     if finetune is not None:
-        start: dict[str, Any] = {"run": runs.Run(path), "config": config, "overwrite": overwrite}
+        start: dict[str, Any] = {"path": path, "config": config, "overwrite": overwrite}
         return fine_tuned(extracted, features, head, finetune, limit, asked, chosen, **start)
     classifier = None if learns else own_classifier(request, extracted.info)
     rows = training_views(extracted, features, limit) if learns else ()
@@ -159,7 +158,8 @@ def fit(
     if asked["views"] and learns:
         values |= measured_averages(extracted, features, fitted.head)
         values |= measured_gain(extracted, features, head, limit, **chosen) if gain else {}
-    return _save(runs.start(path, config, overwrite=overwrite), extracted, features, fitted.head, values, learns)
+    runs.start(path, config, overwrite=overwrite)
+    return _finish(path, extracted, features, fitted.head, values, learns)
 
 
 def fine_tuned(
@@ -171,14 +171,14 @@ def fine_tuned(
     options: dict[str, Any],
     chosen: dict[str, Any],
     *,
-    run: runs.Run,
-    config: dict[str, Any],
+    path: Path,
+    config: runs.RunConfig,
     overwrite: bool,
 ) -> runs.Run:
     """`fit` with fine-tuning: a head on the cached features, the backbone trained further from it on, a run.
 
     options: of the extraction of the tuned features; chosen: the head's settings, seed and device. Of several
-    processes the leader alone writes the run; the others give it back as it is.
+    processes the leader alone writes the run; the others give one with an empty report.
     """
     from featx.finetuning import preparing, tuning  # and torch with them
 
@@ -186,39 +186,33 @@ def fine_tuned(
     if finetune.init != "random":
         first = fit_features(held, head, views=training_views(extracted, held, memory), **chosen)
     start: dict[str, Any] = {"config": config, "overwrite": overwrite}
-    tuned = tuning.finetune(extracted, held, first.head if first else None, finetune, run, chosen["device"], **start)
+    tuned = tuning.finetune(extracted, held, first.head if first else None, finetune, path, chosen["device"], **start)
     if rank() != 0:
-        return run
+        return runs.Run(path, config, {}, tuned.head, factory=extracted.request.name)
 
     # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
-    base = {name: config[name] for name in ("request", "backbone", "spec")}
+    base = {name: config.to_dict()[name] for name in ("request", "backbone", "spec")}
     extracted = sync(extracted.source, tuned.request, **{**options, "views": 0})
     features = extracted.features(memory=memory)
-    config |= {
-        "request": replace(tuned.request, weights=Path(tuned.request.weights).name).to_dict(),
-        "backbone": extracted.info.to_dict(),
-        "spec": features.spec.to_dict(),
-        "base": base,
-    }
-    run.write_config(config)
+    request = replace(tuned.request, weights=Path(tuned.request.weights).name)
+    config = replace(config, request=request, backbone=extracted.info, spec=features.spec, base=base)
+    runs.write_config(path, config)
 
     info = (first.info if first else {}) | {"finetune": tuned.history}
     values = measured(features, Fitted(tuned.head, info), first.seconds if first else 0.0, learned=True).to_dict()
     if finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
-    return _save(run, extracted, features, tuned.head, values)
+    return _finish(path, extracted, features, tuned.head, values)
 
 
-def _save(
-    run: runs.Run, extracted: Extraction, features: Features, head: Head, values: dict[str, Any], learns: bool = True
+def _finish(
+    path: Path, extracted: Extraction, features: Features, head: Head, values: dict[str, Any], learns: bool = True
 ) -> runs.Run:
     """Write what `fit` found; `report.json`, which makes the run a finished one, last."""
-    head.save(run.path / "head.safetensors")
     learned = features.keys[(features.splits == "train") & learns]
-    write_array(run.path / "trained-on.npy", np.unique(short_keys(learned)))
     assert features.report is not None
-    run.write("report.json", values | {"extract": features.report.to_dict()})
-    return replace(run, features=features, source=extracted.source, factory=extracted.request.name)
+    report = values | {"extract": features.report.to_dict()}
+    return runs.finish(path, head, np.unique(short_keys(learned)), report, extracted.request.name)
 
 
 def _extracted(
@@ -293,29 +287,28 @@ def configuration(
     settings: dict[str, Any],
     seed: int,
     finetune: FinetuneConfig | None,
-) -> dict[str, Any]:
-    """`config.json`: all that is needed to make the run again, or to load, evaluate and export it."""
-    request = extracted.request.to_dict()
-    if Path(request["weights"]).is_file():  # a run can be loaded from any working folder
-        request["weights"] = str(Path(request["weights"]).resolve())
-    splits = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
-    config = {
-        "featx": __version__,
-        "data": str(Path(extracted.source.uri).resolve()),
-        "data_digest": features.digest,
-        "cache": str(extracted.cache.resolve()),
-        "request": request,
-        "backbone": extracted.info.to_dict(),
-        "spec": features.spec.to_dict(),
-        "views": len(extracted.stores) - 1,
-        "head": head,
-        "settings": settings,
-        "finetune": finetune.to_dict() if finetune else None,
-        "seed": seed,
-        "class_names": features.class_names,
-        "splits": splits,
-    }
-    return {**config, "digest": runs.digest(config)}
+) -> runs.RunConfig:
+    """What `config.json` says before any fine-tuning."""
+    request = extracted.request
+    if Path(request.weights).is_file():  # a run can be loaded from any working folder
+        request = replace(request, weights=str(Path(request.weights).resolve()))
+    config = runs.RunConfig(
+        featx=__version__,
+        data=str(Path(extracted.source.uri).resolve()),
+        data_digest=features.digest,
+        cache=str(extracted.cache.resolve()),
+        request=request,
+        backbone=extracted.info,
+        spec=features.spec,
+        views=len(extracted.stores) - 1,
+        head=head,
+        settings=settings,
+        finetune=finetune.to_dict() if finetune else None,
+        seed=seed,
+        class_names=features.class_names,
+        splits={name: int((features.splits == name).sum()) for name in ("train", "val", "test")},
+    )
+    return replace(config, digest=runs.digest(config))
 
 
 def share_right(head: Head, features: Features) -> float:

@@ -1,4 +1,4 @@
-"""Owns the run folder: what lies in it, when it counts as finished, and that none is overwritten in silence."""
+"""A run's folder: what lies in it, when it counts as finished, and that none is overwritten in silence."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from featx.backbones.loading import locate
-from featx.backbones.request import BackboneRequest
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import RunError
-from featx.files import write_atomic
+from featx.features import FeatureSpec
+from featx.files import write_array, write_json
 from featx.head import Head
-from featx.text import to_json
-
-if TYPE_CHECKING:
-    from featx.features import Features
-    from featx.sources.source import Source
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
@@ -37,169 +33,216 @@ CARD = "README.md"
 CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """`config.json`: all that is needed to make a run again, or to load, evaluate and export it."""
+
+    featx: str = ""
+    """The version that fitted it."""
+    data: str
+    """An absolute path, as is `cache`."""
+    data_digest: str
+    """`Features.digest`."""
+    cache: str
+    request: BackboneRequest
+    """How its backbone is loaded."""
+    backbone: BackboneInfo
+    spec: FeatureSpec
+    views: int = 0
+    """Augmented views of each training image that were learned from."""
+    head: str
+    settings: dict[str, Any]
+    """Of the head."""
+    finetune: dict[str, Any] | None = None
+    """`FinetuneConfig.to_dict()`; None where the backbone is as it was."""
+    seed: int = 0
+    class_names: list[str]
+    splits: dict[str, int] = field(default_factory=dict)
+    """Images in `train`, `val` and `test`."""
+    digest: str = ""
+    """`digest` of the configuration that fitting, or fine-tuning, began with."""
+    base: dict[str, Any] | None = None
+    """`request`, `backbone` and `spec` of the backbone that fine-tuning began with."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.base is None:
+            del values["base"]
+        return values | {name: values[name].to_dict() for name in ("request", "backbone", "spec")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Older ones lack some fields that have a default."""
+        needed = [item.name for item in fields(cls) if item.default is item.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+        known["request"] = BackboneRequest.from_dict(values["request"])
+        known["backbone"] = BackboneInfo.from_dict(values["backbone"])
+        return cls(**known | {"spec": FeatureSpec.from_dict(values["spec"])})
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
-    """One run's folder: `config.json`, `head.safetensors`, `report.json` (written last), and its exports."""
+    """A finished run: what its folder held when it was opened."""
 
     path: Path
-    features: Features | None = field(default=None, repr=False, compare=False)
-    """What it was fitted and measured on, with `source`, in the process that fitted it; else None."""
-    source: Source | None = field(default=None, repr=False, compare=False)
-    factory: str | None = field(default=None, repr=False, compare=False)
+    config: RunConfig = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
+    """`report.json`, the evaluation."""
+    head: Head = field(repr=False)
+    trained_on: np.ndarray | None = field(default=None, repr=False)
+    """`uint64 [M]`: `short_keys` of the training images, sorted; None where that is not known, as of older runs."""
+    factory: str | None = field(default=None, repr=False)
     """`package.module:function` that the user has named, and which may be imported if the run names it, too."""
 
     @property
-    def config(self) -> dict[str, Any]:
-        """What was asked and what it resolved to. Raises `RunError` where there is none."""
-        values = self._json("config.json")
-        holders = {"data": values, "cache": values, "weights": values.get("request", {})}
-        moved = {
-            name: os.path.realpath(self.path / relative)
-            for name, relative in values.pop("from_here", {}).items()
-            if not os.path.exists(holders[name][name])
-        }
-        if all(map(os.path.exists, moved.values())):  # the project has moved as a whole, and the run was not copied
-            for name, path in moved.items():
-                holders[name][name] = path
-        if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
-            values["request"]["weights"] = str(self.path.absolute() / "model.safetensors")
-        return values
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """The evaluation. Raises `RunError` while the run is unfinished."""
-        return self._json("report.json")
-
-    @property
     def request(self) -> BackboneRequest:
-        """How the run's backbone is loaded. Raises `RunError` for a factory that the user has not named.
+        """How its backbone is loaded. Raises `RunError` for a factory that the user has not named.
 
         The folder may be anyone's: it is read, and what it names runs no code.
         """
-        request = BackboneRequest.from_dict(self.config["request"])
-        source, name = locate(request.name)
+        source, name = locate(self.config.request.name)
         if source == "custom" and name != (self.factory or "").removeprefix("custom/"):
             other = f", not {self.factory}" if self.factory else ""
             raise RunError(
                 f"{self.path} was fitted with {name}{other}: code that is not featx's, imported only if you name it; "
                 f"if you trust it, add --factory {shlex.quote(name)} (factory={name!r} in Python)"
             )
-        return request
-
-    def folder(self, name: str) -> Path:
-        """A folder in the run's. Raises `RunError` for a link: what lies behind it is not featx's to replace."""
-        if (self.path / name).is_symlink():
-            raise RunError(f"{self.path / name} is a link, and featx writes into folders of the run alone; remove it")
-        return self.path / name
-
-    @property
-    def head(self) -> Head:
-        return Head.load(self.path / "head.safetensors")
-
-    @property
-    def trained_on(self) -> np.ndarray | None:
-        """`uint64 [M]`: `short_keys` of the training images, sorted; None where that is not known, as of older runs."""
-        try:
-            found: np.ndarray = np.load(self.path / "trained-on.npy", allow_pickle=False)
-            return found
-        except (OSError, ValueError):
-            return None
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "report.json").is_file()
-
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Write `config.json`, with where the data, the cache and the weights lie from the run's folder."""
-        paths = {name: config[name] for name in ("data", "cache")} | {"weights": config["request"]["weights"]}
-        here = self.path.resolve()
-        relative: dict[str, str] = {}
-        for name, path in paths.items():
-            with contextlib.suppress(ValueError):  # on another drive
-                relative |= {name: os.path.relpath(path, here)} if os.path.isabs(path) else {}
-        self.write("config.json", config | {"from_here": relative})
-
-    def write(self, name: str, values: dict[str, Any]) -> None:
-        """Write a JSON file of the run, whole or not at all."""
-        write_atomic(self.path / name, to_json(values).encode() + b"\n")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            values = json.loads(path.read_bytes())
-            if not isinstance(values, dict):
-                raise ValueError("it holds no object")
-            return values
-        except (FileNotFoundError, NotADirectoryError):
-            what = "is no run" if name == "config.json" else f"has no {name}: the run is unfinished"
-            raise RunError(f"{self.path} {what}; `featx fit DATA` makes one") from None
-        except ValueError as error:
-            raise RunError(f"{path} is damaged ({error}); fit again into another --output") from error
-        except OSError as error:
-            raise RunError(f"{path} cannot be read ({error.strerror or error})") from error
+        return self.config.request
 
 
 def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
-    """A finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
-    run = run if isinstance(run, Run) else Run(Path(run))
-    run = replace(run, factory=factory) if factory else run
-    _ = run.config, run.report
-    return run
+    """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
+    if isinstance(run, Run):
+        return replace(run, factory=factory) if factory else run
+    path = Path(run)
+    config, report = read_config(path), _read(path, "report.json")
+    trained_on = None
+    with contextlib.suppress(OSError, ValueError):
+        trained_on = np.load(path / "trained-on.npy", allow_pickle=False)
+    return Run(path, config, report, Head.load(path / "head.safetensors"), trained_on, factory)
 
 
-def default_path(root: str | Path, config: dict[str, Any]) -> Path:
+def read_config(path: Path) -> RunConfig:
+    """The configuration of a run, finished or not, where its folder lies now. Raises `RunError`."""
+    values = _read(path, "config.json")
+    try:
+        holders = {"data": values, "cache": values, "weights": values["request"]}
+        moved = {
+            name: os.path.realpath(path / relative)
+            for name, relative in values.get("from_here", {}).items()
+            if not os.path.exists(holders[name][name])
+        }
+        if all(map(os.path.exists, moved.values())):  # the project has moved as a whole, and the run was not copied
+            for name, place in moved.items():
+                holders[name][name] = place
+        if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
+            values["request"]["weights"] = str(path.absolute() / "model.safetensors")
+        return RunConfig.from_dict(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path / "config.json", error) from error
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write `config.json`, with where the data, the cache and the weights lie from the run's folder."""
+    here = path.resolve()
+    relative: dict[str, str] = {}
+    for name, place in (("data", config.data), ("cache", config.cache), ("weights", config.request.weights)):
+        with contextlib.suppress(ValueError):  # on another drive
+            relative |= {name: os.path.relpath(place, here)} if os.path.isabs(place) else {}
+    write_json(path / "config.json", config.to_dict() | {"from_here": relative})
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((path / name).read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+        return values
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is no run" if name == "config.json" else f"has no {name}: the run is unfinished"
+        raise RunError(f"{path} {what}; `featx fit DATA` makes one") from None
+    except ValueError as error:
+        raise _damaged(path / name, error) from error
+    except OSError as error:
+        raise RunError(f"{path / name} cannot be read ({error.strerror or error})") from error
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path} is damaged ({error}); fit again into another --output")
+
+
+def own_folder(path: Path, name: str) -> Path:
+    """A folder in the run's. Raises `RunError` for a link: what lies behind it is not featx's to replace."""
+    if (path / name).is_symlink():
+        raise RunError(f"{path / name} is a link, and featx writes into folders of the run alone; remove it")
+    return path / name
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a run's folder holds its report, which is written last."""
+    return (path / "report.json").is_file()
+
+
+def default_path(root: str | Path, config: RunConfig) -> Path:
     """`<root>/<data>-<backbone>-<head>-<8 hex of the configuration>`."""
-    data = Path(config["data"]).resolve().stem
-    backbone = config["backbone"]["name"].removeprefix("torchvision/")
-    words = [re.sub(r"[^\w.]+", "_", word).strip("_.") for word in (data, backbone, config["head"])]
-    return Path(root) / "-".join([*words, config["digest"][:8]])
+    parts = (Path(config.data).resolve().stem, config.backbone.name.removeprefix("torchvision/"), config.head)
+    words = [re.sub(r"[^\w.]+", "_", part).strip("_.") for part in parts]
+    return Path(root) / "-".join([*words, config.digest[:8]])
 
 
-def digest(config: dict[str, Any]) -> str:
+def digest(config: RunConfig) -> str:
     """SHA-256, in hex, of the part of a configuration that decides the result."""
-    identity = {name: config.get(name) for name in IDENTITY}
+    values = config.to_dict()
+    identity = {name: values[name] for name in IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def check(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> None:
+def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Raise `RunError` where a run with this configuration may not be written to `path`; changes nothing.
 
     It may where there is nothing, an unfinished run with the same configuration, or, with `overwrite`, any run.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    run = Run(path)
-    try:
-        former = run.config
-    except (RunError, OSError):
-        former = {}
+    former: dict[str, Any] = {}
+    with contextlib.suppress(RunError):
+        former = _read(path, "config.json")
+
     if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
         raise RunError(f"{path} exists and is no run of featx; give another --output")
-    if not overwrite and run.finished:
+    if not overwrite and is_finished(path):
         raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
-    if not overwrite and former["digest"] != config["digest"]:
+    if not overwrite and former["digest"] != config.digest:
         raise RunError(
             f"{path} holds an unfinished run with another configuration; "
             "use --overwrite to replace it, or another --output"
         )
 
 
-def start(path: Path, config: dict[str, Any], *, overwrite: bool = False) -> Run:
+def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Make a run's folder and write its configuration, where `check` lets it.
 
     Of a run that is replaced, what featx wrote goes, `report.json` first; other files in its folder stay.
     An unfinished one with the same configuration is continued, unless `overwrite` starts it anew.
     """
     check(path, config, overwrite=overwrite)
-    run = Run(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if overwrite and (path / "config.json").is_file():
             _clear(path)
-        run.write_config(config)
+        write_config(path, config)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
-    return run
+
+
+def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any], factory: str | None = None) -> Run:
+    """Write what a started run lacks, its report last, and open it. The arguments are as in `Run`."""
+    head.save(path / "head.safetensors")
+    write_array(path / "trained-on.npy", trained_on)
+    write_json(path / "report.json", report)
+    return open_run(path, factory)
 
 
 def _clear(path: Path) -> None:

@@ -33,7 +33,7 @@ from featx.head import columns
 from featx.heads import check_settings, module
 from featx.measuring.views import Difference, held_out, paired, scores
 from featx.options import Shared, complete
-from featx.runs import Run
+from featx.runs import Run, is_finished, open_run
 from featx.solvers import training as _training
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -130,7 +130,7 @@ class Sweep:
     @property
     def winner(self) -> Run:
         """A run like any other: evaluate it, export it."""
-        return Run(self.path / self.points[0].run, factory=self.points[0].backbone)
+        return open_run(self.path / self.points[0].run, self.points[0].backbone)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -300,14 +300,15 @@ def _point(
     asked = [request.to_dict(), head, settings, views, options["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
-    run = Run(place.path / "runs" / name, factory=request.name)
-    if not run.finished:
+    folder = place.path / "runs" / name
+    if is_finished(folder):
+        run = open_run(folder, request.name)
+    else:
         given: dict[str, Any] = {"settings": settings, "views": views, "gain": False, "memory": place.memory}
-        fit(place.source, request, head, output=run.path, overwrite=True, **given, **options)
+        run = fit(place.source, request, head, output=folder, overwrite=True, **given, **options)
 
-    measured, config = run.report, run.config
-    info = BackboneInfo.from_dict(config["backbone"])
-    if config["request"]["layer"] != request.layer:  # the pretrained head may want the logits
+    measured, info = run.report, run.config.backbone
+    if run.config.request.layer != request.layer:  # the pretrained head may want the logits
         request = run.request
         extraction = sync(place.source, request, **options)
         features = extraction.features(memory=place.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from featx.cache import folders
 from featx.cache.store import FeatureStore
@@ -97,3 +99,19 @@ def fork(work: Callable[[], None]) -> int:
 def wait(child: int) -> int:
     """The exit code of a child; minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def make_read_only(monkeypatch: pytest.MonkeyPatch, number: int = errno.EROFS) -> None:
+    """Every call that writes fails with this error: root may write to any folder, so take the calls away."""
+    opening = os.open
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def read(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        return refuse() if flags & (os.O_WRONLY | os.O_RDWR) else opening(path, flags, *more, **options)  # type: ignore
+
+    monkeypatch.setattr(os, "open", read)
+    for name in ("mkdir", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)

@@ -17,7 +17,7 @@ from photo_run import photo_run
 from PIL import Image, ImageCms, ImageOps
 
 import featx
-from featx.runs import Run
+from featx.runs import open_run
 from featx.shipping import exporting, reduction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def test_photographs_on_their_side_count_as_upright_ones_at_every_step(
         shutil.copy(side, tmp_path / "data" / name / "side.jpg")
         upright = turns[stored.getexif()[0x0112]](np.asarray(stored))
         Image.fromarray(upright).save(tmp_path / "data" / name / "upright.png")
-    request = Run(run).request
+    request = open_run(run).request
     features = featx.extract(tmp_path / "data", request, cache=cache)
     assert [Path(i).name for i in features.ids] == ["side.jpg", "upright.png"] * 2
     np.testing.assert_allclose(features.X[::2], features.X[1::2], rtol=0, atol=1e-5)

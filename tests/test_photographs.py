@@ -80,7 +80,7 @@ def test_a_warm_extract_from_the_command_line_imports_no_torch_and_ends_with_0(
     fitted: dict[str, Run], photos: Path, squeezenet_weights: Path
 ) -> None:
     words = ["extract", str(photos), "-b", "squeezenet1_1", "--weights", str(squeezenet_weights), "--json"]
-    words += ["--cache", fitted["logreg"].config["cache"]]
+    words += ["--cache", fitted["logreg"].config.cache]
     code = f"""
 import sys
 from featx.cli import cli

@@ -18,7 +18,7 @@ from featx import __version__
 from featx.backbones import zoos
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import BackboneError, WeightsError
-from featx.files import file_stats, write_atomic
+from featx.files import file_stats, unsealed, write_sealed
 from featx.text import near
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ def _version(package: str) -> str | None:
 
 def _remembered(memo: Path) -> BackboneInfo | None:
     try:
-        values = json.loads(memo.read_bytes())
-        text = json.dumps(values["info"], sort_keys=True)
-        if hashlib.sha256(text.encode()).hexdigest() != values["sha256"]:
-            return None
+        values = unsealed(memo.read_bytes())
         if any(file_stats(Path(path)) != stats for path, stats in values["files"].items()):
             return None
         return BackboneInfo.from_dict(values["info"])
@@ -125,10 +122,6 @@ def _remembered(memo: Path) -> BackboneInfo | None:
 
 
 def _remember(memo: Path, info: BackboneInfo, files: Mapping[str, list[int]]) -> None:
-    values = json.loads(json.dumps(info.to_dict()))
-    text = json.dumps(values, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    data = json.dumps({"info": values, "files": files, "sha256": digest}, indent=1)
     # a cache that cannot be written costs the next run its head start, and nothing else here
     with contextlib.suppress(OSError):
-        write_atomic(memo, data.encode())
+        write_sealed(memo, {"info": info.to_dict(), "files": files})

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Entry:
     spec: FeatureSpec | None
     """None where `spec.json` is lost or damaged (the next run with this spec writes it anew), or a newer featx's."""
     engine: str | None
+    tolerance: float | None
     row_shape: tuple[int, ...] | None
     shards: int
     bytes: int
@@ -47,17 +48,63 @@ class Entry:
     """Files set aside in `damaged/`."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "path": str(self.path),
-            "spec": self.spec.to_dict() if self.spec else None,
-            "engine": self.engine,
-            "tolerance": self.spec.tolerance if self.spec else None,
-            "row_shape": list(self.row_shape) if self.row_shape is not None else None,
-            "shards": self.shards,
-            "bytes": self.bytes,
-            "damaged": self.damaged,
-        }
+        shape = None if self.row_shape is None else list(self.row_shape)
+        spec = self.spec.to_dict() if self.spec else None
+        return vars(self) | {"path": str(self.path), "spec": spec, "row_shape": shape}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One entry, looked into."""
+
+    entry: Entry
+    rows: int
+    """Committed, repeats included."""
+    distinct: int
+    files: list[str]
+    """The shards' names, in the order of their commits."""
+    notes: list[str]
+    """Sentences about damage."""
+    used: int | None = None
+    """Rows that the data set compared with uses; this and the next two are None where there is none."""
+    unused: int | None = None
+    missing: int | None = None
+    """Its distinct images without a row."""
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        del found["entry"]
+        return self.entry.to_dict() | found
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One entry, every byte of it read."""
+
+    name: str
+    shards: int
+    rows: int
+    bytes: int
+    notes: list[str]
+    """What was damaged, set aside, and kept of it; no notes, no damage."""
+
+    def text(self) -> str:
+        state = "; ".join(self.notes) or "every byte is as it was committed"
+        return f"{self.name}: {self.rows} rows in {self.shards} shards, {self.bytes / 1e6:.1f} MB: {state}"
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """An entry before and after its shards were merged."""
+
+    shards_before: int
+    rows_before: int
+    bytes_before: int
+    shards_after: int
+    rows_after: int
+    bytes_after: int
+    done: bool
+    """False where there was nothing to do."""
 
 
 def entries(cache: Path) -> list[Entry]:
@@ -90,46 +137,38 @@ def sizes(cache: Path) -> dict[str, int]:
         return {e.name: _bytes(Path(e.path)) for e in sorted(found, key=lambda e: e.name) if e.is_dir()}
 
 
-def info(cache: Path, name: str, against: np.ndarray | None = None) -> dict[str, Any]:
-    """All about one entry: `Entry.to_dict()`, the shards, `rows`, `distinct`, and `notes` on damage.
-
-    against: keys of a data set, `uint8 [N, 32]`; then also `used`, `unused` (rows of the entry that the
-    data set does not use) and `missing` (its distinct images without a row).
-    """
+def info(cache: Path, name: str, against: np.ndarray | None = None) -> Contents:
+    """All about one entry. against: keys of a data set, `uint8 [N, 32]`: which rows does it use?"""
     entry, store = _open(cache, name)
     listed = [shard for shard, _ in folders.list_shards(entry.path)]
-    about = entry.to_dict() | {"rows": store.rows, "distinct": len(store), "files": listed, "notes": store.notes}
-    if against is not None:
-        wanted = as_keys(against)[distinct(as_keys(against))]
-        used = int(store.contains(wanted).sum())
-        about |= {"used": used, "unused": len(store) - used, "missing": len(wanted) - used}
-    return about
+    found = Contents(entry, store.rows, len(store), listed, store.notes)
+    if against is None:
+        return found
+    wanted = as_keys(against)[distinct(as_keys(against))]
+    used = int(store.contains(wanted).sum())
+    return replace(found, used=used, unused=len(store) - used, missing=len(wanted) - used)
 
 
-def verify(cache: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """Read every byte of one entry, or of all: `name`, `shards`, `rows`, `bytes` read and `notes` for each.
-
-    What is damaged is set aside, its intact rows kept, and said in `notes`; no notes, no damage.
-    """
+def verify(cache: Path, name: str | None = None) -> list[Verified]:
+    """Read every byte of one entry, or of all. What is damaged is set aside, and its intact rows are kept."""
     done = []
     for entry in [find(cache, name)] if name else entries(cache):
         if entry.spec is None and not folders.list_shards(entry.path):
-            done.append({"name": entry.name, "shards": 0, "rows": 0, "bytes": 0, "notes": ["it holds nothing"]})
+            done.append(Verified(entry.name, 0, 0, 0, ["it holds nothing"]))
             continue
         try:
             _, store = _open(cache, entry.name)
         except NewerError as error:
-            done.append({"name": entry.name, "shards": 0, "rows": 0, "bytes": 0, "notes": [str(error)]})
+            done.append(Verified(entry.name, 0, 0, 0, [str(error)]))
             continue
         store.refresh(trust=False)
         listed = folders.list_shards(entry.path)
         size = sum(status[0] for _, status in listed)
-        row = {"name": entry.name, "shards": len(listed), "rows": len(store), "bytes": size}
-        done.append(row | {"notes": store.notes})
+        done.append(Verified(entry.name, len(listed), len(store), size, store.notes))
     return done
 
 
-def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bool = False) -> dict[str, int | bool]:
+def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bool = False) -> Compacted:
     """Merge an entry's shards into one file, whose rows can be memory-mapped as one array.
 
     order: keys of a data set, `uint8 [N, 32]`: its rows come first and in this order, so that reading
@@ -137,7 +176,6 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
 
     The merged file is durable and read back before a shard is removed, and only shards whose rows it
     holds are: a crash leaves rows twice, never none. Others may read and write meanwhile.
-    Returns shards, rows and bytes before and after, and whether anything was `done`.
     """
     _, store = _open(cache, name)
     if only and order is None:
@@ -149,7 +187,9 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
         first = as_keys(order)[distinct(as_keys(order))]
         first = first[store.contains(first)]
         chosen = first if only else _ahead(first, stored)
-    before = {"shards_before": len(merged), "rows_before": store.rows, "bytes_before": sum(merged.values())}
+
+    before = len(merged), store.rows, sum(merged.values())
+
     same = len(merged) <= 1 and np.array_equal(chosen, store.stored())
     if not same:
         sweep(store.folder)
@@ -160,8 +200,7 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
         sync_folder(store.folder)
         store.refresh()
         merged = new
-    after = {"shards_after": len(merged), "rows_after": store.rows, "bytes_after": sum(merged.values())}
-    return before | after | {"done": not same}
+    return Compacted(*before, len(merged), store.rows, sum(merged.values()), done=not same)
 
 
 def _ahead(first: np.ndarray, stored: np.ndarray) -> np.ndarray:
@@ -252,21 +291,13 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    try:
+    known: tuple[Any, Any, Any, Any] = None, None, None, None
+    with contextlib.suppress(DamageError, NewerError, StaleError):
         form = folders.read_form(path / "spec.json")
-    except (DamageError, NewerError, StaleError):
-        form = None
-    damaged = path / "damaged"
-    return Entry(
-        name=path.name,
-        path=path,
-        spec=form.spec if form else None,
-        engine=form.engine if form else None,
-        row_shape=form.row_shape if form else None,
-        shards=len(folders.list_shards(path)),
-        bytes=_bytes(path),
-        damaged=len(list(damaged.iterdir())) if damaged.is_dir() else 0,
-    )
+        known = form.spec, form.engine, form.spec.tolerance, form.row_shape
+    aside = path / "damaged"
+    damaged = len(list(aside.iterdir())) if aside.is_dir() else 0
+    return Entry(path.name, path, *known, len(folders.list_shards(path)), _bytes(path), damaged)
 
 
 def _open(cache: Path, name: str) -> tuple[Entry, FeatureStore]:

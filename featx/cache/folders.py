@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,7 +13,7 @@ from featx.cache import shards
 from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError, NewerError
 from featx.features import FeatureSpec
-from featx.files import aside_name, make_folder, sync_folder, write_atomic
+from featx.files import aside_name, make_folder, stat_row, sync_folder, unsealed, write_sealed
 
 
 def folder_name(spec: FeatureSpec) -> str:
@@ -31,7 +29,7 @@ def list_shards(folder: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
         for entry in entries:
             if shards.NAME.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((entry.name, shards.stat_of(os.lstat(entry.path))))
+                    found.append((entry.name, stat_row(os.lstat(entry.path))))
     return sorted(found)
 
 
@@ -76,7 +74,7 @@ def write_form(path: Path, form: Form) -> None:
         "tolerance": form.spec.tolerance,
         "row_shape": list(form.row_shape),
     }
-    write_atomic(path, _sealed(values))
+    write_sealed(path, values)
 
 
 def read_verified(folder: Path) -> dict[str, Shard]:
@@ -91,23 +89,13 @@ def read_verified(folder: Path) -> dict[str, Shard]:
 def write_verified(folder: Path, verified: dict[str, Shard]) -> None:
     values = {s.name: [*s.stat, s.count, s.keys_at, s.rows_at] for s in verified.values()}
     with contextlib.suppress(OSError):  # read-only or full: the next opening checks the bytes again
-        write_atomic(folder / "verified.json", _sealed({"shards": values}))
-
-
-def _sealed(values: dict[str, Any]) -> bytes:
-    """JSON with its own SHA-256 in it."""
-    text = json.dumps(values, sort_keys=True)
-    return json.dumps({**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode()
+        write_sealed(folder / "verified.json", {"shards": values})
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
     with shards.open_regular(path) as file:
         data = file.read(1 << 26)
     try:
-        values = json.loads(data or b"")
-        seal = values.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamageError(f"{path} cannot be read ({error})") from None
-    if hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest() != seal:
-        raise DamageError(f"{path} does not have the SHA-256 it was written with")
-    return values
+        return unsealed(data or b"")
+    except ValueError as error:
+        raise DamageError(f"{path} {error}") from None

@@ -22,7 +22,7 @@ from featx.cache.hdf5 import headers, plan
 from featx.cache.index import KEY_BYTES
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
-from featx.files import write_chunks
+from featx.files import stat_row, write_chunks
 
 KIND = "featx features 1"
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")
@@ -62,7 +62,7 @@ class Shard:
 
     name: str
     stat: tuple[int, int, int, int]
-    """Size, mtime and ctime in ns, inode, as they were when its bytes were checked."""
+    """Its `stat_row` when its bytes were checked."""
     count: int
     keys_at: int
     rows_at: int
@@ -70,7 +70,7 @@ class Shard:
     def open(self, folder: Path) -> FileIO:
         """The file, for reading. Raises `StaleError` where it is not the one that was checked."""
         file = open_regular(folder / self.name)
-        if stat_of(os.fstat(file.fileno())) != self.stat:
+        if stat_row(os.fstat(file.fileno())) != self.stat:
             file.close()
             raise StaleError(f"{self.name} changed since it was checked")
         return file
@@ -89,11 +89,6 @@ class Inside:
 
 class StaleError(Exception):
     """The folder is not what it was when it was listed: list it again."""
-
-
-def stat_of(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Size, mtime and ctime in ns, inode: what must not have changed for bytes to be the same."""
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def open_regular(path: Path) -> FileIO:
@@ -143,7 +138,7 @@ def write(folder: Path, form: Form, keys: np.ndarray, rows: Iterable[np.ndarray]
             yield chunk
 
     path = write_chunks(folder, hashed(), lambda: f"{time.time_ns():016x}-{whole.hexdigest()}.h5")
-    return Shard(path.name, stat_of(os.lstat(path)), len(keys), offsets["keys"], offsets["rows"])
+    return Shard(path.name, stat_row(os.lstat(path)), len(keys), offsets["keys"], offsets["rows"])
 
 
 def held(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
@@ -210,7 +205,7 @@ def check(folder: Path, name: str, form: Form | None) -> tuple[Shard, Form]:
     Raises `StaleError` where it is gone, `OSError` where it cannot be read today.
     """
     with open_regular(folder / name) as file:
-        before = stat_of(os.fstat(file.fileno()))
+        before = stat_row(os.fstat(file.fileno()))
         try:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
@@ -220,7 +215,7 @@ def check(folder: Path, name: str, form: Form | None) -> tuple[Shard, Form]:
         if found != name[17:81]:
             raise DamageError(f"its SHA-256 is {found[:12]}..., not the {name[17:29]}... it was committed with")
         inside, form = inspect(file, form)
-        if stat_of(os.fstat(file.fileno())) != before:
+        if stat_row(os.fstat(file.fileno())) != before:
             raise StaleError(f"{name} changed while it was read")
     return Shard(name, before, inside.count, inside.keys_at, inside.rows_at), form
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def info(name: str, cache: str, against: str | None, as_json: bool) -> int:
     """Show all about the entry NAME (or the start of its name)."""
     from featx.cache import caching
 
-    emit_or_say(caching.info(Path(cache), name, keys_of(cache, against)), as_json)
+    emit_or_say(caching.info(Path(cache), name, keys_of(cache, against)).to_dict(), as_json)
     return DONE
 
 
@@ -124,12 +125,11 @@ def verify(name: str | None, cache: str, as_json: bool) -> int:
 
     rows = caching.verify(Path(cache), name)
     if as_json:
-        emit(rows)
+        emit([asdict(row) for row in rows])
     else:
         for row in rows:
-            state = "; ".join(row["notes"]) or "every byte is as it was committed"
-            say(f"{row['name']}: {row['rows']} rows in {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB: {state}")
-    return ERROR if any(row["notes"] for row in rows) else DONE
+            say(row.text())
+    return ERROR if any(row.notes for row in rows) else DONE
 
 
 @cache.command()
@@ -145,8 +145,8 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
     if only and against is None:
         raise click.UsageError("--only drops what a data set does not use: name it with --against DATA")
     found = caching.compact(Path(cache), name, keys_of(cache, against, whole=only), only=only)
-    emit_or_say(found, as_json)
-    if not as_json and not found["done"]:
+    emit_or_say(asdict(found), as_json)
+    if not as_json and not found.done:
         say("one file in this order already: there was nothing to do")
     return DONE
 

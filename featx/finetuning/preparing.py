@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup
 from featx.head import Head, columns
-from featx.runs import Run
+from featx.runs import own_folder
 
 HOLDOUT = "holdout"
 
@@ -60,7 +61,7 @@ def prepare(
     features: Features,
     head: Head | None,
     settings: FinetuneConfig,
-    run: Run,
+    folder: Path,
     world: World,
     workers: int | None,
 ) -> Setup:
@@ -158,7 +159,7 @@ def prepare(
     parts = settings.accumulate * world.size
     return Setup(
         settings=settings,
-        run=run,
+        folder=folder,
         world=world,
         backbone=backbone,
         network=network,
@@ -172,7 +173,7 @@ def prepare(
         weights=_class_weights(targets, class_names, settings).to(world.device),
         class_names=class_names,
         checkpoints=Checkpoints(
-            run.folder("checkpoints"),
+            own_folder(folder, "checkpoints"),
             {
                 **settings.to_dict(),
                 "weights": backbone.info.weights_digest,

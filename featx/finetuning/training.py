@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -24,7 +25,6 @@ from featx.finetuning.augment import seed_of
 from featx.finetuning.checkpoints import Checkpoints, Progress
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
-from featx.runs import Run
 
 METRICS = "metrics.jsonl"
 # A long epoch is saved so often, in seconds; every epoch is saved at its end.
@@ -45,7 +45,7 @@ class Setup:
     """All that the loop uses and does not change, but for what it trains."""
 
     settings: FinetuneConfig
-    run: Run
+    folder: Path
     world: World
     backbone: Backbone
     network: layers.Tuned
@@ -228,7 +228,7 @@ def keep(setup: Setup, progress: Progress, epoch: int) -> None:
     if setup.world.leads:
         setup.checkpoints.save(setup.network, setup.optimizer, progress, best=best and setup.settings.select != "last")
         text = "".join(json.dumps(row) + "\n" for row in progress.history)
-        write_atomic(setup.run.path / METRICS, text.encode())
+        write_atomic(setup.folder / METRICS, text.encode())
     setup.world.wait()
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Setup, train
 from featx.head import Head
-from featx.runs import Run, start
+from featx.runs import RunConfig, start
 
 MODEL = "model.safetensors"
 
@@ -45,10 +46,10 @@ def finetune(
     features: Features,
     head: Head | None,
     settings: FinetuneConfig,
-    run: Run,
+    folder: Path,
     device: str = "auto",
     *,
-    config: dict[str, Any] | None = None,
+    config: RunConfig | None = None,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> Finetuned:
@@ -70,10 +71,10 @@ def finetune(
     world = World.join(device)
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        setup = prepare(extraction, features, head, settings, run, world, workers)
+        setup = prepare(extraction, features, head, settings, folder, world, workers)
         try:
             if config is not None and world.leads:
-                start(run.path, config, overwrite=overwrite)
+                start(folder, config, overwrite=overwrite)
             begin = time.perf_counter()
             while True:
                 progress = setup.checkpoints.load(setup.network, setup.optimizer)
@@ -125,7 +126,7 @@ def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
         layer.bias.detach().float().cpu().numpy().copy(),
         setup.class_names,
     )
-    path = setup.run.path / MODEL
+    path = setup.folder / MODEL
     if setup.world.leads:
         from safetensors.torch import save
 

@@ -13,7 +13,8 @@ from featx import heads
 from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import Features, FeatureSpec, StoredRows, groups, taken
+from featx.features import Features, StoredRows, groups, taken
+from featx.files import write_json
 from featx.measuring.views import scores
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
@@ -95,9 +96,9 @@ def learning_curve(
     """
     opened = open_run(run, factory)
     config = opened.config
-    if not heads.module(config["head"]).LEARNS:
-        raise HeadError(f"the {config['head']} head learns nothing from training images; fit logreg or linear first")
-    if config.get("finetune"):
+    if not heads.module(config.head).LEARNS:
+        raise HeadError(f"the {config.head} head learns nothing from training images; fit logreg or linear first")
+    if config.finetune:
         raise HeadError("a learning curve of fine-tuning would take a fine-tuning each point; give a run of a head")
     if repeats < 1:
         raise HeadError(f"a curve needs at least one subset a size, not {repeats}")
@@ -109,7 +110,7 @@ def learning_curve(
     if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
         raise HeadError(f"sizes lie between 2 and the {len(train)} training images, not {list(wanted)}")
 
-    seed = config["seed"] if seed is None else seed
+    seed = config.seed if seed is None else seed
     group = groups(train.keys)
     orders = [nested_order(train.y, group, seed + r) for r in range(repeats)]
     right: list[np.ndarray] = []
@@ -118,9 +119,9 @@ def learning_curve(
         for r, order in enumerate(orders if size < len(train) else orders[:1]):
             part = order[:size]
             examples = Examples.of_views([taken(view, part) for view in views], train.y[part], group[part])
-            alike: dict[str, Any] = {"seed": seed + r, "device": device, "settings": config["settings"]}
+            alike: dict[str, Any] = {"seed": seed + r, "device": device, "settings": config.settings}
             try:
-                head = heads.learn(config["head"], examples, features.class_names, **alike).head
+                head = heads.learn(config.head, examples, features.class_names, **alike).head
             except HeadError as error:
                 raise HeadError(f"with {size} training images: {error}") from error
             each.append(scores(head.aligned(head(held.rows), features.class_names), held.y)[0])
@@ -128,26 +129,25 @@ def learning_curve(
 
     rows, forecast, verdict = summarise(wanted, right)
     found = Curve(rows, forecast, verdict, seed, repeats, len(held))
-    opened.write("curve.json", found.to_dict())
+    write_json(opened.path / "curve.json", found.to_dict())
     return found
 
 
 def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[np.ndarray | StoredRows]]:
     """A run's features, and its training images' rows in each view. Raises `RunError` where they have changed."""
     config = run.config
-    spec = FeatureSpec.from_dict(config["spec"])
     extraction = sync(
-        config["data"],
+        config.data,
         run.request,
-        cache=config["cache"],
-        seed=config["seed"],
-        precision=spec.precision,
-        dtype=spec.dtype,
-        views=config.get("views", 0),
+        cache=config.cache,
+        seed=config.seed,
+        precision=config.spec.precision,
+        dtype=config.spec.dtype,
+        views=config.views,
         device=device,
     )
     features = extraction.features(memory=memory)
-    if features.spec != spec or features.digest != config["data_digest"]:
+    if features.spec != config.spec or features.digest != config.data_digest:
         raise RunError(f"the data or the backbone of {run.path} have changed since; fit again")
     return features, extraction.views(features.keys[features.splits == "train"], memory=memory)
 

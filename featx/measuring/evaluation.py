@@ -13,7 +13,7 @@ from featx import metrics
 from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import FeatureSpec, short_keys
+from featx.features import short_keys
 from featx.head import Head, columns
 from featx.measuring import intervals
 from featx.measuring.intervals import Estimate
@@ -135,10 +135,9 @@ def evaluate(
     `featx.extract`. Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
     """
     opened = open_run(run, factory)
-    config = opened.config
-    spec = FeatureSpec.from_dict(config["spec"])
+    spec = opened.config.spec
     computed: dict[str, Any] = {"precision": spec.precision, "dtype": spec.dtype}
-    extraction = sync(data, opened.request, cache=cache or config["cache"], **computed, **options)
+    extraction = sync(data, opened.request, cache=cache or opened.config.cache, **computed, **options)
     features = extraction.features(memory=memory_for_features() if memory is None else memory)
     if features.spec != spec:
         raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")

@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from featx.errors import FeatxError
-from featx.features import Features, FeatureSpec
+from featx.features import Features
 from featx.pixels.preprocess import Preprocess, decode
 from featx.pixels.views import CENTER, augmented
 from featx.pixels.views import pixels as view_pixels
 from featx.reporting import plots
 from featx.reporting.page import Drawing, Picture, strip_paths
-from featx.runs import Run
+from featx.runs import Run, RunConfig
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 
@@ -35,7 +35,6 @@ class Material:
     """A run and what its report needs beside it; what is no longer at hand is None, and `missing` says so."""
 
     run: Run
-    config: dict[str, Any]
     report: dict[str, Any]
     features: Features | None
     source: Source | None
@@ -43,7 +42,7 @@ class Material:
 
     def clean(self, sentence: str) -> str:
         """`sentence` without this machine's folders: what lies in them keeps its name."""
-        paths = [self.config["data"], self.config["cache"], self.config["request"]["weights"]]
+        paths = [self.config.data, self.config.cache, self.config.request.weights]
         return strip_paths(sentence, [Path(p).parent for p in paths if os.path.isabs(p)])
 
     def picture(self, id: str) -> Image.Image | None:
@@ -68,53 +67,53 @@ class Material:
         return {id: i for i, id in enumerate(self.source.ids)} if self.source is not None else {}
 
     @property
-    def views(self) -> int:
-        return int(self.config.get("views") or 0)
+    def config(self) -> RunConfig:
+        return self.run.config
 
     @property
     def preprocess(self) -> Preprocess:
-        return Preprocess.from_dict(self.config["backbone"]["preprocess"])
+        return self.config.backbone.preprocess
 
 
-def gather(run: Run) -> Material:
-    """A finished run with its features and photographs, as far as they are still there."""
-    config, report, features, source = run.config, run.report, run.features, run.source
+def gather(run: Run, features: Features | None = None, source: Source | None = None) -> Material:
+    """A finished run with its features and photographs: those given, or as far as they are still there."""
+    config = run.config
     missing = []
     if source is None:
         try:
-            source = open_source(config["data"])
+            source = open_source(config.data)
         except FeatxError:
             missing.append("The photographs are not where they were: they are not shown.")
     if features is None and source is not None:
         features = _cached(config, source)
         if features is None:
             missing.append("The cache does not hold the run's features any more: no map and no predictions.")
-        elif features.digest != config["data_digest"]:
+        elif features.digest != config.data_digest:
             features = None
             missing.append("The data have changed since the run: no map and no predictions.")
-    return Material(run, config, report, features, source, missing)
+    return Material(run, run.report, features, source, missing)
 
 
-def _cached(config: dict[str, Any], source: Source) -> Features | None:
+def _cached(config: RunConfig, source: Source) -> Features | None:
     """The run's features as far as its cache has them, in the source's order; None where it has none."""
-    from featx.backbones.request import BackboneInfo, BackboneRequest
     from featx.cache.store import FeatureStore
     from featx.extraction.keys import KeyTable
     from featx.extraction.report import ExtractionReport
     from featx.extraction.result import Extraction
 
-    cache = Path(config["cache"])
+    cache = Path(config.cache)
     if not cache.is_dir():
         return None
-    table, store = KeyTable(source, cache), FeatureStore(cache, FeatureSpec.from_dict(config["spec"]))
+    table, store = KeyTable(source, cache), FeatureStore(cache, config.spec)
     table.read_missing()
     rows = np.flatnonzero(table.stored([store]))
     if not len(rows):
         return None
 
-    info, request = BackboneInfo.from_dict(config["backbone"]), BackboneRequest.from_dict(config["request"])
     counts = ExtractionReport(len(source), 0, len(rows), 0, 0, 0)
-    return Extraction(source, request, info, cache, [store], rows, table.keys[rows], counts).features()
+    return Extraction(
+        source, config.request, config.backbone, cache, [store], rows, table.keys[rows], counts
+    ).features()
 
 
 def mistakes(material: Material) -> list[Picture]:
@@ -133,7 +132,7 @@ def predictions(material: Material) -> list[Picture]:
     part = features.split("val")
     if not len(part) or len(part.rows.shape) != 2:
         return []
-    rng = np.random.default_rng(material.config.get("seed", 0))
+    rng = np.random.default_rng(material.config.seed)
     part = part.take(np.sort(rng.choice(len(part), min(GRID, len(part)), replace=False)))
     return [
         Picture(material.thumbnail(id), label, answer, sure)
@@ -146,7 +145,7 @@ def batch(material: Material) -> list[Picture]:
     features = material.features
     if features is None or material.source is None:
         return []
-    train, seed, views = features.split("train"), material.config.get("seed", 0), material.views
+    train, seed, views = features.split("train"), material.config.seed, material.config.views
     names = [CENTER, *(augmented(seed, k) for k in range(1, min(views, 3) + 1))]
     count = min(GRID if views == 0 else 4, len(train))
 

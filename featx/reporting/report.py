@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from featx.errors import FeatxError
+from featx.features import Features
 from featx.metrics import SCORES
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import Material
 from featx.reporting.page import Drawing, Table, signed, write_page
-from featx.runs import Run, open_run
+from featx.runs import Run, open_run, own_folder
+from featx.sources.source import Source
 
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling
 # the grid that a head chose its regularisation from: the name of the one chosen, and of the axis
@@ -25,19 +27,21 @@ GRIDS = {
 LOSSES = {"log_loss": "log-loss", "mean_squared_error": "mean squared error"}  # what it was chosen by
 
 
-def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
+def write_report(
+    run: str | Path | Run, *, layout: str = "tsne", features: Features | None = None, source: Source | None = None
+) -> Path:
     """Write `report.html`, one file that needs nothing else, and the same figures as `plots/*.png`.
 
-    Features and photographs of a run that another process fitted come from its cache and its data, without
-    any forward pass; what is not there any more is left out, and the page says so. layout: of the map of
+    features, source: what the run was fitted and measured on. By default they come from its cache and its data,
+    without any forward pass; what is not there any more is left out, and the page says so. layout: of the map of
     features, `tsne` (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` for what is no
     finished run.
     """
     if layout not in ("tsne", "pca"):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
     opened = open_run(run)
-    opened.folder("plots")  # refuses a link
-    material = gallery.gather(opened)
+    own_folder(opened.path, "plots")  # refuses a link
+    material = gallery.gather(opened, features, source)
     config, report, fit = material.config, material.report, material.report.get("fit", {})
 
     pictures = {
@@ -57,7 +61,7 @@ def write_report(run: str | Path | Run, *, layout: str = "tsne") -> Path:
     return write_page(
         opened.path / "report.html",
         {name: drawing for name, drawing in drawings.items() if drawing is not None},
-        title=f"{Path(config['data']).name} · {_short(config['backbone']['name'])} · {config['head']}",
+        title=f"{Path(config.data).name} · {_short(config.backbone.name)} · {config.head}",
         config=config,
         report=report,
         fit=fit,
@@ -231,19 +235,19 @@ def _extraction_notes(material: Material) -> list[str]:
 
 def _configuration(material: Material) -> Table:
     config, report, fit = material.config, material.report, material.report.get("fit", {})
-    backbone, crop = config["backbone"], material.preprocess
+    backbone, crop = config.backbone, material.preprocess
     rows = {
-        "data": Path(config["data"]).name,
-        "data digest": config["data_digest"][:16],
-        "backbone": _short(backbone["name"]),
-        "weights": f"{backbone['weights_note']}, {backbone['weights_digest'][:16]}",
-        "layer": f"{backbone['layer']} {backbone['row_shape']}",
+        "data": Path(config.data).name,
+        "data digest": config.data_digest[:16],
+        "backbone": _short(backbone.name),
+        "weights": f"{backbone.weights_note}, {backbone.weights_digest[:16]}",
+        "layer": f"{backbone.layer} {list(backbone.row_shape)}",
         "pixels": f"short side {crop.resize}, crop {crop.crop}, {crop.interpolation}, {crop.pixels}",
-        "features": f"{config['spec']['precision']}, stored as {config['spec']['dtype']}",
-        "views": config.get("views", 0),
-        "head": config["head"],
-        "settings": json.dumps(config["settings"], ensure_ascii=False),
-        "seed": config["seed"],
+        "features": f"{config.spec.precision}, stored as {config.spec.dtype}",
+        "views": config.views,
+        "head": config.head,
+        "settings": json.dumps(config.settings, ensure_ascii=False),
+        "seed": config.seed,
     }
     for name, value in fit.items():
         if isinstance(value, (int, float, str)) and name != "epochs":  # the settings have it

@@ -8,12 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from featx.backbones.request import BackboneInfo
 from featx.errors import ExportError
-from featx.features import FeatureSpec
 from featx.files import write_atomic
 from featx.metrics import SCORES
-from featx.runs import CARD, CARD_MARK, Run, open_run
+from featx.runs import CARD, CARD_MARK, Run, RunConfig, open_run
 from featx.text import printable, templates
 
 CLASSES = 30
@@ -40,16 +38,16 @@ FILES = {
 }
 
 
-def card(run: str | Path) -> str:
+def card(run: str | Path | Run) -> str:
     """The model card of a finished run: YAML for a hub, then Markdown for people. It names no place on this machine."""
     import yaml
     from markupsafe import Markup
 
     opened = open_run(run)
     config, report, head = opened.config, opened.report, opened.head
-    backbone, count = BackboneInfo.from_dict(config["backbone"]), report.get("count")
+    count = report.get("count")
     measured = {name: float(report[name]) for name in SCORES if count and report.get(name) is not None}
-    front = _front_matter(opened, config, report, backbone, measured)
+    front = _front_matter(opened, measured)
     template = templates("featx.shipping", _escaped, html=False).get_template("card.md")
     return template.render(
         front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
@@ -60,8 +58,8 @@ def card(run: str | Path) -> str:
         config=config,
         report=report,
         head=head,
-        backbone=backbone,
-        preprocess=FeatureSpec.from_dict(config["spec"]).preprocess,
+        backbone=config.backbone,
+        preprocess=config.spec.preprocess,
         measured=[(SCORES[n], value, report.get("intervals", {}).get(n)) for n, value in measured.items()],
         classes=sorted(report.get("per_class", []), key=lambda row: -row["support"]),
         parity=_parity(opened),
@@ -69,25 +67,25 @@ def card(run: str | Path) -> str:
     )
 
 
-def write(run: str | Path) -> bool:
+def write(run: str | Path | Run) -> bool:
     """Put the card into the run's folder; a README.md of somebody's own stays, and False says so.
 
     Raises `ExportError` where the folder cannot be written.
     """
-    path = Path(run) / CARD
+    opened = open_run(run)
+    path = opened.path / CARD
     try:
         if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return False
-        write_atomic(path, card(run).encode())
+        write_atomic(path, card(opened).encode())
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
     return True
 
 
-def _front_matter(
-    run: Run, config: dict[str, Any], report: dict[str, Any], backbone: BackboneInfo, measured: dict[str, float]
-) -> dict[str, Any]:
+def _front_matter(run: Run, measured: dict[str, float]) -> dict[str, Any]:
     """What a hub reads, as plain values."""
+    config, backbone = run.config, run.config.backbone
     license = backbone.license.lower()
     front: dict[str, Any] = {"library_name": "featx", "pipeline_tag": "image-classification"}
     if license in LICENSES or not license:
@@ -99,7 +97,7 @@ def _front_matter(
         front["base_model"] = printable(backbone.name)
     if measured:
         front["metrics"] = list(measured)
-        data = {"type": "imagefolder", "name": printable(_data_name(config)), "split": report["split"]}
+        data = {"type": "imagefolder", "name": printable(_data_name(config)), "split": run.report["split"]}
         result = {
             "task": {"type": "image-classification", "name": "Image classification"},
             "dataset": data,
@@ -119,9 +117,9 @@ def _parity(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def _data_name(config: dict[str, Any]) -> str:
+def _data_name(config: RunConfig) -> str:
     """The data's own name, without where it lies."""
-    return re.split(r"[/\\]", config["data"].rstrip("/\\"))[-1] or "images"
+    return re.split(r"[/\\]", config.data.rstrip("/\\"))[-1] or "images"
 
 
 def _run_name(run: Run) -> str:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featx import __version__
-from featx.backbones.request import BackboneInfo
 from featx.devices import memory_for_features
 from featx.engines.opening import backbone_onnx
 from featx.errors import ExportError, ParityError
@@ -67,17 +66,12 @@ def export(
     there but a file that featx exported is an `ExportError`.
     """
     opened = open_run(run, factory)
-    head = opened.head
-    outputs = outputs or default_outputs(head, input)
+    outputs = outputs or default_outputs(opened.head, input)
     path = free_path(Path(output) if output else opened.path / DEFAULT.get(input, "model.onnx"))
-    backbone = None
-    if input != "features":
-        backbone = load(backbone_path(opened))
-    spec = FeatureSpec.from_dict(opened.config["spec"])
-    model = graph.build(backbone, head, spec.preprocess, input=input, outputs=outputs)
+    model = _built(opened, input, outputs)
     parts = graph.part_digests(model.graph)
     chosen = gate_images(opened, images, split, data)
-    found, rows = _measure(opened, model, parts, chosen, list(head.class_names), tolerance, trust=True)
+    found, rows = _measure(opened, model, parts, chosen, list(opened.head.class_names), tolerance, trust=True)
     if not found.passed:
         raise ParityError(
             f"the file does not answer as the classifier does, on {found.images} images: "
@@ -89,9 +83,9 @@ def export(
     short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")}
     known = {"split": chosen.split}
     short |= known | {check.name.replace(" ", "_"): check.value for check in found.checks[1:]}
-    put(model, path, metadata(opened, head, input, outputs, parts, short), found.to_dict() | known)
+    put(model, path, metadata(opened, input, outputs, parts, short), found.to_dict() | known)
     if path == opened.path / DEFAULT["pixels"]:
-        card.write(opened.path)
+        card.write(opened)
     return found
 
 
@@ -110,21 +104,20 @@ def check(
     differs, and `ExportError` for a file that featx did not export. factory: as for `featx.load`.
     """
     path, opened = Path(model), open_run(run, factory)
-    proto = load(path)
-    head = opened.head
+    proto = graph.load(path)
     described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
     if described.get("precision", "fp32") != "fp32":
         raise ExportError(f"{path} is {described['precision']}: it was held to fp32 when it was made, not to torch")
     parts = graph.part_digests(proto.graph)
-    spec = FeatureSpec.from_dict(opened.config["spec"])
+    spec = opened.config.spec
     wrong = []
-    if described["class_names"] != list(head.class_names):
+    if described["class_names"] != list(opened.head.class_names):
         wrong.append("its classes, or their order, are not the run's")
     if described["preprocess"] != json.loads(json.dumps(spec.preprocess.to_dict())):
         wrong.append("its preprocessing is not the run's")
     if described["spec_digest"] != spec.digest:
         wrong.append("its backbone is not the run's")
-    expected = _expected_parts(opened, head, described)
+    expected = graph.part_digests(_built(opened, described["input"], tuple(described["outputs"])).graph)
     for name in (*graph.PARTS, "other"):
         if parts[name] != expected[name]:
             wrong.append(f"its {name} part has other nodes or weights than the run gives")
@@ -143,31 +136,6 @@ def default_outputs(head: Head, input: str) -> tuple[str, ...]:
     return tuple(name for name in names if name != "features" or input != "features")
 
 
-def load(path: Path, *, external: bool = False) -> ModelProto:
-    """Read an ONNX file that is whole in itself. Raises `ExportError` for anything else.
-
-    Weights in other files are refused, since a crafted file could name any file of this machine; with
-    `external` such a file is read without them.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
-    except DecodeError as error:
-        raise ExportError(f"{path} is no ONNX file ({error})") from error
-    if not model.graph.node and not model.graph.initializer:
-        raise ExportError(f"{path} is no ONNX file, or holds no graph")
-    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside and not external:
-        raise ExportError(
-            f"{path} keeps {len(outside)} weights in other files ({outside[0]}); featx reads and writes one file"
-        )
-    return model
-
-
 def free_path(path: Path) -> Path:
     """The path, if a file may be written there, with its record beside it: in no one's place but featx's own."""
     for file, ours, what in ((path, _is_export, "an export"), (_beside(path), _is_record, "the record of one")):
@@ -181,7 +149,7 @@ def free_path(path: Path) -> Path:
 
 def _is_export(path: Path) -> bool:
     try:
-        return any(entry.key == "featx_format" for entry in load(path, external=True).metadata_props)
+        return any(entry.key == "featx_format" for entry in graph.load(path, external=True).metadata_props)
     except ExportError:
         return False
 
@@ -220,7 +188,6 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
 
 def metadata(
     run: Run,
-    head: Head,
     input: str,
     outputs: tuple[str, ...],
     parts: dict[str, str],
@@ -230,9 +197,8 @@ def metadata(
     """What the file says about itself; each value is written as JSON, and none names a place on this machine."""
     from importlib.metadata import version
 
-    config, report = run.config, run.report
-    info = BackboneInfo.from_dict(config["backbone"])
-    spec = FeatureSpec.from_dict(config["spec"])
+    config, report, head = run.config, run.report, run.head
+    info, spec = config.backbone, config.spec
     metrics = {name: report[name] for name in METRICS if report.get(name) is not None}
     return {
         "contract": contract(spec, input, head),
@@ -249,8 +215,8 @@ def metadata(
         "weights": info.weights_note,
         "weights_digest": info.weights_digest,
         "license": info.license or "not stated with the weights; ask their publisher",
-        "head": config["head"],
-        "data_digest": config["data_digest"],
+        "head": config.head,
+        "data_digest": config.data_digest,
         "metrics": metrics | {"split": report.get("split"), "count": report.get("count")},
         "parity": found,
         "parts": parts,
@@ -293,21 +259,19 @@ def _measure(
     trust: bool,
 ) -> tuple[Parity, Rows | None]:
     """Run the gate: the head alone where its backbone is verified (and `trust`), else everything."""
-    head = run.head
     if model.graph.input[0].name == "features":
-        rows = Rows(None, images.cached, images.cached)
-        method = "head"
+        rows: Rows | None = Rows(None, images.cached, images.cached)
     else:
-        kept = parity.load_rows(parity.verified_path(_cache(run), images, parts), images) if trust else None
-        if kept is None:
-            return _measure_all(run, model, images, class_names, tolerance)
-        rows, method = kept, "head"
-    spec = FeatureSpec.from_dict(run.config["spec"])
-    alone = graph.build(None, head, spec.preprocess, input="features", outputs=("probabilities", "logits"))
+        rows = parity.load_rows(parity.verified_path(_cache(run), images, parts), images) if trust else None
+    if rows is None:
+        return _measure_all(run, model, images, class_names, tolerance)
+
+    alone = _built(run, "features", ("probabilities", "logits"))
     file, same = parity.run_head(rows, open_session(alone.SerializeToString(), threads=1))
-    return parity.compare(
-        images, head, rows, file, same, class_names=class_names, method=method, tolerance=tolerance
-    ), rows
+    found = parity.compare(
+        images, run.head, rows, file, same, class_names=class_names, method="head", tolerance=tolerance
+    )
+    return found, rows
 
 
 def _measure_all(
@@ -326,13 +290,9 @@ def _measure_all(
     return found, rows
 
 
-def _expected_parts(run: Run, head: Head, described: dict[str, Any]) -> dict[str, str]:
-    spec = FeatureSpec.from_dict(run.config["spec"])
-    backbone = None if described["input"] == "features" else load(backbone_path(run))
-    outputs = tuple(described["outputs"])
-    return graph.part_digests(
-        graph.build(backbone, head, spec.preprocess, input=described["input"], outputs=outputs).graph
-    )
+def _built(run: Run, input: str, outputs: tuple[str, ...]) -> ModelProto:
+    backbone = None if input == "features" else graph.load(backbone_path(run))
+    return graph.build(backbone, run.head, run.config.spec.preprocess, input=input, outputs=outputs)
 
 
 def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None) -> Images:
@@ -343,22 +303,21 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
     if limit < 1:
         raise ExportError(f"the gate needs at least one image, not {limit}")
     config = run.config
-    spec = FeatureSpec.from_dict(config["spec"])
     extraction: Extraction = sync(
-        data or config["data"],
+        data or config.data,
         run.request,
-        cache=config["cache"],
-        precision=spec.precision,
-        dtype=spec.dtype,
+        cache=config.cache,
+        precision=config.spec.precision,
+        dtype=config.spec.dtype,
     )
     features = extraction.features(memory=memory_for_features())
-    if features.spec.digest != spec.digest:
+    if features.spec.digest != config.spec.digest:
         raise ExportError(
-            f"{config['backbone']['name']} gives other features now than when {run.path} was fitted "
+            f"{config.backbone.name} gives other features now than when {run.path} was fitted "
             "(its weights or preprocessing changed); fit again"
         )
     chosen = parity.choose(extraction, features, split, limit)
-    if features.digest == config["data_digest"]:
+    if features.digest == config.data_digest:
         return chosen
     seen = run.trained_on
     unseen = seen is not None and not np.isin(short_keys(chosen.keys), seen).any()
@@ -366,12 +325,11 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
 
 
 def backbone_path(run: Run) -> Path:
-    config = run.config
-    return backbone_onnx(run.request, BackboneInfo.from_dict(config["backbone"]), _cache(run))
+    return backbone_onnx(run.request, run.config.backbone, _cache(run))
 
 
 def _cache(run: Run) -> Path:
-    return Path(run.config["cache"])
+    return Path(run.config.cache)
 
 
 def _advice(found: Parity) -> str:

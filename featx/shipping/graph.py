@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -259,6 +260,31 @@ def opened_up(model: ModelProto, *, pixels: bool = False) -> bytes:
         graph.input.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, ["N", 3, "H", "W"]))
     data: bytes = copy.SerializeToString()
     return data
+
+
+def load(path: Path, *, external: bool = False) -> ModelProto:
+    """Read an ONNX file that is whole in itself. Raises `ExportError` for anything else.
+
+    Weights in other files are refused, since a crafted file could name any file of this machine; with
+    `external` such a file is read without them.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
+    except DecodeError as error:
+        raise ExportError(f"{path} is no ONNX file ({error})") from error
+    if not model.graph.node and not model.graph.initializer:
+        raise ExportError(f"{path} is no ONNX file, or holds no graph")
+    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside and not external:
+        raise ExportError(
+            f"{path} keeps {len(outside)} weights in other files ({outside[0]}); featx reads and writes one file"
+        )
+    return model
 
 
 def part_digests(graph: GraphProto) -> dict[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featx.errors import ExportError
 from featx.shipping.deployed import parse_metadata
-from featx.shipping.exporting import load
-from featx.shipping.graph import PARTS, part_digests
+from featx.shipping.graph import PARTS, load, part_digests
 
 if TYPE_CHECKING:
     from onnx import ValueInfoProto
@@ -29,14 +30,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     initializers = model.graph.initializer
     outside = sorted({e.value for t in initializers for e in t.external_data if e.key == "location"})
     given = {t.name for t in initializers}  # old files list their weights among the inputs, too
-    operators: dict[str, int] = {}
-    for node in model.graph.node:
-        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        operators[name] = operators.get(name, 0) + 1
-    ours = None
-    if "featx_format" in raw:
-        ours = parse_metadata(raw, path)
+    operators = sorted(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    ours = parse_metadata(raw, path) if "featx_format" in raw else None
     data = path.read_bytes()
+
     values: dict[str, Any] = {
         "file": path.name,
         "bytes": len(data),
@@ -48,8 +45,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "ir_version": model.ir_version,
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "nodes": len(model.graph.node),
-        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
-        "parameters": sum(_count(list(t.dims)) for t in initializers),
+        "operators": dict(Counter(operators).most_common()),
+        "parameters": sum(math.prod(t.dims) for t in initializers),
         "external_data": outside,
         "metadata": {} if ours is not None else raw,
     }
@@ -96,13 +93,6 @@ def text(values: dict[str, Any], most: int = 10) -> str:
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _count(dims: list[int]) -> int:
-    total = 1
-    for size in dims:
-        total *= size
-    return total
 
 
 def _type(value: ValueInfoProto) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from featx.errors import ExportError, ImageError
 from featx.extraction.result import Extraction
 from featx.features import Features, content_key, cosines, difference
 from featx.files import write_atomic
-from featx.head import MULTILABEL, Head, columns
+from featx.head import MULTILABEL, Head
 from featx.head import answers as answered
 from featx.pixels.preprocess import CLOSE, EXACT, GPU, Preprocess
 from featx.shipping.graph import FEATURES_VALUE, PIXELS
@@ -248,57 +249,56 @@ def compare(
     probabilities = head.probabilities(logits)
     size = float((np.abs(rows.torch) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
 
-    def far(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.abs(a - b).max())
-
     # Features have a limit of their own; what a head with large weights makes of a difference within it is
     # no fault of the file. A sigmoid or softmax is at most half as steep as its logits.
     own = head(rows.same)
-    brought = far(head.probabilities(own), probabilities)
-    exact = max(SAME_PROBABILITIES, brought + SAME_SUM * size / 2)
-    gap = 2 * (exact if rows.file is None else tolerance)
+    exact = max(SAME_PROBABILITIES, _far(head.probabilities(own), probabilities) + SAME_SUM * size / 2)
 
     mine = answers(file["probabilities"], class_names, head.activation)
     theirs = answers(probabilities, list(head.class_names), head.activation)
-    ties: list[str] = []
-    differing: list[str] = []
-    for i in np.flatnonzero([a != b for a, b in zip(mine, theirs, strict=True)]):
-        column = columns(sorted(set(mine[i]) ^ set(theirs[i])), head.class_names)
-        p = probabilities[i, column[column >= 0]].tolist()
-        apart = max(abs(x - MULTILABEL) * 2 for x in p) if head.activation == "sigmoid" else max(p) - min(p)
-        close = len(p) == len(column) and apart <= gap
-        (ties if close else differing).append(images.ids[i])
+    others = np.flatnonzero([a != b for a, b in zip(mine, theirs, strict=True)]).tolist()
+    gap = 2 * (exact if rows.file is None else tolerance)
+    tied = {i for i in others if _apart(head, probabilities[i], set(mine[i]) ^ set(theirs[i])) <= gap}
 
-    checks = [Check("labels", float(len(differing)), 0.0)]
+    checks = [Check("labels", float(len(others) - len(tied)), 0.0)]
     if rows.file is not None:
         checks += [
             Check("features", resized_difference(rows.file, rows.torch), max(FEATURES, tolerance)),
-            Check("probabilities", far(file["probabilities"], probabilities), tolerance),
+            Check("probabilities", _far(file["probabilities"], probabilities), tolerance),
         ]
     checks += [
         Check("same-pixel features", difference(rows.same, rows.torch), SAME_FEATURES),
-        Check("same-feature logits", far(same["logits"], own), SAME_SUM * size),
-        Check("same-pixel probabilities", far(same["probabilities"], probabilities), exact),
+        Check("same-feature logits", _far(same["logits"], own), SAME_SUM * size),
+        Check("same-pixel probabilities", _far(same["probabilities"], probabilities), exact),
         _cached(images, rows),
     ]
+
     truth = [tuple(sorted(label)) for label in images.labels]
-
-    def accuracy(given: list[tuple[str, ...]]) -> float | None:
-        if images.split is None and not images.unseen:
-            return None
-        return float(np.mean([a == b for a, b in zip(given, truth, strict=True)]))
-
+    right = [float(np.mean([a == b for a, b in zip(given, truth, strict=True)])) for given in (mine, theirs)]
+    known = images.split is not None or images.unseen
     return Parity(
         images=len(images.ids),
         method=method,
-        accuracy=accuracy(mine),
-        torch_accuracy=accuracy(theirs),
-        equal_labels=sum(a == b for a, b in zip(mine, theirs, strict=True)),
-        ties=ties,
-        differing=differing,
-        max_logit_difference=far(file["logits"], logits),
+        accuracy=right[0] if known else None,
+        torch_accuracy=right[1] if known else None,
+        equal_labels=len(images.ids) - len(others),
+        ties=[images.ids[i] for i in others if i in tied],
+        differing=[images.ids[i] for i in others if i not in tied],
+        max_logit_difference=_far(file["logits"], logits),
         checks=checks,
     )
+
+
+def _far(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())
+
+
+def _apart(head: Head, probabilities: np.ndarray, names: set[str]) -> float:
+    """How far one image's `[C]` lie from giving these classes to either of two answers; infinity for unknown ones."""
+    if not names <= set(head.class_names):
+        return math.inf
+    p = [float(probabilities[head.class_names.index(name)]) for name in names]
+    return max(abs(x - MULTILABEL) * 2 for x in p) if head.activation == "sigmoid" else max(p) - min(p)
 
 
 def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:

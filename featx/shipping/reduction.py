@@ -15,7 +15,6 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError
-from featx.features import FeatureSpec
 from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
@@ -26,7 +25,6 @@ from featx.shipping.exporting import (
     default_outputs,
     free_path,
     gate_images,
-    load,
     metadata,
     put,
 )
@@ -115,20 +113,20 @@ def export_reduced(
     if held.split is None and not held.unseen and (data is None or opened.trained_on is not None):
         raise ExportError(
             f"what {precision} loses is counted in right answers on images that the head has not seen, and it may "
-            f"have learned from these: the images or labels of {data or opened.config['data']} are not those that "
+            f"have learned from these: the images or labels of {data or opened.config.data} are not those that "
             f"{opened.path} was fitted on; give --data FOLDER of others, or fit again"
         )
     head, source = opened.head, backbone_path(opened)
     outputs = outputs or default_outputs(head, input)
-    preprocess = FeatureSpec.from_dict(opened.config["spec"]).preprocess
+    preprocess = opened.config.spec.preprocess
     if precision == "int8":
         backbone = quantized(source, gate_images(opened, CALIBRATION, "train", data), preprocess)
     else:
-        backbone = halved(load(source))
+        backbone = halved(graph.load(source))
     model = graph.build(backbone, head, preprocess, input=input, outputs=outputs)
     found = measure(
         model,
-        graph.build(load(source), head, preprocess, input=input, outputs=outputs),
+        graph.build(graph.load(source), head, preprocess, input=input, outputs=outputs),
         held,
         preprocess,
         list(head.class_names),
@@ -140,7 +138,7 @@ def export_reduced(
     require(found)
     record = found.to_dict() | {"split": held.split}
     parts = graph.part_digests(model.graph)
-    entries = metadata(opened, head, input, outputs, parts, record, precision)
+    entries = metadata(opened, input, outputs, parts, record, precision)
     put(model, path, entries, record)
     return found
 

@@ -21,7 +21,7 @@ from featx.engines.opening import open_engine
 from featx.errors import BackboneError, RunError, WeightsError
 from featx.features import TOLERANCE, difference
 from featx.pixels.preprocess import Preprocess
-from featx.runs import Run
+from featx.runs import open_run
 from featx.shipping.exporting import check
 from featx.sweeping import sweep
 
@@ -322,7 +322,7 @@ def test_python_takes_a_factory_by_name_too(received: Path) -> None:
     calls = (
         lambda **named: featx.load(run, **named),
         lambda **named: featx.evaluate(run, received / "data", **named),
-        lambda **named: check(run / "model.onnx", Run(run), **named),
+        lambda **named: check(run / "model.onnx", open_run(run), **named),
     )
     for call in calls:
         with pytest.raises(RunError, match="imported only if you name it"):
@@ -348,7 +348,7 @@ def test_the_winner_of_a_sweep_over_factories_knows_what_the_user_named(received
     options = {"cache": received / "cache", "output": received / "sweep"}
     for _ in range(2):  # made, and found there
         found = sweep(received / "data", backbones=["mynets:encoder"], heads=["ncm"], **options)
-        assert found.points[0]["backbone"] == "custom/mynets:encoder"
+        assert found.points[0].backbone == "custom/mynets:encoder"
         assert featx.load(found.winner).class_names == ("cold", "warm")
         with pytest.raises(RunError, match="only if you name it"):
             featx.load(found.winner.path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,7 @@ from featx.cache.shards import Form
 from featx.cache.store import FeatureStore
 from featx.errors import NewerError, StoreError
 from featx.features import Features, FeatureSpec
+from featx.files import stat_row
 from featx.identity import ADDED
 
 NAME = folders.folder_name(SPEC)
@@ -39,9 +41,9 @@ def test_list_and_info_say_what_is_there(filled: tuple[Path, np.ndarray, np.ndar
     assert entry.shards == len(names(cache)) == 4 and entry.damaged == 0
     assert entry.bytes == sum(p.stat().st_size for p in entry.path.iterdir()) == caching.sizes(cache)["features"]
     about = caching.info(cache, "resnet18", against=np.concatenate([keys[:100], keys[:50], table(7, seed=9)[0]]))
-    assert (about["rows"], about["distinct"], about["notes"]) == (300, 300, [])
-    assert (about["used"], about["unused"], about["missing"]) == (100, 200, 7)
-    assert about["files"] == names(cache)
+    assert (about.rows, about.distinct, about.notes) == (300, 300, [])
+    assert (about.used, about.unused, about.missing) == (100, 200, 7)
+    assert about.files == names(cache)
 
 
 def test_an_unknown_entry_is_named_with_what_there_is(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
@@ -55,22 +57,21 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     filled: tuple[Path, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, keys, rows = filled
-    assert [v["notes"] for v in caching.verify(cache)] == [[]]
+    assert [v.notes for v in caching.verify(cache)] == [[]]
     shard = cache / "features" / NAME / names(cache)[1]
-    now = shards.time.time_ns()
-    monkeypatch.setattr("featx.cache.store.time.time_ns", lambda: now + 10 * 10**9)
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10 * 10**9)
     FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
-    status = os.stat(shard)
+    believed = folders.read_verified(shard.parent)
     with shard.open("rb", buffering=0) as file:
         inside, _ = shards.inspect(file, None)  # type: ignore[arg-type]
     flip(shard, inside.rows_at + 100)
-    # bit rot changes no stat: hide this change the way a disk would
-    real = shards.stat_of
-    old = real(status)
-    monkeypatch.setattr(shards, "stat_of", lambda s: old if s.st_ino == status.st_ino else real(s))
+    # bit rot changes no stat: what is remembered takes the stat that this change made
+    believed[shard.name] = replace(believed[shard.name], stat=stat_row(os.stat(shard)))
+    folders.write_verified(shard.parent, believed)
     assert not np.array_equal(FeatureStore(cache, SPEC).read(keys), rows)
     (report,) = caching.verify(cache, NAME)
-    assert len(report["notes"]) == 1 and shard.name in report["notes"][0]
+    assert len(report.notes) == 1 and shard.name in report.notes[0]
     store = FeatureStore(cache, SPEC)
     there = store.contains(keys)
     assert 200 <= there.sum() < 300 and np.array_equal(store.read(keys[there]), rows[there])
@@ -106,11 +107,11 @@ def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(
 def test_compact_gives_one_memory_mapped_run(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     done = caching.compact(cache, NAME)
-    assert done["done"] and (done["shards_before"], done["shards_after"], done["rows_after"]) == (4, 1, 300)
+    assert done.done and (done.shards_before, done.shards_after, done.rows_after) == (4, 1, 300)
     store = FeatureStore(cache, SPEC)
     X = store.read(keys)
     assert isinstance(X, np.memmap) and np.array_equal(X, rows) and len(names(cache)) == 1
-    assert not caching.compact(cache, NAME)["done"]
+    assert not caching.compact(cache, NAME).done
 
 
 def test_compact_in_the_order_of_a_data_set_keeps_the_other_rows(
@@ -119,7 +120,7 @@ def test_compact_in_the_order_of_a_data_set_keeps_the_other_rows(
     cache, keys, rows = filled
     order = np.random.default_rng(3).permutation(300)[:120]
     asked = np.concatenate([keys[order], keys[order[:5]], table(4, seed=9)[0]])
-    assert caching.compact(cache, NAME, asked)["rows_after"] == 300
+    assert caching.compact(cache, NAME, asked).rows_after == 300
     store = FeatureStore(cache, SPEC)
     assert isinstance(store.read(keys[order]), np.memmap)
     assert np.array_equal(store.read(keys[order]), rows[order]) and np.array_equal(store.read(keys), rows)
@@ -128,7 +129,7 @@ def test_compact_in_the_order_of_a_data_set_keeps_the_other_rows(
 def test_compact_drops_unused_rows_only_when_told(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     done = caching.compact(cache, NAME, keys[40:60], only=True)
-    assert done["rows_after"] == 20
+    assert done.rows_after == 20
     store = FeatureStore(cache, SPEC)
     assert len(store) == 20 and np.array_equal(store.read(keys[40:60]), rows[40:60])
 
@@ -142,7 +143,7 @@ def test_compact_stores_rows_of_two_writers_once(tmp_path: Path) -> None:
     two.commit()
     store = FeatureStore(tmp_path, SPEC)
     assert (store.rows, len(store)) == (200, 100) and np.array_equal(store.read(keys), rows)
-    assert caching.compact(tmp_path, NAME)["rows_after"] == 100
+    assert caching.compact(tmp_path, NAME).rows_after == 100
     assert np.array_equal(FeatureStore(tmp_path, SPEC).read(keys), rows)
 
 

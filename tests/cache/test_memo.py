@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from storekit import make_read_only
 
-from featx.cache import memo
 from featx.cache.memo import KeyMemo
 from featx.errors import StoreError
 from featx.features import content_key
@@ -40,8 +42,8 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour passes between writing the files and opening the memo."""
-    now = memo.time.time_ns
-    monkeypatch.setattr(memo.time, "time_ns", lambda: now() + 3600 * 10**9)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
 
 
 def test_an_unchanged_folder_is_known_and_a_changed_file_is_not(tmp_path: Path, root: Path, later: None) -> None:
@@ -111,8 +113,8 @@ def test_a_clock_that_went_backwards_trusts_nothing_from_the_future(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, stats = listing(root)
-    now = memo.time.time_ns
-    monkeypatch.setattr(memo.time, "time_ns", lambda: now() - 30 * DAY)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() - 30 * DAY)
     KeyMemo(tmp_path, root).record(ids, stats, hashed(root, ids), np.ones(5, bool))
     assert not KeyMemo(tmp_path, root).lookup(ids, stats)[1].any()
 
@@ -138,16 +140,9 @@ def test_a_full_disk_is_said_and_a_read_only_cache_is_not(
     tmp_path: Path, root: Path, later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, stats = listing(root)
-
-    def refuse(number: int) -> None:
-        def write(*_: object) -> None:
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(memo, "write_chunks", write)
-
-    refuse(30)
+    make_read_only(monkeypatch)
     KeyMemo(tmp_path, root).record(ids, stats, hashed(root, ids), np.ones(5, bool))
-    refuse(28)
+    make_read_only(monkeypatch, errno.ENOSPC)
     with pytest.raises(StoreError, match="make room"):
         KeyMemo(tmp_path, root).record(ids, stats, hashed(root, ids), np.ones(5, bool))
 

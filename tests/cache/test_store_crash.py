@@ -387,7 +387,7 @@ def test_several_writers_at_once_end_with_the_same_rows(tmp_path: Path, quick: N
         assert codes == [0] * count
         store = expect_rows(cache, len(KEYS))
         assert store.notes == [] and leftovers(cache) == [] and len(store) == len(KEYS)
-        assert caching.compact(cache, NAME)["rows_after"] == len(KEYS)
+        assert caching.compact(cache, NAME).rows_after == len(KEYS)
         finish(cache)
 
 
@@ -444,7 +444,7 @@ def test_killed_compacts_lose_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
             with contextlib.suppress(Crash):
                 caching.compact(cache, NAME)
         expect_rows(cache, 96)
-        assert caching.compact(cache, NAME)["rows_after"] == 96 == FeatureStore(cache, SPEC).rows
+        assert caching.compact(cache, NAME).rows_after == 96 == FeatureStore(cache, SPEC).rows
 
 
 def test_leftovers_of_dead_writers_are_swept_and_those_of_live_ones_are_not(

@@ -13,12 +13,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from storekit import NAME, SPEC, extract, fill, flip, fork, shard_files, table, tiny_engine, wait
+from storekit import NAME, SPEC, extract, fill, flip, fork, make_read_only, shard_files, table, tiny_engine, wait
 
 from featx.cache import caching, folders, shards
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
+from featx.files import write_sealed
 
 KEYS = table(64)[0]
 ROWS = tiny_engine(KEYS)
@@ -170,13 +171,7 @@ def test_a_damaged_shard_of_a_read_only_cache_is_left_out(tmp_path: Path, monkey
     path, inside = one_shard(tmp_path)
     fill(tmp_path, *table(5, width=64, seed=7))
     flip(path, inside.rows_at)
-
-    def refuse(*_: object) -> None:
-        raise OSError(30, os.strerror(30))
-
-    monkeypatch.setattr("featx.cache.shards.write_chunks", refuse)
-    monkeypatch.setattr("featx.cache.folders.write_atomic", refuse)
-    monkeypatch.setattr("featx.cache.store.os.replace", refuse)
+    make_read_only(monkeypatch)
     store = FeatureStore(tmp_path, SPEC)
     assert len(store) == 5 and path.exists() and "cannot be set aside" in store.notes[0]
     with pytest.raises(StoreError, match="64 of 64"):
@@ -210,13 +205,13 @@ def test_a_lost_spec_json_is_written_anew_from_a_shard(tmp_path: Path, harm: str
         values = json.loads(before)
         values["spec"]["weights"] = "cd" * 32
         del values["sha256"]
-        spec.write_bytes(folders._sealed(values))
+        write_sealed(spec, values)
     else:
         spec.write_bytes({"empty": b"", "binary": b"\xff\0" * 50, "deep": b"[" * 100_000}[harm])
     store = FeatureStore(tmp_path, SPEC, engine="tiny")
     assert np.array_equal(store.read(KEYS), ROWS) and len(store.notes) == 1
     assert spec.read_bytes() == before and FeatureStore(tmp_path, SPEC).notes == []
-    assert caching.info(tmp_path, NAME)["engine"] == "tiny"
+    assert caching.info(tmp_path, NAME).entry.engine == "tiny"
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b'{"shards": {"x": 1}}', b"[1]", b'"\xff"'])
@@ -401,7 +396,7 @@ def test_a_hostile_file_is_refused_before_it_is_read(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
     assert len(store) == 5 and not store.contains(KEYS).any()
     assert len(store.notes) == 1 and path.name in store.notes[0] and "intact rows" not in store.notes[0]
-    assert caching.verify(tmp_path / "cache")[0]["notes"] == []
+    assert caching.verify(tmp_path / "cache")[0].notes == []
 
 
 def elsewhere(path: Path, secret: Path) -> None:

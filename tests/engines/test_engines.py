@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import json
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +18,6 @@ import pytest
 import torch
 from networks import calibrated, session_cache
 
-from featx import devices
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.engines.onnx import OnnxEngine, accelerated
@@ -218,15 +220,15 @@ def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
 
 
 def test_where_tracing_fails_the_program_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featx.engines import onnx as module
-
     request = BackboneRequest("small:backbone_normed", weights="random")
-    small = resolve(request, tmp_path)
+    small, real = resolve(request, tmp_path), torch.onnx.export
 
-    def fails(*args: object) -> None:
-        raise RuntimeError("not in this torch")
+    def fails(*args: Any, dynamo: bool, **options: Any) -> Any:
+        if not dynamo:
+            raise RuntimeError("not in this torch")
+        return real(*args, dynamo=True, **options)
 
-    monkeypatch.setattr(module, "_traced", fails)
+    monkeypatch.setattr(torch.onnx, "export", fails)
     engine = open_engine(request, small, cache=tmp_path, device="cpu")
     assert engine.name == "onnxruntime"
     pixels = noise(3, small.preprocess.crop)
@@ -261,12 +263,17 @@ def test_what_went_wrong_first_is_said_in_one_line() -> None:
 
 
 def test_an_export_that_differs_from_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featx.engines import onnx as module
-
     request = BackboneRequest("small:backbone_normed", weights="random")
-    small = resolve(request, tmp_path)
-    monkeypatch.setattr(module, "difference", lambda rows, reference: float("nan"))
-    with pytest.warns(RuntimeWarning, match="its rows differ from torch's by nan"):
+    small, real = resolve(request, tmp_path), torch.onnx.export
+
+    def wrong(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+        changed = copy.deepcopy(module)
+        with torch.no_grad():
+            next(changed.parameters()).add_(0.1)
+        return real(changed, *args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.warns(RuntimeWarning, match=r"its rows differ from torch's by \d.*, more than 1e-05"):
         engine = open_engine(request, small, cache=tmp_path, device="cpu")
     assert engine.name == "torch-cpu"
 
@@ -314,10 +321,13 @@ def test_what_an_engine_cannot_be_is_refused(options: dict[str, object], message
 def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu_in_silence(
     info: BackboneInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def no_driver(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FeatxError, match="no CUDA GPU"):
         open_engine(REQUEST, info, cache=session_cache(), device="cuda")
-    monkeypatch.setattr(devices, "has_cuda", lambda: False)
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
     with pytest.raises(FeatxError, match=r"engine torch-cuda, and here onnxruntime would run.*use a GPU"):
         open_engine(REQUEST, info, cache=session_cache(), engine="torch-cuda")
     with pytest.raises(FeatxError, match=r"engine onnxruntime, and here torch-cpu would run.*--device cpu"):

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from networks import calibrated, session_cache
+from storekit import make_read_only
 from torch import nn
 
 from featx.backbones.loading import resolve
@@ -206,12 +207,9 @@ def test_the_points_give_half_the_error_of_the_usual_ones() -> None:
 
 
 def test_the_export_runs_where_another_file_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     plain = _two(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(exports, "write_atomic", full)
+        make_read_only(patch, errno.ENOSPC)
         assert accelerated(plain) == plain
     assert [p.name for p in tmp_path.iterdir()] == [plain.name]
     assert accelerated(plain) != plain

@@ -273,6 +273,7 @@ def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
 
 def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
     from featx.fitting import fit
+    from featx.runs import is_finished
 
     run = tmp_path / "run"
     for wrong in ({"Cs": 5}, {"strengths": [-1.0]}):
@@ -280,7 +281,7 @@ def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Pa
             fit(tiny, "tiny", settings=wrong, cache=tmp_path / "cache", output=run)
         assert not run.exists()
     fitted = fit(tiny, "tiny", cache=tmp_path / "cache", output=run)
-    assert fitted.finished
+    assert is_finished(fitted.path)
     with pytest.raises(RunError, match="give another --output"):
         (tmp_path / "file").write_text("")
         fit(tiny, "tiny", cache=tmp_path / "cache", output=tmp_path / "file" / "run")

@@ -32,7 +32,6 @@ from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.tuning import Finetuned, finetune
 from featx.fitting import fit
 from featx.head import Head
-from featx.runs import Run
 from featx.shipping.exporting import export
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.02, "warmup": 0.0, "select": "val"}
@@ -82,7 +81,7 @@ class Bench:
         features = hold_out(extraction.features(), config)
         head = self.head(features) if config.init == "fitted" else None
         folder = folder or self.folder()
-        return finetune(extraction, features, head, config, Run(folder), "cpu"), folder
+        return finetune(extraction, features, head, config, folder, "cpu"), folder
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +194,7 @@ def test_class_weights_give_torchs_weighted_mean(bench: Bench, weights: str | di
         label_smoothing=0.1,
     )
     head = bench.head(features)
-    tuned = finetune(extraction, features, head, config, Run(bench.folder()), "cpu")
+    tuned = finetune(extraction, features, head, config, bench.folder(), "cpu")
     train = features.split("train")
     counts = np.bincount(train.y)
     assert counts[0] > counts[1]
@@ -210,7 +209,7 @@ def test_a_worse_epoch_is_not_kept_and_patience_ends_the_run(bench: Bench) -> No
     config = FinetuneConfig(**{**QUICK, "epochs": 9, "lr": 0.1}, patience=2)
     head = bench.head(features)
     folder = bench.folder()
-    tuned = finetune(extraction, features, head, config, Run(folder), "cpu")
+    tuned = finetune(extraction, features, head, config, folder, "cpu")
     rows = tuned.history["epochs"]
     best = max(range(len(rows)), key=lambda i: (rows[i]["held_accuracy"], -rows[i]["held_loss"]))
     assert tuned.history["best_epoch"] == best
@@ -475,7 +474,7 @@ def test_batches_with_fewer_images_than_processes_are_refused_by_each_of_them(be
         for rank in (0, size - 1):
             world = World(rank, size, torch.device("cpu"))
             with pytest.raises(TrainingError, match=said):
-                prepare(extraction, features, None, config, Run(bench.folder()), world, 1)
+                prepare(extraction, features, None, config, bench.folder(), world, 1)
 
 
 def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:
@@ -484,13 +483,13 @@ def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:
     with pytest.raises(TrainingError, match="use bf16 or fp32"):
         bench.tune("plain", precision="fp16")
     with pytest.raises(TrainingError, match="no images in 'holdout'"):
-        finetune(extraction, features, bench.head(features), FinetuneConfig(), Run(bench.folder()), "cpu")
+        finetune(extraction, features, bench.head(features), FinetuneConfig(), bench.folder(), "cpu")
     with pytest.raises(TrainingError, match="does not know warm"):
         only = Head(np.zeros((1, 8), np.float32), np.zeros(1, np.float32), ("cold",))
-        finetune(extraction, features, only, FinetuneConfig(select="val"), Run(bench.folder()), "cpu")
+        finetune(extraction, features, only, FinetuneConfig(select="val"), bench.folder(), "cpu")
     several = replace(features, y=np.eye(2, dtype=np.int64)[features.y])
     with pytest.raises(TrainingError, match="one label per image"):
-        finetune(extraction, several, None, FinetuneConfig(init="random"), Run(bench.folder()), "cpu")
+        finetune(extraction, several, None, FinetuneConfig(init="random"), bench.folder(), "cpu")
 
 
 def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(bench: Bench, tmp_path: Path) -> None:
@@ -507,7 +506,7 @@ def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(ben
     with pytest.raises(TrainingError, match="start anew with --overwrite"):
         fit(bench.images, "small:backbone_plain", "logreg", finetune=config, **options)
     again = fit(bench.images, "small:backbone_plain", "logreg", finetune=config, overwrite=True, **options)
-    assert again.finished and (again.path / "model.safetensors").read_bytes() == before["model.safetensors"]
+    assert (again.path / "model.safetensors").read_bytes() == before["model.safetensors"]
 
 
 def test_a_fine_tuned_run_is_a_run_like_any_other_wherever_it_is_moved(bench: Bench, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from featx.finetuning.preparing import hold_out
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.tuning import finetune
 from featx.heads import linear, logreg
-from featx.runs import Run
 from featx.solvers.examples import Examples
 
 
@@ -56,7 +55,7 @@ def test_tuning_all_layers_from_the_fitted_head_loses_no_more_than_two_photograp
         first = logreg.fit(Examples(part.X, part.y, groups(part.keys)), features.class_names, seed=seed).head
         folder = tmp_path / str(seed)
         folder.mkdir()
-        tuned = finetune(extraction, chosen, first, config, Run(folder), "cpu")
+        tuned = finetune(extraction, chosen, first, config, folder, "cpu")
         assert tuned.history["selected_on"] > 20
         with torch.inference_mode():
             parts = [load_backbone(tuned.request).module(p) for p in torch.from_numpy(pixels).split(32)]

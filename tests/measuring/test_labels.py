@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from featx.finetuning.recipes import FinetuneConfig
 from featx.fitting import fit
 from featx.measuring.evaluation import evaluate
 from featx.reporting.report import write_report
-from featx.runs import Run, open_run
+from featx.runs import Run, is_finished, open_run
 from featx.sources.opening import open_source
 
 
@@ -60,7 +61,7 @@ def test_a_split_without_class_folders_takes_part_in_nothing(split: Path, tmp_pa
     assert features.labelled.tolist() == [False] * 4 + [True] * 18
     assert features.report.notes[-1] == "4 images have a split and no label, and take part in none"
     run = fitted(split, tmp_path)
-    assert run.report["count"] == 6 and "test" not in run.report and run.config["splits"]["test"] == 0
+    assert run.report["count"] == 6 and "test" not in run.report and run.config.splits["test"] == 0
     assert (run.path / "report.json").is_file()
     assert write_report(run, layout="pca").is_file()
 
@@ -74,7 +75,7 @@ def test_an_empty_label_is_neither_trained_on_nor_measured(several: bool, split:
         rows[i]["label"] = None
     data = manifest(tmp_path / "list.jsonl", rows)
     run = fitted(data, tmp_path)
-    assert run.config["splits"] == {"train": 10, "val": 5, "test": 0}
+    assert run.config.splits == {"train": 10, "val": 5, "test": 0}
     assert run.report["count"] == 5
     if several:  # that every image is "all" teaches nothing
         assert run.report["notes"] == ["the head never learned 'all', which are not measured"]
@@ -89,7 +90,7 @@ def test_that_no_class_applies_is_learned_and_measured(split: Path, tmp_path: Pa
         row["label"] = [] if row["label"] == "warm" else ["cold"]
     run = fitted(manifest(tmp_path / "list.jsonl", rows), tmp_path)
     assert run.head.class_names == ("cold",) and run.head.weight.shape == (1, 48)
-    assert run.config["splits"] == {"train": 12, "val": 6, "test": 0}
+    assert run.config.splits == {"train": 12, "val": 6, "test": 0}
     assert run.report["count"] == 6 and run.report["per_class"][0]["support"] == 3
 
 
@@ -138,7 +139,7 @@ def test_overwrite_replaces_runs_of_featx_and_nothing_else(split: Path, tmp_path
         (run.path / name).write_bytes(b"of the former head")
     (run.path / "mine.onnx").write_bytes(b"no export")
     again = fitted(split, tmp_path, overwrite=True, settings={"strengths": [0.1]})
-    assert again.config["settings"] == {"strengths": [0.1]}
+    assert again.config.settings == {"strengths": [0.1]}
     assert set(lying(run.path)) == {
         *("config.json", "report.json", "head.safetensors", "trained-on.npy"),
         *("notes.md", "README.md", "mine.onnx"),
@@ -158,7 +159,8 @@ def test_what_an_older_run_was_trained_on_is_not_known(split: Path, tmp_path: Pa
     run = fitted(split, tmp_path)
     assert run.trained_on is not None and len(run.trained_on) == 12
     (run.path / "trained-on.npy").unlink()
-    assert run.trained_on is None and len(evaluate(run, split).notes) == 0  # as of a run that an older featx made
+    older = open_run(run.path)
+    assert older.trained_on is None and len(evaluate(older, split).notes) == 0  # as of a run that an older featx made
 
 
 def test_a_run_that_was_copied_takes_no_other_projects_data(split: Path, tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_refused_fit_leaves_no_run_behind(split: Path, tmp_path: Path) -> None
     with pytest.raises(HeadError):
         fitted(data, tmp_path, settings={"class_weight": "foo"})
     assert lying(tmp_path / "run") == {}
-    assert fitted(data, tmp_path).finished
+    assert is_finished(fitted(data, tmp_path).path)
 
 
 def test_a_run_in_the_working_folder_can_be_replaced(
@@ -189,7 +191,7 @@ def test_a_run_in_the_working_folder_can_be_replaced(
     run = fitted(split, tmp_path)
     monkeypatch.chdir(run.path)
     again = fit(split, "tiny", cache=tmp_path / "cache", output=".", overwrite=True)
-    assert again.finished and set(lying(run.path)) >= {"config.json", "report.json"}
+    assert is_finished(again.path) and set(lying(run.path)) >= {"config.json", "report.json"}
 
 
 def test_a_project_that_moved_as_a_whole_is_found_from_its_run(split: Path, tmp_path: Path) -> None:
@@ -198,10 +200,10 @@ def test_a_project_that_moved_as_a_whole_is_found_from_its_run(split: Path, tmp_
     data, cache = Path(shutil.move(split, tmp_path / "before" / "photos")), tmp_path / "before" / "cache"
     run = fit(data, "tiny", cache=cache, output=tmp_path / "before" / "export" / "run")
     before = run.config
-    assert before["data"] == str(data) and before["cache"] == str(cache)
+    assert before.data == str(data) and before.cache == str(cache)
     project = (tmp_path / "before").rename(tmp_path / "after" / "project")
     moved = {"data": str(project / "photos"), "cache": str(project / "cache")}
-    assert open_run(project / "export" / "run").config == before | moved
+    assert open_run(project / "export" / "run").config == replace(before, **moved)
 
 
 def test_rows_of_files_that_cannot_be_read_now_are_not_dropped(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from featx.head import Fitted
 from featx.heads import logreg
 from featx.measuring import curve as learning
 from featx.reporting.report import write_report
-from featx.runs import Run
+from featx.runs import Run, write_config
 from featx.solvers.examples import Examples
 
 
@@ -77,10 +78,10 @@ def test_what_cannot_be_curved_is_refused(run: Run, tmp_path: Path):
         learning.learning_curve(run.path, sizes=[10, 100])
     with pytest.raises(HeadError, match="at least one subset"):
         learning.learning_curve(run.path, repeats=0)
-    run.write("config.json", run.config | {"head": "pretrained"})
+    write_config(run.path, replace(run.config, head="pretrained"))
     with pytest.raises(HeadError, match="learns nothing"):
         learning.learning_curve(run.path)
-    run.write("config.json", run.config | {"head": "logreg"})
+    write_config(run.path, run.config)
     next((tmp_path / "data" / "train" / "cold").iterdir()).unlink()
     with pytest.raises(RunError, match="changed"):
         learning.learning_curve(run.path)

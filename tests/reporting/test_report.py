@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from PIL import Image
 
 from featx.errors import FeatxError, RunError
 from featx.extraction.pipeline import extract
+from featx.files import write_json
 from featx.fitting import fit
 from featx.reporting import gallery, page
 from featx.reporting.report import write_report
-from featx.runs import Run, open_run
+from featx.runs import Run, open_run, own_folder, write_config
 
 ANTS = "<script>alert(1)<!--"
 BEES = "b&\"es'"
@@ -142,12 +144,12 @@ def test_the_numbers_are_those_of_the_report(run: Run, seen: Page):
 
 def test_no_folder_of_this_machine_is_in_it(run: Run, tmp_path: Path):
     config, report = run.config, run.report
-    config["request"]["weights"] = str(tmp_path / "weights" / "mine.pth")
-    config["backbone"]["weights_note"] = f"local file {tmp_path}/weights/mine.pth"
+    request = replace(config.request, weights=str(tmp_path / "weights" / "mine.pth"))
+    backbone = replace(config.backbone, weights_note=f"local file {tmp_path}/weights/mine.pth")
     report["extract"]["notes"] = [f"something about {tmp_path}/insects/train"]
     report["notes"] = [f"{tmp_path}/cache is full"]
-    run.write("config.json", config)
-    run.write("report.json", report)
+    write_config(run.path, replace(config, request=request, backbone=backbone))
+    write_json(run.path / "report.json", report)
     text = write_report(run.path, layout="pca").read_text()
     assert str(tmp_path) not in text
     assert "something about insects/train" in text
@@ -164,8 +166,8 @@ def test_a_report_makes_no_forward_pass_and_finds_the_features_the_run_had(run: 
     material = gallery.gather(open_run(run.path))
     assert engine.images == before
     assert material.missing == []
-    assert gallery.gather(run).features is run.features  # of a run of this process
-    wanted = extract(run.config["data"], "colours", cache=run.config["cache"])
+    wanted = extract(run.config.data, "colours", cache=run.config.cache)
+    assert gallery.gather(run, wanted).features is wanted
     assert material.features is not None
     assert material.features.ids == wanted.ids
     np.testing.assert_array_equal(material.features.X, wanted.X)
@@ -198,7 +200,7 @@ def test_a_folder_that_is_a_link_is_not_written_through(run: Run, tmp_path: Path
     (tmp_path / "pictures" / "holiday.png").write_bytes(b"mine")
     (run.path / name).symlink_to(tmp_path / "pictures")
     with pytest.raises(RunError, match=f"{name} is a link.*remove it"):
-        write_report(run.path) if name == "plots" else run.folder(name)
+        write_report(run.path) if name == "plots" else own_folder(run.path, name)
     assert os.listdir(tmp_path / "pictures") == ["holiday.png"]
 
 
@@ -247,7 +249,7 @@ def test_several_labels_per_image(tmp_path: Path, engine: ColourEngine):
 def test_without_validation_images_it_says_so(run: Run):
     report = run.report
     kept = {k: report[k] for k in ("fit", "extract", "train_accuracy")}
-    run.write("report.json", {"accuracy": None, "count": 0, "split": "val", "notes": [], **kept})
+    write_json(run.path / "report.json", {"accuracy": None, "count": 0, "split": "val", "notes": [], **kept})
     assert "nothing was measured" in write_report(run.path, layout="pca").read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from conftest import ColourEngine, write_images
 
 import featx
 from featx.errors import RunError
-from featx.runs import CARD_MARK, Run
+from featx.files import write_json
+from featx.runs import CARD_MARK, Run, read_config, write_config
 from featx.shipping import card
 from featx.text import printable
 
@@ -35,10 +37,10 @@ def front_matter(text: str) -> dict[str, Any]:
     return yaml.safe_load(front)
 
 
-def changed(run: Run, **backbone: str) -> Run:
-    config = run.config
-    config["backbone"] |= backbone
-    run.write("config.json", config)
+def changed(run: Run, **backbone: Any) -> Run:
+    config = read_config(run.path)
+    config = replace(config, backbone=replace(config.backbone, **backbone))
+    write_config(run.path, config)
     return run
 
 
@@ -64,9 +66,7 @@ def test_a_hub_reads_what_the_run_is_and_what_was_measured(run: Run) -> None:
     [*(name for name in ODD if "\n" not in name), "caf\udce9", "null", "1e3", "--- x", "%a: b", "'q' #", " é "],
 )
 def test_any_name_comes_through_the_front_matter(run: Run, name: str) -> None:
-    config = run.config
-    config["data"] = f"/elsewhere/{name}"
-    run.write("config.json", config)
+    write_config(run.path, replace(run.config, data=f"/elsewhere/{name}"))
     (entry,) = front_matter(card.card(changed(run, license=name).path))["model-index"]
     assert entry["results"][0]["dataset"]["name"] == printable(name)
     assert front_matter(card.card(run.path))["license_name"] == printable(name)
@@ -122,7 +122,7 @@ def test_a_pretrained_timm_network_is_named_as_the_base_model(run: Run) -> None:
 
 
 def test_a_run_without_validation_images_claims_nothing(run: Run) -> None:
-    run.write("report.json", {"accuracy": None, "split": "val", "count": 0, "notes": []})
+    write_json(run.path / "report.json", {"accuracy": None, "split": "val", "count": 0, "notes": []})
     text = card.card(run.path)
     front = front_matter(text)
     assert "metrics" not in front and "model-index" not in front
@@ -134,7 +134,7 @@ def test_what_the_gate_found_is_stated_once_there_is_a_file(run: Run) -> None:
     (run.path / "model.onnx").write_bytes(b"")
     (run.path / "plots").mkdir()
     checks = {"probabilities": {"value": 2.3e-3}, "same-pixel probabilities": {"value": 1e-6}, "labels": {"value": 0}}
-    run.write("parity.json", {"equal_labels": 11, "images": 12, "checks": checks})
+    write_json(run.path / "parity.json", {"equal_labels": 11, "images": 12, "checks": checks})
     text = card.card(run.path)
     assert "11 of 12 images, with probabilities at most 2.3e-03 apart" in text
     assert "short side to 36 pixels" in text and "32 x 32" in text
@@ -162,7 +162,7 @@ def test_many_classes_are_named_up_to_a_number(run: Run) -> None:
     report = run.report
     row = report["per_class"][0]
     report["per_class"] = [row | {"label": f"class-{i}", "support": 100 - i} for i in range(card.CLASSES + 5)]
-    run.write("report.json", report)
+    write_json(run.path / "report.json", report)
     text = card.card(run.path)
     assert f"class-{card.CLASSES - 1} |" in text and f"class-{card.CLASSES} |" not in text
     assert "The other 5 classes are in report.json." in text

@@ -372,7 +372,7 @@ def inspected(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("existing", ["photo.jpg", "model.onnx", "parity.json", "folder.onnx"])
 def test_a_file_that_featx_did_not_export_is_never_replaced(
-    run: Path, tmp_path: Path, photos: Path, existing: str, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, photos: Path, existing: str
 ) -> None:
     theirs = tmp_path / existing
     if existing == "folder.onnx":
@@ -381,11 +381,11 @@ def test_a_file_that_featx_did_not_export_is_never_replaced(
         theirs.write_bytes(next(photos.glob("val/ants/*.jpg")).read_bytes() if existing == "photo.jpg" else b"{}")
     output = tmp_path / "model.onnx" if existing == "parity.json" else theirs
     before = sorted(os.listdir(tmp_path)), theirs.is_dir() or theirs.read_bytes()
-    monkeypatch.setattr(exporting, "gate_images", None)  # nothing is computed for nothing
+    options = {"output": output, "data": tmp_path / "nowhere"}  # which is not looked for: nothing is done for nothing
     for make in (
-        lambda: export(run, output=output),
-        lambda: export(run, output=output, input="features"),
-        lambda: export_reduced(run, "int8", output=output),
+        lambda: export(run, **options),
+        lambda: export(run, input="features", **options),
+        lambda: export_reduced(run, "int8", **options),
     ):
         with pytest.raises(ExportError, match=f"{existing} exists and is not .* by featx.*give another --output"):
             make()
@@ -530,10 +530,15 @@ def test_runs_of_both_decoders_on_one_cache_are_each_held_to_their_own_pixels(
 def test_a_cache_that_cannot_be_written_does_not_stop_an_export(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    real = os.replace
 
-    monkeypatch.setattr(parity, "load_rows", lambda *_: None)
-    monkeypatch.setattr(parity, "save_rows", refuse)
-    assert export(run, images=2, output=tmp_path / "model.onnx").passed
+    def replace(source: str, path: Path) -> None:
+        if path.suffix == ".npz":
+            raise PermissionError(13, "Permission denied")
+        real(source, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in range(2):
+        found = export(run, images=7, output=tmp_path / "model.onnx")
+        assert found.passed and found.method == "file"  # nothing was kept of the first one
     assert (tmp_path / "model.onnx").exists()

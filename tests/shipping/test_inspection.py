@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -66,3 +68,12 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path, reason in ((tmp_path, "directory"), (tmp_path / "absent.onnx", "No such file")):
         with pytest.raises(ExportError, match=reason):
             inspect(path)
+
+
+def test_inspecting_a_file_loads_nothing_that_computes_features(tmp_path: Path) -> None:
+    exported_file(tmp_path / "model.onnx", parts={})
+    code = "import sys\nfrom featx.shipping.inspection import inspect\ninspect(sys.argv[1])\nprint(*sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "model.onnx")]
+    loaded = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert "featx.shipping.graph" in loaded
+    assert not loaded & {"tqdm", "torch", "onnxruntime", "featx.extraction", "featx.runs", "featx.backbones"}

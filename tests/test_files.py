@@ -1,0 +1,47 @@
+"""JSON files: sealed ones are believed only as they were written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from featx.files import unsealed, write_json, write_sealed
+
+GOLDEN = Path(__file__).parent / "cache" / "golden" / "cache" / "features"
+
+
+def test_sealed_values_come_back(tmp_path: Path) -> None:
+    values = {"shape": [1, 2], "name": "caf\udce9 née", "nested": {"b": None, "a": 0.1}}
+    write_sealed(tmp_path / "new" / "values.json", values)
+    assert unsealed((tmp_path / "new" / "values.json").read_bytes()) == values
+
+
+def test_any_flipped_byte_breaks_the_seal(tmp_path: Path) -> None:
+    path = tmp_path / "values.json"
+    write_sealed(path, {"rows": 12, "name": "a"})
+    data = path.read_bytes()
+    for at in range(len(data)):
+        if chr(data[at]).isspace() or chr(data[at] ^ 1).isspace():
+            continue  # between the values
+        with pytest.raises(ValueError, match=r"does not have the SHA-256 it was written with|cannot be read"):
+            unsealed(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"sha256": 1}', b"[" * 100_000])
+def test_what_was_never_sealed_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        unsealed(data)
+
+
+def test_what_an_older_featx_sealed_is_believed_and_written_the_same(tmp_path: Path) -> None:
+    (golden,) = GOLDEN.glob("*/spec.json")
+    values = unsealed(golden.read_bytes())
+    write_sealed(tmp_path / "spec.json", values)
+    assert json.loads((tmp_path / "spec.json").read_bytes()) == json.loads(golden.read_bytes())
+
+
+def test_json_for_people_keeps_letters_and_escapes_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "née caf\udce9"})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "name": "n\xc3\xa9e caf\\udce9"\n}\n'
