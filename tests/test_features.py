@@ -12,15 +12,7 @@ import pytest
 
 from featx.backbones.request import BackboneInfo
 from featx.errors import FeatxError, NewerError
-from featx.features import (
-    VALIDATION_SHARE,
-    Features,
-    FeatureSpec,
-    assign_splits,
-    content_key,
-    groups,
-    hash_fraction,
-)
+from featx.features import VALIDATION_SHARE, Features, FeatureSpec, assign_splits, content_key, groups, hash_fraction
 from featx.identity import ADDED
 from featx.pixels.preprocess import Preprocess
 
@@ -179,10 +171,7 @@ def sha256(values: dict[str, Any]) -> str:
     [
         (SPEC, "e3d4a46dec3f1a7ce901a8a556fdb8809f8aeaced43492874c102f02dbc264f9"),
         (replace(SPEC, preprocess=ODD), "f208ce5b6b2bebbbae95321c2310e67f28e07bd5b94206091ab66ef635bd71b3"),
-        (
-            replace(SPEC, view="crop-flip/seed=0/3"),
-            "378565d7f999eeb14bbb3ea33e3a2f3837263a52be7f3ef7896949e6a46b5e1b",
-        ),
+        (replace(SPEC, view="crop-flip/seed=0/3"), "378565d7f999eeb14bbb3ea33e3a2f3837263a52be7f3ef7896949e6a46b5e1b"),
         (
             replace(SPEC, layer="logits", precision="bf16", dtype="float16"),
             "7be3deafffd3b245b349d666598e73c27bb940350d398e47ae28c83c017f69bf",

@@ -23,18 +23,9 @@ def fitted(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.Temp
     runs = {}
     for head in ("logreg", "linear", "pretrained"):
         runs[head] = featx.fit(
-            photos,
-            "squeezenet1_1",
-            head,
-            weights=str(squeezenet_weights),
-            cache=root / "cache",
-            output=root / head,
+            photos, "squeezenet1_1", head, weights=str(squeezenet_weights), cache=root / "cache", output=root / head
         )
-    restricted = {
-        "settings": {"restrict": True},
-        "cache": root / "cache",
-        "output": root / "restricted",
-    }
+    restricted = {"settings": {"restrict": True}, "cache": root / "cache", "output": root / "restricted"}
     runs["restricted"] = featx.fit(photos, "squeezenet1_1", "pretrained", weights=str(squeezenet_weights), **restricted)
     return runs
 

@@ -156,10 +156,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(grid: dict[str, Any], engi
 
 def test_a_head_is_written_with_its_settings():
     name, settings = parse_head('linear epochs=30 recipe=tutorial "notes=a b" standardise=false')
-    assert (name, settings) == (
-        "linear",
-        {"epochs": 30, "recipe": "tutorial", "notes": "a b", "standardise": False},
-    )
+    assert (name, settings) == ("linear", {"epochs": 30, "recipe": "tutorial", "notes": "a b", "standardise": False})
     assert parse_head(head_text("logreg", {"folds": 3, "class_weight": "balanced"})) == (
         "logreg",
         {"folds": 3, "class_weight": "balanced"},

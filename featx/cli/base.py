@@ -65,11 +65,7 @@ class Commands(click.Group):
 
 @click.group(
     cls=Commands,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "auto_envvar_prefix": "FEATX",
-        "max_content_width": 100,
-    },
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FEATX", "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="featx")
 def cli() -> None:

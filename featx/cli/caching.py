@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli.base import (
-    DONE,
-    ERROR,
-    backbone_options,
-    cache_option,
-    cli,
-    emit,
-    extraction_options,
-    json_option,
-    say,
-)
+from featx.cli.base import DONE, ERROR, backbone_options, cache_option, cli, emit, extraction_options, json_option, say
 from featx.text import printable
 
 if TYPE_CHECKING:

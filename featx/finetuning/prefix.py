@@ -146,11 +146,7 @@ def _needed(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
 
 
 def _module(
-    trunk: nn.Module,
-    graph: fx.Graph,
-    kept: set[fx.Node],
-    entry: fx.Node | None = None,
-    result: fx.Node | None = None,
+    trunk: nn.Module, graph: fx.Graph, kept: set[fx.Node], entry: fx.Node | None = None, result: fx.Node | None = None
 ) -> fx.GraphModule:
     """The part of a graph in `kept`, from `entry` (instead of the images) to `result` (instead of the features)."""
     part, copies = fx.Graph(), dict[fx.Node, fx.Node]()

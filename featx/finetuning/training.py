@@ -146,12 +146,7 @@ def train_epoch(
 
 
 def train_step(
-    setup: Setup,
-    progress: Progress,
-    scaler: torch.amp.GradScaler,
-    batches: list[np.ndarray],
-    step: int,
-    sums: Tensor,
+    setup: Setup, progress: Progress, scaler: torch.amp.GradScaler, batches: list[np.ndarray], step: int, sums: Tensor
 ) -> Tensor:
     """One step of the optimizer on one batch, in parts where it is large; adds to `sums`. Returns the loss."""
     settings, world, epoch = setup.settings, setup.world, progress.epoch

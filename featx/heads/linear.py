@@ -207,12 +207,7 @@ def _largest_step(task: Task, Z: torch.Tensor, momentum: float, decay: float) ->
 
 
 def _train(
-    Z: torch.Tensor,
-    targets: torch.Tensor,
-    masks: torch.Tensor,
-    decays: torch.Tensor,
-    sgd: _Sgd,
-    several: bool,
+    Z: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor, decays: torch.Tensor, sgd: _Sgd, several: bool
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Train `F x S` heads at once: every mask `[N, F]` with every decay `[S]`, on the same batches.
 

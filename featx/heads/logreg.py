@@ -83,14 +83,7 @@ def fit(
         weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
         head = _training.finish(
-            head,
-            task,
-            info,
-            held_out,
-            np.flatnonzero(counted),
-            calibrate=calibrate,
-            threshold=threshold,
-            reject=reject,
+            head, task, info, held_out, np.flatnonzero(counted), calibrate=calibrate, threshold=threshold, reject=reject
         )
     info |= {"strength": chosen, "seconds": time.perf_counter() - started}
     return Fitted(head, info)
@@ -117,12 +110,7 @@ def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.nda
 
 
 def _measured(
-    path: Path,
-    counted: np.ndarray,
-    weights: np.ndarray | None,
-    held_out: np.ndarray,
-    task: Task,
-    fold: np.ndarray,
+    path: Path, counted: np.ndarray, weights: np.ndarray | None, held_out: np.ndarray, task: Task, fold: np.ndarray
 ) -> dict[str, Any]:
     total = float(counted.sum() if weights is None else weights[counted].sum())
     solved = sorted(i for i, found in path.solved.items() if found.converged.all() or i == path.best)

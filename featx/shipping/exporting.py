@@ -304,11 +304,7 @@ def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | No
         raise ExportError(f"the gate needs at least one image, not {limit}")
     config = run.config
     extraction: Extraction = sync(
-        data or config.data,
-        run.request,
-        cache=config.cache,
-        precision=config.spec.precision,
-        dtype=config.spec.dtype,
+        data or config.data, run.request, cache=config.cache, precision=config.spec.precision, dtype=config.spec.dtype
     )
     features = extraction.features(memory=memory_for_features())
     if features.spec.digest != config.spec.digest:

@@ -213,11 +213,7 @@ def _backbone_part(model: ModelProto) -> tuple[list[NodeProto], list[TensorProto
 
 
 def _model(
-    name: str,
-    inputs: list[ValueInfoProto],
-    parts: list[Part],
-    outputs: list[ValueInfoProto],
-    opsets: dict[str, int],
+    name: str, inputs: list[ValueInfoProto], parts: list[Part], outputs: list[ValueInfoProto], opsets: dict[str, int]
 ) -> ModelProto:
     from onnx import helper
 

@@ -118,11 +118,7 @@ def _predict(
 
 
 def _batch(
-    model: Model,
-    waiting: deque[tuple[str, Future[np.ndarray]]],
-    top_k: int,
-    batch_size: int,
-    features: bool,
+    model: Model, waiting: deque[tuple[str, Future[np.ndarray]]], top_k: int, batch_size: int, features: bool
 ) -> list[Prediction]:
     """Take up to `batch_size` images from the front of the queue and answer them."""
     names: list[str] = []
@@ -162,12 +158,7 @@ def pixels(model: Model, image: Image) -> np.ndarray:
 
 
 def answer(
-    model: Model,
-    id: str,
-    probabilities: np.ndarray,
-    *,
-    top_k: int = 5,
-    features: np.ndarray | None = None,
+    model: Model, id: str, probabilities: np.ndarray, *, top_k: int = 5, features: np.ndarray | None = None
 ) -> Prediction:
     """What one row of probabilities, `float32 [C]`, says."""
     names = model.class_names

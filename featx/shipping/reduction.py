@@ -19,15 +19,7 @@ from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import open_session
-from featx.shipping.exporting import (
-    DEFAULT,
-    backbone_path,
-    default_outputs,
-    free_path,
-    gate_images,
-    metadata,
-    put,
-)
+from featx.shipping.exporting import DEFAULT, backbone_path, default_outputs, free_path, gate_images, metadata, put
 from featx.shipping.parity import Images
 
 if TYPE_CHECKING:

@@ -22,13 +22,7 @@ SINGLE = 1e-6  # the least relative gap to ask for in single precision
 
 
 def minimise(
-    design: Design,
-    strengths: np.ndarray,
-    member: np.ndarray,
-    start: np.ndarray,
-    *,
-    tolerance: float,
-    most: int = 100,
+    design: Design, strengths: np.ndarray, member: np.ndarray, start: np.ndarray, *, tolerance: float, most: int = 100
 ) -> Solution:
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
     from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and to where the held-out loss stays as it is.
@@ -89,13 +83,7 @@ class Path:
     """
 
     def __init__(
-        self,
-        design: Design,
-        strengths: np.ndarray,
-        members: np.ndarray,
-        *,
-        tolerance: float = 1e-5,
-        most: int = 100,
+        self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5, most: int = 100
     ) -> None:
         self.design, self.strengths, self.members = design, strengths, members
         self.tolerance, self.most = tolerance, most

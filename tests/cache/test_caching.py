@@ -84,9 +84,7 @@ class NewerSpec(FeatureSpec):
     tokens: int = field(default=0, metadata=ADDED)
 
 
-def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(
-    filled: tuple[Path, np.ndarray, np.ndarray],
-) -> None:
+def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     newer = Form(NewerSpec(SPEC.backbone, SPEC.weights, tokens=3), "tiny", (8,))
     folder = cache / "features" / folders.folder_name(newer.spec)
@@ -114,9 +112,7 @@ def test_compact_gives_one_memory_mapped_run(filled: tuple[Path, np.ndarray, np.
     assert not caching.compact(cache, NAME).done
 
 
-def test_compact_in_the_order_of_a_data_set_keeps_the_other_rows(
-    filled: tuple[Path, np.ndarray, np.ndarray],
-) -> None:
+def test_compact_in_the_order_of_a_data_set_keeps_the_other_rows(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     order = np.random.default_rng(3).permutation(300)[:120]
     asked = np.concatenate([keys[order], keys[order[:5]], table(4, seed=9)[0]])
@@ -147,9 +143,7 @@ def test_compact_stores_rows_of_two_writers_once(tmp_path: Path) -> None:
     assert np.array_equal(FeatureStore(tmp_path, SPEC).read(keys), rows)
 
 
-def test_readers_and_writers_go_on_while_another_process_compacts(
-    filled: tuple[Path, np.ndarray, np.ndarray],
-) -> None:
+def test_readers_and_writers_go_on_while_another_process_compacts(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     reader, writer = FeatureStore(cache, SPEC), FeatureStore(cache, SPEC, engine="tiny")
     caching.compact(cache, NAME)

@@ -62,14 +62,7 @@ def test_every_engine_agrees_with_eager_torch_for_any_batch(
     engine: str, precision: str, info: BackboneInfo, images: np.ndarray, eager: np.ndarray
 ) -> None:
     opened = open_engine(
-        REQUEST,
-        info,
-        cache=session_cache(),
-        device="cpu",
-        precision=precision,
-        batch_size=4,
-        engine=engine,
-        threads=2,
+        REQUEST, info, cache=session_cache(), device="cpu", precision=precision, batch_size=4, engine=engine, threads=2
     )
     assert opened.name == engine
     assert opened.batch_size == 4

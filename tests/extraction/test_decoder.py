@@ -336,12 +336,7 @@ def jpegs(tmp_path: Path) -> Path:
 
 def fitted(data: Path, folder: Path) -> Run:
     return featx.fit(
-        data,
-        "small:backbone_normed",
-        weights="random",
-        decode="gpu",
-        cache=folder / "cache",
-        output=folder / "run",
+        data, "small:backbone_normed", weights="random", decode="gpu", cache=folder / "cache", output=folder / "run"
     )
 
 

@@ -17,11 +17,7 @@ from featx.measuring.evaluation import Report, evaluate_logits
 def passing(names: list[str], activation: str = "softmax", threshold: float | None = None) -> Head:
     """A head whose logits are its features."""
     return Head(
-        np.eye(len(names), dtype=np.float32),
-        np.zeros(len(names), np.float32),
-        tuple(names),
-        activation,
-        threshold,
+        np.eye(len(names), dtype=np.float32), np.zeros(len(names), np.float32), tuple(names), activation, threshold
     )
 
 
@@ -152,11 +148,7 @@ def test_the_threshold_reports_coverage_and_accuracy() -> None:
     p = passing(names).probabilities(logits)
     answered = p.max(axis=1) >= 0.7
     assert report.rejection == pytest.approx(
-        {
-            "threshold": 0.7,
-            "coverage": answered.mean(),
-            "accuracy": (p.argmax(axis=1) == y)[answered].mean(),
-        }
+        {"threshold": 0.7, "coverage": answered.mean(), "accuracy": (p.argmax(axis=1) == y)[answered].mean()}
     )
     assert 0.1 < report.rejection["coverage"] < 0.9
 

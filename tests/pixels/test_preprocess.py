@@ -472,16 +472,11 @@ def test_golden_pixels() -> None:
             ("jpeg", Preprocess(), JPEG),
         )
     }
-    assert digests == {
-        "bilinear": "54843f723bfd4564",
-        "bicubic": "5553d7e6ec106dec",
-        "jpeg": "4079f57ac06011a4",
-    }
+    assert digests == {"bilinear": "54843f723bfd4564", "bicubic": "5553d7e6ec106dec", "jpeg": "4079f57ac06011a4"}
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"interpolation": "nearest"}, {"crop": 257}, {"crop": 0}, {"mean": (0.5,)}, {"std": (0.2, 0.2, 0.0)}],
+    "values", [{"interpolation": "nearest"}, {"crop": 257}, {"crop": 0}, {"mean": (0.5,)}, {"std": (0.2, 0.2, 0.0)}]
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(FeatxError):

@@ -62,8 +62,7 @@ def test_a_hub_reads_what_the_run_is_and_what_was_measured(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [*(name for name in ODD if "\n" not in name), "caf\udce9", "null", "1e3", "--- x", "%a: b", "'q' #", " é "],
+    "name", [*(name for name in ODD if "\n" not in name), "caf\udce9", "null", "1e3", "--- x", "%a: b", "'q' #", " é "]
 )
 def test_any_name_comes_through_the_front_matter(run: Run, name: str) -> None:
     write_config(run.path, replace(run.config, data=f"/elsewhere/{name}"))

@@ -19,12 +19,7 @@ from featx.sources.source import MAX_BYTES, Source
 from featx.text import printable
 
 # bytes, label, split of each image; listing reads no image, so that any bytes will do
-IMAGES = [
-    (b"first", "ant", "train"),
-    (b"second!", "ant", "val"),
-    (b"third", "bee", "train"),
-    (b"fourth", "bee", "val"),
-]
+IMAGES = [(b"first", "ant", "train"), (b"second!", "ant", "val"), (b"third", "bee", "train"), (b"fourth", "bee", "val")]
 
 
 def class_folders(root: Path) -> Path:
