@@ -145,6 +145,7 @@ def _last(
     whole = np.array([-1])  # no fold is left out
     if start is None:
         start = climb(design, strength, whole)
+    before = design.passes
     found = minimise(design, np.array([strength]), whole, start, tolerance=ASKED)
     gap = float(found.gap[0])
     info |= {
@@ -152,7 +153,7 @@ def _last(
         "converged": gap <= GAP,
         "relative_gap": gap,
         "gap_bound": float(found.bound[0]),
-        "passes": found.passes,
+        "passes": design.passes - before,
     }
     if gap > GAP:
         info["notes"].append(f"the solver stopped at a relative gap of {gap:.1e}: not converged")

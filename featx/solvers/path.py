@@ -7,8 +7,6 @@ of them. Where rows outnumber weights by far, L-BFGS in single precision is near
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from featx.solvers.design import Design
@@ -31,18 +29,14 @@ def minimise(
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance)
-    passes = 0
     for some in _parts(np.flatnonzero(wanted >= SINGLE), many):
-        part = lbfgs(design, strengths[some], member[some], start[:, some], wanted[some], LONG)
-        found.put(some, part)
-        passes += part.passes
+        lbfgs(design, strengths, member, some, found, wanted, LONG)
+
     if not design.streamed:
         many = min(many, max(1, CACHE // (4 * K * design.count)))
     for some in _parts(np.flatnonzero(~found.converged), many):
-        part = newton(design, strengths[some], member[some], found.A[:, some], tolerance, most)
-        found.put(some, part)
-        passes += part.passes
-    return replace(found, passes=passes)
+        newton(design, strengths, member, some, found, tolerance, most)
+    return found
 
 
 def climb(design: Design, strength: float, members: np.ndarray) -> np.ndarray:
@@ -99,19 +93,13 @@ class Path:
         level = [i for i in level if i not in self.solved]
         if not level:
             return
-        M, K, size = len(self.members), self.design.columns, self.design.size
-        start = np.zeros((K, len(level), M, size))
-        for column, i in enumerate(level):
-            start[:, column] = self._start(i)
-        found = minimise(
-            self.design,
-            np.repeat(self.strengths[level], M),
-            np.tile(self.members, len(level)),
-            start.reshape(K, -1, size),
-            tolerance=self.tolerance,
-            most=self.most,
-        )
-        self.passes += found.passes
+        M, K = len(self.members), self.design.columns
+        start = np.stack([self._start(i) for i in level], axis=1).reshape(K, len(level) * M, -1)
+        before = self.design.passes
+        strengths, members = np.repeat(self.strengths[level], M), np.tile(self.members, len(level))
+        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance, most=self.most)
+
+        self.passes += self.design.passes - before
         for column, i in enumerate(level):
             self.solved[i] = found.take(slice(column * M, (column + 1) * M))
 
