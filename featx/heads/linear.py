@@ -1,8 +1,7 @@
-"""Owns the linear head trained by SGD in torch, as the transfer-learning tutorials do; GPU when there is one."""
+"""The linear head trained by SGD in torch, as the transfer-learning tutorials do; GPU when there is one."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -109,17 +108,16 @@ def fit(
     for a setting in `DEFAULTS`, is the recipe's, or else that one. The same seed gives the same head on the
     same machine. Raises `HeadError`.
     """
-    started = time.perf_counter()
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
     given |= {"weight_decay": weight_decay, "standardise": standardise}
     own = _usual(recipe) | {name: value for name, value in given.items() if value is not None}
     steps = (own["epochs"], own["batch_size"], own["lr"], momentum, own["schedule"], step_size, gamma)
     sgd = _Sgd(*steps, label_smoothing, seed)
-    task = _training.check(examples.X, examples.y, class_names)
-    fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
-    held = np.flatnonzero(_training.counted(fold >= 0, examples.scored))
-    task = task if own["standardise"] else _unscaled(task)
-    info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+    task, fold, counted = _training.prepared(examples, class_names, folds, seed)
+    held = np.flatnonzero(counted)
+    if not own["standardise"]:  # constant columns stay out here too
+        task = replace(task, mean=0 * task.mean, scale=np.where(np.isinf(task.scale), np.inf, 1.0))
+    info: dict[str, Any] = {"notes": task.notes}
 
     decays = np.array(DECAYS if own["weight_decay"] is None else [own["weight_decay"]])
     if len(decays) > 1 and not len(held):
@@ -131,7 +129,7 @@ def fit(
 
     head = task.head(weight, bias)
     head = _training.finish(head, task, info, held_out, held, calibrate=calibrate, threshold=threshold, reject=reject)
-    return Fitted(head, info | {"seconds": time.perf_counter() - started})
+    return Fitted(head, info)
 
 
 def _usual(recipe: str | None) -> dict[str, Any]:
@@ -139,11 +137,6 @@ def _usual(recipe: str | None) -> dict[str, Any]:
     if recipe is not None and recipe not in RECIPES:
         raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
     return DEFAULTS | (RECIPES[recipe] if recipe else {})
-
-
-def _unscaled(task: Task) -> Task:
-    scale = np.where(np.isinf(task.scale), np.inf, 1.0)  # constant columns stay out here too
-    return replace(task, mean=0 * task.mean, scale=scale)
 
 
 def _fitted(
