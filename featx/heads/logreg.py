@@ -90,14 +90,10 @@ def _gpu(task: Task, device: str) -> str:
 
 def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Logits `[M, C]` of the counted rows, each by the fold that had not seen it."""
-    place = np.cumsum(counted) - 1
-    parts = []
-    for k in range(fold.max() + 1):
-        rows = np.flatnonzero(counted & (fold == k))
-        parts.append((place[rows], design.logits(found.A[:, k], rows)))
-    out = np.empty((int(counted.sum()), parts[0][1].shape[1]), np.float32)
-    for rows, logits in parts:
-        out[rows] = logits
+    logits = [design.logits(found.A[:, k], counted & (fold == k)) for k in range(fold.max() + 1)]
+    out = np.empty((int(counted.sum()), logits[0].shape[1]), np.float32)
+    for k, part in enumerate(logits):
+        out[fold[counted] == k] = part
     return out
 
 

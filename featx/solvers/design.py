@@ -49,6 +49,8 @@ class Design:
         self.several = task.several or len(task.class_names) == 2
         self.paired = not task.several and self.several  # two classes, one column for both
         self.columns = 1 if self.paired else len(task.class_names)
+        # `p (1 - p)`, its mean over classes, where all are as likely
+        self.even = 0.25 if self.several else (1 - 1 / self.columns) / self.columns
         self.count = len(fold)
         self.passes = 0
         self.streamed = streamed = isinstance(task.X, np.memmap) or not isinstance(task.X, np.ndarray)
@@ -175,7 +177,7 @@ class Design:
         return weight, bias
 
     def logits(self, A: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The head's logits `[M, C]` for rows `int [M]` of the training data, by one problem `[K, rank + 1]`."""
+        """The head's logits `[M, C]` for rows `bool [N]` of the training data, by one problem `[K, rank + 1]`."""
         weight = self.placed(self.for_rows(A[:, None])[:, 0])
         every = np.empty((self.count, len(A)), np.float32)
         step = max(64, 4 * SCRATCH // self.rows.shape[1])

@@ -18,28 +18,20 @@ MEMORY = 12  # pairs of steps and gradient changes that each problem keeps
 SURE = 10  # times less curvature than at even probabilities: from here on the estimate is not to be trusted
 
 
-def lbfgs(
-    design: Design,
-    strengths: np.ndarray,
-    member: np.ndarray,
-    some: np.ndarray,
-    found: Solution,
-    wanted: np.ndarray,
-    most: int,
-) -> None:
+def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, most: int) -> None:
     """Minimise some problems (their numbers) from where they stand in `found` to relative gaps of `wanted` `[P]`,
     in `most` passes. Those whose gap cannot be estimated are given up where they stand, not converged.
     """
-    at = Problems.visit(design, some, strengths[some], member[some], found.A[:, some].astype(np.float32))
+    A = found.A[:, some].astype(np.float32)
+    at = Problems.visit(design, some, found.strength[some], found.member[some], A)
     noise = 4 * float(np.finfo(np.float32).eps)  # a loss cannot be compared more finely than this share of it
-    even = 0.25 if design.several else (1 - 1 / design.columns) / design.columns
     pairs: list[_Pair] = []  # newest last
     t = np.ones(len(some))
 
     for passes in range(1, most + 1):
         d = _direction(at.g, 1 / at.metric(design), pairs)
         slope = dot(at.g, d)
-        sureness = even / np.maximum(at.curvature.mean(axis=0), 1e-9)
+        sureness = design.even / np.maximum(at.curvature.mean(axis=0), 1e-9)
         gap = -0.5 * slope * np.maximum(sureness, 1) / at.f
         done = (gap <= wanted[at.number]) & (sureness <= SURE)
         over = done | (sureness > SURE) | (t < 1e-4) | (passes == most)

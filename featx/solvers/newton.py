@@ -37,8 +37,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Solution(Batch):
-    """P minimised problems."""
+    """P minimised problems: strengths (scikit-learn's C), the folds left out, and what was found."""
 
+    strength: np.ndarray
+    member: np.ndarray
     A: np.ndarray
     """Coordinates, `float64 [K, P, rank + 1]`."""
     loss: np.ndarray
@@ -55,16 +57,16 @@ class Solution(Batch):
     """`bool [P]`."""
 
     @classmethod
-    def unsolved(cls, start: np.ndarray) -> Solution:
+    def unsolved(cls, strength: np.ndarray, member: np.ndarray, start: np.ndarray) -> Solution:
         """P problems of which nothing is known yet."""
-        P = start.shape[1]
-        return cls(start.astype(np.float64), *(np.full(P, np.nan) for _ in range(4)), np.zeros(P, bool))
+        loss, held, gap, bound = np.full((4, len(member)), np.nan)
+        return cls(strength, member, start.astype(np.float64), loss, held, gap, bound, np.zeros(len(member), bool))
 
     def record(self, at: Problems, gap: np.ndarray, converged: np.ndarray) -> None:
         """Take over where some problems have come to."""
         square = np.square(at.g[..., :-1], dtype=np.float64).sum(axis=(0, 2))
         bound = at.strength / 2 * square / np.maximum(at.f, 1e-300)
-        self.put(at.number, Solution(at.A, at.f, at.held, gap, bound, converged))
+        self.put(at.number, Solution(at.strength, at.member, at.A, at.f, at.held, gap, bound, converged))
 
 
 @dataclass
@@ -100,19 +102,11 @@ class Problems(Batch):
         return (diagonal + 1e-12).astype(np.float32)
 
 
-def newton(
-    design: Design,
-    strengths: np.ndarray,
-    member: np.ndarray,
-    some: np.ndarray,
-    found: Solution,
-    tolerance: float,
-    most: int,
-) -> None:
+def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, most: int) -> None:
     """Minimise some problems (their numbers) from where they stand in `found` by at most `most` steps: until one
     gains less than `tolerance` of the objective, and leaves the held-out loss as it was.
     """
-    at = Problems.visit(design, some, strengths[some], member[some], found.A[:, some])
+    at = Problems.visit(design, some, found.strength[some], found.member[some], found.A[:, some])
     rows = np.maximum(design.held_out(at.member), 1e-300)
     radius = np.full(len(some), np.inf)
 

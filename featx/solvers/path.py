@@ -25,17 +25,17 @@ def minimise(
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
     from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and to where the held-out loss stays as it is.
     """
-    found = Solution.unsolved(start)
+    found = Solution.unsolved(strengths, member, start)
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance)
     for some in _parts(np.flatnonzero(wanted >= SINGLE), many):
-        lbfgs(design, strengths, member, some, found, wanted, LONG)
+        lbfgs(design, found, some, wanted, LONG)
 
     if not design.streamed:
         many = min(many, max(1, CACHE // (4 * K * design.count)))
     for some in _parts(np.flatnonzero(~found.converged), many):
-        newton(design, strengths, member, some, found, tolerance, most)
+        newton(design, found, some, tolerance, most)
     return found
 
 
@@ -81,8 +81,7 @@ class Path:
     ) -> None:
         self.design, self.strengths, self.members = design, strengths, members
         self.tolerance, self.most = tolerance, most
-        even = 0.25 if design.several else (1 - 1 / design.columns) / design.columns
-        self._metric = even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
+        self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
         """By strength: a problem per member."""
