@@ -168,14 +168,16 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
         bent = hessian.times(v) + pull * v
         curvature = np.maximum(_dot(v, bent), 1e-30)
         step = size / curvature
-        outside = length + 2 * step * along + step**2 * own >= edge**2
+        reach = length + 2 * step * along + step**2 * own
+        outside = reach >= edge**2
         if outside.any():  # as far as the edge
             root = np.sqrt(np.maximum(along**2 + own * (np.minimum(edge, 1e15) ** 2 - length), 0))
             step = np.where(outside, (root - along) / np.maximum(own, 1e-30), step)
-        length = np.where(outside, edge**2, length + 2 * step * along + step**2 * own)
+            reach = np.where(outside, edge**2, reach)
+        length, stride = reach, step[:, None].astype(single)
         gain = gain + step * size - step**2 * curvature / 2
-        x += step[:, None].astype(single) * v
-        r -= step[:, None].astype(single) * bent
+        x += stride * v
+        r -= stride * bent
         z = r / diagonal
         before, size = size, _dot(r, z)
 
