@@ -153,7 +153,7 @@ class LeftOut:
             for s, penalty in enumerate(penalties):
                 residual = self._together(Q, T[members], penalty)
                 errors[s] += (residual[self.counted[members]] ** 2).sum()
-        return errors / (self.counted.sum() * C)
+        return np.asarray(errors / (self.counted.sum() * C))
 
     def scores(self, penalty: float) -> np.ndarray:
         """What each row is scored when it is left out, `float32 [N, C]`, in `design`'s order."""

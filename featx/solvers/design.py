@@ -108,7 +108,7 @@ class Design:
 
         step = max(64, 4 * SCRATCH // width)
         parts = spread(work, self.count, step, lambda: np.zeros((width, width)), self.count * width**2)
-        return np.sum(parts, axis=0)
+        return functools.reduce(np.add, parts)
 
     def _move(self, device: str) -> None:
         """Let torch make the passes; the rows go to the device where they take less than half of its memory."""

@@ -22,7 +22,7 @@ class Hessian:
         self.at = design.for_rows(A.astype(np.float32))
         kept = not design.streamed and design.count * A[..., 0].size * 4 <= CACHE
         shape = (*A.shape[:2], design.count)
-        self.shares = design.xp.empty(shape, dtype=design.xp.float32, **design.place) if kept else None
+        self.shares: Array = design.xp.empty(shape, dtype=design.xp.float32, **design.place) if kept else None
         self.known = False  # whether `shares` holds what `_shares` gives
 
     def take(self, kept: np.ndarray) -> None:

@@ -99,7 +99,7 @@ class Problems(Batch):
         """What the Hessians are near to, as diagonals `[K, P, rank + 1]`: exact for a ridge."""
         diagonal = np.maximum(self.curvature, 1e-12)[:, :, None] * np.append(design.eigenvalues, design.count)
         diagonal[..., :-1] += 1 / self.strength[:, None]
-        return (diagonal + 1e-12).astype(np.float32)
+        return np.asarray(diagonal + 1e-12, np.float32)
 
 
 def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, most: int) -> None:
@@ -199,9 +199,9 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("kpd,kpd->p", a, b).astype(np.float64)
+    return np.asarray(np.einsum("kpd,kpd->p", a, b), np.float64)
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of each problem, `float64 [P]`."""
-    return np.einsum("kpd,kpd->p", a, b, dtype=np.float64)
+    return np.asarray(np.einsum("kpd,kpd->p", a, b, dtype=np.float64))

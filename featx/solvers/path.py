@@ -76,11 +76,8 @@ class Path:
     weights grow with log C.
     """
 
-    def __init__(
-        self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5, most: int = 100
-    ) -> None:
-        self.design, self.strengths, self.members = design, strengths, members
-        self.tolerance, self.most = tolerance, most
+    def __init__(self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5) -> None:
+        self.design, self.strengths, self.members, self.tolerance = design, strengths, members, tolerance
         self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
@@ -96,7 +93,7 @@ class Path:
         start = np.stack([self._start(i) for i in level], axis=1).reshape(K, len(level) * M, -1)
         before = self.design.passes
         strengths, members = np.repeat(self.strengths[level], M), np.tile(self.members, len(level))
-        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance, most=self.most)
+        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance)
 
         self.passes += self.design.passes - before
         for column, i in enumerate(level):
@@ -109,9 +106,9 @@ class Path:
         if len(known) > 1 and i > known[-1]:
             before, last = known[-2:]
             share = (x[i] - x[last]) / (x[last] - x[before])
-            return (1 + share) * self.solved[last].A - share * self.solved[before].A
+            return np.asarray((1 + share) * self.solved[last].A - share * self.solved[before].A)
         parts = [share * self.solved[j].A * self._metric[j] for j, share in _neighbours(x, known, i)]
-        return np.sum(parts, axis=0) / self._metric[i]
+        return np.asarray(np.sum(parts, axis=0) / self._metric[i])
 
     def whole(self) -> None:
         """Solve all of it, coarse to fine."""

@@ -73,7 +73,7 @@ class Task:
         """Targets, `float32 [N, C]`."""
         if self.several:
             return self.y.astype(np.float32)
-        return np.eye(len(self.class_names), dtype=np.float32)[self.y]
+        return np.asarray(np.eye(len(self.class_names), dtype=np.float32)[self.y])
 
     def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
         """The head for features as they come, of `[C, D]` and `[C]` fitted on standardised ones."""
@@ -253,7 +253,7 @@ def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
         raise HeadError(
             f"scored marks the rows to measure on, bool [{len(able)}], not {scored.dtype} {list(scored.shape)}"
         )
-    return able & scored
+    return np.asarray(able & scored)
 
 
 def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
@@ -265,7 +265,7 @@ def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
     if task.several:
         raise HeadError("class_weight='balanced' needs one label per image")
     counts = np.bincount(task.y)
-    return (len(task.y) / (len(counts) * counts))[task.y]
+    return np.asarray((len(task.y) / (len(counts) * counts))[task.y])
 
 
 def finish(
