@@ -1,4 +1,4 @@
-"""Owns what a feature is: its identity (`FeatureSpec`, content keys), its table (`Features`), its splits."""
+"""What a feature is: its identity (`FeatureSpec`, content keys), its table (`Features`) and its splits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 VALIDATION_SHARE = 0.2
-# How far two rows of one image and one spec may lie apart, by the largest entry of the row, at each precision:
-# computed by any two engines, in any batch, by any number of threads (`featx.features.difference`). fp32 is held to
-# torch's eager fp32 on the CPU, the others to that as well.
+# The largest `difference` between two rows of one image and one spec, at each precision: whichever engine, batch or
+# number of threads computed them. All are compared with torch's eager fp32 on the CPU.
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 
 
@@ -142,7 +141,7 @@ class Features:
     """`uint8 [N, 32]`: `content_key` of each image."""
     spec: FeatureSpec
     report: ExtractionReport | None = None
-    """Of the extraction that they come from."""
+    """How the extraction went that they come from."""
     given: np.ndarray | None = None
     """`str [N]`: the splits that the source gives, empty where it gives none; None where `splits` were all given."""
 
@@ -273,12 +272,15 @@ def assign_splits(
     unlabelled = (splits != "") & (y < 0)
     splits[unlabelled] = ""
     notes = [f"{unlabelled.sum()} images have a split and no label, and take part in none"] if unlabelled.any() else []
+
     if (splits == "val").any():
         splits[(splits == "") & (y >= 0)] = "train"
         return splits, notes
+
     pool = np.isin(splits, ["", "train"]) & (y >= 0)
     fraction = hash_fraction(keys)
     splits[pool] = np.where(fraction[pool] < VALIDATION_SHARE, "val", "train")
+
     validating = splits == "val"
     sides = [np.bincount(y[pool & side], minlength=len(class_names)) > 0 for side in (~validating, validating)]
     for label in np.flatnonzero(sides[0] ^ sides[1]):

@@ -21,8 +21,8 @@ MULTILABEL = 0.5
 
 
 def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
-    """What probabilities `[N, C]` say, `bool [N, C]`: of `softmax` the likeliest class, of `sigmoid` every class
-    that is probable enough.
+    """The classes that probabilities `[N, C]` answer with, `bool [N, C]`: the likeliest one with `softmax`, each
+    that is probable enough with `sigmoid`.
     """
     if activation == "sigmoid":
         return np.asarray(probabilities >= MULTILABEL)
@@ -54,7 +54,7 @@ class Head:
         shape = (len(self.class_names), self.weight.shape[-1])
         if self.weight.shape != shape or self.bias.shape != shape[:1]:
             raise HeadError(
-                f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} are no affine map "
+                f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} do not map features "
                 f"to {len(self.class_names)} classes"
             )
         if self.activation not in ("softmax", "sigmoid"):
@@ -80,7 +80,9 @@ class Head:
         return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
 
     def answers(self, probabilities: np.ndarray) -> np.ndarray:
-        """What probabilities `[N, C]` say, `bool [N, C]`: one class an image, or with `sigmoid` any number."""
+        """The classes that probabilities `[N, C]` answer with, `bool [N, C]`: one per image, or any number with
+        `sigmoid`.
+        """
         return answers(probabilities, self.activation)
 
     def aligned(self, logits: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
@@ -130,4 +132,4 @@ class Fitted:
 
     head: Head
     info: dict[str, Any] = field(default_factory=dict)
-    """JSON values: the strength chosen, cross-validated losses, whether the solver converged, seconds."""
+    """JSON values: the strength chosen, cross-validated losses, whether the solver converged; the head's own keys."""

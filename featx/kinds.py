@@ -1,4 +1,4 @@
-"""Whether a value that a user gave is of the type that a setting is annotated with."""
+"""Whether a value that a user gave has the type that a setting is annotated with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is of `kind`, one of `typing.get_type_hints`' answers; what a container holds is not looked at.
+    """Whether `value` has the type `kind`, as `typing.get_type_hints` gives it; items of containers are not checked.
 
-    A whole number is a float, True and False are no numbers, and a sequence is anything but text, so that
-    one number may stand for a sequence of one.
+    A whole number counts as a float, True and False do not count as numbers, and anything but text counts as a
+    sequence, so that one number may stand for a sequence of one.
     """
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):

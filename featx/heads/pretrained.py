@@ -37,7 +37,7 @@ def fit(
     mapping = dict(mapping or {})
     unknown = [label for label in mapping if label not in labels]
     if unknown:
-        raise HeadError(f"the mapping names {unknown[0]!r}, which is no label here.{near(unknown[0], labels)}")
+        raise HeadError(f"the mapping names {unknown[0]!r}, which is not a label here.{near(unknown[0], labels)}")
     index = {label: _named(label, mapping[label], names) for label in mapping}
     index |= {label: match(label, names) for label in labels if label not in mapping}
 

@@ -44,7 +44,7 @@ class Design:
     ) -> None:
         """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, the rows whose
         held-out loss counts. torch_device: where torch makes the passes, such as `cuda:0`; empty for numpy.
-        A memory map, and anything that is no array, is streamed in blocks.
+        A memory map, and anything that is not an array, is streamed in blocks.
         """
         self.several = task.several or len(task.class_names) == 2
         self.paired = not task.several and self.several  # two classes, one column for both

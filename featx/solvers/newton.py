@@ -1,4 +1,4 @@
-"""Owns Newton's method for many logistic problems at once: steps by conjugate gradients on shared passes.
+"""Newton's method for many logistic problems at once: steps by conjugate gradients on shared passes.
 
 Gradients are in double precision, since single cannot reach the optima where planes part the classes; the
 Hessian's products are in single. The preconditioner is diagonal in the eigenbasis of `X^T X`: the Hessian is
@@ -203,5 +203,5 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each problem, `float64 [P]`."""
+    """The product of each problem's vectors, `float64 [P]`, summed in double precision."""
     return np.asarray(np.einsum("kpd,kpd->p", a, b, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Owns the logistic optimum: all strengths and folds of a regularisation path in shared passes over the features.
+"""The logistic optimum: all strengths and folds of a regularisation path in shared passes over the features.
 
 The objective is scikit-learn's, `sum_i w_i * cross_entropy_i + ||W||^2 / (2 C)`, bias not penalised. Every
 problem (a fold with a strength) takes its own steps; what they share is the pass, which reads X once for all
@@ -138,7 +138,7 @@ class Path:
 
     @property
     def best(self) -> int:
-        """Of the strengths that were solved; of all, where none was."""
+        """The strength solved so far with the least held-out loss, converged ones first."""
         return min(self.solved, key=lambda i: (not self.solved[i].converged.all(), self.held(i), i))
 
     def held(self, i: int) -> float:

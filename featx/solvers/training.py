@@ -176,7 +176,7 @@ def folds(
     Returns `int64 [N]`, the fold in which a row is held out, -1 for never: a class with a single group is
     always trained on, since no fold could both learn and measure it. Empty folds do not occur; there may
     be fewer than `count`, or none (all -1). The second value says so in sentences. Raises `HeadError` for a
-    `count` that is no whole number of at least 2.
+    `count` that is not a whole number of at least 2.
     """
     if not isinstance(count, Integral) or count < 2:
         raise HeadError(f"folds is a whole number of at least 2 (5 is usual), not {count!r}")
@@ -219,7 +219,7 @@ def _units(
     y: np.ndarray, groups: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Each row's group, `int [N]`; of each group the size, the class and whether it is its class's only one,
-    `[G]` each; and what is to be said of that.
+    `[G]` each; and sentences on the classes that cannot be measured.
     """
     if y.ndim == 2:
         rarity = np.argsort(np.argsort(y.sum(axis=0), kind="stable"))
@@ -244,7 +244,7 @@ def _units(
 
 def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
     """The rows on which a fit measures, `bool [N]`: those that it is able to hold out, where `scored` (`bool [N]`,
-    None for all) has them too. Raises `HeadError` for a `scored` that is no such mask.
+    None for all) has them too. Raises `HeadError` for another kind of `scored`.
     """
     if scored is None:
         return able

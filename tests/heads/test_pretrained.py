@@ -81,7 +81,7 @@ def test_another_class_with_a_labels_name_is_not_mistaken_for_it() -> None:
         (["unicorn"], {}, "'unicorn' matches none of the network's 8 classes"),
         (["Asian elephants"], {}, "elephant"),
         (["ant", "ants"], {}, "'ant' and 'ants' both match"),
-        (["ant"], {"bug": "bee"}, "'bug', which is no label"),
+        (["ant"], {"bug": "bee"}, "'bug', which is not a label"),
         (["ant"], {"ant": 99}, "numbered 0 to 7"),
         ([], {}, "no label"),
     ],
