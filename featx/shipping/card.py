@@ -54,6 +54,7 @@ def card(run: Run) -> str:
     measured = {name: float(report[name]) for name in SCORES if report.get("count") and report.get(name) is not None}
     front = _front_matter(names, report["split"], measured)
 
+    intervals = {n: f"{i['low']:.4f} to {i['high']:.4f}" for n, i in report.get("intervals", {}).items()}
     shown = names | {
         "config": {"head": config.head, "featx": config.featx},
         "report": {name: report[name] for name in ("count", "split")},
@@ -71,7 +72,7 @@ def card(run: Run) -> str:
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf),
         mark=CARD_MARK,
         most=CLASSES,
-        measured=[(SCORES[n], value, _interval(report, n)) for n, value in measured.items()],
+        measured=[(SCORES[n], value, intervals.get(n, "")) for n, value in measured.items()],
         parity=_parity(run),
         exported=(run.path / "model.onnx").exists(),
         files=[(f"`{file}`", what) for file, what in FILES.items() if (run.path / file).exists()],
@@ -111,11 +112,6 @@ def _front_matter(names: dict[str, str], split: str, measured: dict[str, float])
         }
         front["model-index"] = [{"name": names["name"], "results": [result]}]
     return front
-
-
-def _interval(report: dict[str, Any], name: str) -> str:
-    found = report.get("intervals", {}).get(name)
-    return f"{found['low']:.4f} to {found['high']:.4f}" if found else ""
 
 
 def _parity(run: Run) -> dict[str, Any] | None:

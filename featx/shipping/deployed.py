@@ -37,13 +37,13 @@ class Model:
         self.path = Path(path)
         self._session = open_session(self.path, providers=providers, threads=threads)
         self._head = None if head is None else open_session(Path(head), providers=providers, threads=1)
-        self.metadata = described = _metadata(self._session, self.path)
+        self.metadata = described = parse_metadata(self._session.get_modelmeta().custom_metadata_map, self.path)
         self.input: str = described["input"]
         self.outputs = [output.name for output in self._session.get_outputs()]
         if self.input == "features":
             raise ExportError(f"{self.path} is a head alone; give the features model, and this file as its head")
         if head is not None:
-            described = self._head_metadata(Path(head))
+            described = self._head_metadata(self._head, Path(head))
         elif "probabilities" not in self.outputs:
             raise ExportError(
                 f"{self.path} gives {', '.join(self.outputs)}; to predict, export with "
@@ -54,8 +54,8 @@ class Model:
         self.threshold: float | None = described["threshold"]
         self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
 
-    def _head_metadata(self, path: Path) -> dict[str, Any]:
-        metadata = _metadata(self._head, path)
+    def _head_metadata(self, session: Any, path: Path) -> dict[str, Any]:
+        metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
         if metadata["input"] != "features":
             raise ExportError(f"{path} takes {metadata['input']}; a head takes features (--input features)")
         self.require_features()
@@ -124,10 +124,6 @@ def _providers(available: list[str], asked: list[str]) -> list[str]:
             f"{near(name.lower(), known)} Others come with builds such as onnxruntime-gpu"
         )
     return chosen
-
-
-def _metadata(session: Any, path: Path) -> dict[str, Any]:
-    return parse_metadata(session.get_modelmeta().custom_metadata_map, path)
 
 
 def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,29 +134,16 @@ def quantized(backbone: Path, images: Images) -> ModelProto:
     Static QDQ. Activations are unsigned and weights signed, the pair that x86 processors multiply fastest.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = parity.batches(images)
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": np.stack([crop for _, crop in batch])}
-
+    inputs = ({"images": np.stack([crop for _, crop in batch])} for batch in parity.batches(images))
+    reader = SimpleNamespace(get_next=lambda: next(inputs, None))
     with tempfile.TemporaryDirectory(prefix="featx-int8-") as folder:
         prepared, result = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
         quant_pre_process(str(backbone), prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            result,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, result, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
         return onnx.load(result)
 
 
@@ -229,11 +217,9 @@ def measure_speeds(sessions: list[Any], crop: int, clock: Callable[[], float] = 
 
 def require(found: Reduction) -> None:
     """Raise `ExportError` with the figures where a smaller file does not pay."""
-    if found.passed:
-        return
-    why = []
-    if found.speedup <= 1:
-        why.append("is no faster here")
-    if found.lost > found.allowed:
-        why.append("loses too many answers (--max-loss allows more)")
-    raise ExportError(f"{found.precision} {' and '.join(why)}: {found.figures()}. Nothing was written; use fp32")
+    faults = {
+        "is no faster here": found.speedup <= 1,
+        "loses too many answers (--max-loss allows more)": found.lost > found.allowed,
+    }
+    if why := [fault for fault, there in faults.items() if there]:
+        raise ExportError(f"{found.precision} {' and '.join(why)}: {found.figures()}. Nothing was written; use fp32")

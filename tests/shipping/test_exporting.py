@@ -31,8 +31,8 @@ from featx.runs import open_run
 from featx.shipping import graph, parity
 from featx.shipping.exporting import check, export
 from featx.shipping.inspection import inspect
-from featx.shipping.prediction import predict
 from featx.shipping.parity import gate_images
+from featx.shipping.prediction import predict
 from featx.shipping.reduction import export_reduced
 from featx.sources.source import Source
 
@@ -298,31 +298,34 @@ def test_data_that_moved_is_found_again(run: Path, photos: Path, tmp_path: Path)
     assert export(run, data=photos).method == "head"
 
 
+SMALL = "small:backbone_normed"  # code that is not featx's, and so must be named again
+
+
 @pytest.fixture
 def small_run(tmp_path: Path) -> Path:
     """A run on `data/train` and `data/val` that is fast to export in full."""
     for split, seed in (("train", 0), ("val", 1)):
         write_images(tmp_path / "data" / split, per_class=12, seed=seed)
     options = {"weights": "random", "cache": tmp_path / "cache", "output": tmp_path / "run"}
-    return featx.fit(tmp_path / "data", "small:backbone_normed", **options).path
+    return featx.fit(tmp_path / "data", SMALL, **options).path
 
 
 def test_after_the_data_have_changed_the_file_is_compared_and_no_accuracy_is_claimed(
     small_run: Path, tmp_path: Path
 ) -> None:
-    found = export(small_run)
+    found = export(small_run, factory=SMALL)
     assert (found.images, found.accuracy) == (24, json.loads((small_run / "report.json").read_text())["accuracy"])
     assert json.loads((small_run / "parity.json").read_text())["split"] == "val"
 
     (tmp_path / "data" / "val").rename(tmp_path / "val")  # validation images are now taken out of the training images
-    found = export(small_run)
+    found = export(small_run, factory=SMALL)
     assert found.passed and 0 < found.images < 24
     assert (found.accuracy, found.torch_accuracy) == (None, None)
-    assert check(small_run / "model.onnx", small_run).accuracy is None
+    assert check(small_run / "model.onnx", small_run, factory=SMALL).accuracy is None
     for record in (json.loads((small_run / "parity.json").read_text()), inspected(small_run)["parity"]):
         assert [record[name] for name in ("split", "accuracy", "torch_accuracy")] == [None] * 3
         assert record["images"] == record["equal_labels"] == found.images
-    shown = CliRunner().invoke(cli, ["export", str(small_run)])
+    shown = CliRunner().invoke(cli, ["export", str(small_run), "--factory", SMALL])
     assert shown.exit_code == 0
     assert (
         "no accuracy: the data have changed since the fit, and the head may have learned from these images"
@@ -330,12 +333,12 @@ def test_after_the_data_have_changed_the_file_is_compared_and_no_accuracy_is_cla
     )
     refused = r"it may have learned from these: the images or labels of .*data are not those that .*run was fitted on"
     with pytest.raises(ExportError, match=refused):
-        export_reduced(small_run, "int8")
+        export_reduced(small_run, "int8", factory=SMALL)
     with pytest.raises(ExportError, match=refused):  # its training images, by another name
-        export_reduced(small_run, "int8", split="train", data=tmp_path / "data")
+        export_reduced(small_run, "int8", split="train", data=tmp_path / "data", factory=SMALL)
 
     (tmp_path / "val").rename(tmp_path / "data" / "val")
-    assert export(small_run).accuracy is not None
+    assert export(small_run, factory=SMALL).accuracy is not None
 
 
 def test_images_that_are_new_to_the_head_have_an_accuracy_but_are_not_called_a_split(
@@ -343,13 +346,13 @@ def test_images_that_are_new_to_the_head_have_an_accuracy_but_are_not_called_a_s
 ) -> None:
     write_images(tmp_path / "more", per_class=14, seed=2)
     shutil.copy(tmp_path / "more" / "warm" / "013.png", tmp_path / "data" / "train" / "warm")
-    found = export(small_run)
+    found = export(small_run, factory=SMALL)
     assert (found.images, found.accuracy) == (24, json.loads((small_run / "report.json").read_text())["accuracy"])
     assert json.loads((small_run / "parity.json").read_text())["split"] is None
-    assert export(small_run, data=tmp_path / "more").accuracy is not None
-    assert export(small_run, split="train").accuracy is None
+    assert export(small_run, data=tmp_path / "more", factory=SMALL).accuracy is not None
+    assert export(small_run, split="train", factory=SMALL).accuracy is None
     (small_run / "trained-on.npy").unlink()  # as a run of an older featx
-    assert export(small_run).accuracy is None
+    assert export(small_run, factory=SMALL).accuracy is None
 
 
 def inspected(run: Path) -> dict[str, Any]:
@@ -506,16 +509,16 @@ def test_runs_of_both_decoders_on_one_cache_are_compared_on_their_own_pixels(lar
     for decode in ("exact", "fast", "exact"):
         run = featx.fit(
             large_jpegs,
-            "small:backbone_normed",
+            SMALL,
             weights="random",
             decode=decode,
             cache=tmp_path / "cache",
             output=tmp_path / f"run-{decode}",
             overwrite=True,
         )
-        assert export(run.path, images=4).passed
+        assert export(run, images=4).passed
         options = {"weights": "random", "decode": decode, "cache": tmp_path / "cache"}
-        features[decode] = featx.extract(large_jpegs, "small:backbone_normed", **options).X
+        features[decode] = featx.extract(large_jpegs, SMALL, **options).X
     assert np.abs(features["exact"] - features["fast"]).max() > 0
 
 

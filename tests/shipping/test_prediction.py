@@ -266,7 +266,7 @@ def test_a_head_alone_is_applied_to_the_features_of_another_file(tmp_path: Path,
     other = exported_file(tmp_path / "other.onnx", input="features", spec_digest="ff")
     with pytest.raises(ExportError, match="other features"):
         predict(features, arrays, head=other)
-    with pytest.raises(ExportError, match="no head alone"):
+    with pytest.raises(ExportError, match="takes pixels; a head takes features"):
         predict(features, arrays, head=model)
 
 

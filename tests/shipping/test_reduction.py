@@ -38,7 +38,7 @@ def test_int8_keeps_the_answers_in_a_third_of_the_size(run: Path, photos: Path) 
     found = export_reduced(run, "int8", images=40, clock=clock(250, 100))
     assert found.images == 40 and found.lost <= found.allowed == 2
     assert found.speedup == pytest.approx(2.5)
-    assert found.equal_labels >= 38 and 0 < found.max_probability_difference < 0.3
+    assert found.equal_labels >= 38 and 0 < found.max_probability_difference < 0.5
     file = run / "model-int8.onnx"
     assert file.stat().st_size < (run / "model.onnx").stat().st_size / 3
     onnx.checker.check_model(str(file), full_check=True)
