@@ -74,7 +74,7 @@ class Options(Shared, total=False):
 
 @dataclass(frozen=True)
 class Field:
-    """One option of a kind, as its annotation says."""
+    """An option as its annotation describes it."""
 
     name: str
     type: Any

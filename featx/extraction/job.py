@@ -37,13 +37,13 @@ class Job:
     request: BackboneRequest
     info: BackboneInfo
     specs: tuple[FeatureSpec, ...]
-    """Of the centre crop, then of each augmented view."""
+    """The centre crop's, then one for each augmented view."""
     cache: Path
     device: str
     batch_size: int | None
     workers: int
     seconds: float = 0.0
-    """That listing the images and resolving the backbone took."""
+    """Time spent on listing the images and resolving the backbone."""
 
     def open_stores(self) -> list[FeatureStore]:
         """One store for each spec."""
