@@ -83,14 +83,9 @@ class Draws:
     @classmethod
     def of(cls, count: int, seed: int, epoch: int) -> Draws:
         rng = np.random.default_rng(seed_of(seed, "augment", epoch))
-        return cls(
-            seed,
-            epoch,
-            shapes=rng.random((count, _ATTEMPTS, 2), np.float32),
-            places=rng.random((count, 2), np.float32),
-            flips=rng.random(count, np.float32) < 0.5,
-            views=rng.random(count, np.float32),
-        )
+        shapes, places = rng.random((count, _ATTEMPTS, 2), np.float32), rng.random((count, 2), np.float32)
+        flips, views = rng.random(count, np.float32) < 0.5, rng.random(count, np.float32)
+        return cls(seed, epoch, shapes, places, flips, views)
 
     def fixed_views(self, rows: np.ndarray, views: int) -> np.ndarray:
         """`int64 [B]`: which of the fixed views, in [0, views), the images `rows` are shown in."""

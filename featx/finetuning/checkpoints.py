@@ -63,10 +63,10 @@ class Checkpoints:
         self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
     ) -> None:
         """Save the state; `best`: its network is the one to keep. Raises `TrainingError` on a full disk."""
-        if best:
-            self._write(self._best(progress.best_epoch), on_cpu(network.state_dict(), "network."), {})
-
         tensors = on_cpu(network.state_dict(), "network.")
+        if best:
+            self._write(self._best(progress.best_epoch), tensors, {})
+
         for number, slots in optimizer.state_dict()["state"].items():
             kept = {k: v for k, v in slots.items() if isinstance(v, Tensor)}
             tensors |= on_cpu(kept, f"optimizer.{number}.")

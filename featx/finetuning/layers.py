@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,17 +79,14 @@ def linear(head: Head | None, features: int, classes: int, seed: int) -> nn.Line
         torch.manual_seed(seed)
         layer = nn.Linear(features, classes)
     if head is not None:
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(np.array(head.weight)))
-            layer.bias.copy_(torch.from_numpy(np.array(head.bias)))
+        layer.load_state_dict({"weight": torch.tensor(head.weight), "bias": torch.tensor(head.bias)})
     return layer
 
 
 def replaced_names(backbone: Backbone) -> set[str]:
     """The names in the network of the layer that the head replaces: `fc`, `classifier.6`, `heads.head`."""
-    kept = {name for name, _ in backbone.module.network.named_parameters()}
-    left_out = {name for name, _ in backbone.network.named_parameters()} - kept
-    return {name.rpartition(".")[0] for name in left_out}
+    kept = dict(backbone.module.network.named_parameters())
+    return {name.rpartition(".")[0] for name, _ in backbone.network.named_parameters() if name not in kept}
 
 
 def plan(
@@ -176,10 +172,8 @@ def unreached(network: Tuned, crop: int) -> list[str]:
 def table(planned: list[Group]) -> str:
     """A table of what is trained, one line per group."""
     width = max(len(group.name) for group in planned)
-    lines = [f"{'group':<{width}}  {'parameters':>12}  learning rate"]
-    for group in planned:
-        rate = "frozen" if group.lr is None else f"{group.lr:.3g}"
-        lines.append(f"{group.name:<{width}}  {group.size:>12,}  {rate}")
+    rows = [(g.name, f"{g.size:,}", "frozen" if g.lr is None else f"{g.lr:.3g}") for g in planned]
+    lines = [f"{a:<{width}}  {b:>12}  {c}" for a, b, c in [("group", "parameters", "learning rate"), *rows]]
     trained = sum(group.size for group in planned if group.lr is not None)
     lines.append(f"{trained:,} of {sum(group.size for group in planned):,} parameters are trained")
     return "\n".join(lines)

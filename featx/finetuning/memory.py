@@ -1,4 +1,4 @@
-"""Memory for training: how much is free, and how the allocator keeps what one step frees for the next."""
+"""The allocator keeps the memory that one training step frees for the next."""
 
 from __future__ import annotations
 
@@ -7,19 +7,8 @@ import ctypes
 import os
 import sys
 
-import torch
-
-from featx import devices
-
 # glibc's mallopt(3)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes on a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return devices.free_memory()
 
 
 def keep_freed() -> None:

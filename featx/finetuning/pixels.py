@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from featx.devices import free_memory
 from featx.errors import TrainingError
 from featx.extraction.result import Extraction
 from featx.features import content_key
-from featx.finetuning.augment import Augmentation, Draws, apply, crop, mirror
-from featx.finetuning.memory import free_memory
+from featx.finetuning.augment import Draws, apply, crop, mirror
 from featx.finetuning.recipes import FinetuneConfig
 from featx.pixels.preprocess import RESAMPLE
 from featx.pixels.views import CENTER, pixels, view_names
@@ -25,6 +26,22 @@ SHARE = 0.4
 STRETCHED = "stretched"
 
 
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What the inputs of a network are made from."""
+
+    extraction: Extraction
+    settings: FinetuneConfig
+    device: torch.device
+    """Where the batches are needed."""
+    workers: int
+    """Threads that read and decode."""
+    train: np.ndarray
+    """`int64 [N]`, row numbers of `extraction`: the images that train."""
+    held: np.ndarray
+    """`int64 [M]`, row numbers: the images that select; none for `last`."""
+
+
 class Pixels:
     """Some images of a data set in one or several views, `uint8 [3, S, S]` each.
 
@@ -32,33 +49,26 @@ class Pixels:
     Otherwise threads decode them as they are asked for, the next batch while one is trained on.
     """
 
-    def __init__(
-        self,
-        extraction: Extraction,
-        rows: np.ndarray,
-        views: list[str],
-        device: torch.device,
-        workers: int,
-        room: float | None = None,
-    ) -> None:
+    def __init__(self, material: Material, rows: np.ndarray, views: list[str], room: float | None = None) -> None:
         """rows: `int [N]`, row numbers of `extraction`. views: names, as in `featx.pixels.views`, or `STRETCHED`.
 
         room: bytes to keep decoded images in; by default a share of the memory that is free.
         """
-        self.extraction, self.rows, self.views, self.device = extraction, rows, views, device
-        preprocess = extraction.info.preprocess
+        self.extraction, self.rows, self.views = material.extraction, rows, views
+        self.device = material.device
+        preprocess = self.extraction.info.preprocess
         self.side = preprocess.resize if STRETCHED in views else preprocess.crop
         self.aspects = np.ones(len(rows))
         """`float64 [N]`: width / height of each image; known once it was decoded."""
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="featx-pixels")
+        self._executor = ThreadPoolExecutor(material.workers, thread_name_prefix="featx-pixels")
         self._waiting: dict[int, Future[np.ndarray]] = {}
         self.table: Tensor | None = None
         """`uint8 [N, views, 3, S, S]`; None where images are decoded as they are asked for."""
         size = len(rows) * len(views) * 3 * self.side**2
-        if size <= (free_memory(torch.device("cpu")) * SHARE if room is None else room):
+        if size <= (free_memory() * SHARE if room is None else room):
             self.table = self._decode_all()
-            if device.type == "cuda" and size <= free_memory(device) * SHARE:
-                self.table = self.table.to(device)
+            if self.device.type == "cuda" and size <= torch.cuda.mem_get_info(self.device)[0] * SHARE:
+                self.table = self.table.to(self.device)
 
     def take(self, index: np.ndarray, then: np.ndarray | None = None) -> Tensor:
         """Images in views, `int [B]` that count the views of the first image, then the second's, ...
@@ -119,25 +129,16 @@ class Pixels:
 class Pictures:
     """Inputs of a whole network: augmented pixels to train on, and centre crops to measure on."""
 
-    def __init__(
-        self,
-        extraction: Extraction,
-        train: np.ndarray,
-        held: np.ndarray,
-        settings: FinetuneConfig,
-        device: torch.device,
-        workers: int,
-        room: float | None = None,
-    ) -> None:
-        """train, held: `int [N]`, `int [M]`, row numbers of `extraction`. room: as in `Pixels`."""
-        augmentation = Augmentation.parse(settings.augmentation)
-        self.geometry, self.functions = augmentation.geometry, augmentation.functions()
-        self.min_area, self.side = settings.min_area, extraction.info.preprocess.crop
+    def __init__(self, material: Material, room: float | None = None) -> None:
+        """room: as in `Pixels`."""
+        settings, request = material.settings, material.extraction.request
+        self.geometry, self.functions = settings.steps.geometry, settings.steps.functions()
+        self.min_area, self.side = settings.min_area, material.extraction.info.preprocess.crop
         views = [STRETCHED if self.geometry == "crop-flip" else CENTER]
         if self.geometry == "views":
-            views = view_names(extraction.request.seed, settings.views)[1:]
-        self.train_pixels = Pixels(extraction, train, views, device, workers, room)
-        self.held_pixels = Pixels(extraction, held, [CENTER], device, workers, room)
+            views = view_names(request.seed, settings.views)[1:]
+        self.train_pixels = Pixels(material, material.train, views, room)
+        self.held_pixels = Pixels(material, material.held, [CENTER], room)
 
     def train(self, rows: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor:
         """Training images `rows`, `int [B]`, as this epoch sees them -> `uint8 [B, 3, crop, crop]`."""

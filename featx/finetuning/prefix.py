@@ -23,7 +23,7 @@ from featx.extraction.result import Extraction
 from featx.features import FeatureSpec
 from featx.finetuning.augment import Draws
 from featx.finetuning.layers import Tuned
-from featx.finetuning.recipes import FinetuneConfig
+from featx.finetuning.pixels import Material
 from featx.pixels.views import view_names
 
 BATCH = 32
@@ -129,10 +129,9 @@ def _moves(node: fx.Node, trunk: nn.Module, modules: dict[str, nn.Module]) -> bo
     if node.op != "call_module":
         return False
     module = modules[str(node.target)]
-    if any(p.requires_grad for p in module.parameters()):
-        return True
     random = isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm)
-    return module.training and (random or type(module).__name__ in _RANDOM)
+    random |= type(module).__name__ in _RANDOM
+    return (module.training and random) or any(p.requires_grad for p in module.parameters())
 
 
 def _needed(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
@@ -212,34 +211,24 @@ class Activations:
     free, computes nothing and raises `TrainingError`.
     """
 
-    def __init__(
-        self,
-        extraction: Extraction,
-        train: np.ndarray,
-        held: np.ndarray,
-        part: Cut,
-        spec: FeatureSpec,
-        settings: FinetuneConfig,
-        device: torch.device,
-        workers: int,
-    ) -> None:
-        """train, held: `int [N]`, `int [M]`, row numbers of `extraction`. spec: identity of the activations of the
-        centre crops.
-        """
-        self.device, self.row_shape = device, part.row_shape
+    def __init__(self, material: Material, part: Cut, spec: FeatureSpec) -> None:
+        """spec: identity of the activations of the centre crops."""
+        extraction, settings, train, held = material.extraction, material.settings, material.train, material.held
+        self.device, self.row_shape = material.device, part.row_shape
         self.train_keys, self.held_keys = extraction.keys[train], extraction.keys[held]
-        self.views = settings.views if settings.augmentation == "views" else 0
+        self.views = settings.views if settings.steps.geometry == "views" else 0
         """0 trains on centre crops."""
         names = view_names(extraction.request.seed, self.views)
         self.stores = [FeatureStore(extraction.cache, replace(spec, view=name)) for name in names]
-        wanted = [held, *[train] * self.views] if self.views else [np.concatenate([train, held])]
-        todo = [rows[~s.contains(extraction.keys[rows])] for s, rows in zip(self.stores, wanted, strict=True)]
+        center = held if self.views else np.concatenate([train, held])
+        wanted = zip(self.stores, [center, *[train] * self.views], strict=True)
+        todo = [rows[~store.contains(extraction.keys[rows])] for store, rows in wanted]
         if any(map(len, todo)):
             self._check_disk(extraction, sum(map(len, todo)), settings.prefix_gb * 1e9)
-            engine = PrefixEngine(part.prefix, device)
+            engine = PrefixEngine(part.prefix, self.device)
             for stores, missing in ((self.stores[:1], todo[:1]), (self.stores[1:], todo[1:])):
                 if any(map(len, missing)):
-                    _fill(extraction, stores, np.unique(np.concatenate(missing)), engine, workers)
+                    _fill(extraction, stores, np.unique(np.concatenate(missing)), engine, material.workers)
 
     def _check_disk(self, extraction: Extraction, count: int, limit: float) -> None:
         need, free = count * 2 * math.prod(self.row_shape), shutil.disk_usage(extraction.cache).free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from featx.extraction.result import Extraction
 from featx.features import Features, hash_fraction
 from featx.finetuning import layers, prefix
 from featx.finetuning.checkpoints import Checkpoints
-from featx.finetuning.pixels import Pictures
+from featx.finetuning.pixels import Material, Pictures
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup
@@ -58,38 +58,6 @@ def hold_out(features: Features, settings: FinetuneConfig) -> Features:
     return replace(features, splits=splits)
 
 
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """The images that fine-tuning uses, by their rows in the features."""
-
-    train: np.ndarray
-    """`int64 [N]`: the images that train."""
-    held: np.ndarray
-    """`int64 [M]`: the images that select; none for `last`."""
-    classes: np.ndarray
-    """`int64`, for every row: the image's class as the head counts them, -1 for none."""
-    class_names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, features: Features, head: Head | None, settings: FinetuneConfig) -> Chosen:
-        """Choose by split. Raises `TrainingError` where images or classes are missing."""
-        train = np.flatnonzero((features.splits == "train") & (features.y >= 0))
-        seen = tuple(features.class_names[i] for i in np.unique(features.y[train]))
-        class_names = seen if head is None else head.class_names
-        if len(seen) < 2:
-            raise TrainingError(f"training needs images of two classes; there are {len(train)} images of {seen}")
-        if missing := sorted(set(seen) - set(class_names)):
-            raise TrainingError(f"the head does not know {', '.join(missing)}; fit it on these images")
-
-        classes = np.append(columns(features.class_names, class_names), -1)[features.y]
-        held = np.flatnonzero((features.splits == settings.select) & (classes >= 0))
-        if not len(held) and settings.select != "last":
-            raise TrainingError(
-                f"there are no images in {settings.select!r} to choose the epoch by; use select last, or val"
-            )
-        return cls(train, held, classes, class_names)
-
-
 def prepare(
     extraction: Extraction,
     features: Features,
@@ -107,24 +75,22 @@ def prepare(
         head = None
     elif head is None:
         raise TrainingError("init is fitted and there is no fitted head; use init random")
+
     backbone = _load(extraction, settings)
-    chosen = Chosen.of(features, head, settings)
-    _check_batches(len(chosen.train), settings.batch_size, world.size)
-    network = _build(backbone, head, len(chosen.class_names), settings)
+    info = backbone.info
+    train, held, classes, class_names = _choose(features, head, settings)
+    _check_batches(len(train), settings.batch_size, world.size)
+    network = _build(backbone, head, len(class_names), settings)
     if world.leads:
         tqdm.write(layers.table(network.groups), file=sys.stderr)
 
-    inputs = _open_inputs(extraction, chosen, network, backbone, settings, world, workers or available_threads())
+    material = Material(extraction, settings, world.device, workers or available_threads(), train, held)
+    inputs = _open_inputs(material, network, backbone, world)
     network.to(world.device)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
-    targets = torch.from_numpy(chosen.classes[chosen.train]).to(world.device)
-    identity = {
-        "weights": backbone.info.weights_digest,
-        "layer": backbone.info.layer,
-        "images": features.digest,
-        "processes": world.size,
-    }
+    targets = torch.from_numpy(classes[train]).to(world.device)
+    identity = {"weights": info.weights_digest, "layer": info.layer, "images": features.digest, "processes": world.size}
     return Setup(
         settings=settings,
         folder=folder,
@@ -134,11 +100,11 @@ def prepare(
         model=_wrap(network, settings, world),
         optimizer=_optimizer(network, settings),
         inputs=inputs,
-        ids=[features.ids[i] for i in chosen.train],
+        ids=[features.ids[i] for i in train],
         targets=targets,
-        held=torch.from_numpy(chosen.classes[chosen.held]).to(world.device),
-        weights=_class_weights(targets, chosen.class_names, settings).to(world.device),
-        class_names=chosen.class_names,
+        held=torch.from_numpy(classes[held]).to(world.device),
+        weights=_class_weights(targets, class_names, settings).to(world.device),
+        class_names=class_names,
         checkpoints=Checkpoints(own_folder(folder, "checkpoints"), {**settings.to_dict(), **identity}),
         micro=-(-settings.batch_size // (settings.accumulate * world.size)),
     )
@@ -147,6 +113,27 @@ def prepare(
 def _check_labels(features: Features) -> None:
     if features.y.ndim != 1:
         raise TrainingError("fine-tuning needs one label per image; fit a head for several")
+
+
+def _choose(
+    features: Features, head: Head | None, settings: FinetuneConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Rows of the images that train and of those that select, every row's class (-1: none), and the class names."""
+    train = np.flatnonzero((features.splits == "train") & (features.y >= 0))
+    seen = tuple(features.class_names[i] for i in np.unique(features.y[train]))
+    class_names = seen if head is None else head.class_names
+    if len(seen) < 2:
+        raise TrainingError(f"training needs images of two classes; there are {len(train)} images of {seen}")
+    if missing := sorted(set(seen) - set(class_names)):
+        raise TrainingError(f"the head does not know {', '.join(missing)}; fit it on these images")
+
+    classes = np.append(columns(features.class_names, class_names), -1)[features.y]
+    held = np.flatnonzero((features.splits == settings.select) & (classes >= 0))
+    if not len(held) and settings.select != "last":
+        raise TrainingError(
+            f"there are no images in {settings.select!r} to choose the epoch by; use select last, or val"
+        )
+    return train, held, classes, class_names
 
 
 def _check_batches(count: int, batch_size: int, processes: int) -> None:
@@ -179,24 +166,16 @@ def _build(backbone: Backbone, head: Head | None, classes: int, settings: Finetu
     return network
 
 
-def _open_inputs(
-    extraction: Extraction,
-    chosen: Chosen,
-    network: layers.Tuned,
-    backbone: Backbone,
-    settings: FinetuneConfig,
-    world: World,
-    workers: int,
-) -> Inputs:
+def _open_inputs(material: Material, network: layers.Tuned, backbone: Backbone, world: World) -> Inputs:
     """The decoded images; or, with a cached prefix, its activations, for a network that is cut there."""
-    if not settings.cache_prefix:
-        return Pictures(extraction, chosen.train, chosen.held, settings, world.device, workers)
+    if not material.settings.cache_prefix:
+        return Pictures(material)
 
-    part = prefix.cut(network, extraction.info.preprocess.crop)
+    part = prefix.cut(network, backbone.info.preprocess.crop)
     first = next(group.name for group in network.groups if group.lr is not None)
     spec = replace(backbone.info.spec(), layer=f"before {first}", precision="fp32", dtype="float16")
     with world.leader_first():
-        inputs = prefix.Activations(extraction, chosen.train, chosen.held, part, spec, settings, world.device, workers)
+        inputs = prefix.Activations(material, part, spec)
     for half in part.suffix.parts.values():
         half.to(world.device)
     network.suffix = part.suffix
@@ -205,34 +184,26 @@ def _open_inputs(
 
 def _class_weights(targets: Tensor, class_names: tuple[str, ...], settings: FinetuneConfig) -> Tensor:
     """`float32 [C]`."""
-    if settings.class_weight is None:
-        return torch.ones(len(class_names))
-    if settings.class_weight == "balanced":
+    given = settings.class_weight or {}
+    if given == "balanced":
         counts = torch.bincount(targets.cpu(), minlength=len(class_names)).float()
         return len(targets) / (len(class_names) * counts.clamp_min(1))
-    assert isinstance(settings.class_weight, dict)
-    unknown = sorted(set(settings.class_weight) - set(class_names))
-    if unknown or min(settings.class_weight.values(), default=1) <= 0:
-        raise TrainingError(
-            f"class weights are above 0, for classes among {', '.join(class_names[:20])}; got {settings.class_weight}"
-        )
-    return torch.tensor([settings.class_weight.get(name, 1.0) for name in class_names])
+    assert isinstance(given, dict)
+    if given.keys() - set(class_names) or min(given.values(), default=1) <= 0:
+        raise TrainingError(f"class weights are above 0, for classes among {', '.join(class_names[:20])}; got {given}")
+    return torch.tensor([given.get(name, 1.0) for name in class_names], dtype=torch.float32)
 
 
 def _optimizer(network: layers.Tuned, settings: FinetuneConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over the trained groups, each with its rate; vectors (biases, norms) do not decay."""
     named = dict(network.named_parameters())
-    groups: list[dict[str, Any]] = []
-    for group in network.groups:
-        if group.lr is None:
-            continue
-        members = [named[name] for name in group.parameters]
-        shared = {"lr": group.lr, "base": group.lr, "name": group.name}
-        matrices, vectors = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]
-        groups.append({**shared, "params": matrices, "weight_decay": settings.weight_decay})
-        groups.append({**shared, "params": vectors, "weight_decay": 0.0})
-
-    groups = [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = [
+        {"params": chosen, "lr": group.lr, "base": group.lr, "name": group.name, "weight_decay": decay}
+        for group in network.groups
+        if group.lr is not None
+        for decay, matrices in ((settings.weight_decay, True), (0.0, False))
+        if (chosen := [named[name] for name in group.parameters if (named[name].ndim > 1) == matrices])
+    ]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)

@@ -55,7 +55,6 @@ class World:
                 torch.cuda.set_device(place)
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
-            size = dist.get_world_size()
         return cls(rank(), size, place)
 
     @property

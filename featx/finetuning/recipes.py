@@ -138,7 +138,7 @@ class FinetuneConfig:
             object.__setattr__(self, "init", "random")  # no fitted head fits features that do not exist yet
         if self.cache_prefix and self.mode != "partial":
             raise TrainingError(f"a cached prefix needs frozen layers, so mode partial, not {self.mode}")
-        steps = Augmentation.parse(self.augmentation)
+        steps = self.steps
         if self.cache_prefix and (steps.geometry not in ("none", "views") or steps.policies):
             raise TrainingError(f"a cached prefix sees fixed pixels: augment is views or none, not {self.augment!r}")
         if self.select == "last" and self.patience is not None:
@@ -150,8 +150,9 @@ class FinetuneConfig:
         return self.lr if self.lr is not None else {"sgd": 1e-3, "adamw": 1e-4}[self.optimizer]
 
     @property
-    def augmentation(self) -> str:
-        return self.augment or ("views" if self.cache_prefix else "crop-flip")
+    def steps(self) -> Augmentation:
+        """The augmentation. Raises `TrainingError` for unknown steps."""
+        return Augmentation.parse(self.augment or ("views" if self.cache_prefix else "crop-flip"))
 
     def factor(self, step: int, steps: int) -> float:
         """The factor on learning rates at `step`, counted over all epochs of `steps` each."""

@@ -26,6 +26,7 @@ from featx.finetuning.augment import Draws, seed_of
 from featx.finetuning.checkpoints import Checkpoints, Progress
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
+from featx.text import some
 
 METRICS = "metrics.jsonl"
 MEASURE_BATCH = 32
@@ -252,9 +253,8 @@ def _parts(
 
 def _check(setup: Setup, loss: Tensor, rows: np.ndarray, epoch: int) -> None:
     if not math.isfinite(float(loss)):
-        names = [setup.ids[i] for i in rows.tolist()]
-        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        names = some([setup.ids[i] for i in rows.tolist()], 8)
         raise TrainingError(
-            f"the loss became NaN or infinite in epoch {epoch + 1}, on the batch of {some}; the last good "
+            f"the loss became NaN or infinite in epoch {epoch + 1}, on the batch of {names}; the last good "
             f"checkpoint is kept in {setup.checkpoints.folder}. Lower the learning rate, or use fp32"
         )

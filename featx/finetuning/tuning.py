@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -123,12 +122,12 @@ def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:
 
 def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
     """Write the tuned network, and describe how it was trained."""
-    backbone, path, layer = setup.backbone, setup.folder / MODEL, on_cpu(setup.network.head.state_dict())
+    backbone, info, path = setup.backbone, setup.backbone.info, setup.folder / MODEL
     if setup.world.leads:
         # the network's own classifier is unchanged: the file fits the architecture, the new head has its own file
         tensors = on_cpu({**backbone.network.state_dict(), **backbone.module.network.state_dict()})
         try:
-            write_atomic(path, save(tensors, {"backbone": backbone.info.name}))
+            write_atomic(path, save(tensors, {"backbone": info.name}))
         except OSError as error:
             raise TrainingError(
                 f"{path} could not be saved ({error.strerror or error}); the checkpoints are kept. Make room "
@@ -136,12 +135,8 @@ def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
             ) from error
     setup.world.wait()
 
-    request = BackboneRequest(
-        name=backbone.info.name.removeprefix("custom/"),
-        weights=os.fspath(path),
-        layer=backbone.info.layer,
-        preprocess=tuple(vars(backbone.info.preprocess).items()),
-    )
+    overrides = tuple(vars(info.preprocess).items())
+    request = BackboneRequest(info.name.removeprefix("custom/"), str(path), info.layer, preprocess=overrides)
     history = {
         "mode": setup.settings.mode,
         "select": setup.settings.select,
@@ -155,5 +150,6 @@ def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
         "processes": setup.world.size,
         "seconds": round(seconds, 3),
     }
+    layer = on_cpu(setup.network.head.state_dict())
     head = Head(layer["weight"].float().numpy(), layer["bias"].float().numpy(), setup.class_names)
     return Finetuned(request, head, history)
