@@ -18,8 +18,7 @@ from peers import BATCH, timed
 
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
-from featx.engines.onnx import OnnxEngine, accelerated
-from featx.engines.opening import backbone_onnx
+from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
 from featx.features import difference
 
 NETWORKS = ("resnet18", "resnet34", "vgg16", "alexnet", "resnet50", "wide_resnet50_2", "squeezenet1_1", "inception_v3")
