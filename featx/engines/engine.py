@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-ENGINES = ("onnxruntime", "torch-cpu", "torch-cuda")
 CPU_BATCH = 32
 
 
@@ -15,7 +14,7 @@ class Engine(Protocol):
     """A backbone, ready to run. An image's row does not depend on the rest of its batch."""
 
     name: str
-    """One of `ENGINES`; a store records it."""
+    """`onnxruntime`, `torch-cpu`, `torch-cuda` or one of your own; a store records it."""
     batch_size: int
     """The largest number of images per call, and the fastest."""
 

@@ -112,16 +112,14 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     if "error" in known and known.get("libraries") == libraries:
         raise ExportError(known["error"])
 
-    backbone = loaded(request, info)
+    module = loaded(request, info).module
     known = {"graph": graph, "libraries": libraries}
     try:
-        data = to_onnx(backbone.module, info)
+        _keep(path, to_onnx(module, info), known)
     except ExportError as error:
         with contextlib.suppress(OSError):  # without a record the next run tries again
             _record(path, {**known, "error": str(error)})
         raise
-    try:
-        _keep(path, data, known)
     except OSError as error:
         raise StoreError(
             f"the exported backbone cannot be written to {path.parent} ({error}); give another folder by --cache"

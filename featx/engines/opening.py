@@ -8,7 +8,7 @@ from pathlib import Path
 from featx.backbones.loading import loaded
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import choose_device
-from featx.engines.engine import CPU_BATCH, ENGINES, Engine
+from featx.engines.engine import CPU_BATCH, Engine
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
 from featx.errors import ExportError, FeatxError
 from featx.features import TOLERANCE
@@ -31,15 +31,11 @@ def open_engine(
 
     device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, or
     `fp16` on a GPU. batch_size: 32 on a CPU; on a GPU the largest of 256, 128, ... that fits its memory.
-    engine: the one of `ENGINES` that filled a store; raises `FeatxError`, before anything is opened, where
+    engine: the name of the one that filled a store; raises `FeatxError`, before anything is opened, where
     another would run here. threads: for the arithmetic on a CPU, by default one per core.
     """
     if precision not in TOLERANCE:
         raise FeatxError(f"precision is one of {', '.join(TOLERANCE)}, not {precision!r}")
-    if engine is not None and engine not in ENGINES:
-        raise FeatxError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
-    if batch_size is not None and batch_size < 1:
-        raise FeatxError(f"a batch has at least one image, not {batch_size}")
 
     by_cpu = device == "auto" and engine in ("onnxruntime", "torch-cpu")
     place = "cpu" if by_cpu else choose_device(device)
@@ -47,16 +43,17 @@ def open_engine(
         raise FeatxError("fp16 is for GPUs and slow on a CPU; use bf16 or fp32")
     torch_cpu = precision == "bf16" or engine == "torch-cpu"
     name = "torch-cuda" if place != "cpu" else "torch-cpu" if torch_cpu else "onnxruntime"
-    if engine not in (None, name):
-        raise FeatxError(_mismatch(engine, name, "a GPU" if engine == "torch-cuda" else "--device cpu"))
+    if engine is not None and engine != name:
+        needs = {"torch-cuda": "a GPU", "torch-cpu": "--device cpu", "onnxruntime": "--device cpu"}
+        raise FeatxError(_mismatch(engine, name, needs.get(engine, "that engine")))
 
     if name == "onnxruntime":
         try:
             return OnnxEngine(accelerated(backbone_onnx(request, info, cache)), batch_size, threads)
         except ExportError as error:
             if engine is not None:
-                needs = "the versions that exported it"
-                raise FeatxError(f"{error}; {_mismatch(engine, 'torch-cpu', needs)}") from error
+                mismatch = _mismatch(engine, "torch-cpu", "the versions that exported it")
+                raise FeatxError(f"{error}; {mismatch}") from error
             warnings.warn(f"{error}; torch runs it instead, slower", RuntimeWarning, stacklevel=2)
     from featx.engines.torch import CpuEngine, CudaEngine
 
@@ -66,7 +63,7 @@ def open_engine(
     return CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
 
 
-def _mismatch(engine: str | None, name: str, needs: str) -> str:
+def _mismatch(engine: str, name: str, needs: str) -> str:
     return (
         f"the features in the cache come from the engine {engine}, and here {name} would run, whose rows differ in "
         f"their last bits; use {needs}, another --cache, or remove these features first (featx cache remove)"
