@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from featx.backbones.backbone import replace_module
 from featx.backbones.table import AUXILIARY, fingerprint, table
@@ -149,6 +148,6 @@ def _sized(layer: nn.Module, classes: int) -> nn.Module:
     """A layer like this Linear or 1x1 convolution for another number of classes, its values not set."""
     bias = layer.bias is not None
     if isinstance(layer, nn.Conv2d):
-        return skip_init(nn.Conv2d, layer.in_channels, classes, kernel_size=1, bias=bias)
+        return nn.Conv2d(layer.in_channels, classes, kernel_size=1, bias=bias, device="meta").to_empty(device="cpu")
     assert isinstance(layer, nn.Linear)
-    return skip_init(nn.Linear, layer.in_features, classes, bias=bias)
+    return nn.Linear(layer.in_features, classes, bias=bias, device="meta").to_empty(device="cpu")

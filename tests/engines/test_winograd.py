@@ -1,4 +1,4 @@
-"""A network with fewer multiplications gives the rows it gave, for any batch."""
+"""A network rewritten with fewer multiplications gives the same rows, for any batch."""
 
 from __future__ import annotations
 

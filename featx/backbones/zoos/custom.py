@@ -83,7 +83,7 @@ def _find(name: str) -> Callable[[], Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise BackboneError(f"{path} cannot be imported: it needs {error.name}, which is not installed") from error
-        raise BackboneError(f"there is no module {path!r}; it is looked for as Python does, and in {folder}") from error
+        raise BackboneError(f"there is no module {path!r} on Python's search path or in {folder}") from error
     except Exception as error:
         raise BackboneError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
 
@@ -116,7 +116,7 @@ def _classifier(network: nn.Module, name: str, crop: int, classes: int) -> str:
     """The dotted name of the last Linear, after a check that the network ends in it."""
     linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear) and path]
     if linears:
-        head = linears[-1]
+        head: str = linears[-1]
         as_many = network.get_submodule(head).out_features == classes
         if as_many and is_affine(network, without(network, head), head, crop):
             return head

@@ -36,7 +36,7 @@ def load(request: BackboneRequest, name: str) -> Backbone:
             f"timm has no weights {name!r}; there are {', '.join(tagged) or 'none'}.{near(name, tagged)}"
         )
 
-    config = timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
     preprocess = request.override(preprocessing(name, config, dict(request.preprocess)))
     options: dict[str, Any] = {}
     if config.fixed_input_size and preprocess.crop != config.input_size[1]:

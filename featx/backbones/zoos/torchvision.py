@@ -95,7 +95,8 @@ def create(name: str, crop: int, seed: int = 0) -> nn.Module:
 def last_layer(name: str, network: nn.Module) -> str:
     """The dotted name of the classifier's last Linear, or of SqueezeNet's last convolution."""
     kind = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
-    return [path for path, module in network.named_modules() if isinstance(module, kind)][-1]
+    paths: list[str] = [path for path, module in network.named_modules() if isinstance(module, kind)]
+    return paths[-1]
 
 
 def first_weights(name: str) -> Any:
