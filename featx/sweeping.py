@@ -22,7 +22,8 @@ from featx.backbones.loading import locate, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.backbones.table import names
 from featx.devices import memory_for_features
-from featx.engines.opening import backbone_onnx, open_engine
+from featx.engines.onnx import backbone_onnx
+from featx.engines.opening import open_engine
 from featx.errors import FeatxError, HeadError, RunError
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
