@@ -1,4 +1,4 @@
-"""Owns featx as scikit-learn estimators: `ImageFeatures`, the cache as a transformer, and `HeadClassifier`."""
+"""featx as scikit-learn estimators: `ImageFeatures`, the cache as a transformer, and `HeadClassifier`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Images(Source):
         return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
-class ImageFeatures(TransformerMixin, BaseEstimator):
+class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Images -> features `[N, D]`, computed once and cached; for a `Pipeline`, `GridSearchCV` and the like.
 
     `transform` takes a sequence of paths, Pillow images or `uint8 [H, W, 3]` arrays, or one
@@ -110,7 +110,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
         return tags
 
 
-class HeadClassifier(ClassifierMixin, BaseEstimator):
+class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Any trained head as a scikit-learn classifier: `fit`, `predict`, `predict_proba`, `score`, clone.
 
     head: `logreg`, `linear`, `ridge` or `ncm`; settings: its own keyword arguments, by name (`{"folds": 3}`),

@@ -33,6 +33,11 @@ CARD = "README.md"
 CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
 
 
+Part = BackboneRequest | BackboneInfo | FeatureSpec
+PARTS: dict[str, type[Part]] = {"request": BackboneRequest, "backbone": BackboneInfo, "spec": FeatureSpec}
+"""The fields of `RunConfig` that are values of their own; a run of fine-tuning keeps what they were in `base`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """`config.json`: all that is needed to make a run again, or to load, evaluate and export it."""
@@ -65,21 +70,15 @@ class RunConfig:
     """`request`, `backbone` and `spec` of the backbone that fine-tuning began with."""
 
     def to_dict(self) -> dict[str, Any]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        if self.base is None:
-            del values["base"]
-        return values | {name: values[name].to_dict() for name in ("request", "backbone", "spec")}
+        values = vars(self) | {name: getattr(self, name).to_dict() for name in PARTS}
+        return {name: value for name, value in values.items() if name != "base" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Older ones lack some fields that have a default."""
-        needed = [item.name for item in fields(cls) if item.default is item.default_factory is MISSING]
-        if missing := [name for name in needed if name not in values]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-        known["request"] = BackboneRequest.from_dict(values["request"])
-        known["backbone"] = BackboneInfo.from_dict(values["backbone"])
-        return cls(**known | {"spec": FeatureSpec.from_dict(values["spec"])})
+        """Fields that have a default may be missing. Raises `KeyError` for others."""
+        optional = {f.name for f in fields(cls) if MISSING is not f.default or MISSING is not f.default_factory}
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values or f.name not in optional}
+        return cls(**known | {name: part.from_dict(known[name]) for name, part in PARTS.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +169,8 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path} is damaged ({error}); fit again into another --output")
+    what = f"it has no {error}" if isinstance(error, KeyError) else error
+    return RunError(f"{path} is damaged ({what}); fit again into another --output")
 
 
 def own_folder(path: Path, name: str) -> Path:
@@ -194,8 +194,7 @@ def default_path(root: str | Path, config: RunConfig) -> Path:
 
 def digest(config: RunConfig) -> str:
     """SHA-256, in hex, of the part of a configuration that decides the result."""
-    values = config.to_dict()
-    identity = {name: values[name] for name in IDENTITY}
+    identity = {name: getattr(config, name) for name in IDENTITY} | {"spec": config.spec.to_dict()}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Owns the commands that ship: export, predict, inspect."""
+"""The commands that ship: export, check, predict, inspect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, say
+from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, say, show
 from featx.text import encodable, printable, prose
 
 if TYPE_CHECKING:
@@ -71,16 +71,11 @@ def export(
         from featx.shipping.reduction import export_reduced
 
         reduced = export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options)
-        if as_json:
-            emit(reduced.to_dict())
-        else:
-            say(reduced.figures())
+        show(reduced, reduced.figures(), as_json)
         return DONE
     parity = export(run, tolerance=tolerance, **options)
-    if as_json:
-        emit(parity.to_dict())
-    else:
-        say(parity_text(parity))
+    show(parity, parity_text(parity), as_json)
+    if not as_json:
         click.echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE
 
@@ -97,10 +92,7 @@ def check(model: str, run: str, as_json: bool, **options: Any) -> int:
     from featx.shipping.exporting import check
 
     parity = check(model, run, **options)
-    if as_json:
-        emit(parity.to_dict())
-    else:
-        say(parity_text(parity))
+    show(parity, parity_text(parity), as_json)
     return DONE
 
 

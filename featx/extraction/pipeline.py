@@ -48,7 +48,7 @@ def sync(
     where no image can be read, `BackboneError`, `StoreError`.
     """
     begin = time.perf_counter()
-    job = prepare(data, backbone, complete(options))
+    job = prepare(data, backbone, complete(options, function=sync))
 
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
     stored = table.stored(stores)

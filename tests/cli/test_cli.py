@@ -285,7 +285,7 @@ cache verify
 """
 NETS = """
 from torch import nn
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 
 def tiny():
     return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()), Preprocess(36, 32)
