@@ -50,8 +50,7 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """`report.json`: the validation images' report at the top level, then what led to it."""
-        values: dict[str, Any] = {"accuracy": None, "split": "val", "count": 0}
-        values |= self.val.to_dict() if self.val else {}
+        values = {"accuracy": None, "split": "val", "count": 0} | (self.val.to_dict() if self.val else {})
         values |= {"test": self.test.to_dict()} if self.test else {}
         values |= {"train_accuracy": self.train_accuracy, "fit": self.info | {"seconds": round(self.seconds, 4)}}
         return values | {"notes": [*values.get("notes", []), *self.notes]}
@@ -93,7 +92,7 @@ def fit_features(
 
 def check_learnable(train: Features) -> None:
     """Raise `HeadError` unless training images show at least two classes."""
-    if len(train) == 0:
+    if not len(train.y):
         raise HeadError("there are no training images; expected class folders, or train/ with class folders")
     seen = np.unique(train.y)
     if train.y.ndim == 1 and len(seen) < 2:
@@ -101,20 +100,21 @@ def check_learnable(train: Features) -> None:
         others = [repr(name) for name in train.class_names if name != only]
         none = f"; of {', '.join(others[:5])} there is none to learn from: add images" if others else ""
         raise HeadError(
-            f"all {len(train)} training images are {only!r}, and a classifier needs at least two classes{none}"
+            f"all {len(train.y)} training images are {only!r}, and a classifier needs at least two classes{none}"
         )
 
 
 def measured(features: Features, fitted: Fitted, seconds: float, *, learned: bool) -> Fit:
     """A head with its reports. learned: from these training images, so that their copies elsewhere are no test."""
-    head, train, notes = fitted.head, features.split("train"), repeated(features) if learned else []
+    head, notes = fitted.head, repeated(features) if learned else []
+    train, *others = map(features.split, ("train", "val", "test"))
     val, test = (
-        evaluate_logits(head(part.rows), part.y, head, part.class_names, part.ids) if len(part) else None
-        for part in map(features.split, ("val", "test"))
+        evaluate_logits(head(part.rows), part.y, head, part.class_names, part.ids) if len(part.y) else None
+        for part in others
     )
     if val is None:
         notes = ["there are no validation images: nothing was measured on images the head has not seen", *notes]
-    return Fit(head, fitted.info, seconds, val, test, share_right(head, train) if len(train) else None, notes)
+    return Fit(head, fitted.info, seconds, val, test, share_right(head, train) if len(train.y) else None, notes)
 
 
 def share_right(head: Head, features: Features) -> float:
@@ -315,7 +315,7 @@ def configuration(
 def measured_averages(extracted: Extraction, features: Features, head: Head) -> dict[str, Any]:
     """`report.json`: what averaging over the views of each validation image gives."""
     val = features.split("val")
-    if not len(val):
+    if not len(val.y):
         return {}
     views = extracted.views(val.keys, memory=0)
     report = evaluate_logits(average(head, views), val.y, head, features.class_names, val.ids)

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,9 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Fields that have a default may be missing. Raises `KeyError` for others."""
-        optional = {f.name for f in fields(cls) if MISSING is not f.default or MISSING is not f.default_factory}
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values or f.name not in optional}
-        return cls(**known | {name: part.from_dict(known[name]) for name, part in PARTS.items()})
+        """What `to_dict` gave; what has a default may lack. Raises `KeyError` or `TypeError` for what else lacks."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        return cls(**known | {name: part.from_dict(values[name]) for name, part in PARTS.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +168,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
-    what = f"it has no {error}" if isinstance(error, KeyError) else error
-    return RunError(f"{path} is damaged ({what}); fit again into another --output")
+    return RunError(f"{path} is damaged ({error}); fit again into another --output")
 
 
 def own_folder(path: Path, name: str) -> Path:

@@ -388,9 +388,9 @@ def _rank(point: Point, by: str) -> tuple[float, ...]:
 def _compared(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Point]:
     """The points, each with how far it is behind the first on the same images."""
     (first, best), *others = found
-    ranked, i = [first], CRITERIA.index(by)
-    for point, mine in others:
-        behind = None if best is None or mine is None else paired(mine[i] - best[i])
+    i, ranked = CRITERIA.index(by), [first]
+    for point, right in others:
+        behind = None if best is None or right is None else paired(right[i] - best[i])
         ranked.append(replace(point, behind=behind))
     return ranked
 

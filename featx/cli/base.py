@@ -23,6 +23,10 @@ KEPT = (
 )
 
 
+# how help is laid out, also on the page of the documentation
+SHOWN = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
 class Commands(click.Group):
     """A group whose commands return their exit code, and whose errors become one."""
 
@@ -60,10 +64,7 @@ class Commands(click.Group):
         sys.exit(code or DONE)
 
 
-@click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FEATX", "max_content_width": 100},
-)
+@click.group(cls=Commands, context_settings=SHOWN | {"auto_envvar_prefix": "FEATX"})
 @click.version_option(__version__, prog_name="featx")
 def cli() -> None:
     """Extract features once, retrain heads in milliseconds, ship one ONNX file.
@@ -115,9 +116,8 @@ def option(name: str) -> Callable[[Command], Command]:
         kind = click.IntRange(field.option.least)
     elif field.type is Path:
         kind = click.Path(file_okay=False)
-    shown = field.option.default is not None
     flag = f"--{name.replace('_', '-')}"
-    return click.option(flag, default=field.option.default, show_default=shown, type=kind, help=field.option.help)
+    return click.option(flag, default=field.option.default, type=kind, help=field.option.help)
 
 
 cache_option = option("cache")
@@ -127,7 +127,7 @@ factory_option = click.option(
     help="The factory of your own that made RUN's backbone: what a run names is imported only if you name it, too.",
 )
 backbone_options = options_of(
-    click.option("--backbone", "-b", default="resnet18", show_default=True, help="See `featx backbones`."),
+    click.option("--backbone", "-b", default="resnet18", help="See `featx backbones`."),
     *map(option, ("weights", "layer", "seed")),
 )
 extraction_options = options_of(

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli import base
+import featx.cli.base as base
 from featx.cli.base import DONE, SKIPPED, json_option, option, options_of, say
 from featx.finetuning.processes import rank
 from featx.text import printable, prose
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from featx.finetuning.recipes import FinetuneConfig
     from featx.runs import Run
 
@@ -74,7 +76,7 @@ finetune_options = options_of(
 
 @click.command()
 @click.argument("data", type=click.Path())
-@click.option("--head", "-H", default="logreg", show_default=True, help="logreg, linear, ridge, ncm or pretrained.")
+@click.option("--head", "-H", default="logreg", help="logreg, linear, ridge, ncm or pretrained.")
 @click.option(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head, see docs/cli.md; repeatable."
 )
@@ -82,8 +84,8 @@ finetune_options = options_of(
 @click.option("--overwrite", is_flag=True, help="Replace a run that lies there, once the new head is fitted.")
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
-@click.option("--report/--no-report", default=True, show_default=True, help="Write report.html and plots/.")
-@click.option("--gain/--no-gain", default=True, show_default=True, help="Cross-validate what views bring.")
+@click.option("--report/--no-report", default=True, help="Write report.html and plots/.")
+@click.option("--gain/--no-gain", default=True, help="Cross-validate what views bring.")
 @click.option(
     "--memory",
     type=click.FloatRange(0, min_open=True),
@@ -152,10 +154,10 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(run: str | Run) -> None:
+def write_page(run: str | Run) -> Path:
     from featx.reporting.report import write_report
 
-    write_report(run)
+    return write_report(run)
 
 
 def rates(text: str) -> dict[str, Any]:
@@ -195,16 +197,14 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
 @click.argument("run", type=click.Path(file_okay=False))
 def report(run: str) -> int:
     """Write report.html and plots/ of RUN anew; one page that needs no network."""
-    from featx.reporting.report import write_report
-
-    click.echo(printable(str(write_report(run))))
+    click.echo(printable(str(write_page(run))))
     return DONE
 
 
 @click.command()
 @click.argument("run", type=click.Path(file_okay=False))
 @click.option("--sizes", help="Numbers of training images: 20,50,100.")
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Subsets of each size.")
+@click.option("--repeats", default=5, type=click.IntRange(1), help="Subsets of each size.")
 @option("device")
 @base.factory_option
 @json_option
@@ -231,14 +231,14 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @click.option("--head", "-H", "heads", multiple=True, help="Repeatable; with settings: 'logreg class_weight=balanced'.")
 @click.option("--layer", "layers", multiple=True, help="Repeatable; by default features.")
 @click.option("--views", multiple=True, type=click.IntRange(0), help="Repeatable: numbers of augmented views.")
-@click.option("--by", default="accuracy", show_default=True, type=click.Choice(["accuracy", "log_loss"]))
+@click.option("--by", default="accuracy", type=click.Choice(["accuracy", "log_loss"]))
 @option("weights")
 @option("seed")
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="By default export/<data>-sweep.")
 @base.cache_option
 @option("device")
 @option("workers")
-@click.option("--report/--no-report", default=True, show_default=True, help="Write the winner's report.html.")
+@click.option("--report/--no-report", default=True, help="Write the winner's report.html.")
 @json_option
 def sweep(data: str, report: bool, as_json: bool, **options: Any) -> int:
     """Compare backbones, heads, layers and views on DATA; each point is a run, the best is named.
