@@ -47,7 +47,7 @@ def sync(
     An interrupted run keeps what it has computed. Raises `FeatxError` for options that cannot be, `SourceError`
     where no image can be read, `BackboneError`, `StoreError`.
     """
-    return run(prepare(data, backbone, complete(options)), engine)
+    return run(prepare(data, backbone, complete(options, function=sync)), engine)
 
 
 def run(job: Job, engine: Engine | None = None) -> Extraction:
