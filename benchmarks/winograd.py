@@ -28,7 +28,7 @@ TEXT = """\
 Written by `python benchmarks/winograd.py`: onnxruntime on the network as it is exported, and on the graph that featx
 makes of it and runs ([featx/engines/winograd.py](../../featx/engines/winograd.py)); batches of {batch}, fp32, medians
 of {rounds} rounds in turns. Random weights, noise for pixels. A graph stays as it is where no two convolutions of 3x3,
-stride 1 and 128 channels or more are neighbours: a rule found on this machine and used on all.
+stride 1 and 128 channels or more are neighbours: a rule found on this one machine, and used on all.
 
 {told}
 
