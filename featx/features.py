@@ -45,7 +45,7 @@ class StoredRows(Rows, Protocol):
 def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
     """The rows of a table with these numbers, `int [M]`, in memory: in one go where the table can `take`."""
     if isinstance(X, np.ndarray):
-        return X[which]
+        return np.asarray(X[which])
     if hasattr(X, "take"):
         return np.asarray(X.take(which)[0 : len(which)])
     return np.concatenate([X[i : i + 1] for i in which.tolist()])
