@@ -38,13 +38,13 @@ def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     z = np.asarray(logits, np.float64)
     z = z - z.max(axis=1, keepdims=True)
     picked = z[np.arange(len(y)), y]
-    return np.minimum(np.log(np.exp(z).sum(axis=1)) - picked, -np.log(SMALLEST))
+    return np.asarray(np.minimum(np.log(np.exp(z).sum(axis=1)) - picked, -np.log(SMALLEST)))
 
 
 def binary_losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Each row's and label's cross-entropy, `float64 [N, C]`, in nats; logits and 0/1 targets `[N, C]`."""
     z = np.asarray(logits, np.float64)
-    return np.minimum(np.logaddexp(0.0, z) - z * y, -np.log(SMALLEST))
+    return np.asarray(np.minimum(np.logaddexp(0.0, z) - z * y, -np.log(SMALLEST)))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
@@ -90,5 +90,6 @@ def average_precision(scores: np.ndarray, y: np.ndarray, weights: np.ndarray) ->
     hits = np.cumsum(weights[:, order] * y[order], axis=1)[:, last]
     seen = np.cumsum(weights[:, order], axis=1)[:, last]
 
-    total, steps = hits[:, -1], np.diff(hits, axis=1, prepend=0.0)
-    return (hits / np.maximum(seen, 1e-300) * steps).sum(axis=1) / np.where(total > 0, total, np.nan)
+    total = np.where(hits[:, -1] > 0, hits[:, -1], np.nan)
+    areas = hits / np.maximum(seen, 1e-300) * np.diff(hits, axis=1, prepend=0.0)
+    return np.asarray(areas.sum(axis=1) / total)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import compress
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -90,30 +90,23 @@ class Report:
 
     def table(self, most: int = 30) -> str:
         """Plain text for people: scores with intervals, then classes and confusion for up to `most` labels."""
-        width = max(map(len, [*self.scores, "calibration_error"]))
+        shown = {**self.scores, "calibration_error": f"{self.calibration_error:.4f}"}
+        width, wide = max(map(len, shown)), max(5, *map(len, self.columns))
         lines = [f"{self.count} images, {len(self.labels)} labels (value and 95 % interval)"]
-        lines += [f"  {name:<{width}}  {score}" for name, score in self.scores.items()]
-        lines.append(f"  {'calibration_error':<{width}}  {self.calibration_error:.4f}")
+        lines += [f"  {name:<{width}}  {score}" for name, score in shown.items()]
         if self.rejection:
-            lines.append(
-                f"  at threshold {self.rejection['threshold']:.3f}: {self.rejection['coverage']:.1%} answered, "
-                f"{self.rejection['accuracy']:.1%} of them right"
-            )
-        wide = max(5, *(len(name) for name in self.columns))
+            sentence = "  at threshold {threshold:.3f}: {coverage:.1%} answered, {accuracy:.1%} of them right"
+            lines.append(sentence.format(**self.rejection))
+
         lines += ["", f"  {'label':<{wide}}  precision  recall  f1      images"]
-        for row in self.per_class[:most]:
-            lines.append(
-                f"  {row['label']:<{wide}}  {row['precision']:<9.4f}  {row['recall']:<6.4f}  "
-                f"{row['f1']:<6.4f}  {row['support']}"
-            )
+        line = "  {label:<{wide}}  {precision:<9.4f}  {recall:<6.4f}  {f1:<6.4f}  {support}"
+        lines += [line.format(wide=wide, **row) for row in self.per_class[:most]]
         if len(self.labels) > most:
             lines.append(f"  ... and {len(self.labels) - most} more labels in report.json")
         elif self.confusion is not None and len(self.columns) <= 12:
-            lines += ["", f"  {'true':<{wide}}  " + "  ".join(f"{c:>{wide}}" for c in self.columns)]
-            for name, counts in zip(self.labels, self.confusion, strict=True):
-                lines.append(f"  {name:<{wide}}  " + "  ".join(f"{c:>{wide}}" for c in counts))
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+            table = [("true", self.columns), *zip(self.labels, self.confusion, strict=True)]
+            lines += ["", *(f"  {name:<{wide}}  " + "  ".join(f"{c:>{wide}}" for c in row) for name, row in table)]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def evaluate(
@@ -134,8 +127,8 @@ def evaluate(
     """
     opened = open_run(run, factory)
     spec, head = opened.config.spec, opened.head
-    stored: dict[str, Any] = {"precision": spec.precision, "dtype": spec.dtype}
-    extraction = sync(data, opened.request, cache=cache or opened.config.cache, **stored, **options)
+    place = cache or opened.config.cache
+    extraction = sync(data, opened.request, cache=place, precision=spec.precision, dtype=spec.dtype, **options)
     features = extraction.features(memory=memory_for_features() if memory is None else memory)
     if features.spec != spec:
         raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")
@@ -153,15 +146,13 @@ def evaluate(
         raise HeadError(f"there is no labelled image in {data}; put images into one folder a class, or name a manifest")
 
     report = evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)
-    trained_on = opened.trained_on
-    seen = 0 if trained_on is None else int(np.isin(short_keys(features.keys), trained_on).sum())
-    if seen:
+    trained_on = () if opened.trained_on is None else opened.trained_on
+    if seen := int(np.isin(short_keys(features.keys), trained_on).sum()):
         report.notes.append(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
             "measured here promises too much"
         )
-    skipped = extraction.report.skipped_images
-    if skipped:
+    if skipped := extraction.report.skipped_images:
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
         report.notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")
     return replace(report, skipped=len(skipped))
@@ -226,25 +217,19 @@ def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str,
             "answered wrongly, and the log-loss leaves them out"
         )
     surest = _surest_wrong(right, confidence)
-    return _report(
-        labels,
-        scores,
-        (np.diagonal(table), table.sum(axis=0)[:size], table.sum(axis=1)),
-        (confidence, right),
-        notes,
-        count=len(y),
-        confusion=table if (label_of == size).any() else table[:, :size],
-        mistakes=[_mistake(ids[i], labels[y[i]], head.class_names[best[i]], confidence[i]) for i in surest],
-        rejection=rejection,
-    )
+    mistakes = [_mistake(ids[i], labels[y[i]], head.class_names[best[i]], confidence[i]) for i in surest]
+    outcomes = np.diagonal(table), table.sum(axis=0)[:size], table.sum(axis=1)
+    report = _report(labels, scores, outcomes, confidence, right, mistakes, notes)
+    confusion = table if (label_of == size).any() else table[:, :size]
+    return replace(report, confusion=confusion, rejection=rejection)
 
 
 def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str, ...], ids: list[str]) -> Report:
     column, notes = columns(labels, head.class_names), []
     known = column >= 0
     if not known.any():
-        every = np.ones(len(head.class_names), bool)
-        raise HeadError(f"the head never learned {_named(labels, ~known)}; it knows {_named(head.class_names, every)}")
+        knows = _named(head.class_names, repeat(True))
+        raise HeadError(f"the head never learned {_named(labels, ~known)}; it knows {knows}")
     if not known.all():
         notes.append(f"the head never learned {_named(labels, ~known)}, which are not measured")
     labels, truth, logits = tuple(compress(labels, known)), y[:, known] > 0, logits[:, column[known]]
@@ -271,16 +256,7 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
         true, answer = labels[k], f"not {labels[k]}"
         true, answer = (answer, true) if said[i, k] else (true, answer)
         mistakes.append(_mistake(ids[i], true, answer, confidence[i, k]))
-    report = _report(
-        labels,
-        scores,
-        (hits[0], answered[0], support[0]),
-        (confidence.ravel(), right.ravel()),
-        notes,
-        count=count,
-        confusion=None,
-        mistakes=mistakes,
-    )
+    report = _report(labels, scores, (hits[0], answered[0], support[0]), confidence, right, mistakes, notes)
     for row, found in zip(report.per_class, precisions[0], strict=True):
         row["average_precision"] = float(found) if row["support"] else None
     return report
@@ -289,7 +265,8 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
 def _surest_wrong(right: np.ndarray, confidence: np.ndarray) -> list[int]:
     """Where the answers are wrong that were most sure, as places in the flat arrays."""
     wrong = np.flatnonzero(~right)
-    return wrong[np.argsort(-confidence.ravel()[wrong], kind="stable")][:MISTAKES].tolist()
+    order = np.argsort(-confidence.ravel()[wrong], kind="stable")
+    return [int(i) for i in wrong[order[:MISTAKES]]]
 
 
 def _mistake(id: str, label: str, answer: str, probability: float) -> dict[str, Any]:
@@ -300,11 +277,12 @@ def _report(
     labels: tuple[str, ...],
     scores: dict[str, Estimate],
     outcomes: tuple[np.ndarray, ...],
-    sure: tuple[np.ndarray, np.ndarray],
+    confidence: np.ndarray,
+    right: np.ndarray,
+    mistakes: list[dict[str, Any]],
     notes: list[str],
-    **others: Any,
 ) -> Report:
-    """outcomes: of each label its hits, answers and images; sure: of each answer its confidence, and `right`."""
+    """outcomes: hits, answers and images of each label; confidence and right: `[N]`, or `[N, L]` for several labels."""
     support = outcomes[-1]
     if not support.all():
         notes.append(f"no image of {_named(labels, support == 0)} is here: averages over classes leave them out")
@@ -313,15 +291,17 @@ def _report(
         for name, p, r, f, n in zip(labels, *metrics.precision_recall_f1(*outcomes), support, strict=True)
     ]
     return Report(
-        labels,
+        labels=labels,
+        count=len(right),
         scores=scores,
-        calibration_error=metrics.calibration_error(*sure),
+        calibration_error=metrics.calibration_error(confidence.ravel(), right.ravel()),
         per_class=per_class,
-        reliability=metrics.reliability(*sure),
+        confusion=None,
+        reliability=metrics.reliability(confidence.ravel(), right.ravel()),
+        mistakes=mistakes,
         notes=notes,
-        **others,
     )
 
 
-def _named(names: Sequence[str], which: np.ndarray) -> str:
+def _named(names: Sequence[str], which: Iterable[bool]) -> str:
     return some([repr(name) for name in compress(names, which)], 5)
