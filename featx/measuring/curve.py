@@ -145,9 +145,8 @@ def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[
 
 def default_sizes(count: int, classes: int) -> list[int]:
     """`count`, and its halves down to about four images per class, ascending; at most seven."""
-    halves = [round(count / 2**k) for k in range(MAX_SIZES)]
-    least = max(4 * classes, 8)
-    return sorted({n for n in halves if n >= least} | {count})
+    halves = {round(count / 2**k) for k in range(MAX_SIZES)}
+    return sorted({n for n in halves if n >= max(4 * classes, 8)} | {count})
 
 
 def nested_order(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
@@ -181,11 +180,12 @@ def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[P
         subsets = len(hits)
         weights = rng.multinomial(subsets, np.full(subsets, 1 / subsets), RESAMPLES) / subsets
         sample = ((weights @ hits) * drawn).sum(axis=1)
-        low, high = map(float, np.quantile(sample, [0.025, 0.975]))
+        low, accuracy, high = np.quantile(sample, 0.025), hits.mean(), np.quantile(sample, 0.975)
         spread = float(hits.mean(axis=1).std(ddof=1)) if subsets > 1 else None
-        accuracy = float(hits.mean())
-        rows.append(Point(int(size), accuracy, min(low, accuracy), max(high, accuracy), subsets, spread))
+        low, high = float(min(low, accuracy)), float(max(high, accuracy))
+        rows.append(Point(int(size), float(accuracy), low, high, subsets, spread))
         samples.append(sample)
+
     return rows, *foretell(np.array(sizes), np.array([r.accuracy for r in rows]), np.array(samples))
 
 

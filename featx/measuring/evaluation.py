@@ -89,7 +89,7 @@ class Report:
         return cls(**kept | {"labels": tuple(kept["labels"])})
 
     def table(self, most: int = 30) -> str:
-        """Plain text for people: scores with intervals, then classes and confusion for up to `most` labels."""
+        """Plain text: scores with intervals, then classes and confusion for up to `most` labels."""
         shown = {**self.scores, "calibration_error": f"{self.calibration_error:.4f}"}
         width, wide = max(map(len, shown)), max(5, *map(len, self.columns))
         lines = [f"{self.count} images, {len(self.labels)} labels (value and 95 % interval)"]
@@ -143,7 +143,7 @@ def evaluate(
         raise HeadError(f"no image of {data} is in the split {split!r}; there are {listed}.{near(split, there)}")
     features = features.take(np.flatnonzero(features.labelled & (not split or features.splits == split)))
     if not len(features):
-        raise HeadError(f"there is no labelled image in {data}; put images into one folder a class, or name a manifest")
+        raise HeadError(f"there is no labelled image in {data}; put images into one folder per class, or name a manifest")
 
     report = evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)
     trained_on = () if opened.trained_on is None else opened.trained_on
@@ -253,9 +253,8 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
 
     confidence, mistakes = np.where(said, probabilities, 1 - probabilities), []
     for i, k in (divmod(i, size) for i in _surest_wrong(right, confidence)):
-        true, answer = labels[k], f"not {labels[k]}"
-        true, answer = (answer, true) if said[i, k] else (true, answer)
-        mistakes.append(_mistake(ids[i], true, answer, confidence[i, k]))
+        pair = (labels[k], f"not {labels[k]}")  # the truth, and the answer
+        mistakes.append(_mistake(ids[i], *(pair[::-1] if said[i, k] else pair), confidence[i, k]))
     report = _report(labels, scores, (hits[0], answered[0], support[0]), confidence, right, mistakes, notes)
     for row, found in zip(report.per_class, precisions[0], strict=True):
         row["average_precision"] = float(found) if row["support"] else None

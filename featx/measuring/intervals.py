@@ -105,7 +105,7 @@ def class_averages(table: np.ndarray) -> dict[str, Estimate]:
     drawn = np.random.default_rng(0).multinomial(total, counts / total, RESAMPLES)
     counts, right = np.vstack([counts, drawn]).T, row == column
 
-    hits, answered, support = outcomes = np.zeros((3, width, 1 + RESAMPLES))
+    hits, answered, support = outcomes = np.zeros((3, width, 1 + RESAMPLES), np.int64)
     hits[row[right]] = counts[right]
     np.add.at(answered, column, counts)
     np.add.at(support, row, counts)
