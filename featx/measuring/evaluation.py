@@ -143,14 +143,16 @@ def evaluate(
         raise HeadError(f"no image of {data} is in the split {split!r}; there are {listed}.{near(split, there)}")
     features = features.take(np.flatnonzero(features.labelled & (not split or features.splits == split)))
     if not len(features):
-        raise HeadError(f"there is no labelled image in {data}; put images into one folder per class, or name a manifest")
+        raise HeadError(
+            f"there is no labelled image in {data}; put images into one folder per class, or name a manifest"
+        )
 
     report = evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)
     trained_on = () if opened.trained_on is None else opened.trained_on
     if seen := int(np.isin(short_keys(features.keys), trained_on).sum()):
         report.notes.append(
-            f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: what is "
-            "measured here promises too much"
+            f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: "
+            "the scores are too optimistic"
         )
     if skipped := extraction.report.skipped_images:
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
