@@ -1,8 +1,7 @@
-"""Owns the nearest class mean, for few images per class: nothing to choose, nothing to overfit."""
+"""The nearest class mean, for few images per class: nothing to choose, nothing to overfit."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +32,9 @@ def fit(
     sqrt(D) while their rows are few, or, without folds, sqrt(D).
     threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
     """
-    started = time.perf_counter()
-    task = _training.check(examples.X, examples.y, class_names)
-    fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
-    held = np.flatnonzero(_training.counted(fold >= 0, examples.scored))
-    info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+    task, fold, counted = _training.prepared(examples, class_names, folds, seed)
+    held = np.flatnonzero(counted)
+    info: dict[str, Any] = {"notes": task.notes}
     sums, counts = _class_sums(task, fold)
     weight, bias = _affine(sums.sum(axis=0), counts.sum(axis=0), task.several)
     if not len(held):
@@ -65,7 +62,7 @@ def fit(
         threshold=threshold,
         reject=reject,
     )
-    return Fitted(head, info | {"seconds": time.perf_counter() - started})
+    return Fitted(head, info)
 
 
 def _class_sums(task: Task, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

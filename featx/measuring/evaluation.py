@@ -11,13 +11,14 @@ import numpy as np
 
 from featx import metrics
 from featx.devices import memory_for_features
+from featx.engines.engine import Engine
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
 from featx.features import short_keys
 from featx.head import Head, columns
 from featx.measuring import intervals
 from featx.measuring.intervals import Estimate
-from featx.options import Running
+from featx.options import Running, complete
 from featx.runs import Run, open_run
 from featx.sources.source import Source
 from featx.text import near
@@ -126,18 +127,21 @@ def evaluate(
     cache: str | Path | None = None,
     memory: float | None = None,
     factory: str | None = None,
+    engine: Engine | None = None,
     **options: Unpack[Running],
 ) -> Report:
     """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
 
     split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
-    memory: as for `featx.fit`; factory: as for `featx.load`. options: `device`, `batch_size` and `workers` of
-    `featx.extract`. Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
+    memory: as for `featx.fit`; factory: as for `featx.load`. engine: what runs the backbone, which is then the one
+    that the run records, and is not loaded. options: `device`, `batch_size` and `workers` of `featx.extract`.
+    Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
     """
+    asked = complete(options, Running, evaluate)
     opened = open_run(run, factory)
     spec = opened.config.spec
-    computed: dict[str, Any] = {"precision": spec.precision, "dtype": spec.dtype}
-    extraction = sync(data, opened.request, cache=cache or opened.config.cache, **computed, **options)
+    asked |= {"precision": spec.precision, "dtype": spec.dtype, "cache": cache or opened.config.cache}
+    extraction = sync(data, opened.config.backbone if engine else opened.request, engine=engine, **asked)
     features = extraction.features(memory=memory_for_features() if memory is None else memory)
     if features.spec != spec:
         raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")

@@ -15,7 +15,7 @@ import numpy as np
 
 from featx import __version__
 from featx.devices import memory_for_features
-from featx.engines.opening import backbone_onnx
+from featx.engines.onnx import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction

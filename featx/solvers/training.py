@@ -1,9 +1,9 @@
-"""Owns what every trained head shares: checked input, scaling, folds, calibration, the reject threshold."""
+"""What every trained head shares: checked input, scaling, folds, calibration, the reject threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +13,7 @@ from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
 from featx.head import Head
+from featx.solvers.examples import Examples
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
@@ -72,7 +73,7 @@ class Task:
         """Targets, `float32 [N, C]`."""
         if self.several:
             return self.y.astype(np.float32)
-        return np.eye(len(self.class_names), dtype=np.float32)[self.y]
+        return np.asarray(np.eye(len(self.class_names), dtype=np.float32)[self.y])
 
     def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
         """The head for features as they come, of `[C, D]` and `[C]` fitted on standardised ones."""
@@ -148,6 +149,25 @@ def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, scale, constant
 
 
+def ascending(values: Sequence[float], says: str) -> np.ndarray:
+    """Values to choose from, `float64 [S]`, each once. Raises `HeadError`, which `says` what they are."""
+    found = np.unique(np.asarray(values, np.float64))
+    if not len(found) or not found[0] > 0 or not np.isfinite(found).all():
+        raise HeadError(f"{says}, not {list(values)}")
+    return found
+
+
+def prepared(
+    examples: Examples, class_names: Sequence[str], count: int, seed: int
+) -> tuple[Task, np.ndarray, np.ndarray]:
+    """A checked task, whose notes say what is wrong with its folds too; `count` `folds` of it, `int64 [N]`; and
+    which rows are measured when they are held out, `bool [N]`.
+    """
+    task = check(examples.X, examples.y, class_names)
+    fold, notes = folds(task.y, count, groups=examples.groups, seed=seed)
+    return replace(task, notes=[*task.notes, *notes]), fold, counted(fold >= 0, examples.scored)
+
+
 def folds(
     y: np.ndarray, count: int, *, groups: np.ndarray | None = None, seed: int = 0
 ) -> tuple[np.ndarray, list[str]]:
@@ -165,25 +185,24 @@ def folds(
     used = min(count, int((~alone).sum()))
     if used < 2:
         return np.full(len(y), -1), notes
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(size))
+
+    order = np.random.default_rng(seed).permutation(len(size))
     order = order[np.lexsort((-size[order], label[order]))]  # class by class, large groups first
     held = order[~alone[order]]
-    many = np.unique(label, return_counts=True)[1]
-    inverse = np.unique(label, return_inverse=True)[1][order]
     fold_of = np.full(len(size), -1)
     if (size == 1).all():
         fold_of[held] = np.arange(len(held)) % used  # dealt round, class after class
     else:
-        per_class, load = np.zeros((len(many), used), np.int64), np.zeros(used, np.int64)
-        for group, c in zip(held, inverse[~alone[order]], strict=True):
+        number = np.unique(label, return_inverse=True)[1]
+        per_class, load = np.zeros((number.max() + 1, used), np.int64), np.zeros(used, np.int64)
+        for group in held:
             # the fold with fewest of this class, then the emptiest
-            fold = int(np.lexsort((load, per_class[c]))[0])
+            fold = int(np.lexsort((load, per_class[number[group]]))[0])
             fold_of[group] = fold
-            per_class[c, fold] += size[group]
+            per_class[number[group], fold] += size[group]
             load[fold] += size[group]
-        used = len(np.unique(fold_of[held]))
-        fold_of[held] = np.unique(fold_of[held], return_inverse=True)[1]
+        filled, fold_of[held] = np.unique(fold_of[held], return_inverse=True)
+        used = len(filled)
     if used < count:
         notes.append(f"cross-validated with {used} folds instead of {count}: there are too few images")
     return fold_of[unit], notes
@@ -206,11 +225,8 @@ def _units(
     if y.ndim == 2:
         rarity = np.argsort(np.argsort(y.sum(axis=0), kind="stable"))
         y = np.where(y.any(axis=1), np.where(y > 0, rarity, y.shape[1]).min(axis=1), y.shape[1])
-    _, unit, size = (
-        (None, np.arange(len(y)), np.ones(len(y), np.int64))
-        if groups is None
-        else np.unique(groups, return_inverse=True, return_counts=True)
-    )
+    groups = np.arange(len(y)) if groups is None else groups
+    _, unit, size = np.unique(groups, return_inverse=True, return_counts=True)
     first = np.full(len(size), -1)
     first[unit[::-1]] = np.arange(len(y))[::-1]
     label = y[first]  # a group's class is its first row's
@@ -237,7 +253,7 @@ def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
         raise HeadError(
             f"scored marks the rows to measure on, bool [{len(able)}], not {scored.dtype} {list(scored.shape)}"
         )
-    return able & scored
+    return np.asarray(able & scored)
 
 
 def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
@@ -249,7 +265,7 @@ def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
     if task.several:
         raise HeadError("class_weight='balanced' needs one label per image")
     counts = np.bincount(task.y)
-    return (len(task.y) / (len(counts) * counts))[task.y]
+    return np.asarray((len(task.y) / (len(counts) * counts))[task.y])
 
 
 def finish(

@@ -112,7 +112,7 @@ def test_frozen_norms_stay_in_eval_mode_in_trained_groups_too() -> None:
 def test_parameters_beyond_a_tapped_layer_are_left_out() -> None:
     cut = small.plain()
     trunk = Trunk(cut, Preprocess(resize=32, crop=32), tap="layer2")
-    trunk.pool = "nchw"
+    trunk.pool = (2, 3)
     network = Tuned(trunk, make_linear(None, 8, 2, seed=0))
     beyond = find_unreached(network, 32)
     assert {name.split(".")[2] for name in beyond} == {"layer3", "fc"}
