@@ -87,7 +87,7 @@ class Draws:
         flips, views = rng.random(count, np.float32) < 0.5, rng.random(count, np.float32)
         return cls(seed, epoch, shapes, places, flips, views)
 
-    def fixed_views(self, rows: np.ndarray, views: int) -> np.ndarray:
+    def choose_views(self, rows: np.ndarray, views: int) -> np.ndarray:
         """`int64 [B]`: which of the fixed views, in [0, views), the images `rows` are shown in."""
         chosen: np.ndarray = (self.views[rows] * views).astype(np.int64)
         return chosen

@@ -73,7 +73,7 @@ class Tuned(nn.Module):
         return self
 
 
-def linear(head: Head | None, features: int, classes: int, seed: int) -> nn.Linear:
+def make_linear(head: Head | None, features: int, classes: int, seed: int) -> nn.Linear:
     """The last layer: with a fitted head's weights, or with `nn.Linear`'s initialisation drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def linear(head: Head | None, features: int, classes: int, seed: int) -> nn.Line
     return layer
 
 
-def replaced_names(backbone: Backbone) -> set[str]:
+def find_replaced(backbone: Backbone) -> set[str]:
     """The names in the network of the layer that the head replaces: `fc`, `classifier.6`, `heads.head`."""
     kept = dict(backbone.module.network.named_parameters())
     return {name.rpartition(".")[0] for name, _ in backbone.network.named_parameters() if name not in kept}
@@ -157,7 +157,7 @@ def _choose(names: list[str], aliases: set[str], settings: FinetuneConfig) -> tu
     return frozen, rates
 
 
-def unreached(network: Tuned, crop: int) -> list[str]:
+def find_unreached(network: Tuned, crop: int) -> list[str]:
     """The parameters that get no gradient from one image: those beyond a tapped layer.
 
     Runs in eval mode, on the CPU, and leaves nothing behind.
@@ -169,7 +169,7 @@ def unreached(network: Tuned, crop: int) -> list[str]:
     return [name for (name, _), gradient in zip(named, found, strict=True) if gradient is None]
 
 
-def table(planned: list[Group]) -> str:
+def format_table(planned: list[Group]) -> str:
     """A table of what is trained, one line per group."""
     width = max(len(group.name) for group in planned)
     rows = [(g.name, f"{g.size:,}", "frozen" if g.lr is None else f"{g.lr:.3g}") for g in planned]

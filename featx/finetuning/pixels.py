@@ -160,5 +160,5 @@ class Pictures:
 
     def _index(self, draws: Draws, rows: np.ndarray) -> np.ndarray:
         views = len(self.train_pixels.views)
-        index: np.ndarray = rows * views + draws.fixed_views(rows, views)
+        index: np.ndarray = rows * views + draws.choose_views(rows, views)
         return index

@@ -68,9 +68,9 @@ def cut(network: Tuned, side: int) -> Cut:
     network that cannot be traced or cut, and `TrainingError` where nothing is frozen.
     """
     trunk = network.trunk
-    measuring, graph = _traced(network)
-    node, last = _last_still(trunk, graph), list(graph.nodes)[-1]
-    frozen = [trunk.get_submodule(str(n.target)) for n in _needed(node) if n.op == "call_module"]
+    measuring, graph = _trace(network)
+    node, last = _find_cut(trunk, graph), list(graph.nodes)[-1]
+    frozen = [trunk.get_submodule(str(n.target)) for n in _find_inputs(node) if n.op == "call_module"]
     if not any(True for module in frozen for _ in module.parameters()):
         raise TrainingError(
             "nothing before the first trained layer is frozen, so there is nothing to cache; freeze more, or "
@@ -78,10 +78,11 @@ def cut(network: Tuned, side: int) -> Cut:
         )
 
     twins = dict(zip(graph.nodes, measuring.nodes, strict=True))
-    prefix = _part(trunk, graph, _needed(node), result=node)
-    after = _needed(last, stop=node)
+    prefix = _copy_part(trunk, graph, _find_inputs(node), result=node)
+    after = _find_inputs(last, stop=node)
     suffix = Suffix(
-        _part(trunk, graph, after, entry=node), _part(trunk, measuring, {twins[n] for n in after}, entry=twins[node])
+        _copy_part(trunk, graph, after, entry=node),
+        _copy_part(trunk, measuring, {twins[n] for n in after}, entry=twins[node]),
     )
     with torch.no_grad():
         row = prefix(torch.zeros((2, 3, side, side), dtype=torch.uint8))
@@ -93,7 +94,7 @@ def cut(network: Tuned, side: int) -> Cut:
     return Cut(prefix, suffix, tuple(row.shape[1:]))
 
 
-def _traced(network: Tuned) -> tuple[fx.Graph, fx.Graph]:
+def _trace(network: Tuned) -> tuple[fx.Graph, fx.Graph]:
     """The trunk's graphs in use and in training, which have the same nodes. Raises `BackboneError`."""
     try:
         measuring, training = (_Tracer().trace(network.train(mode).trunk) for mode in (False, True))
@@ -107,22 +108,22 @@ def _traced(network: Tuned) -> tuple[fx.Graph, fx.Graph]:
     return measuring, training
 
 
-def _last_still(trunk: nn.Module, graph: fx.Graph) -> fx.Node:
+def _find_cut(trunk: nn.Module, graph: fx.Graph) -> fx.Node:
     """The last node that training does not change and that everything after it gets the images through."""
     modules, moving = dict(trunk.named_modules()), set[fx.Node]()
     for node in graph.nodes:
-        if _moves(node, trunk, modules) or any(i in moving for i in node.all_input_nodes):
+        if _changes(node, trunk, modules) or any(i in moving for i in node.all_input_nodes):
             moving.add(node)
 
     nodes: list[fx.Node] = list(graph.nodes)
     start, last = nodes[0], nodes[-1]
     for node in reversed(nodes):
-        if node not in moving and node.op not in ("get_attr", "output") and start not in _needed(last, stop=node):
+        if node not in moving and node.op not in ("get_attr", "output") and start not in _find_inputs(last, stop=node):
             return node
     return start
 
 
-def _moves(node: fx.Node, trunk: nn.Module, modules: dict[str, nn.Module]) -> bool:
+def _changes(node: fx.Node, trunk: nn.Module, modules: dict[str, nn.Module]) -> bool:
     """Whether training changes a node's result: it is trained or random, or updates statistics."""
     if node.op == "get_attr":
         return bool(getattr(operator.attrgetter(str(node.target))(trunk), "requires_grad", False))
@@ -134,7 +135,7 @@ def _moves(node: fx.Node, trunk: nn.Module, modules: dict[str, nn.Module]) -> bo
     return (module.training and random) or any(p.requires_grad for p in module.parameters())
 
 
-def _needed(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
+def _find_inputs(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
     """`node` and what it is computed from; the search does not go beyond `stop`."""
     found, waiting = {node}, [node]
     while waiting:
@@ -146,7 +147,7 @@ def _needed(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
     return found
 
 
-def _part(
+def _copy_part(
     trunk: nn.Module, graph: fx.Graph, kept: set[fx.Node], entry: fx.Node | None = None, result: fx.Node | None = None
 ) -> fx.GraphModule:
     """The part of a graph in `kept`, from `entry` (instead of the images) to `result` (instead of the features)."""
@@ -193,11 +194,11 @@ def _fill(
         for store in stores:
             stack.enter_context(store)
         bar = tqdm(loader(numbers), "cache prefix", len(numbers), unit=" images", disable=None)
-        for batch in embed(_readable(bar), engine):
+        for batch in embed(_check_readable(bar), engine):
             keep(batch, stores, source)
 
 
-def _readable(images: Iterable[Loaded]) -> Iterator[Loaded]:
+def _check_readable(images: Iterable[Loaded]) -> Iterator[Loaded]:
     for image in images:
         if image.error:
             raise TrainingError(f"an image could be read before and cannot now: {image.error}")
@@ -242,7 +243,7 @@ class Activations:
         """Activations of training images `rows`, `int [B]`, in the views of this epoch -> `float32`, on the device."""
         if not self.views:
             return self._read(0, self.train_keys[rows])
-        views = draws.fixed_views(rows, self.views) + 1
+        views = draws.choose_views(rows, self.views) + 1
         out = torch.empty((len(rows), *self.row_shape), device=self.device)
         for view in np.unique(views).tolist():
             where = np.flatnonzero(views == view)

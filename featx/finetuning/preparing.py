@@ -82,7 +82,7 @@ def prepare(
     _check_batches(len(train), settings.batch_size, world.size)
     network = _build(backbone, head, len(class_names), settings)
     if world.leads:
-        tqdm.write(layers.table(network.groups), file=sys.stderr)
+        tqdm.write(layers.format_table(network.groups), file=sys.stderr)
 
     material = Material(extraction, settings, world.device, workers or available_threads(), train, held)
     inputs = _open_inputs(material, network, backbone, world)
@@ -98,12 +98,12 @@ def prepare(
         backbone=backbone,
         network=network,
         model=_wrap(network, settings, world),
-        optimizer=_optimizer(network, settings),
+        optimizer=_make_optimizer(network, settings),
         inputs=inputs,
         ids=[features.ids[i] for i in train],
         targets=targets,
         held=torch.from_numpy(classes[held]).to(world.device),
-        weights=_class_weights(targets, class_names, settings).to(world.device),
+        weights=_weigh_classes(targets, class_names, settings).to(world.device),
         class_names=class_names,
         checkpoints=Checkpoints(own_folder(folder, "checkpoints"), {**settings.to_dict(), **identity}),
         micro=-(-settings.batch_size // (settings.accumulate * world.size)),
@@ -158,11 +158,11 @@ def _load(extraction: Extraction, settings: FinetuneConfig) -> Backbone:
 
 def _build(backbone: Backbone, head: Head | None, classes: int, settings: FinetuneConfig) -> layers.Tuned:
     """The network with its last layer, and what of it is trained."""
-    last = layers.linear(head, backbone.info.row_shape[0], classes, settings.seed)
+    last = layers.make_linear(head, backbone.info.row_shape[0], classes, settings.seed)
     network = layers.Tuned(backbone.module, last, freeze_norm=settings.freeze_norm)
     network.requires_grad_(True)
-    unreached = layers.unreached(network, backbone.info.preprocess.crop)
-    layers.plan(network, backbone.groups, layers.replaced_names(backbone), settings, unreached)
+    unreached = layers.find_unreached(network, backbone.info.preprocess.crop)
+    layers.plan(network, backbone.groups, layers.find_replaced(backbone), settings, unreached)
     return network
 
 
@@ -182,7 +182,7 @@ def _open_inputs(material: Material, network: layers.Tuned, backbone: Backbone, 
     return inputs
 
 
-def _class_weights(targets: Tensor, class_names: tuple[str, ...], settings: FinetuneConfig) -> Tensor:
+def _weigh_classes(targets: Tensor, class_names: tuple[str, ...], settings: FinetuneConfig) -> Tensor:
     """`float32 [C]`."""
     given = settings.class_weight or {}
     if given == "balanced":
@@ -194,7 +194,7 @@ def _class_weights(targets: Tensor, class_names: tuple[str, ...], settings: Fine
     return torch.tensor([given.get(name, 1.0) for name in class_names], dtype=torch.float32)
 
 
-def _optimizer(network: layers.Tuned, settings: FinetuneConfig) -> torch.optim.Optimizer:
+def _make_optimizer(network: layers.Tuned, settings: FinetuneConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over the trained groups, each with its rate; vectors (biases, norms) do not decay."""
     named = dict(network.named_parameters())
     groups: list[dict[str, Any]] = [

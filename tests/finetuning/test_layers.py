@@ -9,7 +9,7 @@ from torch import nn
 
 from featx.backbones.backbone import Trunk, groups, without
 from featx.errors import TrainingError
-from featx.finetuning.layers import Group, Tuned, linear, plan, table, unreached
+from featx.finetuning.layers import Group, Tuned, find_unreached, format_table, make_linear, plan
 from featx.finetuning.recipes import FinetuneConfig
 from featx.pixels.preprocess import Preprocess
 
@@ -20,7 +20,7 @@ def tuned(network: nn.Module, head: str, **options: bool) -> tuple[Tuned, list[t
     cut = without(network, head)
     trunk = Trunk(cut, Preprocess(resize=32, crop=32))
     size = network.get_submodule(head).in_features
-    return Tuned(trunk, linear(None, size, 2, seed=0), **options), groups(cut, head)
+    return Tuned(trunk, make_linear(None, size, 2, seed=0), **options), groups(cut, head)
 
 
 def planned(network: nn.Module, head: str, **options: object) -> tuple[Tuned, list[Group]]:
@@ -113,8 +113,8 @@ def test_parameters_beyond_a_tapped_layer_are_left_out() -> None:
     cut = small.plain()
     trunk = Trunk(cut, Preprocess(resize=32, crop=32), tap="layer2")
     trunk.pool = (2, 3)
-    network = Tuned(trunk, linear(None, 8, 2, seed=0))
-    beyond = unreached(network, 32)
+    network = Tuned(trunk, make_linear(None, 8, 2, seed=0))
+    beyond = find_unreached(network, 32)
     assert {name.split(".")[2] for name in beyond} == {"layer3", "fc"}
     found = plan(network, groups(cut, "fc"), (), FinetuneConfig(), unreached=beyond)
     assert {g.name: g.size for g in found}["layer3"] == 0
@@ -123,14 +123,14 @@ def test_parameters_beyond_a_tapped_layer_are_left_out() -> None:
 
 def test_a_random_head_follows_from_its_seed_and_leaves_torchs_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    a, b, c = (linear(None, 8, 2, seed=s).weight for s in (1, 1, 2))
+    a, b, c = (make_linear(None, 8, 2, seed=s).weight for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_the_table_says_what_is_trained() -> None:
     _, found = planned(small.plain(), "fc", freeze_until="layer3")
-    lines = table(found).splitlines()
+    lines = format_table(found).splitlines()
     assert lines[1].split() == ["stem", "392", "frozen"]
     assert lines[5].split() == ["head", "18", "0.01"]
     assert lines[-1] == "602 of 2,746 parameters are trained"

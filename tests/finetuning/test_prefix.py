@@ -10,7 +10,7 @@ from torchvision import models
 
 from featx.backbones.backbone import Trunk, groups, without
 from featx.errors import BackboneError, TrainingError
-from featx.finetuning.layers import Tuned, linear, plan
+from featx.finetuning.layers import Tuned, make_linear, plan
 from featx.finetuning.prefix import Cut, cut
 from featx.finetuning.recipes import FinetuneConfig
 from featx.pixels.preprocess import Preprocess
@@ -21,7 +21,7 @@ def split(network: nn.Module, head: str, side: int, freeze_until: str | None) ->
     trunk = Trunk(trunk_network, Preprocess(resize=side, crop=side))
     named = groups(trunk_network, head)
     size = network.get_submodule(head).in_features
-    tuned = Tuned(trunk, linear(None, size, 2, seed=0))
+    tuned = Tuned(trunk, make_linear(None, size, 2, seed=0))
     plan(tuned, named, {head}, FinetuneConfig(mode="partial" if freeze_until else "full", freeze_until=freeze_until))
     return tuned, cut(tuned, side)
 
