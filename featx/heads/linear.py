@@ -102,21 +102,22 @@ def fit(
     sgd = _Sgd(*steps, label_smoothing, seed)
 
     task, fold, counted = _training.prepared(examples, class_names, folds, seed)
-    held = np.flatnonzero(counted)
     if not own["standardise"]:  # constant columns stay out here too
         task = replace(task, mean=0 * task.mean, scale=np.where(np.isinf(task.scale), np.inf, 1.0))
     info: dict[str, Any] = {"notes": task.notes}
 
     decays = np.array([own["weight_decay"]] if "weight_decay" in own else DECAYS)
-    if len(decays) > 1 and not len(held):
+    if len(decays) > 1 and not counted.any():
         decays = decays[len(decays) // 2 :][:1]
         info["notes"].append(f"weight decay {decays[0]:g} was taken without measuring")
-    measure = len(held) > 0 and (len(decays) > 1 or calibrate or reject is not None or threshold is not None)
+    measure = len(decays) > 1 or calibrate or reject is not None or threshold is not None
     weights = _training.class_weights(task, class_weight)
-    weight, bias, held_out = _fitted(task, sgd, decays, weights, fold, held if measure else held[:0], device, info)
+    weight, bias, held_out = _fitted(task, sgd, decays, weights, fold, counted & measure, device, info)
 
     head = task.head(weight, bias)
-    head = _training.finish(head, task, info, held_out, held, calibrate=calibrate, threshold=threshold, reject=reject)
+    head = _training.finish(
+        head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
+    )
     return Fitted(head, info)
 
 
@@ -126,17 +127,17 @@ def _fitted(
     decays: np.ndarray,
     row_weights: np.ndarray | None,
     fold: np.ndarray,
-    held: np.ndarray,
+    counted: np.ndarray,
     device: str,
     info: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `held`, and the logits of these, each
+    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `counted`, and the logits of these, each
     by the fold that had not seen it; without such rows with the first decay. Writes its figures to `info`.
     """
     import torch
 
     Z = torch.from_numpy(task.standard()).to(choose_device(device))
-    count = int(fold.max()) + 1 if len(held) else 0
+    count = int(fold.max()) + 1 if counted.any() else 0
     masks = np.stack([fold != k for k in range(count)] + [np.ones(len(fold), bool)], axis=1)
     masks = masks * (1.0 if row_weights is None else row_weights[:, None])
     lr = _largest_step(task, Z, sgd.momentum, float(decays.max())) if sgd.lr is None else sgd.lr
@@ -152,9 +153,9 @@ def _fitted(
             part = torch.einsum("nd,scd->snc", Z[rows], weight[k]) + bias[k][:, None]
             logits[:, rows.cpu()] = part.cpu()
         each = metrics.binary_losses if task.several else metrics.losses
-        loss = np.array([each(part[held].numpy(), task.y[held]).mean() for part in logits])
+        loss = np.array([each(part[counted].numpy(), task.y[counted]).mean() for part in logits])
         best = int(np.argmin(loss))
-        held_out = logits[best, held].numpy()
+        held_out = logits[best, counted].numpy()
         info["cross_validation"] = {"weight_decays": decays.tolist(), "log_loss": loss.tolist(), "folds": count}
         if len(decays) > 1 and best in (0, len(decays) - 1):
             info["notes"].append(f"the best weight decay, {decays[best]:g}, is at the end of the grid")

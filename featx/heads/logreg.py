@@ -61,6 +61,7 @@ def fit(
         weights = _training.class_weights(task, class_weight)
         info: dict[str, Any] = {"notes": task.notes}
         design = Design(task, fold, weights, scored=examples.scored, torch_device=_gpu(task, device))
+
         chosen, held_out, start = float(grid[0]), None, None
         if not counted.any():
             if len(grid) > 1:
@@ -73,10 +74,11 @@ def fit(
             held_out = _held_out(design, path.solved[best], fold, counted)
             info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
             info["notes"] += _remarks(path)
+
         weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
         head = _training.finish(
-            head, task, info, held_out, np.flatnonzero(counted), calibrate=calibrate, threshold=threshold, reject=reject
+            head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
         )
     return Fitted(head, info | {"strength": chosen})
 

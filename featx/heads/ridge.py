@@ -68,7 +68,7 @@ def fit(
             task,
             info,
             scores,
-            np.flatnonzero(counted),
+            counted,
             measured_on="training rows, each left out once",
             calibrate=scores is not None,
             threshold=threshold,

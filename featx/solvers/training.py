@@ -23,9 +23,9 @@ CONSTANT = 1e-6
 FLOOR = -60.0
 
 
-def blocks(X: Rows, columns: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
-    """Row ranges and their features as `float32 [B, D]`, small enough for `columns` results per row too."""
-    size = max(64, BLOCK // max(X.shape[1], columns, 1))
+def blocks(X: Rows) -> Iterator[tuple[slice, np.ndarray]]:
+    """Row ranges and their features as `float32 [B, D]`."""
+    size = max(64, BLOCK // X.shape[1])
     for start in range(0, X.shape[0], size):
         rows = slice(start, min(start + size, X.shape[0]))
         yield rows, np.asarray(X[rows], np.float32)
@@ -52,10 +52,6 @@ class Task:
         """Whether an image has any number of labels."""
         return self.y.ndim == 2
 
-    @property
-    def activation(self) -> str:
-        return "sigmoid" if self.several else "softmax"
-
     def standardise(self, part: np.ndarray) -> np.ndarray:
         """Rows of X `[B, D]`, standardised, `float32`."""
         out = np.asarray(part, np.float32) - self.mean.astype(np.float32)
@@ -79,7 +75,8 @@ class Task:
         """The head for features as they come, of `[C, D]` and `[C]` fitted on standardised ones."""
         weight = np.asarray(weight, np.float64) / self.scale
         bias = np.asarray(bias, np.float64) - weight @ self.mean
-        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, self.activation)
+        activation = "sigmoid" if self.several else "softmax"
+        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, activation)
 
 
 def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
@@ -94,6 +91,7 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
         raise HeadError(f"expected features [N, D] with rows and columns, got {list(X.shape)}")
     if len(y) != X.shape[0]:
         raise HeadError(f"{X.shape[0]} rows of features and {len(y)} labels do not match")
+
     if y.ndim == 2:
         if y.shape[1] != len(names) or not np.isin(y, (0, 1)).all():
             raise HeadError(f"several labels per image need 0/1 targets [N, {len(names)}], got {list(y.shape)}")
@@ -110,6 +108,7 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
             raise HeadError(f"all {len(y)} training images are {names[kept[0]]!r}; a head needs at least two classes")
         if len(kept) > len(y) // 2:
             notes.append(f"{len(kept)} classes for {len(y)} training images: expect little")
+
     left_out = sorted(set(range(len(names))) - set(kept.tolist()))
     if left_out:
         some = ", ".join(repr(names[i]) for i in left_out[:5])
@@ -273,7 +272,7 @@ def finish(
     task: Task,
     info: dict[str, Any],
     held_out: np.ndarray | None,
-    rows: np.ndarray,
+    counted: np.ndarray,
     *,
     measured_on: str = "held-out folds of the training images",
     calibrate: bool,
@@ -282,7 +281,8 @@ def finish(
 ) -> Head:
     """Apply what is measured on held-out rows: a calibration temperature, then a reject threshold.
 
-    held_out: logits `[M, C]` that folds gave to rows `int [M]` which they had not seen, None without folds.
+    held_out: logits `[M, C]` that folds gave to the rows `counted`, `bool [N]`, which they had not seen; None
+    without such rows.
     threshold: a probability to reject below; reject: an accuracy in (0, 1), and the lowest threshold whose
     answers are that accurate on held-out rows is taken. Writes its figures to `info`.
     """
@@ -292,12 +292,12 @@ def finish(
         return head
     if task.several and reject is not None:
         raise HeadError("reject needs one label per image")
-    if held_out is None or not len(rows):
+    if held_out is None:
         if calibrate or reject is not None:
             raise HeadError("calibration and reject need held-out folds; there are too few training images")
         return _with(head, 1.0, threshold)
-    y = task.y[rows]
-    temperature = 1.0
+
+    y, temperature = task.y[counted], 1.0
     if calibrate:
         temperature = _temperature(held_out, y)
         info["calibration"] = {
@@ -306,6 +306,7 @@ def finish(
             "ece_after": _ece(head, held_out / temperature, y),
             "measured_on": measured_on,
         }
+
     if not task.several and (threshold is not None or reject is not None):
         probabilities = head.probabilities(held_out / temperature)
         confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
