@@ -6,6 +6,7 @@ import html
 import io
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
     room = 0.9 + 0.075 * min(longest, 24)
     figure, axes = _figure(cell * table.shape[1] + room + 0.3, cell * table.shape[0] + room)
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    colours = np.where(np.eye(*table.shape, dtype=bool)[..., None], to_rgba(GOOD), to_rgba(BAD))
+    colours = np.where(np.eye(*table.shape)[..., None] > 0, to_rgba(GOOD), to_rgba(BAD))
     colours[..., 3] = np.where(table > 0, 0.08 + 0.87 * share, 0.0)
     if names:
         axes.pcolormesh(colours, edgecolors=GRID, linewidth=0.5)
@@ -148,13 +149,11 @@ def path(
     """Held-out `loss` against the regularisation `name`, on a logarithmic axis, and the one chosen."""
     figure, axes = _figure(6.0, 3.4)
     axes.plot(strengths, losses, color=GOOD, marker="o", markersize=3, linewidth=1.4)
-    best = int(np.argmin(losses))
-    chosen = strengths[best] if chosen is None else chosen
-    near = int(np.argmin(np.abs(np.log(np.asarray(strengths)) - np.log(chosen))))
-    axes.plot([strengths[near]], [losses[near]], "o", color=BAD, markersize=8)
-    axes.annotate(
-        f"{chosen:.3g}", (strengths[near], losses[near]), (0, 10), textcoords="offset points", ha="center", color=INK
-    )
+    chosen = strengths[int(np.argmin(losses))] if chosen is None else chosen
+    near = int(np.argmin(np.abs(np.log(strengths) - np.log(chosen))))
+    at = strengths[near], losses[near]
+    axes.plot(*at, "o", color=BAD, markersize=8)
+    axes.annotate(f"{chosen:.3g}", at, (0, 10), textcoords="offset points", ha="center", color=INK)
     axes.set(xscale="log", xlabel=name, ylabel=f"held-out {loss}")
     finite = np.asarray(losses)[np.isfinite(losses)]
     low, high = finite.min(), min(finite.max(), 4 * finite.min() + 0.2)  # a diverging end would hide the valley
@@ -231,32 +230,33 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
 
     points: `name`, `backbone`, `accuracy`, `low`, `high`, and `images_per_second` and `megabytes` (or None).
     """
-    kinds = list(dict.fromkeys(p["backbone"] for p in points))
-    panels = [("images_per_second", "images / s"), ("megabytes", "file size, MB")]
+    styles = {
+        kind: {"marker": SHAPES[i % len(SHAPES)], "color": COLOURS[i % len(COLOURS)], "markersize": 7, "ls": "none"}
+        for i, kind in enumerate(dict.fromkeys(p["backbone"] for p in points))
+    }
     figure, grid = _figure(10.0, 4.4, 1, 2, sharey=True)
-    for axes, (key, label) in zip(grid, panels, strict=True):
-        there = [i for i, p in enumerate(points) if p[key] is not None]
-        seen: dict[tuple[str, float], int] = {}
-        for i in there:
-            p, kind = points[i], kinds.index(points[i]["backbone"])
+    for axes, key, label in zip(grid, ("images_per_second", "megabytes"), ("images / s", "file size, MB"), strict=True):
+        beside: Counter[tuple[str, float]] = Counter()
+        for place, p in enumerate(points):
+            if p[key] is None:
+                continue
             # heads on one backbone have one speed and size: set side by side, so that each interval shows
-            beside = seen[p["backbone"], p[key]] = seen.get((p["backbone"], p[key]), -1) + 1
-            x, y = p[key] * 1.04**beside, p["accuracy"]
-            style = {"fmt": SHAPES[kind % len(SHAPES)], "color": COLOURS[kind % len(COLOURS)], "markersize": 7}
+            x, y = p[key] * 1.04 ** beside[p["backbone"], p[key]], p["accuracy"]
+            beside[p["backbone"], p[key]] += 1
             between = [[max(0.0, y - p["low"])], [max(0.0, p["high"] - y)]]
-            axes.errorbar(x, y, between, elinewidth=1, capsize=2, alpha=0.9, **style)
-            axes.annotate(str(i + 1), (x, p["low"]), (0, -12), textcoords="offset points", ha="center", fontsize=9)
-            if i == winner:
+            axes.errorbar(x, y, between, elinewidth=1, capsize=2, alpha=0.9, **styles[p["backbone"]])
+            axes.annotate(f"{place + 1}", (x, p["low"]), (0, -12), textcoords="offset points", ha="center", fontsize=9)
+            if place == winner:
                 axes.plot(x, y, "o", mfc="none", mec=INK, markersize=15)
         axes.set(xscale="log", xlabel=label)
         axes.xaxis.set_major_formatter(NUMBER)
         axes.xaxis.set_minor_formatter(lambda x, _: NUMBER.format(x=x) if f"{x:e}"[0] in "25" else "")
-        _mark_values(axes, sorted(points[i][key] for i in there))
+        _mark_values(axes, sorted(value for _, value in beside))
         axes.margins(x=0.15)
+
     grid[0].set_ylabel("accuracy")
-    for number, kind in enumerate(kinds):
-        style = {"color": COLOURS[number % len(COLOURS)], "markersize": 7, "label": short(kind, 28)}
-        grid[1].plot([], [], SHAPES[number % len(SHAPES)], **style)
+    for kind, style in styles.items():
+        grid[1].plot([], [], label=short(kind, 28), **style)
     if winner is not None:
         grid[1].plot([], [], "o", mfc="none", mec=INK, markersize=11, label="winner")
     grid[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -267,17 +267,14 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
 def learning(rows: Sequence[Mapping[str, float]], forecast: Mapping[str, float] | None = None) -> Figure:
     """Accuracy with intervals against training images (`images`, `accuracy`, `low`, `high`), and what is foretold."""
     figure, axes = _figure(6.0, 3.8)
-    n = [r["images"] for r in rows]
-    values = np.array([r["accuracy"] for r in rows])
-    low, high = np.array([r["low"] for r in rows]), np.array([r["high"] for r in rows])
+    n, values, low, high = (np.array([row[key] for row in rows]) for key in ("images", "accuracy", "low", "high"))
     axes.fill_between(n, low, high, color=GOOD, alpha=0.18, linewidth=0)
     axes.plot(n, values, "o-", color=GOOD, markersize=5, linewidth=1.6, label="measured")
     if forecast:
-        ends = [n[-1], forecast["images"]]
-        axes.plot(ends, [values[-1], forecast["accuracy"]], "--", color=BAD, linewidth=1.4)
-        below, above = forecast["accuracy"] - forecast["low"], forecast["high"] - forecast["accuracy"]
-        style = {"fmt": "s", "color": BAD, "capsize": 3, "label": "if it goes on like this"}
-        axes.errorbar([ends[1]], [forecast["accuracy"]], [[below], [above]], **style)
+        end, expected = forecast["images"], forecast["accuracy"]
+        between = [[expected - forecast["low"]], [forecast["high"] - expected]]
+        axes.plot([n[-1], end], [values[-1], expected], "--", color=BAD, linewidth=1.4)
+        axes.errorbar([end], [expected], between, fmt="s", color=BAD, capsize=3, label="if it goes on like this")
         axes.legend(loc="lower right")
     axes.set(xscale="log", xlabel="training images", ylabel="accuracy")
     axes.set_xticks([*n, *([forecast["images"]] if forecast else [])])
@@ -292,12 +289,11 @@ def short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
-def _mark_values(axes: Any, values: Sequence[float]) -> None:
+def _mark_values(axes: Any, values: list[float]) -> None:
     """Where a logarithmic axis spans less than a decade, which may hold no power of ten: ticks at the values."""
     if values and values[-1] < 10 * values[0]:
-        kept = [values[0]]
+        kept = values[:1]
         for value in values:
-            if value > 1.2 * kept[-1]:  # nearer ones would write over each other
-                kept.append(value)
+            kept += [value] if value > 1.2 * kept[-1] else []  # nearer ones would write over each other
         axes.set_xticks(kept, [f"{v:,.3g}" if v < 1000 else f"{v:,.0f}" for v in kept])
         axes.minorticks_off()
