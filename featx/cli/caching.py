@@ -1,4 +1,4 @@
-"""Owns the commands about what is there: backbones, completion, and the cache's own."""
+"""The commands about what is there: `backbones`, `completion`, and `cache` with its own."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ def backbones(pattern: str, as_json: bool) -> int:
     width = max([len(row["name"]) for row in rows], default=8)
     click.echo(f"{'backbone':<{width}}  features  parameters  input  weights")
     for row in rows:
-        size, millions = row["features"], row["parameters"] / 1e6
-        click.echo(
-            f"{row['name']:<{width}}  {size:>8}  {millions:>8.1f} M  {row['crop']:>5}  {', '.join(row['weights'])}"
-        )
+        line = f"{row['name']:<{width}}  {row['features']:>8}  {row['parameters'] / 1e6:>8.1f} M  {row['crop']:>5}"
+        click.echo(f"{line}  {', '.join(row['weights'])}")
     return DONE
 
 
@@ -55,19 +53,17 @@ def completion(shell: str) -> int:
 
 @click.group()
 def cache() -> None:
-    """See, check, tidy and share what lies in a cache. Nothing is removed without being told to."""
+    """List, check, tidy and share the features in a cache. Nothing is removed unless you say so."""
 
 
-against_option = click.option(
-    "--against", metavar="DATA", type=click.Path(), help="A data set: which rows does it use? Reads no pixels."
-)
+against_option = click.option("--against", metavar="DATA", type=click.Path(), help="Data set: which rows does it use?")
 
 
 @cache.command("list")
 @cache_option
 @json_option
 def list_(cache: str, as_json: bool) -> int:
-    """Name what lies in the cache, with sizes."""
+    """List the cache's entries, with sizes."""
     from featx.cache import caching
 
     found, sizes = caching.entries(Path(cache)), caching.sizes(Path(cache))
@@ -77,14 +73,13 @@ def list_(cache: str, as_json: bool) -> int:
     width = max([len(entry.name) for entry in found], default=4)
     click.echo(f"{'name':<{width}}  {'MB':>9}  shards  row       what")
     for entry in found:
-        spec = entry.spec
         what = "spec.json is lost"
-        if spec:
-            what = f"{spec.backbone} {spec.layer} {spec.view} {spec.precision} {spec.dtype} {spec.preprocess.pixels}"
-            what += f", weights {spec.weights[:8]}"
+        if s := entry.spec:
+            what = f"{s.backbone} {s.layer} {s.view} {s.precision} {s.dtype} {s.preprocess.pixels}"
+            what += f", weights {s.weights[:8]}"
+        what += f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
         shape = "x".join(map(str, entry.row_shape or ())) or "?"
-        damaged = f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
-        line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}"
+        line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}"
         click.echo(printable(line))
     others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
     if others:
@@ -98,7 +93,7 @@ def list_(cache: str, as_json: bool) -> int:
 @against_option
 @json_option
 def info(name: str, cache: str, against: str | None, as_json: bool) -> int:
-    """Show all about the entry NAME (or the start of its name)."""
+    """Describe the entry NAME (or the start of its name)."""
     from featx.cache import caching
 
     emit_or_say(caching.info(Path(cache), name, keys_of(cache, against)).to_dict(), as_json)

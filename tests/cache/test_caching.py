@@ -13,7 +13,7 @@ import pytest
 from storekit import SPEC, fill, flip, table
 
 from featx.cache import caching, folders, shards
-from featx.cache.shards import Form
+from featx.cache.folders import Form
 from featx.cache.store import FeatureStore
 from featx.errors import NewerError, StoreError
 from featx.features import Features, FeatureSpec
@@ -31,7 +31,7 @@ def filled(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
 
 
 def names(cache: Path) -> list[str]:
-    return [name for name, _ in folders.list_shards(cache / "features" / NAME)]
+    return list(folders.list_shards(cache / "features" / NAME))
 
 
 def test_list_and_info_say_what_is_there(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
@@ -64,7 +64,7 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
     believed = folders.read_verified(shard.parent)
     with shard.open("rb", buffering=0) as file:
-        inside, _ = shards.inspect(file, None)  # type: ignore[arg-type]
+        inside, _ = shards.inspect(file, None)
     flip(shard, inside.rows_at + 100)
     # bit rot changes no stat: what is remembered takes the stat that this change made
     believed[shard.name] = replace(believed[shard.name], stat=stat_row(os.stat(shard)))
@@ -95,7 +95,7 @@ def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(filled: tuple[
         assert found == {NAME: SPEC, folder.name: None}
         with pytest.raises(NewerError, match=r"does not know \(tokens\): it was written by a newer one; update featx"):
             caching.info(cache, folder.name)
-        notes = {row["name"]: row["notes"] for row in caching.verify(cache)}
+        notes = {found.name: found.notes for found in caching.verify(cache)}
         assert notes[NAME] == [] and "written by a newer one" in notes[folder.name][0]
         if form_is_there:
             (folder / "spec.json").unlink()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, leftovers, make_read_only, shard_files, table, tiny_engine
 
-from featx.cache import caching, reading
+from featx.cache import caching
 from featx.cache.index import KeyIndex
 from featx.cache.store import FeatureStore
 from featx.errors import StoreError
@@ -26,22 +26,21 @@ from featx.pixels.views import view_names
 GOLDEN = Path(__file__).parent / "golden" / "cache"
 
 
-@pytest.mark.parametrize("piece_bytes", [8 << 20, 100])
+@pytest.mark.parametrize(("width", "shard_bytes", "shards"), [(8, 2000, 8), (12_000, 10 << 20, 3)])
 def test_rows_come_back_in_the_order_asked_for_with_repeats(
-    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, width: int, shard_bytes: int, shards: int
 ) -> None:
-    """In one thread, and in many pieces by several."""
-    monkeypatch.setattr(reading, "PIECE_BYTES", piece_bytes)
-    keys, rows = table(500)
-    fill(tmp_path, keys, rows, shard_bytes=2000)
+    """In one thread, and in several pieces per shard by several."""
+    keys, rows = table(500, width)
+    fill(tmp_path, keys, rows, shard_bytes=shard_bytes)
     store = FeatureStore(tmp_path, SPEC)
-    assert len(shard_files(tmp_path)) > 5 and len(store) == 500 and np.array_equal(store.keys(), keys)
+    assert len(shard_files(tmp_path)) == shards and len(store) == 500 and np.array_equal(store.keys(), keys)
     assert np.array_equal(store.read(keys), rows)
     order = np.random.default_rng(1).integers(0, 500, 1200)
     assert np.array_equal(store.read(keys[order]), rows[order])
     assert np.array_equal(store.read(keys[::-1]), rows[::-1])
     assert np.array_equal(store.read(keys[3:4]), rows[3:4])
-    assert store.read(keys[:0]).shape == (0, 8)
+    assert store.read(keys[:0]).shape == (0, width)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (512,), (3, 7, 7), (2, 1, 4, 5)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from storekit import NAME, SPEC, extract, fill, flip, fork, make_read_only, shard_files, table, tiny_engine, wait
+from storekit import NAME, SPEC, extract, fill, flip, fork, make_read_only, table, tiny_engine, wait
 
 from featx.cache import caching, folders, shards
 from featx.cache.store import FeatureStore
@@ -31,17 +31,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digests over 8 rows each, so that a small shard has several."""
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 8 * 64 * 4)
-
-
-def one_shard(cache: Path) -> tuple[Path, shards.Inside]:
-    fill(cache, KEYS, ROWS, batch=64)
-    (path,) = shard_files(cache)
+def one_shard(cache: Path, block_rows: int = 4096) -> tuple[Path, shards.Inside]:
+    """A shard of `KEYS` and `ROWS`, and what is in it. block_rows: rows per digest."""
+    form = folders.Form(SPEC, "tiny", (64,))
+    folders.create(cache / "features" / NAME, form)
+    shard = shards.write(cache / "features" / NAME, form, KEYS, [ROWS], block_rows * form.row_bytes)
+    path = cache / "features" / NAME / shard.name
     with path.open("rb", buffering=0) as file:
-        return path, shards.inspect(file, None)[0]  # type: ignore[arg-type]
+        return path, shards.inspect(file, form)[0]
 
 
 def regions(path: Path, inside: shards.Inside) -> dict[str, int]:
@@ -64,12 +61,11 @@ def regions(path: Path, inside: shards.Inside) -> dict[str, int]:
     }
 
 
-def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path: Path, blocks: None) -> None:
-    one_shard(tmp_path / "whole")
+def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path: Path) -> None:
     kept = {}
     for region in regions(*one_shard(tmp_path / "whole")):
         cache = tmp_path / region
-        path, inside = one_shard(cache)
+        path, inside = one_shard(cache, block_rows=8)
         flip(path, regions(path, inside)[region])
         store = FeatureStore(cache, SPEC, engine="tiny")
         (note,) = store.notes
@@ -87,8 +83,8 @@ def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path
     assert kept["spec"] == kept["engine"] == kept["superblock"] == 0
 
 
-def test_every_single_flipped_byte_is_noticed_and_no_wrong_row_is_kept(tmp_path: Path, blocks: None) -> None:
-    path, inside = one_shard(tmp_path)
+def test_every_single_flipped_byte_is_noticed_and_no_wrong_row_is_kept(tmp_path: Path) -> None:
+    path, inside = one_shard(tmp_path, block_rows=8)
     folder, data = path.parent, bytearray(path.read_bytes())
     form = folders.read_form(folder / "spec.json")
     expected = {bytes(k): r.tobytes() for k, r in zip(KEYS, ROWS, strict=True)}
@@ -139,7 +135,7 @@ def test_a_truncated_shard_is_set_aside_and_recomputed(tmp_path: Path, left: flo
     os.truncate(path, int(path.stat().st_size * left))
     store = FeatureStore(tmp_path, SPEC, engine="tiny")
     assert len(store.notes) == 1 and path.name in store.notes[0] and not path.exists()
-    assert extract(store, KEYS) == 64 - 0
+    assert extract(store, KEYS) == 64
     assert np.array_equal(FeatureStore(tmp_path, SPEC).read(KEYS), ROWS)
 
 
@@ -230,7 +226,7 @@ def forged_name(data: bytes) -> str:
 
 
 def attributes(file: h5py.File) -> None:
-    for name, value in shards.Form(SPEC, "tiny", (64,)).attributes().items():
+    for name, value in folders.Form(SPEC, "tiny", (64,)).attributes().items():
         file.attrs[name] = np.bytes_(value)
     file.attrs["block"] = np.bytes_(b"64")
 
@@ -313,7 +309,7 @@ def big_endian(file: h5py.File, secret: Path) -> None:
 def vlen_attribute(file: h5py.File, secret: Path) -> None:
     honest(file)
     del file.attrs["spec"]
-    file.attrs["spec"] = shards.Form(SPEC, "tiny", (64,)).attributes()["spec"].decode()
+    file.attrs["spec"] = folders.Form(SPEC, "tiny", (64,)).attributes()["spec"].decode()
 
 
 def array_attribute(file: h5py.File, secret: Path) -> None:
