@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from featx.cache import folders, shards
-from featx.cache.folders import StaleError
+from featx.cache.folders import Form, StaleError
 from featx.cache.index import distinct
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, NewerError, StoreError
-from featx.features import Features, FeatureSpec
+from featx.features import Features
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
 from featx.text import near
 
@@ -35,11 +34,8 @@ class Entry:
     name: str
     """The folder's name, `resnet18-0123456789abcdef`; its start will do where it is the only one."""
     path: Path
-    spec: FeatureSpec | None
+    form: Form | None
     """None where `spec.json` is lost or damaged (the next run with this spec writes it anew), or a newer featx's."""
-    engine: str | None
-    tolerance: float | None
-    row_shape: tuple[int, ...] | None
     shards: int
     bytes: int
     """All files in the folder, with those set aside."""
@@ -47,9 +43,9 @@ class Entry:
     """Files set aside in `damaged/`."""
 
     def to_dict(self) -> dict[str, Any]:
-        shape = None if self.row_shape is None else list(self.row_shape)
-        spec = self.spec.to_dict() if self.spec else None
-        return vars(self) | {"path": str(self.path), "spec": spec, "row_shape": shape}
+        form = self.form.to_dict() if self.form else dict.fromkeys(("spec", "engine", "tolerance", "row_shape"))
+        sizes = {"shards": self.shards, "bytes": self.bytes, "damaged": self.damaged}
+        return {"name": self.name, "path": str(self.path)} | form | sizes
 
 
 @dataclass(frozen=True)
@@ -108,12 +104,14 @@ class Compacted:
 
 def entries(cache: Path) -> list[Entry]:
     """The entries of a cache, by name. Reads no features and changes nothing. Raises `StoreError`."""
-    with _reading(cache):
-        if not Path(cache).is_dir():
-            raise StoreError(f"there is no cache at {cache}; featx extract makes one")
-        root = Path(cache) / "features"
+    if not Path(cache).is_dir():
+        raise StoreError(f"there is no cache at {cache}; featx extract makes one")
+    root = Path(cache) / "features"
+    try:
         paths = sorted(root.iterdir()) if root.is_dir() else []
         return [_entry(path) for path in paths if path.is_dir() and not path.name.startswith(".")]
+    except OSError as error:
+        raise StoreError(f"the cache {cache} cannot be read ({error.strerror})") from error
 
 
 def find(cache: Path, name: str) -> Entry:
@@ -129,15 +127,14 @@ def find(cache: Path, name: str) -> Entry:
 
 def sizes(cache: Path) -> dict[str, int]:
     """Bytes in each folder of a cache: `features`, and those of `MADE_AGAIN`, which can be removed at any time."""
-    with _reading(cache), os.scandir(cache) as found:
-        return {e.name: _bytes(Path(e.path)) for e in sorted(found, key=lambda e: e.name) if e.is_dir()}
+    return {path.name: _bytes(path) for path in sorted(Path(cache).iterdir()) if path.is_dir()}
 
 
 def info(cache: Path, name: str, against: np.ndarray | None = None) -> Contents:
     """Describe one entry. against: keys of a data set, `uint8 [N, 32]`: which rows does it use?"""
     entry = find(cache, name)
     store = _open(cache, entry)
-    found = Contents(entry, store.rows, len(store), list(folders.list_shards(entry.path)), store.notes)
+    found = Contents(entry, len(store.stored()), len(store), list(folders.list_shards(entry.path)), store.notes)
     if against is None:
         return found
     wanted = against[distinct(against)]
@@ -169,8 +166,7 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
     The merged file is durable and read back before a shard is removed, and only shards whose rows it
     holds are: a crash leaves rows twice, never none. Others may read and write meanwhile.
     """
-    if only and order is None:
-        raise StoreError("dropping rows needs the keys to keep")
+    assert order is not None or not only
     store = _open(cache, find(cache, name))
     merged, chosen = store.listing(), store.keys()
     if order is not None:
@@ -178,7 +174,7 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
         first = first[store.contains(first)]
         both = np.concatenate([first, chosen])
         chosen = first if only else both[distinct(both)]
-    before = len(merged), store.rows, sum(merged.values())
+    before = len(merged), len(store.stored()), sum(merged.values())
 
     same = len(merged) <= 1 and np.array_equal(chosen, store.stored())
     if not same:
@@ -190,7 +186,7 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
         sync_folder(store.folder)
         store.refresh()
         merged = new
-    return Compacted(*before, len(merged), store.rows, sum(merged.values()), done=not same)
+    return Compacted(*before, len(merged), len(store.stored()), sum(merged.values()), done=not same)
 
 
 def _merge(store: FeatureStore, keys: np.ndarray) -> dict[str, int]:
@@ -241,7 +237,6 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     from featx import __version__
     from featx.cache.hdf5 import plan, utf8
 
-    path = Path(path)
     if path.exists() and not overwrite:
         raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
     X = features.X
@@ -266,13 +261,12 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    known: tuple[Any, Any, Any, Any] = None, None, None, None
+    form = None
     with contextlib.suppress(DamageError, NewerError, StaleError):
         form = folders.read_form(path / "spec.json")
-        known = form.spec, form.engine, form.spec.tolerance, form.row_shape
     aside = path / "damaged"
     damaged = len(list(aside.iterdir())) if aside.is_dir() else 0
-    return Entry(path.name, path, *known, len(folders.list_shards(path)), _bytes(path), damaged)
+    return Entry(path.name, path, form, len(folders.list_shards(path)), _bytes(path), damaged)
 
 
 def _open(cache: Path, entry: Entry) -> FeatureStore:
@@ -280,10 +274,10 @@ def _open(cache: Path, entry: Entry) -> FeatureStore:
 
     Raises `StoreError`, and `NewerError` for what a newer featx wrote.
     """
-    spec = entry.spec
+    spec = entry.form.spec if entry.form else None
     for shard in folders.list_shards(entry.path) if spec is None else []:
         with contextlib.suppress(DamageError, StaleError):
-            spec = shards.check(entry.path, shard, None)[1].spec
+            spec = shards.check(entry.path, shard, None).form.spec
             break
     if spec is None or folders.folder_name(spec) != entry.name:
         raise StoreError(f"{entry.path} holds no intact spec and no intact shard; featx cache remove {entry.name}")
@@ -297,11 +291,3 @@ def _bytes(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(top, file)).st_size
     return total
-
-
-@contextlib.contextmanager
-def _reading(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"the cache {cache} cannot be read ({error.strerror})") from error

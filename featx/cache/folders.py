@@ -54,6 +54,10 @@ class Form:
     def row_bytes(self) -> int:
         return math.prod(self.row_shape) * self.dtype.itemsize
 
+    def to_dict(self) -> dict[str, Any]:
+        shared = {"spec": self.spec.to_dict(), "engine": self.engine, "tolerance": self.spec.tolerance}
+        return shared | {"row_shape": list(self.row_shape)}
+
     def attributes(self) -> dict[str, bytes]:
         """What every shard says of itself, ASCII."""
         spec = json.dumps(self.spec.to_dict(), sort_keys=True)
@@ -166,8 +170,7 @@ def read_form(path: Path) -> Form:
 
 def write_form(path: Path, form: Form) -> None:
     """Write a `spec.json`. Raises `OSError`."""
-    shared = {"spec": form.spec.to_dict(), "engine": form.engine, "tolerance": form.spec.tolerance}
-    write_sealed(path, {"kind": KIND, **shared, "row_shape": list(form.row_shape)})
+    write_sealed(path, {"kind": KIND, **form.to_dict()})
 
 
 def read_verified(folder: Path) -> dict[str, Shard]:

@@ -20,12 +20,7 @@ from featx.errors import DamageError
 
 # One version of the file format for all, read by every HDF5 since 1.8; arrays start at a multiple of 512,
 # each after the one made before it, and the same content gives the same bytes.
-LAYOUT: dict[str, Any] = {
-    "libver": ("v108", "v108"),
-    "alignment_threshold": 1,
-    "alignment_interval": 512,
-    "track_times": False,
-}
+LAYOUT: dict[str, Any] = dict(libver=("v108", "v108"), alignment_threshold=1, alignment_interval=512, track_times=False)
 # What an array may hold: keys and digests, features.
 DTYPES = tuple(np.dtype(name) for name in ("u1", "<f4", "<f2"))
 TEXT_BYTES = 1 << 16

@@ -31,9 +31,8 @@ BLOCK_BYTES = 1 << 20
 class Inside:
     """What the headers of a shard say."""
 
-    count: int
-    keys_at: int
-    rows_at: int
+    shard: Shard
+    form: Form
     digests_at: int
     block: int
     """Rows per digest."""
@@ -93,11 +92,9 @@ def cast(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         cast = np.array(rows, dtype, order="C")
     if dtype.itemsize == 2 and rows.dtype.itemsize > 2:
-        exact = np.asarray(rows, np.float64).reshape(len(rows), -1)
-        finite = np.isfinite(exact)  # NaN and infinity are held as they are
-        error = np.where(finite, cast.reshape(len(rows), -1), 0) - np.where(finite, exact, 0)
-        size = np.linalg.norm(np.where(finite, exact, 0), axis=1)
-        bad = np.linalg.norm(error, axis=1) > 1e-3 * size
+        finite = np.isfinite(rows)  # NaN and infinity are stored as they are
+        exact, stored = (np.where(finite, x, 0).reshape(len(rows), -1).astype(np.float64) for x in (rows, cast))
+        bad = np.linalg.norm(stored - exact, axis=1) > 1e-3 * np.linalg.norm(exact, axis=1)
         if bad.any():
             raise StoreError(
                 f"float16 cannot hold {int(bad.sum())} of {len(rows)} rows (largest value "
@@ -106,8 +103,8 @@ def cast(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return cast
 
 
-def check(folder: Path, name: str, form: Form | None) -> tuple[Shard, Form]:
-    """Read every byte of a shard, and return it if it is valid; else raise `DamageError` with the reason.
+def check(folder: Path, name: str, form: Form | None) -> Inside:
+    """Read every byte of a shard, and say what is in it if it is valid; else raise `DamageError` with the reason.
 
     Its bytes must have the SHA-256 in its name, and `inspect` must accept its headers.
     Raises `StaleError` where it is gone, `OSError` where it cannot be read today.
@@ -122,13 +119,13 @@ def check(folder: Path, name: str, form: Form | None) -> tuple[Shard, Form]:
             raise
         if found != name[17:81]:
             raise DamageError(f"its SHA-256 is {found[:12]}..., not the {name[17:29]}... it was committed with")
-        inside, form = inspect(file, form)
-        if stat_row(os.fstat(file.fileno())) != before:
-            raise StaleError(f"{name} changed while it was read")
-    return Shard(name, before, inside.count, inside.keys_at, inside.rows_at), form
+        inside = inspect(file, name, form)
+    if inside.shard.stat != before:
+        raise StaleError(f"{name} changed while it was read")
+    return inside
 
 
-def inspect(file: FileIO, form: Form | None) -> tuple[Inside, Form]:
+def inspect(file: FileIO, name: str, form: Form | None) -> Inside:
     """What the headers of a shard say. They must fit together, and `form` if given. Raises `DamageError`."""
     from featx.cache.hdf5 import headers
 
@@ -137,10 +134,10 @@ def inspect(file: FileIO, form: Form | None) -> tuple[Inside, Form]:
         with parsing("its spec cannot be read"):
             spec, engine = json.loads(texts["spec"]), json.loads(texts["engine"])
             form = Form(FeatureSpec.from_dict(spec), str(engine), rows.shape[1:])
-    for name, expected in form.attributes().items():
-        if texts[name] != expected:
-            found = texts[name][:300].decode("ascii", "replace")
-            raise DamageError(f"its {name} is {found}, not {expected.decode()[:300]}")
+    for text, expected in form.attributes().items():
+        if texts[text] != expected:
+            found = texts[text][:300].decode("ascii", "replace")
+            raise DamageError(f"its {text} is {found}, not {expected.decode()[:300]}")
 
     count = rows.shape[0] if rows.shape else 0
     block = int(texts["block"]) if re.fullmatch(rb"[0-9]{1,12}", texts["block"]) else 0
@@ -148,24 +145,26 @@ def inspect(file: FileIO, form: Form | None) -> tuple[Inside, Form]:
         raise DamageError(f"it holds {count} rows in blocks of {block}")
 
     u1 = np.dtype(np.uint8)
-    for name, array, dtype, shape in (
+    for what, array, dtype, shape in (
         ("keys", keys, u1, (count, KEY_BYTES)),
         ("rows", rows, form.dtype, (count, *form.row_shape)),
         ("digests", digests, u1, (-(-count // block), KEY_BYTES)),
     ):
         if array.dtype != dtype or array.shape != shape:
-            raise DamageError(f"its {name} are {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}")
-    return Inside(count, keys.offset, rows.offset, digests.offset, block), form
+            raise DamageError(f"its {what} are {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}")
+    shard = Shard(name, stat_row(os.fstat(file.fileno())), count, keys.offset, rows.offset)
+    return Inside(shard, form, digests.offset, block)
 
 
 def intact_rows(folder: Path, name: str, form: Form) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of a damaged shard, keys `[n, 32]` and rows of every block that still has its SHA-256."""
+    """Keys `[n, 32]` and rows of every block of a damaged shard that still has its SHA-256."""
     with contextlib.suppress(DamageError), open_regular(folder / name) as file:
-        inside, _ = inspect(file, form)
-        for number, start in enumerate(range(0, inside.count, inside.block)):
-            n = min(inside.block, inside.count - start)
-            keys = _read(file, inside.keys_at + start * KEY_BYTES, n * KEY_BYTES)
-            rows = _read(file, inside.rows_at + start * form.row_bytes, n * form.row_bytes)
+        inside = inspect(file, name, form)
+        shard, block = inside.shard, inside.block
+        for number, start in enumerate(range(0, shard.count, block)):
+            n = min(block, shard.count - start)
+            keys = _read(file, shard.keys_at + start * KEY_BYTES, n * KEY_BYTES)
+            rows = _read(file, shard.rows_at + start * form.row_bytes, n * form.row_bytes)
             digest = _read(file, inside.digests_at + number * KEY_BYTES, KEY_BYTES)
             if hashlib.sha256(rows + keys).digest() == digest:
                 yield (

@@ -15,7 +15,7 @@ import numpy as np
 from featx.cache import folders, shards
 from featx.cache.folders import Form, Shard, StaleError
 from featx.cache.index import KeyIndex, as_keys, distinct
-from featx.cache.memo import CLOCK_NS
+from featx.cache.memo import CLOCK_NS, READ_ONLY
 from featx.cache.reading import READERS, Table
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
@@ -25,7 +25,6 @@ from featx.threads import ahead
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # How often a folder is listed again while other processes change it.
 MAX_LISTINGS = 4
 
@@ -73,11 +72,6 @@ class FeatureStore:
         return self._table.form
 
     @property
-    def row_shape(self) -> tuple[int, ...] | None:
-        """The shape of one row; None before the first append."""
-        return self.form.row_shape if self.form else None
-
-    @property
     def engine(self) -> str | None:
         """What computed the rows, as the folder records it; None before the first append."""
         return self.form.engine if self.form else None
@@ -91,11 +85,6 @@ class FeatureStore:
         """The number of distinct keys that have a committed row."""
         return len(self._table.index)
 
-    @property
-    def rows(self) -> int:
-        """The number of rows committed, repeats included."""
-        return len(self._table.index.keys)
-
     def listing(self) -> dict[str, int]:
         """Names and sizes in bytes of the shards that were found intact, in the order of their rows."""
         return {shard.name: shard.stat[0] for shard in self._table.shards}
@@ -107,7 +96,7 @@ class FeatureStore:
     def keys(self) -> np.ndarray:
         """The distinct keys that have a committed row, `uint8 [N, 32]`, in the order they are stored."""
         index = self._table.index
-        return index.keys[index.first()]
+        return index.keys.take(index.first(), axis=0)
 
     # --- writing
 
@@ -137,13 +126,12 @@ class FeatureStore:
         """Write what is buffered as one shard, durably. Raises `StoreError`; the rows then stay buffered."""
         if not self._buffer:
             return
-        taken = len(self._buffer)
-        keys = np.concatenate([k for k, _ in self._buffer[:taken]])
+        keys = np.concatenate([k for k, _ in self._buffer])
         first = distinct(keys)
         first = first[~self.contains(keys[first])]
         if len(first):
             assert self.form is not None
-            rows = [r for _, r in self._buffer[:taken]]
+            rows = [r for _, r in self._buffer]
             if len(first) < len(keys):
                 keys, rows = keys[first], [np.concatenate(rows)[first]]
             with self._writing():
@@ -151,8 +139,8 @@ class FeatureStore:
             # one assignment: an interrupt must not leave a shard without its keys
             self._table = self._table.plus(shard, keys)
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
-        del self._buffer[:taken]
-        self._buffered = sum(r.nbytes for _, r in self._buffer)
+        self._buffer.clear()
+        self._buffered = 0
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -219,7 +207,7 @@ class FeatureStore:
         order) and `mapped` allows it, else an array. Raises `StoreError` with the number of keys that have no row.
         """
         if len(keys) == 0:
-            return np.zeros((0, *(self.row_shape or ())), self.spec.dtype)
+            return np.zeros((0, *(self.form.row_shape if self.form else ())), self.spec.dtype)
         asked_again = False
         for _ in range(2 * MAX_LISTINGS):
             table = self._table
@@ -263,22 +251,21 @@ class FeatureStore:
 
         def check(name: str) -> tuple[str, Shard | DamageError]:
             try:
-                return name, shards.check(self.folder, name, form)[0]
+                return name, shards.check(self.folder, name, form).shard
             except DamageError as error:
                 return name, error
 
         verified, listed = folders.read_verified(self.folder), folders.list_shards(self.folder)
+        known = {name: shard for name, shard in verified.items() if trust and listed.get(name) == shard.stat}
+        unknown, now = [name for name in listed if name not in known], time.time_ns()
         checked: dict[str, Shard | DamageError] = {}
-        checked |= {name: shard for name, shard in verified.items() if trust and listed.get(name) == shard.stat}
-        known, now = set(checked), time.time_ns()
-        unknown = [name for name in listed if name not in known]
         if unknown:
             checked |= ahead(check, unknown, threads=READERS, window=2 * READERS, name="featx-check")
 
         kept: dict[str, Shard] = {}
         found: list[tuple[Shard, np.ndarray]] = []
         for name in listed:
-            shard = checked[name]
+            shard = known.get(name) or checked[name]
             if isinstance(shard, DamageError):
                 found += self._set_aside(name, form, str(shard))
                 continue
@@ -314,21 +301,19 @@ class FeatureStore:
             form = folders.read_form(path)
             if form.spec == self.spec:
                 return form
-            reason = "it is another spec's"
-        except StaleError:
-            reason = ""
-        except (DamageError, NewerError) as error:
-            reason = str(error)
+            reason, there = "it is another spec's", True
+        except (DamageError, NewerError, StaleError) as error:
+            reason, there = str(error), not isinstance(error, StaleError)
 
         for name in folders.list_shards(self.folder):
             with contextlib.suppress(DamageError, NewerError, StaleError):
-                _, form = shards.check(self.folder, name, None)
+                form = shards.check(self.folder, name, None).form
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
                         folders.write_form(path, form)
-                    self._note(f"{path} was lost ({reason or 'it is missing'}) and is written anew from a shard")
+                    self._note(f"{path} was lost ({reason}) and is written anew from a shard")
                     return form
-        if reason:
+        if there:
             with contextlib.suppress(OSError):  # no row depends on it; the next writer makes a new one
                 os.unlink(path)
         return None

@@ -38,7 +38,7 @@ def one_shard(cache: Path, block_rows: int = 4096) -> tuple[Path, shards.Inside]
     shard = shards.write(cache / "features" / NAME, form, KEYS, [ROWS], block_rows * form.row_bytes)
     path = cache / "features" / NAME / shard.name
     with path.open("rb", buffering=0) as file:
-        return path, shards.inspect(file, form)[0]
+        return path, shards.inspect(file, shard.name, form)
 
 
 def regions(path: Path, inside: shards.Inside) -> dict[str, int]:
@@ -51,11 +51,11 @@ def regions(path: Path, inside: shards.Inside) -> dict[str, int]:
         "spec": data.index(b'{"backbone"') + 20,
         "engine": data.index(b'"tiny"') + 1,
         "link name": data.index(b"digests") + 2,
-        "first key": inside.keys_at,
-        "last key": inside.keys_at + 64 * 32 - 1,
-        "padding": inside.rows_at - 1,
-        "first row": inside.rows_at,
-        "last row": inside.rows_at + 64 * 256 - 1,
+        "first key": inside.shard.keys_at,
+        "last key": inside.shard.keys_at + 64 * 32 - 1,
+        "padding": inside.shard.rows_at - 1,
+        "first row": inside.shard.rows_at,
+        "last row": inside.shard.rows_at + 64 * 256 - 1,
         "digests": inside.digests_at + 3,
         "last byte": len(data) - 1,
     }
@@ -88,7 +88,7 @@ def test_every_single_flipped_byte_is_noticed_and_no_wrong_row_is_kept(tmp_path:
     folder, data = path.parent, bytearray(path.read_bytes())
     form = folders.read_form(folder / "spec.json")
     expected = {bytes(k): r.tobytes() for k, r in zip(KEYS, ROWS, strict=True)}
-    places = [*range(0, inside.keys_at, 3), *range(inside.keys_at, len(data), 97)]
+    places = [*range(0, inside.shard.keys_at, 3), *range(inside.shard.keys_at, len(data), 97)]
     assert len(places) > 700
 
     def work() -> None:  # in a child, for headers are parsed by C code
@@ -113,12 +113,12 @@ def test_every_flipped_header_byte_under_a_true_hash_is_refused_or_harmless(tmp_
 
     def work() -> None:
         refused = 0
-        for at in range(inside.keys_at):
+        for at in range(inside.shard.keys_at):
             before, data[at] = data[at], data[at] ^ (1, 0x80, 0xFF)[at % 3]
             name = forged_name(bytes(data))
             (folder / name).write_bytes(data)
             try:
-                shard, _ = shards.check(folder, name, form)
+                shard = shards.check(folder, name, form).shard
                 assert shard.rows_at + shard.count * form.row_bytes <= len(data)
             except DamageError:
                 refused += 1
@@ -166,7 +166,7 @@ def test_a_shard_of_another_spec_or_engine_is_never_served(tmp_path: Path) -> No
 def test_a_damaged_shard_of_a_read_only_cache_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, inside = one_shard(tmp_path)
     fill(tmp_path, *table(5, width=64, seed=7))
-    flip(path, inside.rows_at)
+    flip(path, inside.shard.rows_at)
     make_read_only(monkeypatch)
     store = FeatureStore(tmp_path, SPEC)
     assert len(store) == 5 and path.exists() and "cannot be set aside" in store.notes[0]
@@ -178,7 +178,7 @@ def test_a_damaged_shard_of_a_read_only_cache_is_left_out(tmp_path: Path, monkey
 def test_a_shard_swapped_or_deleted_behind_an_open_store_is_not_served(tmp_path: Path) -> None:
     path, inside = one_shard(tmp_path)
     store = FeatureStore(tmp_path, SPEC)
-    flip(path, inside.rows_at)
+    flip(path, inside.shard.rows_at)
     with pytest.raises(StoreError, match=r"64 of 64 features|features are not in"):
         store.read(KEYS[::-1])
     path, _ = one_shard(tmp_path / "gone")
@@ -207,7 +207,7 @@ def test_a_lost_spec_json_is_written_anew_from_a_shard(tmp_path: Path, harm: str
     store = FeatureStore(tmp_path, SPEC, engine="tiny")
     assert np.array_equal(store.read(KEYS), ROWS) and len(store.notes) == 1
     assert spec.read_bytes() == before and FeatureStore(tmp_path, SPEC).notes == []
-    assert caching.info(tmp_path, NAME).entry.engine == "tiny"
+    assert caching.info(tmp_path, NAME).entry.form == folders.Form(SPEC, "tiny", (64,))
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b'{"shards": {"x": 1}}', b"[1]", b'"\xff"'])
@@ -418,7 +418,7 @@ def test_what_is_no_plain_file_is_not_followed(
     target.unlink(missing_ok=True)
     make(target, secret)
     store = FeatureStore(tmp_path / "cache", SPEC)
-    assert np.array_equal(store.read(KEYS), ROWS) and store.rows == 64
+    assert np.array_equal(store.read(KEYS), ROWS) and len(store.stored()) == 64
     if name == "shard":
         assert len(store.notes) == 1 and "no plain file" in store.notes[0]
     assert secret.read_bytes() == path.read_bytes()
