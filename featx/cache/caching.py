@@ -152,8 +152,8 @@ def verify(cache: Path, name: str | None = None) -> list[Verified]:
         except (StoreError, NewerError) as error:
             done.append(Verified(entry.name, 0, 0, 0, [str(error)]))
             continue
-        sizes = folders.list_shards(entry.path).values()
-        done.append(Verified(entry.name, len(sizes), len(store), sum(size for size, *_ in sizes), store.notes))
+        stats = folders.list_shards(entry.path).values()
+        done.append(Verified(entry.name, len(stats), len(store), sum(size for size, *_ in stats), store.notes))
     return done
 
 
@@ -242,17 +242,13 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     X = features.X
     step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
     parts = (np.ascontiguousarray(X[start : start + step]) for start in range(0, len(X), step))
-    spec = json.dumps(features.spec.to_dict(), sort_keys=True)
-    small = {
-        "labels": np.asarray(features.y, "<i8"),
-        "keys": features.keys,
-        "class_names": utf8(features.class_names),
-        "ids": utf8(features.ids),
-        "splits": utf8(np.asarray(features.splits).tolist()),
-    }
+    attributes = {"featx": __version__.encode(), "spec": json.dumps(features.spec.to_dict(), sort_keys=True).encode()}
+    texts = {"class_names": features.class_names, "ids": features.ids, "splits": np.asarray(features.splits).tolist()}
+    small = {"labels": np.asarray(features.y, "<i8"), "keys": features.keys}
+    small |= {name: utf8(values) for name, values in texts.items()}
+
     try:
         make_folder(path.parent)
-        attributes = {"featx": __version__.encode(), "spec": spec.encode()}
         chunks, _ = plan({"features": (X.dtype, X.shape, parts)}, attributes, small)
         write_chunks(path.parent, chunks, lambda: path.name)
     except OSError as error:

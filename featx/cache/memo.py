@@ -104,7 +104,7 @@ class KeyMemo:
         if ids and self._names.startswith(joined) and self._names[len(joined) : len(joined) + 1] in (b"", b"\0"):
             return None
         index = {name: place for place, name in enumerate(self._names.split(b"\0"))}
-        return np.fromiter((index.get(_joined([id]), -1) for id in ids), np.int64, len(ids))
+        return np.fromiter((index.get(id.encode("utf-8", "surrogatepass"), -1) for id in ids), np.int64, len(ids))
 
     def _load(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -160,7 +160,7 @@ def test_remove_takes_the_entry_named_and_no_other(filled: tuple[Path, np.ndarra
     with FeatureStore(cache, other, engine="tiny") as store:
         store.append(keys, rows)
     assert caching.remove(cache, "resnet18").name == NAME
-    assert [e.spec for e in caching.entries(cache)] == [other]
+    assert [e.form for e in caching.entries(cache)] == [Form(other, "tiny", (8,))]
     assert sorted(p.name for p in (cache / "features").iterdir()) == [folders.folder_name(other)]
 
 
