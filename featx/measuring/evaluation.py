@@ -259,8 +259,9 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
 
     confidence, mistakes = np.where(said, probabilities, 1 - probabilities), []
     for i, k in (divmod(i, size) for i in _surest_wrong(right, confidence)):
-        pair = (labels[k], f"not {labels[k]}")  # the truth, and the answer
-        mistakes.append(_mistake(ids[i], *(pair[::-1] if said[i, k] else pair), confidence[i, k]))
+        yes, no = labels[k], f"not {labels[k]}"
+        label, answer = (no, yes) if said[i, k] else (yes, no)
+        mistakes.append(_mistake(ids[i], label, answer, confidence[i, k]))
     report = _report(labels, scores, (hits[0], answered[0], support[0]), confidence, right, mistakes, notes)
     for row, found in zip(report.per_class, precisions[0], strict=True):
         row["average_precision"] = float(found) if row["support"] else None

@@ -1,4 +1,4 @@
-"""Owns what can be told about an ONNX file without running it, whether featx wrote it or not."""
+"""Describes an ONNX file without running it, whether featx wrote it or not."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_an_interrupt_drops_what_is_waiting_and_ends_the_threads(model: Path) ->
     with pytest.raises(KeyboardInterrupt):
         for _ in predict(model, interrupted(), batch_size=8, workers=2):
             answered += 1
-    assert answered == 88  # the others were in the queue, which holds two batches and an image a thread
+    assert answered == 88  # the others were on their way: the next batch, and an image per thread
     assert not any(t.name.startswith("featx-decode") for t in threading.enumerate())
 
 
