@@ -26,7 +26,7 @@ import torch
 
 from featx import fit
 from featx.backbones.loading import load_backbone, resolve
-from featx.engines.opening import backbone_onnx
+from featx.engines.onnx import backbone_onnx
 from featx.head import Head
 from featx.runs import open_run
 from featx.shipping import graph, prediction, reduction

@@ -45,7 +45,7 @@ class StoredRows(Rows, Protocol):
 def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
     """The rows of a table with these numbers, `int [M]`, in memory: in one go where the table can `take`."""
     if isinstance(X, np.ndarray):
-        return X[which]
+        return np.asarray(X[which])
     if hasattr(X, "take"):
         return np.asarray(X.take(which)[0 : len(which)])
     return np.concatenate([X[i : i + 1] for i in which.tolist()])
@@ -81,7 +81,7 @@ class FeatureSpec(Identity):
     backbone: str
     """`torchvision/resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `custom/package.module:factory`."""
     weights: str
-    """SHA-256, in hex, of the network's tensors (`featx.backbones.request.tensors_digest`)."""
+    """SHA-256, in hex, of the network's tensors (`featx.backbones.backbone.tensors_digest`)."""
     layer: str = "features"
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -108,10 +108,6 @@ class FeatureSpec(Identity):
     def tolerance(self) -> float:
         """How far two rows of one image may lie apart, as computed; a store records it beside the spec."""
         return TOLERANCE[self.precision]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FeatureSpec:
-        return super().from_dict({**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
 
 
 def content_key(data: bytes) -> bytes:

@@ -25,8 +25,8 @@ def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
     that is probable enough.
     """
     if activation == "sigmoid":
-        return np.greater_equal(probabilities, MULTILABEL)
-    return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
+        return np.asarray(probabilities >= MULTILABEL)
+    return np.asarray(np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None])
 
 
 def columns(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
@@ -67,7 +67,7 @@ class Head:
         if len(X.shape) != 2 or X.shape[1] != self.weight.shape[1]:
             raise HeadError(f"expected features [N, {self.weight.shape[1]}], got {list(X.shape)}")
         if isinstance(X, np.ndarray):
-            return np.asarray(X, np.float32) @ self.weight.T + self.bias
+            return np.asarray(np.asarray(X, np.float32) @ self.weight.T + self.bias)
         parts = [self(np.asarray(X[i : i + BLOCK])) for i in range(0, X.shape[0], BLOCK)]
         return np.concatenate([np.zeros((0, len(self.bias)), np.float32), *parts])
 
@@ -75,9 +75,9 @@ class Head:
         """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
         z = np.asarray(logits, np.float64)
         if self.activation == "sigmoid":
-            return (0.5 * (1.0 + np.tanh(0.5 * z))).astype(np.float32)
+            return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)), np.float32)
         e = np.exp(z - z.max(axis=1, keepdims=True))
-        return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
+        return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
 
     def answers(self, probabilities: np.ndarray) -> np.ndarray:
         """What probabilities `[N, C]` say, `bool [N, C]`: one class an image, or with `sigmoid` any number."""

@@ -1,4 +1,4 @@
-"""Owns the lookup of keys: where in the cache the row of a content key is."""
+"""The lookup of keys: where in the cache the row of a content key is."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def as_keys(keys: np.ndarray) -> np.ndarray:
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
-    """Ascending places, `int64 [M]`, of the first of each distinct key."""
-    first = np.sort(np.ascontiguousarray(keys).view(np.uint64)[:, 0])
+    """Ascending places, `int64 [M]`, of the first of each distinct key. Raises `StoreError` for what is not keys."""
+    keys = as_keys(keys)
+    first = np.sort(keys.view(np.uint64)[:, 0])
     if not (first[1:] == first[:-1]).any():  # nearly always, and in an eighth of the memory
         return np.arange(len(keys))
-    opaque = np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").ravel()
-    return np.sort(np.unique(opaque, return_index=True)[1])
+    return np.sort(np.unique(keys.view(f"V{KEY_BYTES}").ravel(), return_index=True)[1])

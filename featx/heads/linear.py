@@ -1,8 +1,7 @@
-"""Owns the linear head trained by SGD in torch, as the transfer-learning tutorials do; GPU when there is one."""
+"""The linear head trained by SGD in torch, as the transfer-learning tutorials do; GPU when there is one."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,25 +24,10 @@ LEARNS, STREAMS = True, False
 # Of the mean loss: scikit-learn's C is 1 / (N * decay).
 DECAYS = tuple(np.logspace(-4, 1, 11))
 # What holds where neither the caller nor a recipe says otherwise. Without a rate or a decay, the data choose.
-DEFAULTS: dict[str, Any] = {
-    "epochs": 60,
-    "batch_size": 64,
-    "lr": None,
-    "schedule": "cosine",
-    "weight_decay": None,
-    "standardise": True,
-}
-# `--recipe tutorial`: the schedule of the five write-ups, on features as they come
-RECIPES: dict[str, dict[str, Any]] = {
-    "tutorial": {
-        "epochs": 25,
-        "batch_size": 4,
-        "lr": 0.001,
-        "schedule": "step",
-        "weight_decay": 0.0,
-        "standardise": False,
-    }
-}
+DEFAULTS: dict[str, Any] = {"epochs": 60, "batch_size": 64, "schedule": "cosine", "standardise": True}
+# the schedule of the five write-ups, on features as they come
+TUTORIAL = {"epochs": 25, "batch_size": 4, "lr": 0.001, "schedule": "step", "weight_decay": 0.0, "standardise": False}
+RECIPES: dict[str, dict[str, Any]] = {"tutorial": TUTORIAL}
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ class _Sgd:
         if self.schedule == "step":
             return self.lr * self.gamma ** (step // steps // self.step_size)
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + np.cos(np.pi * step / (self.epochs * steps)))
+            return self.lr * 0.5 * float(1 + np.cos(np.pi * step / (self.epochs * steps)))
         return self.lr
 
 
@@ -109,41 +93,32 @@ def fit(
     for a setting in `DEFAULTS`, is the recipe's, or else that one. The same seed gives the same head on the
     same machine. Raises `HeadError`.
     """
-    started = time.perf_counter()
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
-    given |= {"weight_decay": weight_decay, "standardise": standardise}
-    own = _usual(recipe) | {name: value for name, value in given.items() if value is not None}
-    steps = (own["epochs"], own["batch_size"], own["lr"], momentum, own["schedule"], step_size, gamma)
-    sgd = _Sgd(*steps, label_smoothing, seed)
-    task = _training.check(examples.X, examples.y, class_names)
-    fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
-    held = np.flatnonzero(_training.counted(fold >= 0, examples.scored))
-    task = task if own["standardise"] else _unscaled(task)
-    info: dict[str, Any] = {"notes": [*task.notes, *notes]}
-
-    decays = np.array(DECAYS if own["weight_decay"] is None else [own["weight_decay"]])
-    if len(decays) > 1 and not len(held):
-        decays = decays[len(decays) // 2 :][:1]
-        info["notes"].append(f"weight decay {decays[0]:g} was taken without measuring")
-    measure = len(held) > 0 and (len(decays) > 1 or calibrate or reject is not None or threshold is not None)
-    weights = _training.class_weights(task, class_weight)
-    weight, bias, held_out = _fitted(task, sgd, decays, weights, fold, held if measure else held[:0], device, info)
-
-    head = task.head(weight, bias)
-    head = _training.finish(head, task, info, held_out, held, calibrate=calibrate, threshold=threshold, reject=reject)
-    return Fitted(head, info | {"seconds": time.perf_counter() - started})
-
-
-def _usual(recipe: str | None) -> dict[str, Any]:
-    """What holds for the settings in `DEFAULTS` that the caller does not give."""
     if recipe is not None and recipe not in RECIPES:
         raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
-    return DEFAULTS | (RECIPES[recipe] if recipe else {})
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
+    given |= {"weight_decay": weight_decay, "standardise": standardise}
+    own = DEFAULTS | RECIPES.get(recipe or "", {}) | {name: value for name, value in given.items() if value is not None}
+    steps = (own["epochs"], own["batch_size"], own.get("lr"), momentum, own["schedule"], step_size, gamma)
+    sgd = _Sgd(*steps, label_smoothing, seed)
 
+    task, fold, counted = _training.prepared(examples, class_names, folds, seed)
+    if not own["standardise"]:  # constant columns stay out here too
+        task = replace(task, mean=0 * task.mean, scale=np.where(np.isinf(task.scale), np.inf, 1.0))
+    info: dict[str, Any] = {"notes": task.notes}
 
-def _unscaled(task: Task) -> Task:
-    scale = np.where(np.isinf(task.scale), np.inf, 1.0)  # constant columns stay out here too
-    return replace(task, mean=0 * task.mean, scale=scale)
+    decays = np.array([own["weight_decay"]] if "weight_decay" in own else DECAYS)
+    if len(decays) > 1 and not counted.any():
+        decays = decays[len(decays) // 2 :][:1]
+        info["notes"].append(f"weight decay {decays[0]:g} was taken without measuring")
+    measure = len(decays) > 1 or calibrate or reject is not None or threshold is not None
+    weights = _training.class_weights(task, class_weight)
+    weight, bias, held_out = _fitted(task, sgd, decays, weights, fold, counted & measure, device, info)
+
+    head = task.head(weight, bias)
+    head = _training.finish(
+        head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
+    )
+    return Fitted(head, info)
 
 
 def _fitted(
@@ -152,17 +127,17 @@ def _fitted(
     decays: np.ndarray,
     row_weights: np.ndarray | None,
     fold: np.ndarray,
-    held: np.ndarray,
+    counted: np.ndarray,
     device: str,
     info: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `held`, and the logits of these, each
+    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `counted`, and the logits of these, each
     by the fold that had not seen it; without such rows with the first decay. Writes its figures to `info`.
     """
     import torch
 
     Z = torch.from_numpy(task.standard()).to(choose_device(device))
-    count = int(fold.max()) + 1 if len(held) else 0
+    count = int(fold.max()) + 1 if counted.any() else 0
     masks = np.stack([fold != k for k in range(count)] + [np.ones(len(fold), bool)], axis=1)
     masks = masks * (1.0 if row_weights is None else row_weights[:, None])
     lr = _largest_step(task, Z, sgd.momentum, float(decays.max())) if sgd.lr is None else sgd.lr
@@ -178,9 +153,9 @@ def _fitted(
             part = torch.einsum("nd,scd->snc", Z[rows], weight[k]) + bias[k][:, None]
             logits[:, rows.cpu()] = part.cpu()
         each = metrics.binary_losses if task.several else metrics.losses
-        loss = np.array([each(part[held].numpy(), task.y[held]).mean() for part in logits])
+        loss = np.array([each(part[counted].numpy(), task.y[counted]).mean() for part in logits])
         best = int(np.argmin(loss))
-        held_out = logits[best, held].numpy()
+        held_out = logits[best, counted].numpy()
         info["cross_validation"] = {"weight_decays": decays.tolist(), "log_loss": loss.tolist(), "folds": count}
         if len(decays) > 1 and best in (0, len(decays) - 1):
             info["notes"].append(f"the best weight decay, {decays[best]:g}, is at the end of the grid")

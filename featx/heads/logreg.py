@@ -1,15 +1,13 @@
-"""Owns multinomial logistic regression: standardised features, its strength chosen by cross-validation."""
+"""Multinomial logistic regression: standardised features, its strength chosen by cross-validation."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from featx.devices import choose_device
-from featx.errors import HeadError
 from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.design import Design, single_thread
@@ -57,17 +55,13 @@ def fit(
     asks for it, `cpu` forgoes it.
     Raises `HeadError`.
     """
-    started = time.perf_counter()
-    grid = np.unique(np.asarray(strengths, np.float64))
-    if not len(grid) or not grid[0] > 0 or not np.isfinite(grid).all():
-        raise HeadError(f"strengths are positive numbers (scikit-learn's C), not {list(strengths)}")
+    grid = _training.ascending(strengths, "strengths are positive numbers (scikit-learn's C)")
     with single_thread():  # passes over many rows bring their own threads
-        task = _training.check(examples.X, examples.y, class_names)
+        task, fold, counted = _training.prepared(examples, class_names, folds, seed)
         weights = _training.class_weights(task, class_weight)
-        fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
-        counted = _training.counted(fold >= 0, examples.scored)
-        info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+        info: dict[str, Any] = {"notes": task.notes}
         design = Design(task, fold, weights, scored=examples.scored, torch_device=_gpu(task, device))
+
         chosen, held_out, start = float(grid[0]), None, None
         if not counted.any():
             if len(grid) > 1:
@@ -80,13 +74,13 @@ def fit(
             held_out = _held_out(design, path.solved[best], fold, counted)
             info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
             info["notes"] += _remarks(path)
+
         weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
         head = _training.finish(
-            head, task, info, held_out, np.flatnonzero(counted), calibrate=calibrate, threshold=threshold, reject=reject
+            head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
         )
-    info |= {"strength": chosen, "seconds": time.perf_counter() - started}
-    return Fitted(head, info)
+    return Fitted(head, info | {"strength": chosen})
 
 
 def _gpu(task: Task, device: str) -> str:
@@ -98,14 +92,10 @@ def _gpu(task: Task, device: str) -> str:
 
 def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Logits `[M, C]` of the counted rows, each by the fold that had not seen it."""
-    place = np.cumsum(counted) - 1
-    parts = []
-    for k in range(fold.max() + 1):
-        rows = np.flatnonzero(counted & (fold == k))
-        parts.append((place[rows], design.logits(found.A[:, k], rows)))
-    out = np.empty((int(counted.sum()), parts[0][1].shape[1]), np.float32)
-    for rows, logits in parts:
-        out[rows] = logits
+    logits = [design.logits(found.A[:, k], counted & (fold == k)) for k in range(fold.max() + 1)]
+    out = np.empty((int(counted.sum()), logits[0].shape[1]), np.float32)
+    for k, part in enumerate(logits):
+        out[fold[counted] == k] = part
     return out
 
 
@@ -145,6 +135,7 @@ def _last(
     whole = np.array([-1])  # no fold is left out
     if start is None:
         start = climb(design, strength, whole)
+    before = design.passes
     found = minimise(design, np.array([strength]), whole, start, tolerance=ASKED)
     gap = float(found.gap[0])
     info |= {
@@ -152,7 +143,7 @@ def _last(
         "converged": gap <= GAP,
         "relative_gap": gap,
         "gap_bound": float(found.bound[0]),
-        "passes": found.passes,
+        "passes": design.passes - before,
     }
     if gap > GAP:
         info["notes"].append(f"the solver stopped at a relative gap of {gap:.1e}: not converged")

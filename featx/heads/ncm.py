@@ -1,8 +1,7 @@
-"""Owns the nearest class mean, for few images per class: nothing to choose, nothing to overfit."""
+"""The nearest class mean, for few images per class: nothing to choose, nothing to overfit."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,39 +32,30 @@ def fit(
     sqrt(D) while their rows are few, or, without folds, sqrt(D).
     threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
     """
-    started = time.perf_counter()
-    task = _training.check(examples.X, examples.y, class_names)
-    fold, notes = _training.folds(task.y, folds, groups=examples.groups, seed=seed)
-    held = np.flatnonzero(_training.counted(fold >= 0, examples.scored))
-    info: dict[str, Any] = {"notes": [*task.notes, *notes]}
+    task, fold, counted = _training.prepared(examples, class_names, folds, seed)
+    info: dict[str, Any] = {"notes": task.notes}
     sums, counts = _class_sums(task, fold)
-    weight, bias = _affine(sums.sum(axis=0), counts.sum(axis=0), task.several)
-    if not len(held):
-        info["notes"].append("probabilities are not calibrated: no image could be held out")
-    spread = float(np.sqrt(task.X.shape[1]))
-    head = task.head(weight / spread, bias / spread)
-    logits = np.empty((len(fold), len(task.class_names)), np.float32)
-    if len(held):
-        maps = [
-            _affine(sums.sum(axis=0) - sums[k], counts.sum(axis=0) - counts[k], task.several)
-            for k in range(fold.max() + 1)
-        ]
+    total, count, spread = sums.sum(axis=0), counts.sum(axis=0), float(np.sqrt(task.X.shape[1]))
+    weight, bias = _affine(total, count, task.several)
+    head, held_out = task.head(weight / spread, bias / spread), None
+
+    if counted.any():
+        maps = [_affine(total - s, count - c, task.several) for s, c in zip(sums[:-1], counts[:-1], strict=True)]
+        logits = np.empty((len(fold), len(task.class_names)), np.float32)
         for rows, part in _training.blocks(task.X):
             Z = task.standardise(part)
             for k, (w, b) in enumerate(maps):
                 mine = fold[rows] == k
                 logits[rows][mine] = (Z[mine] @ w.T + b) / spread
+        held_out = logits[counted]
+    else:
+        info["notes"].append("probabilities are not calibrated: no image could be held out")
+
+    calibrate = held_out is not None
     head = _training.finish(
-        head,
-        task,
-        info,
-        logits[held] if len(held) else None,
-        held,
-        calibrate=bool(len(held)),
-        threshold=threshold,
-        reject=reject,
+        head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
     )
-    return Fitted(head, info | {"seconds": time.perf_counter() - started})
+    return Fitted(head, info)
 
 
 def _class_sums(task: Task, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

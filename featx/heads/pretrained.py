@@ -1,4 +1,4 @@
-"""Owns the network's own classifier as a head: its classes matched to the data's labels, nothing trained."""
+"""The network's own classifier as a head: its classes matched to the data's labels, nothing trained."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def fit(
         raise HeadError(f"the mapping names {unknown[0]!r}, which is no label here.{near(unknown[0], labels)}")
     index = {label: _named(label, mapping[label], names) for label in mapping}
     index |= {label: match(label, names) for label in labels if label not in mapping}
+
     taken: dict[int, str] = {}
     for label, i in index.items():
         if i in taken:
@@ -48,7 +49,7 @@ def fit(
                 "say with a mapping which is which"
             )
         taken[i] = label
-    classes = {label: names[index[label]] for label in labels}
+
     if restrict:
         rows = [index[label] for label in labels]
         head = Head(weight[rows], bias[rows], tuple(labels))
@@ -60,6 +61,7 @@ def fit(
             for i, name in enumerate(names)
         )
         head = Head(weight, bias, tuple(renamed))
+    classes = {label: names[index[label]] for label in labels}
     return Fitted(head, {"classes": classes, "restrict": restrict, "notes": []})
 
 
@@ -67,9 +69,8 @@ def match(label: str, names: Sequence[str]) -> int:
     """The number of the one class that `label` names: exactly, else but for case, `_` and `-`, else but
     for a plural. Raises `HeadError` with candidates where there is none, or more than one.
     """
-    sames = (lambda a, b: a == b, lambda a, b: _plain(a) == _plain(b), lambda a, b: _stem(a) == _stem(b))
-    for same in sames:
-        found = [i for i, name in enumerate(names) if any(same(label, part) for part in _synonyms(name))]
+    for form in (str, _plain, _stem):
+        found = [i for i, name in enumerate(names) if form(label) in map(form, _synonyms(name))]
         if len(found) == 1:
             return found[0]
         if found:
@@ -78,6 +79,7 @@ def match(label: str, names: Sequence[str]) -> int:
                 f"label {label!r} could be any of the network's classes {listed}; choose with a mapping, "
                 f"such as {label}={found[0]}"
             )
+
     word = _stem(label)
     holding = [name for name in names if word in map(_stem, _plain(name).split())]
     hint = f" Did you mean {', '.join(holding[:5])}?" if holding else near(_plain(label), names)
@@ -104,7 +106,7 @@ def _named(label: str, wanted: str | int, names: Sequence[str]) -> int:
 
 def _synonyms(name: str) -> list[str]:
     """The name, and the parts of one such as `tench, Tinca tinca`."""
-    return [name, *(part.strip() for part in name.split(","))] if "," in name else [name]
+    return [name, *(part.strip() for part in name.split(","))]
 
 
 def _plain(name: str) -> str:

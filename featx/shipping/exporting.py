@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featx import __version__
-from featx.engines.opening import backbone_onnx
+from featx.engines.onnx import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.files import write_atomic, write_json
 from featx.pixels.preprocess import Preprocess

@@ -1,26 +1,26 @@
-"""Owns passes over standardised features: losses and gradients of many logistic problems at once."""
+"""Passes over standardised features: losses, gradients and logits of many logistic problems at once."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from featx.devices import available_threads
-from featx.features import Rows, gathered
+from featx.features import gathered
 from featx.solvers.training import FLOOR, Task
-
-if TYPE_CHECKING:
-    from featx.solvers.torch_passes import TorchPasses
 
 SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
 
+Array = Any  # numpy's, or torch's where torch makes the passes
 T = TypeVar("T")
 
 
@@ -49,25 +49,26 @@ class Design:
         self.several = task.several or len(task.class_names) == 2
         self.paired = not task.several and self.several  # two classes, one column for both
         self.columns = 1 if self.paired else len(task.class_names)
+        # `p (1 - p)`, its mean over classes, where all are as likely
+        self.even = 0.25 if self.several else (1 - 1 / self.columns) / self.columns
         self.count = len(fold)
+        self.passes = 0
         self.streamed = streamed = isinstance(task.X, np.memmap) or not isinstance(task.X, np.ndarray)
         # class by class, so that a block's targets are a few slices
         order = np.arange(self.count) if streamed or self.several else np.argsort(task.y, kind="stable")
         self.order = order
         y = task.y[order]
-        self.y = y if task.several else y[:, None] if self.several else y
-        self.fold = fold[order]
-        self.weights = np.ones(self.count) if weights is None else weights[order]
-        self.scored = np.ones(self.count, bool) if scored is None else scored[order]
+        self.y: Array = y[:, None] if self.paired else y
+        self.fold: Array = fold[order]
+        self.weights: Array = np.ones(self.count) if weights is None else weights[order]
+        self.scored: Array = np.ones(self.count, bool) if scored is None else scored[order]
         self.rotation: np.ndarray | None = None  # float64 [D, rank]: coordinates -> standardised features
         self.dual: np.ndarray | None = None  # set where rows were rotated instead
-        self.rows: Rows
-        if streamed:
-            self.rows = _Streamed(task)
-        else:
-            self.rows = np.empty((self.count, task.X.shape[1] + 1), np.float32)
+
+        width = task.X.shape[1] + 1
+        self.rows: Array = _Streamed(task) if streamed else np.empty((self.count, width), np.float32)
         self.single = self.rows  # for single-precision passes
-        if self.count < task.X.shape[1] and not streamed:
+        if self.count < width - 1 and not streamed:
             self.rows[:, :-1], self.rows[:, -1] = task.standardise(task.X[order]), 1  # type: ignore[index]
             self._rotate_rows()
         else:
@@ -75,21 +76,15 @@ class Design:
             with single_thread(len(gram) < 2048):
                 values, self.rotation = np.linalg.eigh(gram)
             self.eigenvalues = np.maximum(values, 0.0)
-        self.torch: TorchPasses | None = None
+
+        self.xp: Any = np  # the module of the arrays that passes work on
+        self.place: dict[str, str] = {}  # where they lie
+        self.scratch = SCRATCH
         if torch_device:
-            import torch
-
-            from featx.solvers.torch_passes import TorchPasses
-
-            self.torch = TorchPasses(
-                {torch.float32: self.single, torch.float64: self.rows},
-                *(self.y, self.fold, self.weights, self.scored),
-                several=self.several,
-                device=torch_device,
-            )
+            self._move(torch_device)
 
     def _rotate_rows(self) -> None:
-        Z = np.asarray(self.rows[:])[:, :-1].astype(np.float64)
+        Z = self.rows[:, :-1].astype(np.float64)
         with single_thread(len(Z) < 2048):
             values, vectors = np.linalg.eigh(Z @ Z.T)
             kept = values > 1e-9 * values[-1]
@@ -104,22 +99,42 @@ class Design:
         width = self.rows.shape[1] - 1
 
         def work(rows: slice, gram: np.ndarray) -> None:
-            if isinstance(self.rows, np.ndarray):
-                part = task.standardise(np.asarray(task.X)[self.order[rows]])
-                self.rows[rows, :-1], self.rows[rows, -1] = part, 1
-            else:
+            if self.streamed:
                 part = self.rows[rows][:, :-1]
+            else:
+                part = task.standardise(task.X[self.order[rows]])  # type: ignore[index]
+                self.rows[rows, :-1], self.rows[rows, -1] = part, 1
             gram += part.T @ part
 
         step = max(64, 4 * SCRATCH // width)
         parts = spread(work, self.count, step, lambda: np.zeros((width, width)), self.count * width**2)
-        return np.sum(parts, axis=0)
+        return functools.reduce(np.add, parts)
+
+    def _move(self, device: str) -> None:
+        """Let torch make the passes; the rows go to the device where they take less than half of its memory."""
+        import torch
+
+        self.xp, self.place, self.scratch = torch, {"device": device}, 1 << 26
+        self.fold, self.weights, self.scored = map(self.placed, (self.fold, self.weights, self.scored))
+        if self.several:
+            self.y = self.placed(self.y)
+        if not self.streamed and ("cuda" not in device or self.rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2):
+            self.rows = self.placed(self.rows)
+            self.single = self.rows.float()
+
+    def placed(self, a: Array, like: Array = None) -> Array:
+        """An array where passes are made, of the precision of `like`."""
+        return self.xp.asarray(a, dtype=None if like is None else like.dtype, **self.place)
+
+    def block(self, rows: slice, like: Array) -> Array:
+        """Rows with the bias's ones, where passes are made, in single or double precision as `like` has it."""
+        return self.placed((self.rows if like.dtype == self.xp.float64 else self.single)[rows], like)
 
     @property
     def size(self) -> int:
         return len(self.eigenvalues) + 1
 
-    def trained(self, rows: slice, member: np.ndarray) -> np.ndarray:
+    def trained(self, rows: slice, member: Array) -> Array:
         """The weight of each row in problems that leave these folds out, `float64 [P, B]`."""
         fold = self.fold[rows]
         return ((fold != member[:, None]) | (fold < 0)) * self.weights[rows]
@@ -127,11 +142,11 @@ class Design:
     def held_out(self, member: np.ndarray) -> np.ndarray:
         """The weight of the rows that count when these folds are left out, `float64 [P]`."""
         counts = self.scored & (self.fold >= 0)
-        return np.array([self.weights[counts & (self.fold == m)].sum() for m in member])
+        return np.array([float(self.weights[counts & (self.fold == m)].sum()) for m in member.tolist()])
 
     def rotate(self, dtype: Any) -> None:
         """Keep the rows in the eigenbasis, in `dtype`, where they are kept at all: for many uses of it."""
-        if self.rotation is None or not isinstance(self.rows, np.ndarray):
+        if self.rotation is None or self.streamed:
             return
         kept = self.rows = self.single = self.rows.astype(dtype, copy=False)
         turn = self.rotation.astype(dtype)
@@ -145,11 +160,7 @@ class Design:
 
     def rotated(self, rows: slice | np.ndarray, dtype: Any = np.float32) -> np.ndarray:
         """Rows in the eigenbasis, without the bias, `[B, rank]`."""
-        if isinstance(rows, np.ndarray) and not isinstance(self.rows, np.ndarray):
-            part = self.rows.take(rows)  # type: ignore[attr-defined]
-        else:
-            part = self.rows[rows]  # type: ignore[index]
-        part = np.asarray(part, dtype)[:, :-1]
+        part = np.asarray(self.rows[rows], dtype)[:, :-1]
         return part if self.rotation is None else part @ self.rotation.astype(dtype, copy=False)
 
     def affine(self, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,111 +177,113 @@ class Design:
         return weight, bias
 
     def logits(self, A: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The head's logits `[M, C]` for rows `int [M]` of the training data, by one problem `[K, rank + 1]`."""
-        weight = self.for_rows(A[:, None])[:, 0]
-        place = np.empty(self.count, np.int64)
-        place[self.order] = np.arange(self.count)
-        every = np.empty((self.count, len(weight)), np.float32)
+        """The head's logits `[M, C]` for rows `bool [N]` of the training data, by one problem `[K, rank + 1]`."""
+        weight = self.placed(self.for_rows(A[:, None])[:, 0])
+        every = np.empty((self.count, len(A)), np.float32)
         step = max(64, 4 * SCRATCH // self.rows.shape[1])
         for start in range(0, self.count, step):
-            every[start : start + step] = self.rows[start : start + step] @ weight.T
-        out = every[place[rows]]
+            some = slice(start, start + step)
+            every[self.order[some]] = taken_back(self.block(some, weight) @ weight.T)
+        out = every[rows]
         return np.concatenate([-out / 2, out / 2], axis=1) if self.paired else out
 
     def for_rows(self, A: np.ndarray) -> np.ndarray:
-        """Coordinates -> what multiplies `rows`."""
-        if self.rotation is None:
-            return A
-        out = np.empty((*A.shape[:2], len(self.rotation) + 1), A.dtype)
-        out[..., :-1] = A[..., :-1] @ self.rotation.T.astype(A.dtype)
-        out[..., -1] = A[..., -1]
-        return out
+        """Coordinates `[K, P, rank + 1]` -> what multiplies `rows`."""
+        return A if self.rotation is None else _turned(A, self.rotation.T)
 
     def from_rows(self, G: np.ndarray) -> np.ndarray:
-        if self.rotation is None:
-            return G
-        out = np.empty((*G.shape[:2], self.rotation.shape[1] + 1), G.dtype)
-        out[..., :-1] = G[..., :-1] @ self.rotation.astype(G.dtype)
-        out[..., -1] = G[..., -1]
-        return out
-
-    def step(self, problems: int) -> int:
-        """Rows per block, for logits `[problems, B]`."""
-        return max(64, min(SCRATCH // problems, 2 * SCRATCH // self.rows.shape[1]))
+        """The gradient by what multiplies `rows` -> the gradient by coordinates `[K, P, rank + 1]`."""
+        return G if self.rotation is None else _turned(G, self.rotation)
 
     def visit(self, A: np.ndarray, member: np.ndarray) -> Visit:
         """One pass over the features for P problems: coordinates A `[K, P, rank + 1]` (its dtype is the
         arithmetic's), `member` `int [P]` the fold that each leaves out, -1 for none.
         """
         K, P, _ = A.shape
-        W = np.ascontiguousarray(self.for_rows(A).reshape(K * P, -1))
-        width = self.rows.shape[1]
-        if self.torch:
-            loss, held, gradient, curvature = self.torch(W, member)
-            return Visit(loss, self.from_rows(gradient.reshape(K, P, width)), curvature / self.count, held)
-        parts = spread(
-            lambda rows, sums: self._block(rows, W, member, sums),
-            self.count,
-            self.step(K * P),
-            lambda: _Sums.empty(K, P, width, A.dtype),
-            self.count * width * K * P,
+        W, left_out = self.flat(self.for_rows(A)), self.placed(member)
+        zeros = functools.partial(self.xp.zeros, dtype=self.xp.float64, **self.place)
+        total = self.spread(
+            lambda rows, sums: self._block(rows, W, left_out, sums),
+            lambda: Visit(zeros(P), self.xp.zeros_like(W), zeros((K, P)), zeros(P)),
+            K * P,
         )
-        total = parts[0]
-        for part in parts[1:]:
-            total.add(part)
-        G = self.from_rows(total.gradient.reshape(K, P, width))
-        return Visit(total.loss, G, total.curvature / self.count, total.held)
+        loss, gradient, curvature, held = map(taken_back, vars(total).values())
+        return Visit(loss, self.from_rows(gradient.reshape(K, P, -1)), curvature / self.count, held)
 
-    def _block(self, rows: slice, W: np.ndarray, member: np.ndarray, sums: _Sums) -> None:
-        Z = np.asarray((self.rows if W.dtype == np.float64 else self.single)[rows], W.dtype)
-        y, fold, weight = self.y[rows], self.fold[rows], self.weights[rows]
-        P = len(member)
-        L = (W @ Z.T).reshape(-1, P, len(Z))  # logits, then probabilities, then residuals
+    def flat(self, A: np.ndarray) -> Array:
+        """What multiplies rows, `[K, P, width]`, as `[K * P, width]` where passes are made."""
+        return self.placed(np.ascontiguousarray(A.reshape(-1, A.shape[-1])))
+
+    def spread(self, work: Callable[[slice, T], None], empty: Callable[[], T], problems: int) -> T:
+        """One pass: `work` on every block of rows, for logits `[problems, B]`; the sum of what it has gathered."""
+        self.passes += 1
+        width = self.rows.shape[1]
+        step = max(64, min(self.scratch // problems, 2 * self.scratch // width))
+        flops = 0 if self.place else self.count * width * problems  # a device has threads of its own
+        return functools.reduce(operator.iadd, spread(work, self.count, step, empty, flops))
+
+    def _block(self, rows: slice, W: Array, member: Array, sums: Visit) -> None:
+        Z, y = self.block(rows, W), self.y[rows]
+        fold, weight = self.fold[rows], self.weights[rows]
+        L = (W @ Z.T).reshape(-1, len(member), len(Z))  # logits, then probabilities, then residuals
         loss = self._sigmoid(L, y, sums) if self.several else self._softmax(L, y, sums)
+
         trained = self.trained(rows, member)
-        sums.loss += (loss * trained).sum(axis=1, dtype=np.float64)
+        sums.loss += (loss * trained).sum(1)
         left = (fold == member[:, None]) & (fold >= 0) & self.scored[rows]
         if left.any():
-            sums.held += (loss * (left * weight)).sum(axis=1, dtype=np.float64)
+            sums.held += (loss * (left * weight)).sum(1)
         if (trained != 1).any():
-            L *= trained.astype(W.dtype)
+            L *= self.placed(trained, L)
         sums.gradient += L.reshape(-1, len(Z)) @ Z
 
-    @staticmethod
-    def _softmax(L: np.ndarray, y: np.ndarray, sums: _Sums) -> np.ndarray:
-        L -= L.max(axis=0)
+    def _softmax(self, L: Array, y: np.ndarray, sums: Visit) -> Array:
+        xp = self.xp
+        L -= xp.amax(L, 0)
         classes = np.unique(y)
         places = [_slice(np.flatnonzero(y == k)) for k in classes]
-        own = np.empty(L.shape[1:], L.dtype)
+        own = xp.empty_like(L[0])
         for k, place in zip(classes, places, strict=True):
             own[:, place] = L[k][:, place]
-        np.maximum(L, FLOOR, out=L)
-        np.exp(L, out=L)
-        total = L.sum(axis=0)
-        loss = np.log(total) - own
+
+        xp.exp(xp.clip(L, FLOOR, None, out=L), out=L)
+        total = L.sum(0)
+        loss = xp.log(total) - own
         L *= 1 / total
-        sums.curvature += L.sum(axis=2) - np.einsum("kpb,kpb->kp", L, L)
+        sums.curvature += L.sum(2) - xp.einsum("kpb,kpb->kp", L, L)
+
         for k, place in zip(classes, places, strict=True):
             L[k][:, place] -= 1
         return loss
 
-    @staticmethod
-    def _sigmoid(L: np.ndarray, y: np.ndarray, sums: _Sums) -> np.ndarray:
-        target = y.T[:, None].astype(L.dtype)
+    def _sigmoid(self, L: Array, y: Array, sums: Visit) -> Array:
+        xp, target = self.xp, self.placed(y.T[:, None], L)
         signed = L * (1 - 2 * target)  # the loss is log(1 + exp(signed))
-        small = np.exp(np.maximum(-np.abs(L), FLOOR))
-        loss = (np.log1p(small) + np.maximum(signed, 0)).sum(axis=0)
-        np.divide(np.where(L >= 0, 1, small).astype(L.dtype), 1 + small, out=L)
-        sums.curvature += L.sum(axis=2) - np.einsum("kpb,kpb->kp", L, L)
+        small = xp.exp(xp.clip(-abs(L), FLOOR, None))
+        loss = (xp.log1p(small) + xp.clip(signed, 0, None)).sum(0)
+        xp.divide(xp.where(L >= 0, 1, small), 1 + small, out=L)
+        sums.curvature += L.sum(2) - xp.einsum("kpb,kpb->kp", L, L)
         L -= target
         return loss
 
 
-def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
-    """One BLAS thread: more would wait for each other on small matrices, and inside our own threads."""
-    from threadpoolctl import threadpool_limits
+@dataclass
+class Visit:
+    """What one pass finds for P problems, without the penalty."""
 
-    return threadpool_limits(1, "blas") if wanted else nullcontext()
+    loss: Array
+    """`float64 [P]`, summed over training rows."""
+    gradient: Array
+    """`[K, P, rank + 1]`."""
+    curvature: Array
+    """`float64 [K, P]`: the mean of `p (1 - p)`."""
+    held: Array
+    """`float64 [P]`: the loss summed over held-out rows, weighted as in training."""
+
+    def __iadd__(self, other: Visit) -> Visit:
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine += theirs
+        return self
 
 
 def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float) -> list[T]:
@@ -291,34 +304,29 @@ def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Calla
         return list(pool.map(run, [empty() for _ in range(threads)]))
 
 
-@dataclass(slots=True)
-class _Sums:
-    loss: np.ndarray
-    held: np.ndarray
-    gradient: np.ndarray
-    curvature: np.ndarray
-
-    def add(self, other: _Sums) -> None:
-        for name in self.__slots__:
-            getattr(self, name).__iadd__(getattr(other, name))
-
-    @classmethod
-    def empty(cls, K: int, P: int, width: int, dtype: Any) -> _Sums:
-        return cls(np.zeros(P), np.zeros(P), np.zeros((K * P, width), dtype), np.zeros((K, P)))
+def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
+    """One BLAS thread: more would wait for each other on small matrices, and inside our own threads."""
+    return _libraries().limit(limits=1, user_api="blas") if wanted else nullcontext()
 
 
-@dataclass(frozen=True)
-class Visit:
-    """What one pass finds for P problems, without the penalty."""
+@functools.cache
+def _libraries() -> Any:
+    """numpy's; to look for them takes milliseconds."""
+    from threadpoolctl import ThreadpoolController
 
-    loss: np.ndarray
-    """`float64 [P]`, summed over training rows."""
-    gradient: np.ndarray
-    """`[K, P, rank + 1]`."""
-    curvature: np.ndarray
-    """`float64 [K, P]`: the mean of `p (1 - p)`."""
-    held: np.ndarray
-    """`float64 [P]`: the loss summed over held-out rows, weighted as in training."""
+    return ThreadpoolController()
+
+
+def _turned(A: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """All of `A` `[K, P, ...]` but the last column, the bias's, times `rotation`."""
+    out = np.empty((*A.shape[:2], rotation.shape[1] + 1), A.dtype)
+    out[..., :-1] = A[..., :-1] @ rotation.astype(A.dtype)
+    out[..., -1] = A[..., -1]
+    return out
+
+
+def taken_back(a: Array) -> np.ndarray:
+    return a if isinstance(a, np.ndarray) else a.cpu().numpy()
 
 
 def _slice(index: np.ndarray) -> slice | np.ndarray:
@@ -333,13 +341,7 @@ class _Streamed:
         self.task = task
         self.shape = (task.X.shape[0], task.X.shape[1] + 1)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._made(self.task.X[rows])
-
-    def take(self, which: np.ndarray) -> np.ndarray:
-        """The rows with these numbers, `int [M]`."""
-        return self._made(gathered(self.task.X, which))
-
-    def _made(self, part: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        part = self.task.X[rows] if isinstance(rows, slice) else gathered(self.task.X, rows)
         part = self.task.standardise(part)
         return np.concatenate([part, np.ones((len(part), 1), np.float32)], axis=1)

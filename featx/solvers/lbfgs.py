@@ -7,41 +7,40 @@ that is over rows, and the less its estimate of the gap is worth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from featx.solvers.design import Design
-from featx.solvers.newton import Problems, Solution, dot
+from featx.solvers.newton import Batch, Problems, Solution, dot
 
 MEMORY = 12  # pairs of steps and gradient changes that each problem keeps
 SURE = 10  # times less curvature than at even probabilities: from here on the estimate is not to be trusted
 
 
-def lbfgs(
-    design: Design, strengths: np.ndarray, member: np.ndarray, start: np.ndarray, wanted: np.ndarray, most: int
-) -> Solution:
-    """Minimise P problems from `start` `[K, P, rank + 1]` to relative gaps of `wanted` `[P]`, in `most` passes.
-    Those whose gap cannot be estimated are given up where they stand, not converged.
+def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, most: int) -> None:
+    """Minimise some problems (their numbers) from where they stand in `found` to relative gaps of `wanted` `[P]`,
+    in `most` passes. Those whose gap cannot be estimated are given up where they stand, not converged.
     """
-    result = Solution.unsolved(start)
-    at = Problems.visit(design, np.arange(len(member)), strengths, member, start.astype(np.float32))
+    A = found.A[:, some].astype(np.float32)
+    at = Problems.visit(design, some, found.strength[some], found.member[some], A)
     noise = 4 * float(np.finfo(np.float32).eps)  # a loss cannot be compared more finely than this share of it
-    even = 0.25 if design.several else (1 - 1 / design.columns) / design.columns
     pairs: list[_Pair] = []  # newest last
-    t = np.ones(len(member))
+    t = np.ones(len(some))
+
     for passes in range(1, most + 1):
         d = _direction(at.g, 1 / at.metric(design), pairs)
         slope = dot(at.g, d)
-        sureness = even / np.maximum(at.curvature.mean(axis=0), 1e-9)
+        sureness = design.even / np.maximum(at.curvature.mean(axis=0), 1e-9)
         gap = -0.5 * slope * np.maximum(sureness, 1) / at.f
         done = (gap <= wanted[at.number]) & (sureness <= SURE)
         over = done | (sureness > SURE) | (t < 1e-4) | (passes == most)
         if over.any():
-            result.record(at.take(over), gap[over], done[over])
+            found.record(at.take(over), gap[over], done[over])
             if over.all():
                 break
             at, d, t, slope, pairs = at.take(~over), d[:, ~over], t[~over], slope[~over], [p.take(~over) for p in pairs]
+
         new = Problems.visit(design, at.number, at.strength, at.member, at.A + d * t[:, None].astype(np.float32))
         good = new.f <= at.f + 1e-4 * t * slope + noise * np.abs(at.f)
         step, change = new.A - at.A, new.g - at.g
@@ -54,11 +53,10 @@ def lbfgs(
             parabola = -slope * t / (2 * (new.f - at.f - slope * t)) * t
         t = np.where(good, 1.0, np.clip(np.nan_to_num(parabola, nan=0.0), 0.1 * t, 0.5 * t))
         at.put(np.flatnonzero(good), new.take(good))
-    return replace(result, passes=passes)
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _Pair(Batch):
     """A step and the gradient's change along it, `[K, P, rank + 1]`, and one over their product, `[P]`; 0 where
     it says nothing.
     """
@@ -66,9 +64,6 @@ class _Pair:
     step: np.ndarray
     change: np.ndarray
     rho: np.ndarray
-
-    def take(self, which: np.ndarray) -> _Pair:
-        return _Pair(self.step[:, which], self.change[:, which], self.rho[which])
 
 
 def _direction(g: np.ndarray, inverse: np.ndarray, pairs: list[_Pair]) -> np.ndarray:

@@ -7,7 +7,8 @@ close to `h * eigenvalue + 1 / C` there, with `h` the mean of `p (1 - p)` (Böhn
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -21,10 +22,25 @@ PRODUCTS = 500  # with the Hessian, at most, for one of Newton's steps
 SETTLED = 5e-4
 
 
-@dataclass(frozen=True)
-class Solution:
-    """P minimised problems."""
+class Batch:
+    """Arrays of P problems: `[P]`, or `[K, P, ...]`."""
 
+    def take(self, which: np.ndarray | slice) -> Self:
+        """Some of the problems: `bool [P]`, `int` or a slice."""
+        return type(self)(*(a[:, which] if a.ndim > 1 else a[which] for a in vars(self).values()))
+
+    def put(self, which: np.ndarray, other: Self) -> None:
+        """Take over other problems as those with these numbers."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine[(slice(None), which) if mine.ndim > 1 else which] = theirs
+
+
+@dataclass(frozen=True)
+class Solution(Batch):
+    """P minimised problems: strengths (scikit-learn's C), the folds left out, and what was found."""
+
+    strength: np.ndarray
+    member: np.ndarray
     A: np.ndarray
     """Coordinates, `float64 [K, P, rank + 1]`."""
     loss: np.ndarray
@@ -39,40 +55,22 @@ class Solution:
     `float64 [P]`: strict but for the bias, and loose where C is large."""
     converged: np.ndarray
     """`bool [P]`."""
-    passes: int
-    """Over the features, for all problems together."""
 
     @classmethod
-    def unsolved(cls, start: np.ndarray) -> Solution:
+    def unsolved(cls, strength: np.ndarray, member: np.ndarray, start: np.ndarray) -> Solution:
         """P problems of which nothing is known yet."""
-        P = start.shape[1]
-        loss, held, gap, bound = (np.full(P, np.nan) for _ in range(4))
-        return cls(start.astype(np.float64), loss, held, gap, bound, np.zeros(P, bool), 0)
+        loss, held, gap, bound = np.full((4, len(member)), np.nan)
+        return cls(strength, member, start.astype(np.float64), loss, held, gap, bound, np.zeros(len(member), bool))
 
     def record(self, at: Problems, gap: np.ndarray, converged: np.ndarray) -> None:
         """Take over where some problems have come to."""
-        which = at.number
-        self.A[:, which], self.loss[which], self.held[which] = at.A, at.f, at.held
-        self.gap[which], self.converged[which] = gap, converged
         square = np.square(at.g[..., :-1], dtype=np.float64).sum(axis=(0, 2))
-        self.bound[which] = at.strength / 2 * square / np.maximum(at.f, 1e-300)
-
-    def put(self, which: np.ndarray, other: Solution) -> None:
-        """Take over P other problems' solutions as those with these numbers."""
-        self.A[:, which] = other.A
-        for name in _EACH:
-            getattr(self, name)[which] = getattr(other, name)
-
-    def take(self, which: slice) -> Solution:
-        """Some of the problems."""
-        return replace(self, A=self.A[:, which], **{name: getattr(self, name)[which] for name in _EACH})
-
-
-_EACH = ("loss", "held", "gap", "bound", "converged")
+        bound = at.strength / 2 * square / np.maximum(at.f, 1e-300)
+        self.put(at.number, Solution(at.strength, at.member, at.A, at.f, at.held, gap, bound, converged))
 
 
 @dataclass
-class Problems:
+class Problems(Batch):
     """Where P problems stand."""
 
     number: np.ndarray
@@ -97,77 +95,59 @@ class Problems:
         f = seen.loss + 0.5 * dot(A, pulled)
         return cls(number, strength, member, A, f, seen.gradient + pulled, seen.held, seen.curvature)
 
-    def take(self, which: np.ndarray) -> Problems:
-        """Some of them, `bool [P]` or `int`."""
-        return Problems(*(a[:, which] if a.ndim > 1 else a[which] for a in self._arrays()))
-
-    def put(self, which: np.ndarray, other: Problems) -> None:
-        for mine, theirs in zip(self._arrays(), other._arrays(), strict=True):
-            mine[(slice(None), which) if mine.ndim > 1 else which] = theirs
-
     def metric(self, design: Design) -> np.ndarray:
         """What the Hessians are near to, as diagonals `[K, P, rank + 1]`: exact for a ridge."""
         diagonal = np.maximum(self.curvature, 1e-12)[:, :, None] * np.append(design.eigenvalues, design.count)
         diagonal[..., :-1] += 1 / self.strength[:, None]
-        return (diagonal + 1e-12).astype(np.float32)
-
-    def _arrays(self) -> list[np.ndarray]:
-        return [getattr(self, field.name) for field in fields(self)]
+        return np.asarray(diagonal + 1e-12, np.float32)
 
 
-def newton(
-    design: Design, strengths: np.ndarray, member: np.ndarray, start: np.ndarray, tolerance: float, most: int
-) -> Solution:
-    """Minimise P problems from `start` `[K, P, rank + 1]` by at most `most` steps: until one gains less than
-    `tolerance` of the objective, and leaves the held-out loss as it was.
+def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, most: int) -> None:
+    """Minimise some problems (their numbers) from where they stand in `found` by at most `most` steps: until one
+    gains less than `tolerance` of the objective, and leaves the held-out loss as it was.
     """
-    result = Solution.unsolved(start)
-    at = Problems.visit(design, np.arange(len(member)), strengths, member, start.astype(np.float64))
-    rows = np.maximum(design.held_out(member), 1e-300)
-    radius = np.full(len(member), np.inf)
-    passes = 1
+    at = Problems.visit(design, some, found.strength[some], found.member[some], found.A[:, some])
+    rows = np.maximum(design.held_out(at.member), 1e-300)
+    radius = np.full(len(some), np.inf)
+
     for step in range(most):
-        d, gain, length, products = _direction(design, at, radius)
-        gap = gain / at.f
-        before = at.held.copy()
-        t, visits = _along(design, at, d, gain)
-        passes += products + visits
-        change = np.abs(at.held - before) / rows[at.number]
+        d, gain, length = _direction(design, at, radius)
+        gap, before = gain / at.f, at.held.copy()
+        t = _along(design, at, d, gain)
+        change = np.abs(at.held - before) / rows
         done = (gap <= tolerance) & (change <= SETTLED) & (t == 1) & (length < radius)
         over = done | (step + 1 == most)
         radius = np.where(t < 1, 2 * np.maximum(t, 1e-6) * length, np.where(length < radius, radius, 4 * radius))
         if over.any():
-            result.record(at.take(over), gap[over], done[over])
+            found.record(at.take(over), gap[over], done[over])
             if over.all():
                 break
-            at, radius = at.take(~over), radius[~over]
-    return replace(result, passes=passes)
+            at, radius, rows = at.take(~over), radius[~over], rows[~over]
 
 
-def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, int]:
+def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """Move each problem by `t * d`, with the first t of 1, 2/5, ... that lowers its objective by some of the
-    `gain` foreseen; returns t `[P]`, 0 where none does, and how many passes it took.
+    `gain` foreseen; returns t `[P]`, 0 where none does.
     """
-    t, left, visits = np.ones(len(gain)), np.arange(len(gain)), 0
+    t, left, old = np.ones(len(gain)), np.arange(len(gain)), at
     while len(left):
-        old = at.take(left) if visits else at
         A = old.A + d[:, left] * t[left][:, None]
         new = Problems.visit(design, old.number, old.strength, old.member, A)
-        visits += 1
         # a loss cannot be compared more finely than by its rounding
         good = new.f <= old.f - 1e-4 * t[left] * gain[left] + 1e-14 * np.abs(old.f)
         at.put(left[good], new.take(good))
         left = left[~good]
         t[left] = np.where(t[left] > 1e-5, 0.4 * t[left], 0)
         left = left[t[left] > 0]
-    return t, visits
+        old = at.take(left)
+    return t
 
 
-def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Newton's direction `[K, P, rank + 1]` by conjugate gradients (Steihaug 1983): no longer than `radius`
     `[P]` in the metric's norm, since far from the optimum, where all answers are sure and some wrong, the
-    Hessian says little. And by how much the objective would fall were it quadratic, the direction's length
-    (`[P]` each) and how many products it took.
+    Hessian says little. And, `[P]` each, by how much the objective would fall were it quadratic, and the
+    direction's length.
     """
     single = np.float32
     pull = np.where(np.arange(design.size) < design.size - 1, 1 / at.strength[:, None], 0).astype(single)
@@ -181,28 +161,26 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
     size = _dot(r, v)
     enough = INEXACT**2 * size
     # gain, and the squared length of x, their product with v's metric, the squared length of v
-    gain, length, along, own, edge = (
-        np.zeros(len(left)),
-        np.zeros(len(left)),
-        np.zeros(len(left)),
-        size,
-        radius / scale,
-    )
-    gains, lengths = np.zeros(len(left)), np.zeros(len(left))
+    gain, length, along, gains, lengths = np.zeros((5, len(left)))
+    own, edge = size, radius / scale
+
     for products in range(1, PRODUCTS + 1):
         bent = hessian.times(v) + pull * v
         curvature = np.maximum(_dot(v, bent), 1e-30)
         step = size / curvature
-        outside = length + 2 * step * along + step**2 * own >= edge**2
+        reach = length + 2 * step * along + step**2 * own
+        outside = reach >= edge**2
         if outside.any():  # as far as the edge
             root = np.sqrt(np.maximum(along**2 + own * (np.minimum(edge, 1e15) ** 2 - length), 0))
             step = np.where(outside, (root - along) / np.maximum(own, 1e-30), step)
-        length = np.where(outside, edge**2, length + 2 * step * along + step**2 * own)
+            reach = np.where(outside, edge**2, reach)
+        length, stride = reach, step[:, None].astype(single)
         gain = gain + step * size - step**2 * curvature / 2
-        x += step[:, None].astype(single) * v
-        r -= step[:, None].astype(single) * bent
+        x += stride * v
+        r -= stride * bent
         z = r / diagonal
         before, size = size, _dot(r, z)
+
         over = (size <= enough) | outside | (products == PRODUCTS)
         if over.any():
             out[:, left[over]], gains[left[over]], lengths[left[over]] = x[:, over], gain[over], length[over]
@@ -213,16 +191,17 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
             left, pull, before, size, enough = left[keep], pull[keep], before[keep], size[keep], enough[keep]
             gain, length, along, own, edge, step = (a[keep] for a in (gain, length, along, own, edge, step))
             x, r, z, v, diagonal = (a[:, keep] for a in (x, r, z, v, diagonal))
+
         turn = size / before
         along, own = turn * (along + step * own), size + turn**2 * own
         v = z + turn[:, None].astype(single) * v
-    return out * scale[:, None], gains * scale**2, np.sqrt(lengths) * scale, products
+    return out * scale[:, None], gains * scale**2, np.sqrt(lengths) * scale
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("kpd,kpd->p", a, b).astype(np.float64)
+    return np.asarray(np.einsum("kpd,kpd->p", a, b), np.float64)
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of each problem, `float64 [P]`."""
-    return np.einsum("kpd,kpd->p", a, b, dtype=np.float64)
+    return np.asarray(np.einsum("kpd,kpd->p", a, b, dtype=np.float64))

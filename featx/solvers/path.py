@@ -7,8 +7,6 @@ of them. Where rows outnumber weights by far, L-BFGS in single precision is near
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from featx.solvers.design import Design
@@ -27,22 +25,18 @@ def minimise(
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
     from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and to where the held-out loss stays as it is.
     """
-    found = Solution.unsolved(start)
+    found = Solution.unsolved(strengths, member, start)
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance)
-    passes = 0
     for some in _parts(np.flatnonzero(wanted >= SINGLE), many):
-        part = lbfgs(design, strengths[some], member[some], start[:, some], wanted[some], LONG)
-        found.put(some, part)
-        passes += part.passes
+        lbfgs(design, found, some, wanted, LONG)
+
     if not design.streamed:
         many = min(many, max(1, CACHE // (4 * K * design.count)))
     for some in _parts(np.flatnonzero(~found.converged), many):
-        part = newton(design, strengths[some], member[some], found.A[:, some], tolerance, most)
-        found.put(some, part)
-        passes += part.passes
-    return replace(found, passes=passes)
+        newton(design, found, some, tolerance, most)
+    return found
 
 
 def climb(design: Design, strength: float, members: np.ndarray) -> np.ndarray:
@@ -82,13 +76,9 @@ class Path:
     weights grow with log C.
     """
 
-    def __init__(
-        self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5, most: int = 100
-    ) -> None:
-        self.design, self.strengths, self.members = design, strengths, members
-        self.tolerance, self.most = tolerance, most
-        even = 0.25 if design.several else (1 - 1 / design.columns) / design.columns
-        self._metric = even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
+    def __init__(self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5) -> None:
+        self.design, self.strengths, self.members, self.tolerance = design, strengths, members, tolerance
+        self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
         """By strength: a problem per member."""
@@ -99,19 +89,13 @@ class Path:
         level = [i for i in level if i not in self.solved]
         if not level:
             return
-        M, K, size = len(self.members), self.design.columns, self.design.size
-        start = np.zeros((K, len(level), M, size))
-        for column, i in enumerate(level):
-            start[:, column] = self._start(i)
-        found = minimise(
-            self.design,
-            np.repeat(self.strengths[level], M),
-            np.tile(self.members, len(level)),
-            start.reshape(K, -1, size),
-            tolerance=self.tolerance,
-            most=self.most,
-        )
-        self.passes += found.passes
+        M, K = len(self.members), self.design.columns
+        start = np.stack([self._start(i) for i in level], axis=1).reshape(K, len(level) * M, -1)
+        before = self.design.passes
+        strengths, members = np.repeat(self.strengths[level], M), np.tile(self.members, len(level))
+        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance)
+
+        self.passes += self.design.passes - before
         for column, i in enumerate(level):
             self.solved[i] = found.take(slice(column * M, (column + 1) * M))
 
@@ -122,9 +106,9 @@ class Path:
         if len(known) > 1 and i > known[-1]:
             before, last = known[-2:]
             share = (x[i] - x[last]) / (x[last] - x[before])
-            return (1 + share) * self.solved[last].A - share * self.solved[before].A
+            return np.asarray((1 + share) * self.solved[last].A - share * self.solved[before].A)
         parts = [share * self.solved[j].A * self._metric[j] for j, share in _neighbours(x, known, i)]
-        return np.sum(parts, axis=0) / self._metric[i]
+        return np.asarray(np.sum(parts, axis=0) / self._metric[i])
 
     def whole(self) -> None:
         """Solve all of it, coarse to fine."""

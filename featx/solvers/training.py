@@ -1,9 +1,9 @@
-"""Owns what every trained head shares: checked input, scaling, folds, calibration, the reject threshold."""
+"""What every trained head shares: checked input, scaling, folds, calibration, the reject threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +13,7 @@ from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
 from featx.head import Head
+from featx.solvers.examples import Examples
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
@@ -22,9 +23,9 @@ CONSTANT = 1e-6
 FLOOR = -60.0
 
 
-def blocks(X: Rows, columns: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
-    """Row ranges and their features as `float32 [B, D]`, small enough for `columns` results per row too."""
-    size = max(64, BLOCK // max(X.shape[1], columns, 1))
+def blocks(X: Rows) -> Iterator[tuple[slice, np.ndarray]]:
+    """Row ranges and their features as `float32 [B, D]`."""
+    size = max(64, BLOCK // X.shape[1])
     for start in range(0, X.shape[0], size):
         rows = slice(start, min(start + size, X.shape[0]))
         yield rows, np.asarray(X[rows], np.float32)
@@ -51,10 +52,6 @@ class Task:
         """Whether an image has any number of labels."""
         return self.y.ndim == 2
 
-    @property
-    def activation(self) -> str:
-        return "sigmoid" if self.several else "softmax"
-
     def standardise(self, part: np.ndarray) -> np.ndarray:
         """Rows of X `[B, D]`, standardised, `float32`."""
         out = np.asarray(part, np.float32) - self.mean.astype(np.float32)
@@ -72,13 +69,14 @@ class Task:
         """Targets, `float32 [N, C]`."""
         if self.several:
             return self.y.astype(np.float32)
-        return np.eye(len(self.class_names), dtype=np.float32)[self.y]
+        return np.asarray(np.eye(len(self.class_names), dtype=np.float32)[self.y])
 
     def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
         """The head for features as they come, of `[C, D]` and `[C]` fitted on standardised ones."""
         weight = np.asarray(weight, np.float64) / self.scale
         bias = np.asarray(bias, np.float64) - weight @ self.mean
-        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, self.activation)
+        activation = "sigmoid" if self.several else "softmax"
+        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, activation)
 
 
 def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
@@ -93,6 +91,7 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
         raise HeadError(f"expected features [N, D] with rows and columns, got {list(X.shape)}")
     if len(y) != X.shape[0]:
         raise HeadError(f"{X.shape[0]} rows of features and {len(y)} labels do not match")
+
     if y.ndim == 2:
         if y.shape[1] != len(names) or not np.isin(y, (0, 1)).all():
             raise HeadError(f"several labels per image need 0/1 targets [N, {len(names)}], got {list(y.shape)}")
@@ -109,6 +108,7 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
             raise HeadError(f"all {len(y)} training images are {names[kept[0]]!r}; a head needs at least two classes")
         if len(kept) > len(y) // 2:
             notes.append(f"{len(kept)} classes for {len(y)} training images: expect little")
+
     left_out = sorted(set(range(len(names))) - set(kept.tolist()))
     if left_out:
         some = ", ".join(repr(names[i]) for i in left_out[:5])
@@ -148,6 +148,25 @@ def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, scale, constant
 
 
+def ascending(values: Sequence[float], says: str) -> np.ndarray:
+    """Values to choose from, `float64 [S]`, each once. Raises `HeadError`, which `says` what they are."""
+    found = np.unique(np.asarray(values, np.float64))
+    if not len(found) or not found[0] > 0 or not np.isfinite(found).all():
+        raise HeadError(f"{says}, not {list(values)}")
+    return found
+
+
+def prepared(
+    examples: Examples, class_names: Sequence[str], count: int, seed: int
+) -> tuple[Task, np.ndarray, np.ndarray]:
+    """A checked task, whose notes say what is wrong with its folds too; `count` `folds` of it, `int64 [N]`; and
+    which rows are measured when they are held out, `bool [N]`.
+    """
+    task = check(examples.X, examples.y, class_names)
+    fold, notes = folds(task.y, count, groups=examples.groups, seed=seed)
+    return replace(task, notes=[*task.notes, *notes]), fold, counted(fold >= 0, examples.scored)
+
+
 def folds(
     y: np.ndarray, count: int, *, groups: np.ndarray | None = None, seed: int = 0
 ) -> tuple[np.ndarray, list[str]]:
@@ -165,25 +184,24 @@ def folds(
     used = min(count, int((~alone).sum()))
     if used < 2:
         return np.full(len(y), -1), notes
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(size))
+
+    order = np.random.default_rng(seed).permutation(len(size))
     order = order[np.lexsort((-size[order], label[order]))]  # class by class, large groups first
     held = order[~alone[order]]
-    many = np.unique(label, return_counts=True)[1]
-    inverse = np.unique(label, return_inverse=True)[1][order]
     fold_of = np.full(len(size), -1)
     if (size == 1).all():
         fold_of[held] = np.arange(len(held)) % used  # dealt round, class after class
     else:
-        per_class, load = np.zeros((len(many), used), np.int64), np.zeros(used, np.int64)
-        for group, c in zip(held, inverse[~alone[order]], strict=True):
+        number = np.unique(label, return_inverse=True)[1]
+        per_class, load = np.zeros((number.max() + 1, used), np.int64), np.zeros(used, np.int64)
+        for group in held:
             # the fold with fewest of this class, then the emptiest
-            fold = int(np.lexsort((load, per_class[c]))[0])
+            fold = int(np.lexsort((load, per_class[number[group]]))[0])
             fold_of[group] = fold
-            per_class[c, fold] += size[group]
+            per_class[number[group], fold] += size[group]
             load[fold] += size[group]
-        used = len(np.unique(fold_of[held]))
-        fold_of[held] = np.unique(fold_of[held], return_inverse=True)[1]
+        filled, fold_of[held] = np.unique(fold_of[held], return_inverse=True)
+        used = len(filled)
     if used < count:
         notes.append(f"cross-validated with {used} folds instead of {count}: there are too few images")
     return fold_of[unit], notes
@@ -206,11 +224,8 @@ def _units(
     if y.ndim == 2:
         rarity = np.argsort(np.argsort(y.sum(axis=0), kind="stable"))
         y = np.where(y.any(axis=1), np.where(y > 0, rarity, y.shape[1]).min(axis=1), y.shape[1])
-    _, unit, size = (
-        (None, np.arange(len(y)), np.ones(len(y), np.int64))
-        if groups is None
-        else np.unique(groups, return_inverse=True, return_counts=True)
-    )
+    groups = np.arange(len(y)) if groups is None else groups
+    _, unit, size = np.unique(groups, return_inverse=True, return_counts=True)
     first = np.full(len(size), -1)
     first[unit[::-1]] = np.arange(len(y))[::-1]
     label = y[first]  # a group's class is its first row's
@@ -237,7 +252,7 @@ def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
         raise HeadError(
             f"scored marks the rows to measure on, bool [{len(able)}], not {scored.dtype} {list(scored.shape)}"
         )
-    return able & scored
+    return np.asarray(able & scored)
 
 
 def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
@@ -249,7 +264,7 @@ def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
     if task.several:
         raise HeadError("class_weight='balanced' needs one label per image")
     counts = np.bincount(task.y)
-    return (len(task.y) / (len(counts) * counts))[task.y]
+    return np.asarray((len(task.y) / (len(counts) * counts))[task.y])
 
 
 def finish(
@@ -257,7 +272,7 @@ def finish(
     task: Task,
     info: dict[str, Any],
     held_out: np.ndarray | None,
-    rows: np.ndarray,
+    counted: np.ndarray,
     *,
     measured_on: str = "held-out folds of the training images",
     calibrate: bool,
@@ -266,7 +281,8 @@ def finish(
 ) -> Head:
     """Apply what is measured on held-out rows: a calibration temperature, then a reject threshold.
 
-    held_out: logits `[M, C]` that folds gave to rows `int [M]` which they had not seen, None without folds.
+    held_out: logits `[M, C]` that folds gave to the rows `counted`, `bool [N]`, which they had not seen; None
+    without such rows.
     threshold: a probability to reject below; reject: an accuracy in (0, 1), and the lowest threshold whose
     answers are that accurate on held-out rows is taken. Writes its figures to `info`.
     """
@@ -276,12 +292,12 @@ def finish(
         return head
     if task.several and reject is not None:
         raise HeadError("reject needs one label per image")
-    if held_out is None or not len(rows):
+    if held_out is None:
         if calibrate or reject is not None:
             raise HeadError("calibration and reject need held-out folds; there are too few training images")
         return _with(head, 1.0, threshold)
-    y = task.y[rows]
-    temperature = 1.0
+
+    y, temperature = task.y[counted], 1.0
     if calibrate:
         temperature = _temperature(held_out, y)
         info["calibration"] = {
@@ -290,6 +306,7 @@ def finish(
             "ece_after": _ece(head, held_out / temperature, y),
             "measured_on": measured_on,
         }
+
     if not task.several and (threshold is not None or reject is not None):
         probabilities = head.probabilities(held_out / temperature)
         confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
