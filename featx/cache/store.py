@@ -298,11 +298,8 @@ class FeatureStore:
         """What `spec.json` says; where it is lost or damaged, what a valid shard says, written anew."""
         path = self.folder / "spec.json"
         try:
-            form = folders.read_form(path)
-            if form.spec == self.spec:
-                return form
-            reason, there = "it is another spec's", True
-        except (DamageError, NewerError, StaleError) as error:
+            return folders.read_form(path, self.spec)
+        except (DamageError, StaleError) as error:
             reason, there = str(error), not isinstance(error, StaleError)
 
         for name in folders.list_shards(self.folder):
