@@ -82,13 +82,6 @@ class Shard:
             raise StaleError(f"{self.name} changed since it was verified")
         return file
 
-    def read_keys(self, folder: Path) -> np.ndarray:
-        """The keys of all rows, `uint8 [N, 32]`. Raises `StaleError`."""
-        keys = np.empty((self.count, KEY_BYTES), np.uint8)
-        with self.open(folder) as file:
-            read_into(file, self.keys_at, keys.data.cast("B"))
-        return keys
-
     def read_rows(self, folder: Path, runs: list[tuple[int, np.ndarray]]) -> None:
         """Fill each array with the rows from the number beside it on. Raises `StaleError`."""
         with self.open(folder) as file:
@@ -110,11 +103,11 @@ def open_regular(path: Path) -> FileIO:
         raise StaleError(f"{path.name} is missing") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO):
-            raise DamageError(f"it is no plain file that can be read ({error.strerror})") from None
+            raise DamageError(f"it is not a plain file that can be read ({error.strerror})") from None
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise DamageError("it is no plain file")
+        raise DamageError("it is not a plain file")
     return FileIO(handle)
 
 
@@ -143,6 +136,16 @@ def list_shards(folder: Path) -> dict[str, Stat]:
                 with contextlib.suppress(FileNotFoundError):
                     found[entry.name] = stat_row(os.lstat(entry.path))
     return dict(sorted(found.items()))
+
+
+def read_keys(folder: Path, shards: list[Shard]) -> np.ndarray:
+    """The keys of all rows of these shards, one after the other, `uint8 [N, 32]`. Raises `StaleError`."""
+    keys, start = np.empty((sum(shard.count for shard in shards), KEY_BYTES), np.uint8), 0
+    for shard in shards:
+        with shard.open(folder) as file:
+            read_into(file, shard.keys_at, keys[start : start + shard.count].data.cast("B"))
+        start += shard.count
+    return keys
 
 
 def create(folder: Path, form: Form) -> None:
