@@ -60,8 +60,7 @@ class Form:
 
     def attributes(self) -> dict[str, bytes]:
         """What every shard says of itself, ASCII."""
-        spec = json.dumps(self.spec.to_dict(), sort_keys=True)
-        return {"kind": KIND.encode(), "spec": spec.encode(), "engine": json.dumps(self.engine).encode()}
+        return {"kind": KIND.encode(), "spec": _json(self.spec.to_dict()), "engine": _json(self.engine)}
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,11 @@ class Shard:
             raise StaleError(f"{self.name} changed since it was verified")
         return file
 
-    def read_keys(self, folder: Path) -> np.ndarray:
-        """The keys of all rows, `uint8 [N, 32]`. Raises `StaleError`."""
-        keys = np.empty((self.count, KEY_BYTES), np.uint8)
+    def read_rows(self, folder: Path, runs: list[tuple[int, np.ndarray]]) -> None:
+        """Fill each array with the rows from the number beside it on. Raises `StaleError`."""
         with self.open(folder) as file:
-            read_into(file, self.keys_at, keys.data.cast("B"))
-        return keys
+            for first, target in runs:
+                read_into(file, self.rows_at + first * target[:1].nbytes, target.data.cast("B"))
 
     def map(self, folder: Path, form: Form) -> np.ndarray:
         """The rows, memory-mapped: `[N, *row_shape]`. Raises `StaleError`."""
@@ -105,11 +103,11 @@ def open_regular(path: Path) -> FileIO:
         raise StaleError(f"{path.name} is missing") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO):
-            raise DamageError(f"it is no plain file that can be read ({error.strerror})") from None
+            raise DamageError(f"it is not a plain file that can be read ({error.strerror})") from None
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise DamageError("it is no plain file")
+        raise DamageError("it is not a plain file")
     return FileIO(handle)
 
 
@@ -140,6 +138,16 @@ def list_shards(folder: Path) -> dict[str, Stat]:
     return dict(sorted(found.items()))
 
 
+def read_keys(folder: Path, shards: list[Shard]) -> np.ndarray:
+    """The keys of all rows of these shards, one after the other, `uint8 [N, 32]`. Raises `StaleError`."""
+    keys, start = np.empty((sum(shard.count for shard in shards), KEY_BYTES), np.uint8), 0
+    for shard in shards:
+        with shard.open(folder) as file:
+            read_into(file, shard.keys_at, keys[start : start + shard.count].data.cast("B"))
+        start += shard.count
+    return keys
+
+
 def create(folder: Path, form: Form) -> None:
     """Make a spec's folder with its `spec.json` in it, in one step; where one exists it stays as it is."""
     make_folder(folder.parent)
@@ -157,13 +165,19 @@ def create(folder: Path, form: Form) -> None:
             write_form(folder / "spec.json", form)
 
 
-def read_form(path: Path) -> Form:
-    """What a `spec.json` says. Raises `DamageError`, `NewerError`, `StaleError`, `OSError`."""
+def read_form(path: Path, spec: FeatureSpec | None = None) -> Form:
+    """What a `spec.json` says, which must be this `spec`'s if one is given.
+
+    Raises `DamageError`, `NewerError`, `StaleError`, `OSError`.
+    """
     values = _unsealed(path)
-    with parsing(f"{path} holds no spec"):
-        shape = tuple(int(size) for size in values["row_shape"])
-        form = Form(FeatureSpec.from_dict(values["spec"]), str(values["engine"]), shape)
-    if values.get("kind") != KIND or min(shape, default=1) < 1:
+    with parsing(f"{path} cannot be used"):
+        if spec is None:
+            spec = FeatureSpec.from_dict(values["spec"])
+        elif _json(values["spec"]) != _json(spec.to_dict()):
+            raise DamageError("it is another spec's")
+        form = Form(spec, str(values["engine"]), tuple(int(size) for size in values["row_shape"]))
+    if values.get("kind") != KIND or min(form.row_shape, default=1) < 1:
         raise DamageError(f"{path} is of another kind ({values.get('kind')})")
     return form
 
@@ -197,6 +211,10 @@ def parsing(trouble: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamageError(f"{trouble}: {error}") from None
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
 
 
 def _unsealed(path: Path) -> dict[str, Any]:

@@ -138,14 +138,14 @@ def headers(file: FileIO, texts: tuple[str, ...], arrays: tuple[str, ...]) -> tu
     except DamageError:
         raise
     except Exception as error:  # HDF5 reports what it cannot parse as almost any of Python's errors
-        raise DamageError(f"it is no HDF5 file that featx wrote ({type(error).__name__}: {error})") from None
+        raise DamageError(f"it is not an HDF5 file that featx wrote ({type(error).__name__}: {error})") from None
 
 
 def _text(opened: Any, name: str) -> bytes:
     attribute = h5py.h5a.open(opened.id, name.encode())
     kind = attribute.get_type()
     if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str() or attribute.shape != ():
-        raise DamageError(f"its attribute {name} is no fixed-length text")
+        raise DamageError(f"its attribute {name} is not a fixed-length text")
     if kind.get_size() > TEXT_BYTES:
         raise DamageError(f"its attribute {name} has {kind.get_size()} bytes")
     value = np.zeros((), f"S{kind.get_size()}")

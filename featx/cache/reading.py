@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featx.cache.folders import Form, Shard, read_into
+from featx.cache.folders import Form, Shard
 from featx.cache.index import KeyIndex
 from featx.devices import available_threads
 from featx.threads import ahead
@@ -90,11 +90,8 @@ class Table:
                 out[to] = self._map(shard)[source]
             return
 
-        row_bytes = out[:1].nbytes
-        with shard.open(self.folder) as file:
-            for a, b in pairwise([0, *breaks.tolist(), len(source)]):
-                target = out[int(to[a]) : int(to[a]) + b - a]
-                read_into(file, shard.rows_at + int(source[a]) * row_bytes, target.data.cast("B"))
+        runs = pairwise([0, *breaks.tolist(), len(source)])
+        shard.read_rows(self.folder, [(int(source[a]), out[int(to[a]) : int(to[a]) + b - a]) for a, b in runs])
 
     def _map(self, shard: Shard) -> np.ndarray:
         assert self.form is not None

@@ -237,8 +237,7 @@ class FeatureStore:
                 try:
                     form = self._read_form() if self.folder.is_dir() else None
                     found = [] if form is None else self._list(form, trust)
-                    index = KeyIndex([keys for _, keys in found])
-                    self._table = Table(self.folder, form, [shard for shard, _ in found], index)
+                    self._table = Table(self.folder, form, found, KeyIndex(folders.read_keys(self.folder, found)))
                     return
                 except StaleError:
                     continue  # a shard went between listing and reading: another process compacts
@@ -246,8 +245,8 @@ class FeatureStore:
                     raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
-    def _list(self, form: Form, trust: bool) -> list[tuple[Shard, np.ndarray]]:
-        """The folder's valid shards and their keys. Sets damaged ones aside."""
+    def _list(self, form: Form, trust: bool) -> list[Shard]:
+        """The folder's valid shards. Sets damaged ones aside."""
 
         def check(name: str) -> tuple[str, Shard | DamageError]:
             try:
@@ -263,7 +262,7 @@ class FeatureStore:
             checked |= ahead(check, unknown, threads=READERS, window=2 * READERS, name="featx-check")
 
         kept: dict[str, Shard] = {}
-        found: list[tuple[Shard, np.ndarray]] = []
+        found: list[Shard] = []
         for name in listed:
             shard = known.get(name) or checked[name]
             if isinstance(shard, DamageError):
@@ -271,26 +270,26 @@ class FeatureStore:
                 continue
             if name in known or shard.stat[2] < now - CLOCK_NS:
                 kept[name] = shard
-            found.append((shard, shard.read_keys(self.folder)))
+            found.append(shard)
         if kept != verified:
             folders.write_verified(self.folder, kept)
         return found
 
-    def _set_aside(self, name: str, form: Form, reason: str) -> list[tuple[Shard, np.ndarray]]:
-        """Move a damaged shard to `damaged/`; return its intact rows' new shard and their keys, if there are any."""
+    def _set_aside(self, name: str, form: Form, reason: str) -> list[Shard]:
+        """Move a damaged shard to `damaged/`; return the new shard of its intact rows, if there are any."""
         where, salvaged = f"the shard {self.folder.name}/{name}", []
         try:
             parts = list(shards.intact_rows(self.folder, name, form))
             if parts:
                 keys = np.concatenate([keys for keys, _ in parts])
-                salvaged = [(shards.write(self.folder, form, keys, [rows for _, rows in parts]), keys)]
+                salvaged = [shards.write(self.folder, form, keys, [rows for _, rows in parts])]
             make_folder(self.folder / "damaged")
             os.replace(self.folder / name, self.folder / "damaged" / name)
             sync_folder(self.folder)
         except (OSError, StaleError) as error:
             self._note(f"{where} is damaged ({reason}) and left out; it cannot be set aside ({error})")
         else:
-            kept = f"; {len(salvaged[0][1])} intact rows of it are kept" if salvaged else ""
+            kept = f"; {salvaged[0].count} intact rows of it are kept" if salvaged else ""
             self._note(f"{where} was damaged ({reason}) and is set aside in damaged/{kept}")
         return salvaged
 
@@ -298,11 +297,8 @@ class FeatureStore:
         """What `spec.json` says; where it is lost or damaged, what a valid shard says, written anew."""
         path = self.folder / "spec.json"
         try:
-            form = folders.read_form(path)
-            if form.spec == self.spec:
-                return form
-            reason, there = "it is another spec's", True
-        except (DamageError, NewerError, StaleError) as error:
+            return folders.read_form(path, self.spec)
+        except (DamageError, StaleError) as error:
             reason, there = str(error), not isinstance(error, StaleError)
 
         for name in folders.list_shards(self.folder):

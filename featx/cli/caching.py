@@ -53,7 +53,9 @@ def cache() -> None:
     """List, check, tidy and share the features in a cache. Nothing is removed unless you say so."""
 
 
-against_option = click.option("--against", metavar="DATA", type=click.Path(), help="Data set: which rows does it use?")
+against_option = click.option(
+    "--against", metavar="DATA", type=click.Path(), help="Which rows does DATA use? Reads no pixels."
+)
 
 
 @cache.command("list")

@@ -259,14 +259,14 @@ def test_keys_that_share_their_first_bytes_are_told_apart() -> None:
     keys, _ = table(1000)
     keys[:, :8] = keys[0, :8]
     stored = np.concatenate([keys[:600], keys[100:200]])
-    index = KeyIndex([stored[:333], stored[333:]])
+    index = KeyIndex(stored[:333]).plus(stored[333:])
     assert np.array_equal(index.locate(keys), np.where(np.arange(1000) < 600, np.arange(1000), -1))
     assert len(index) == 600 and np.array_equal(index.first(), np.arange(600))
 
 
 def test_looking_up_many_keys_takes_little_memory() -> None:
     keys, _ = table(200_000, width=1)
-    index = KeyIndex([keys[:100_000]])
+    index = KeyIndex(keys[:100_000])
     asked = keys[np.random.default_rng(0).permutation(200_000)]
     tracemalloc.start()
     found = index.locate(asked)

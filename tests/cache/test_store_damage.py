@@ -409,7 +409,7 @@ def a_folder(path: Path, secret: Path) -> None:
 
 @pytest.mark.parametrize("make", [elsewhere, a_pipe, a_folder], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", ["shard", "spec.json", "verified.json"])
-def test_what_is_no_plain_file_is_not_followed(
+def test_what_is_not_a_plain_file_is_not_followed(
     tmp_path: Path, secret: Path, make: Callable[[Path, Path], None], name: str
 ) -> None:
     path, _ = one_shard(tmp_path / "cache")
@@ -420,7 +420,7 @@ def test_what_is_no_plain_file_is_not_followed(
     store = FeatureStore(tmp_path / "cache", SPEC)
     assert np.array_equal(store.read(KEYS), ROWS) and len(store.stored()) == 64
     if name == "shard":
-        assert len(store.notes) == 1 and "no plain file" in store.notes[0]
+        assert len(store.notes) == 1 and "not a plain file" in store.notes[0]
     assert secret.read_bytes() == path.read_bytes()
 
 
