@@ -46,11 +46,7 @@ def write_report(
     own_folder(opened.path, "plots")  # refuses a link
     material = gallery.gather(opened, features, source)
     config, report = opened.config, opened.report
-    pictures = {
-        "mistakes": gallery.mistakes(material),
-        "predictions": gallery.predictions(material),
-        "batch": gallery.batch(material),
-    }
+    pictures = {show.__name__: show(material) for show in (gallery.mistakes, gallery.predictions, gallery.batch)}
     drawings = {
         "confusion": _confusion(report),
         "reliability": _reliability(report),
@@ -73,9 +69,9 @@ def write_report(
         pictures=pictures,
         views=_views(report),
         extraction=_extraction(report["extract"]),
-        extraction_notes=[material.clean(sentence) for sentence in _extraction_notes(report["extract"])],
+        extraction_notes=[*map(material.clean, _extraction_notes(report["extract"]))],
         configuration=_configuration(material),
-        fit_notes=[material.clean(note) for note in report["fit"].get("notes", [])],
+        fit_notes=[*map(material.clean, report["fit"].get("notes", []))],
     )
 
 
