@@ -129,14 +129,14 @@ def _remarks(path: Path) -> list[str]:
 
 
 def _last(
-    design: Design, strength: float, start: np.ndarray | None, info: dict[str, Any]
+    design: Design, strength: float, start: np.ndarray | None, info: dict[str, Any], most: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The optimum over all rows as `[C, D]` and `[C]`, and in `info` how near it is."""
+    """The optimum over all rows as `[C, D]` and `[C]`, by at most so many steps; `info` says how near it is."""
     whole = np.array([-1])  # no fold is left out
     if start is None:
         start = climb(design, strength, whole)
     before = design.passes
-    found = minimise(design, np.array([strength]), whole, start, tolerance=ASKED)
+    found = minimise(design, np.array([strength]), whole, start, tolerance=ASKED, most=most)
     gap = float(found.gap[0])
     info |= {
         "solver": "featx",

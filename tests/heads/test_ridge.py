@@ -32,10 +32,9 @@ def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: 
     T = 2 * task.one_hot() - 1
     penalties = np.array([0.5, 20.0, 400.0])
     T_sorted = T[design.order]
-    shared = ridge.shared_product(design, T_sorted)
     counted = np.arange(rows) % 3 > 0 if some else np.ones(rows, bool)
     together = groups[design.order] if grouped else None
-    errors = ridge.leave_out(design, T_sorted, penalties, *shared, together, counted[design.order])
+    errors = ridge.LeftOut(design, T_sorted, together, counted[design.order]).errors(penalties)
     Z = task.standard().astype(np.float64)
     for penalty, error in zip(penalties, errors, strict=True):
         total = 0.0
@@ -48,14 +47,17 @@ def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: 
         assert error == pytest.approx(total / T[counted].size, rel=1e-4)
 
 
-def test_single_precision_and_blocks_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    X, y, names = clouds(500, 20)
-    exact = ridge.fit(Examples(X, y), names)
-    monkeypatch.setattr(ridge, "EXACT", 0)
-    monkeypatch.setattr(ridge, "SCRATCH", 1 << 12)
-    quick = ridge.fit(Examples(X, y), names)
-    ours, theirs = (f.info["leave_one_out"]["mean_squared_error"] for f in (quick, exact))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+def test_single_precision_and_blocks_change_little() -> None:
+    X, y, names = clouds(30_000, 40)  # several blocks of rows
+    task = _training.check(X, y, names)
+    found = []
+    for dtype in (np.float64, np.float32):
+        design = _design.Design(task, np.full(30_000, -1))
+        left_out = ridge.LeftOut(design, (2 * task.one_hot() - 1)[design.order], dtype=dtype)
+        found.append((left_out.errors(np.array([1.0, 3e4])), left_out.scores(300.0)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-4)
+    assert found[0][1].std() > 0.1
 
 
 @pytest.mark.parametrize(("rows", "size"), [(300, 20), (40, 70)])

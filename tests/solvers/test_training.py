@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from sklearn.preprocessing import StandardScaler
 
@@ -196,15 +197,21 @@ def test_a_few_images_told_apart_without_a_mistake_make_no_answer_certain(name: 
 
 def test_the_temperature_is_the_most_probable_one() -> None:
     rng = np.random.default_rng(0)
-    grid = np.exp(np.linspace(-6.5, 6.5, 13_001))  # inverse temperatures
     for count, apart in ((12, 9.0), (12, 0.5), (200, 2.0)):
         y = np.arange(count) % 3
-        z = rng.normal(size=(count, 3)) + apart * np.eye(3)[y]
-        loss = [(logsumexp(s * z, axis=1) - s * z[np.arange(count), y]).sum() + np.log(s) ** 2 / 2 for s in grid]
-        assert _training._temperature(z, y) == pytest.approx(1 / grid[np.argmin(loss)], rel=2e-3)
-        several = np.eye(3)[y]
-        loss = [(np.logaddexp(0, s * z) - s * z * several).sum() + np.log(s) ** 2 / 2 for s in grid]
-        assert _training._temperature(z, several) == pytest.approx(1 / grid[np.argmin(loss)], rel=2e-3)
+        z, several = rng.normal(size=(count, 3)) + apart * np.eye(3)[y], np.eye(3)[y]
+
+        def one(u: float, z: np.ndarray = z, y: np.ndarray = y) -> float:  # u: log T
+            s = z / np.exp(u)
+            return float((logsumexp(s, axis=1) - s[np.arange(len(y)), y]).sum() + u**2 / 2)
+
+        def each(u: float, z: np.ndarray = z, several: np.ndarray = several) -> float:
+            s = z / np.exp(u)
+            return float((np.logaddexp(0, s) - s * several).sum() + u**2 / 2)
+
+        for loss, labels in ((one, y), (each, several)):
+            best = minimize_scalar(loss, bounds=(-6.5, 6.5), method="bounded", options={"xatol": 1e-6}).x
+            assert _training._temperature(z, labels) == pytest.approx(np.exp(best), rel=1e-4)
 
 
 def test_many_images_with_mistakes_among_them_set_the_temperature_alone() -> None:
