@@ -147,11 +147,13 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `float32 [N, C]` in [0, 1], columns in the order of `classes_`."""
-        return np.asarray(self.head_.probabilities(self._logits(X)))
+        logits = self._logits(X)
+        return np.asarray(self.head_.probabilities(logits))
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each row, `[N]`; a head's threshold rejects nothing here."""
-        return np.asarray(self.classes_[self._logits(X).argmax(axis=1)])
+        answers = self._logits(X).argmax(axis=1)
+        return np.asarray(self.classes_[answers])
 
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "head_")
