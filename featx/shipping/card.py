@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from importlib import resources
 from typing import Any
 
 from featx.errors import ExportError
@@ -40,7 +41,7 @@ FILES = {
 def card(run: Run) -> str:
     """The model card of a run: YAML for a hub, then Markdown for people. It names no place on this machine."""
     import yaml
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, StrictUndefined
 
     config, report, head = run.config, run.report, run.head
     names = {
@@ -65,9 +66,9 @@ def card(run: Run) -> str:
         ],
         "preprocess": vars(config.spec.preprocess),
     }
-    loader = PackageLoader("featx.shipping")
-    templates = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return templates.get_template("card.md").render(
+    text = resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8")
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    return template.render(
         _escaped(shown),
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf),
         mark=CARD_MARK,
