@@ -61,7 +61,7 @@ def compared(files: list[bytes], interpolation: str, device: str, networks: dict
 
 
 WITHOUT = """\
-**No GPU was at hand: nvJPEG has never run under featx, and no speed is measured.** Written by
+**nvJPEG has never run under featx, and its speed has never been measured.** Written by
 `python benchmarks/decoding.py`, which runs the same on a GPU. Here Pillow's own libjpeg plays the GPU's decoder: its
 samples of chroma are repeated, as nvJPEG repeats them under torchvision, where libjpeg interpolates them. What nvJPEG's
 own arithmetic adds is not in these figures.
@@ -80,8 +80,8 @@ The photographs were saved anew as 4:2:0, quality 90; features of squeezenet1_1 
 {rows}
 
 - *repeated* is what the decoder gives; *interpolated* is what featx makes of it (`pixels/chroma.py`) and stores.
-  Without that step 4:2:0 files would miss the cosine of {close} that a run is held to.
-- What differs most after it lies at colours cut off at 0 or 255, from which a sample cannot be told exactly.
+  Without that step 4:2:0 files would miss the cosine of {close} that a run must reach.
+- The largest differences after it are at colours cut off at 0 or 255, from which a sample cannot be told exactly.
 - The resize adds little: at most 2 levels in fewer than 5 of 1,000 pixels (`tests/pixels/test_resample.py`).
 """
 

@@ -1,4 +1,4 @@
-"""What rewriting 3x3 convolutions gains on a CPU: each network as exported and as it is run, in turns.
+"""What rewriting 3x3 convolutions gains on a CPU: each network as exported and as rewritten, in turns.
 
     python benchmarks/winograd.py [--networks resnet18 vgg16 ...] [--page docs/benchmarks/winograd.md]
 
@@ -18,8 +18,7 @@ from peers import BATCH, timed
 
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
-from featx.engines.onnx import OnnxEngine, accelerated
-from featx.engines.opening import backbone_onnx
+from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
 from featx.features import difference
 
 NETWORKS = ("resnet18", "resnet34", "vgg16", "alexnet", "resnet50", "wide_resnet50_2", "squeezenet1_1", "inception_v3")
@@ -29,7 +28,7 @@ TEXT = """\
 Written by `python benchmarks/winograd.py`: onnxruntime on the network as it is exported, and on the graph that featx
 makes of it and runs ([featx/engines/winograd.py](../../featx/engines/winograd.py)); batches of {batch}, fp32, medians
 of {rounds} rounds in turns. Random weights, noise for pixels. A graph stays as it is where no two convolutions of 3x3,
-stride 1 and 128 channels or more are neighbours: a rule found on this one machine, and kept to on all.
+stride 1 and 128 channels or more are neighbours: a rule found on this one machine, and used on all.
 
 {told}
 
@@ -37,7 +36,8 @@ stride 1 and 128 channels or more are neighbours: a rule found on this one machi
 |---|---|---|---|---|---|---|
 {rows}
 
-Features differ by so much of their largest entry; 1e-5 is allowed. The first run makes the file, later runs take it.
+The difference of features is relative to their largest entry; 1e-5 is allowed. The first run makes the file, and
+later runs read it.
 """
 
 

@@ -8,16 +8,14 @@ import click
 
 from featx import heads
 from featx.cli import cli
+from featx.cli.base import SHOWN
 
 PAGE = Path(__file__).parent / "cli.md"
 
 
 def pages(command: click.Command, words: list[str]) -> list[str]:
     """One section for a command and each command in it."""
-    names = ["-h", "--help"]  # what `featx` itself hands down to its commands
-    context = click.Context(
-        command, info_name=" ".join(words), max_content_width=100, terminal_width=100, help_option_names=names
-    )
+    context = click.Context(command, info_name=" ".join(words), terminal_width=100, **SHOWN)
     text = f"## {' '.join(words)}\n\n```text\n{command.get_help(context)}\n```\n"
     if not isinstance(command, click.Group):
         return [text]

@@ -16,15 +16,21 @@ if "onnxruntime" in sys.modules:  # imported before featx: the id is written, wh
 
 # name -> module; imported when first used, so that `import featx` loads no torch, h5py or scikit-learn
 _PUBLIC = {
+    "BackboneRequest": "backbones.request",
     "FeatxError": "errors",
     "HeadClassifier": "estimators",
     "ImageFeatures": "estimators",
+    "Model": "shipping.deployed",
+    "Preprocess": "pixels.preprocess",
+    "Source": "sources.source",
+    "configure": "finetuning.recipes",
     "evaluate": "measuring.evaluation",
     "export": "shipping.exporting",
     "extract": "extraction.pipeline",
     "fit": "fitting",
     "load": "classifier",
     "predict": "shipping.prediction",
+    "sweep": "sweeping",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -1,4 +1,4 @@
-"""Owns `Classifier`, a backbone and a head together, in torch; `load` makes one from a run's folder."""
+"""`Classifier`, a backbone and a head together, in torch; `load` makes one from a run's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 32
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """`uint8 [N, 3, H, W]` pixels -> logits, by torch on the CPU: the reference that exports are held to."""
+    """`uint8 [N, 3, H, W]` pixels -> logits, by torch on the CPU: what exported files are compared with."""
 
     backbone: Backbone
     head: Head
@@ -36,7 +36,8 @@ class Classifier:
     def features(self, images: np.ndarray) -> np.ndarray:
         """`uint8 [N, 3, H, W]` -> `float32 [N, D]`."""
         with torch.inference_mode():
-            parts = [self.backbone.module(part) for part in torch.from_numpy(images).split(BATCH)]
+            batches = [torch.from_numpy(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+            parts = [self.backbone.module(batch) for batch in batches]
         return torch.cat(parts).float().numpy()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Owns featx as scikit-learn estimators: `ImageFeatures`, the cache as a transformer, and `HeadClassifier`."""
+"""featx as scikit-learn estimators: `ImageFeatures`, the cache as a transformer, and `HeadClassifier`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Images(Source):
         return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
-class ImageFeatures(TransformerMixin, BaseEstimator):
+class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Images -> features `[N, D]`, computed once and cached; for a `Pipeline`, `GridSearchCV` and the like.
 
     `transform` takes a sequence of paths, Pillow images or `uint8 [H, W, 3]` arrays, or one
@@ -64,17 +64,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
         workers: int | None = None,
         decode: str = "exact",
     ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.layer = layer
-        self.seed = seed
-        self.cache = cache
-        self.device = device
-        self.precision = precision
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.workers = workers
-        self.decode = decode
+        # scikit-learn wants each parameter as an attribute of its name
+        self.__dict__.update({name: value for name, value in locals().items() if name != "self"})
 
     def fit(self, X: Any, y: Any = None) -> ImageFeatures:
         """Nothing to learn: the backbone is frozen."""
@@ -83,10 +74,10 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """N images -> `float32 | float16 [N, D]`, in their order."""
         if isinstance(X, (str, bytes, Path, Image.Image)) or (isinstance(X, np.ndarray) and X.ndim not in (1, 4)):
+            shape = f" {list(X.shape)}; put one image into a list" if isinstance(X, np.ndarray) else ""
             raise SourceError(
                 "expected a sequence of paths, Pillow images or uint8 [H, W, 3] arrays, or one "
-                f"uint8 [N, H, W, 3] array; got {type(X).__name__}"
-                + (f" {list(X.shape)}; put one image into a list" if isinstance(X, np.ndarray) else "")
+                f"uint8 [N, H, W, 3] array; got {type(X).__name__}{shape}"
             )
         items = list(X)
         ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(items)]
@@ -94,8 +85,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
             raise SourceError("there are no images to transform")
         source = _Images(uri="the given images", root=Path(), ids=ids, items=items)
         extraction = sync(source, **self.get_params(deep=False))
-        skipped = extraction.report.skipped_images
-        if skipped:
+        if skipped := extraction.report.skipped_images:
             raise ImageError(
                 f"{len(skipped)} of {len(items)} images cannot be used; the first is {skipped[0]['id']}: "
                 f"{skipped[0]['reason']}"
@@ -110,7 +100,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
         return tags
 
 
-class HeadClassifier(ClassifierMixin, BaseEstimator):
+class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Any trained head as a scikit-learn classifier: `fit`, `predict`, `predict_proba`, `score`, clone.
 
     head: `logreg`, `linear`, `ridge` or `ncm`; settings: its own keyword arguments, by name (`{"folds": 3}`),
@@ -158,15 +148,15 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `float32 [N, C]` in [0, 1], columns in the order of `classes_`."""
         logits = self._logits(X)
-        return self.head_.probabilities(logits)
+        return np.asarray(self.head_.probabilities(logits))
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each row, `[N]`; a head's threshold rejects nothing here."""
         answers = self._logits(X).argmax(axis=1)
-        return self.classes_[answers]
+        return np.asarray(self.classes_[answers])
 
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "head_")
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
         # in double precision, so that a row's answer does not depend on the rows beside it
-        return np.asarray(X, np.float64) @ self.head_.weight.T.astype(np.float64) + self.head_.bias
+        return np.asarray(np.asarray(X, np.float64) @ self.head_.weight.T.astype(np.float64) + self.head_.bias)

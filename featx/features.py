@@ -80,7 +80,7 @@ class FeatureSpec(Identity):
     backbone: str
     """`torchvision/resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `custom/package.module:factory`."""
     weights: str
-    """SHA-256, in hex, of the network's tensors (`featx.backbones.request.tensors_digest`)."""
+    """SHA-256, in hex, of the network's tensors (`featx.backbones.backbone.tensors_digest`)."""
     layer: str = "features"
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -107,10 +107,6 @@ class FeatureSpec(Identity):
     def tolerance(self) -> float:
         """How far two rows of one image may lie apart, as computed; a store records it beside the spec."""
         return TOLERANCE[self.precision]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FeatureSpec:
-        return super().from_dict({**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
 
 
 def content_key(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Owns how a file comes to be: written aside, fsynced, renamed into place, its folder fsynced."""
+"""Write files so that a crash leaves the old one or the new one: aside, fsynced, renamed, the folder fsynced."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from typing import Any
 
 from featx.text import to_json
 
-# A leftover of another machine is swept when it is older than this; writing a shard takes seconds.
+# Leftovers of another machine are swept when they are older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
+_ASIDE = re.compile(r"\.~([^~]*)~(\d+)~(\d+)~[^~]*\.tmp")  # host, process, when it started
 _INT64 = 0x7FFF_FFFF_FFFF_FFFF
 
 
@@ -53,7 +54,7 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """The values in what `write_sealed` wrote. Raises `ValueError` where these are other bytes."""
+    """The values that `write_sealed` wrote. Raises `ValueError` for any other bytes."""
     try:
         values: dict[str, Any] = json.loads(data)
         seal = values.pop("sha256")
@@ -117,44 +118,37 @@ def sync_folder(folder: Path) -> None:
 
 
 def aside_name() -> str:
-    """A name for what is unfinished: `.~host~process~start~random.tmp`; swept when its writer died."""
+    """A name for an unfinished file: `.~host~process~start~random.tmp`; swept when its writer has died."""
     pid = os.getpid()
     return f".~{_host()}~{pid}~{_started(pid) or 0}~{secrets.token_hex(6)}.tmp"
 
 
 def sweep(folder: Path) -> list[str]:
-    """Remove what dead writers left aside in `folder`, and say what; what live ones are writing stays.
+    """Remove what dead writers left aside in `folder`, and return its names; what live ones are writing stays.
 
-    A writer on this machine is dead when no process has its number and start time. Of other machines
-    nothing is known but the age of the file: a day.
+    A writer on this machine is dead when no process has its number and start time. On other machines it
+    counts as dead when its file is a day old.
     """
     swept = []
     with os.scandir(folder) as entries:
-        leftovers = [entry for entry in entries if entry.name.startswith(".~") and entry.name.endswith(".tmp")]
-    for entry in leftovers:
-        parts = entry.name.removesuffix(".tmp").split("~")
-        if len(parts) != 5 or not (parts[2].isdecimal() and parts[3].isdecimal()):
-            continue
-        try:
-            if parts[1] == _host():
-                dead = not _alive(int(parts[2]), int(parts[3]))
-            else:
-                dead = time.time() - entry.stat(follow_symlinks=False).st_mtime > FOREIGN_AGE
-            if not dead:
+        leftovers = [(entry, found) for entry in entries if (found := _ASIDE.fullmatch(entry.name))]
+    for entry, found in leftovers:
+        host, pid, started = found.groups()
+        with contextlib.suppress(OSError):  # another writer swept it, or this user may not remove it
+            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+            if _alive(int(pid), int(started)) if host == _host() else age <= FOREIGN_AGE:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
             else:
                 os.unlink(entry.path)
-        except OSError:
-            continue  # another writer swept it, or it is not ours to remove
-        swept.append(entry.name)
+            swept.append(entry.name)
     return swept
 
 
 @functools.cache
 def _host() -> str:
-    """This machine, this boot and this process namespace: where a process number means one process."""
+    """This machine, this boot and this process namespace: within it a process number means one process."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
@@ -174,13 +168,13 @@ def _started(pid: int) -> int | None:
 
 def _alive(pid: int, started: int) -> bool:
     if os.name == "nt":
-        return True  # os.kill would end it; leftovers stay there until removed by hand
+        return True  # os.kill would end it; leftovers stay until somebody removes them
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
+        pass  # another user's process
     now = _started(pid)
     return now is None or started == 0 or now == started
 
@@ -191,8 +185,8 @@ def file_stats(path: Path) -> list[int]:
 
 
 def stat_row(found: os.stat_result) -> tuple[int, int, int, int]:
-    """What must stay the same for a file's content to be taken as unchanged: size, mtime and ctime in ns, inode.
+    """A file whose size, mtime and ctime (ns) and inode stay the same counts as unchanged.
 
-    An inode of more than 63 bits (ReFS) loses the rest.
+    Inodes of more than 63 bits (ReFS) are cut to 63.
     """
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from featx.errors import FeatxError, NewerError
 
@@ -14,7 +14,10 @@ ADDED = {"added": True}
 
 @dataclass(frozen=True)
 class Identity:
-    """To and from JSON. A field that was `ADDED` is left out at its default; all others are always there."""
+    """To and from JSON. A field that was `ADDED` is left out at its default; all others are always there.
+
+    JSON's lists become tuples, and the values of a field of such a class become one.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         kept = [f for f in fields(self) if "added" not in f.metadata or getattr(self, f.name) != f.default]
@@ -23,7 +26,7 @@ class Identity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises `NewerError` for fields that are not known here, and `FeatxError` for ones of version 1 that lack."""
+        """Raises `NewerError` for unknown fields, and `FeatxError` where fields of version 1 are missing."""
         first = {f.name for f in fields(cls) if "added" not in f.metadata}
         lacking, unknown = first - values.keys(), values.keys() - {f.name for f in fields(cls)}
         if lacking:
@@ -33,4 +36,7 @@ class Identity:
                 f"{cls.__name__} has fields that this featx does not know ({', '.join(sorted(unknown))}): "
                 "it was written by a newer one; update featx to read it"
             )
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        kinds = get_type_hints(cls)
+        nested = {name for name in values if isinstance(kinds[name], type) and issubclass(kinds[name], Identity)}
+        made = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**{**made, **{name: kinds[name].from_dict(values[name]) for name in nested}})

@@ -7,9 +7,10 @@ fills in the defaults and refuses what is misspelt or out of range, whoever call
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
@@ -74,7 +75,7 @@ class Options(Shared, total=False):
 
 @dataclass(frozen=True)
 class Field:
-    """One option of a kind, as its annotation says."""
+    """An option as its annotation describes it."""
 
     name: str
     type: Any
@@ -115,15 +116,19 @@ def fields_of(kind: Any = Options) -> dict[str, Field]:
     return found
 
 
-def complete(given: Mapping[str, Any], kind: Any = Options, others: Iterable[str] = ()) -> dict[str, Any]:
+def complete(
+    given: Mapping[str, Any], kind: Any = Options, function: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """All options of a kind, those given checked, the others at their defaults.
 
-    Raises `FeatxError` for an option that there is not; others: what else the function takes that was called.
+    Raises `FeatxError` for an option that there is not, and names the near ones; function: that was called, whose own
+    parameters may be meant, too.
     """
     fields = fields_of(kind)
     for name in given:
         if name not in fields:
-            known = [*fields, *others]
+            own = inspect.signature(function).parameters if function else {}
+            known = [*fields, *(parameter for parameter in own if parameter != "options")]
             raise FeatxError(f"there is no option {name!r}; there are {', '.join(known)}.{near(name, known)}")
     values = {name: field.option.default for name, field in fields.items()} | dict(given)
 

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ WRITTEN = (
 )
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
+
+
+Part = BackboneRequest | BackboneInfo | FeatureSpec
+PARTS: dict[str, type[Part]] = {"request": BackboneRequest, "backbone": BackboneInfo, "spec": FeatureSpec}
+"""The fields of `RunConfig` that are values of their own; a run of fine-tuning keeps what they were in `base`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +70,14 @@ class RunConfig:
     """`request`, `backbone` and `spec` of the backbone that fine-tuning began with."""
 
     def to_dict(self) -> dict[str, Any]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        if self.base is None:
-            del values["base"]
-        return values | {name: values[name].to_dict() for name in ("request", "backbone", "spec")}
+        values = vars(self) | {name: getattr(self, name).to_dict() for name in PARTS}
+        return {name: value for name, value in values.items() if name != "base" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Older ones lack some fields that have a default."""
-        needed = [item.name for item in fields(cls) if item.default is item.default_factory is MISSING]
-        if missing := [name for name in needed if name not in values]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-        known["request"] = BackboneRequest.from_dict(values["request"])
-        known["backbone"] = BackboneInfo.from_dict(values["backbone"])
-        return cls(**known | {"spec": FeatureSpec.from_dict(values["spec"])})
+        """What `to_dict` gave; what has a default may lack. Raises `KeyError` or `TypeError` for what else lacks."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        return cls(**known | {name: part.from_dict(values[name]) for name, part in PARTS.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +192,7 @@ def default_path(root: str | Path, config: RunConfig) -> Path:
 
 def digest(config: RunConfig) -> str:
     """SHA-256, in hex, of the part of a configuration that decides the result."""
-    values = config.to_dict()
-    identity = {name: values[name] for name in IDENTITY}
+    identity = {name: getattr(config, name) for name in IDENTITY} | {"spec": config.spec.to_dict()}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

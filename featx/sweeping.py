@@ -1,7 +1,8 @@
-"""Owns `sweep`: a grid of backbones, layers, heads and views; each point a run, one of them the winner."""
+"""`sweep`: a grid of backbones, layers, heads and views; each point is a run, and one of them is named the winner."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -22,22 +23,25 @@ from featx.backbones.loading import locate, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.backbones.table import names
 from featx.devices import memory_for_features
-from featx.engines.opening import backbone_onnx, open_engine
+from featx.engines.engine import Engine
+from featx.engines.onnx import backbone_onnx
+from featx.engines.opening import open_engine
 from featx.errors import FeatxError, HeadError, RunError
+from featx.extraction.job import Backbone, Data
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
 from featx.features import Features, groups
-from featx.files import write_array, write_atomic
+from featx.files import write_array, write_atomic, write_json
 from featx.fitting import fit
 from featx.head import columns
 from featx.heads import check_settings, module
 from featx.measuring.views import Difference, held_out, paired, scores
 from featx.options import Shared, complete
 from featx.runs import Run, is_finished, open_run
-from featx.solvers import training as _training
+from featx.solvers.training import folds
 from featx.sources.opening import open_source
 from featx.sources.source import Source
-from featx.text import to_json
+from featx.text import assigned
 
 FOLDS = 5
 SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
@@ -45,7 +49,6 @@ HELD_OUT = "held-out-by-key.npy"
 COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
 COLUMNS += ["images/s", "MB"]
 CRITERIA = ("accuracy", "log_loss")
-OWN = ("layers", "views", "by", "output", "memory")  # of `sweep`, beside the extraction's options
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,6 @@ class Point:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         return asdict(self)
 
 
@@ -133,8 +135,23 @@ class Sweep:
         return open_run(self.path / self.points[0].run, self.points[0].backbone)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         return {"by": self.by, "points": [point.to_dict() for point in self.points], "failed": self.failed}
+
+    def write(self) -> None:
+        """Write `sweep.json` and `sweep.csv`, a line for each point."""
+        write_json(self.path / "sweep.json", {"by": self.by, "winner": self.points[0].run, **self.to_dict()})
+        rows = []
+        for point in self.points:
+            row = point.to_dict()
+            del row["behind"]
+            found = row.pop("cross_validated") or {}
+            rows.append(row | {f"cross_validated_{name}": value for name, value in found.items()})
+
+        file = io.StringIO()
+        writer = csv.DictWriter(file, max(rows, key=len), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path / "sweep.csv", file.getvalue().encode("utf-8", "backslashreplace"))
 
     @property
     def verdict(self) -> str:
@@ -147,10 +164,9 @@ class Sweep:
         text = f"Chosen by cross-validated {criterion} on {images:,} training images: {first.run}. "
         text += "Validation images were not used to pick the winner."
         if near:
-            few = (
-                f"None of the other {near} is" if near == len(others) else f"{near} of the other {len(others)} are not"
-            )
-            text += f" {few} measurably worse on these images."
+            which = f"None of the other {near} is"
+            which = which if near == len(others) else f"{near} of the other {len(others)} are not"
+            text += f" {which} measurably worse on these images."
         return text
 
     def text(self) -> str:
@@ -168,17 +184,17 @@ class _Place:
     path: Path
     source: Source
     memory: float
+    engine: Engine | None
     options: dict[str, Any]
-    """Of `fit` and `sync`: seed, cache, device and what else was given."""
-    former: dict[str, dict[str, Any]]
-    """Points that are there already, by name: speeds and sizes are not measured twice."""
+    """Of `fit` and `sync`: seed, cache, device and the others of `Shared`."""
     speeds: dict[str, float]
-    """Images per second, by the digest of the features' spec: heads on one backbone share its speed."""
+    """Images per second, by the name of a former sweep's point and by the digest of the features' spec: heads on one
+    backbone share its speed, which is measured once."""
 
 
 def sweep(
-    data: str | Path | Source,
-    backbones: Sequence[str | BackboneRequest] = ("resnet18",),
+    data: Data,
+    backbones: Sequence[Backbone] = ("resnet18",),
     heads: Sequence[str] = ("logreg",),
     *,
     layers: Sequence[str] = ("features",),
@@ -186,6 +202,7 @@ def sweep(
     by: str = "accuracy",
     output: str | Path | None = None,
     memory: float | None = None,
+    engine: Engine | None = None,
     **options: Unpack[Shared],
 ) -> Sweep:
     """Fit every combination, each on features that are extracted once, and rank them on training images.
@@ -193,20 +210,24 @@ def sweep(
     backbones: names, each with weights of its own if written `name=weights`. heads: names, with settings if
     written `logreg class_weight=balanced`; the same head may come several times. by: `accuracy` or `log_loss`
     over five folds of the training images, in which each head chooses its settings anew; the validation
-    images are measured, beside, and choose nothing. memory: as for `featx.fit`. options: as for `featx.extract`.
+    images are measured, beside, and choose nothing. memory: as for `featx.fit`. engine, options: as for
+    `featx.extract`; one engine runs one backbone and layer.
 
     Each point is a run in `<output>/runs/`, by default `export/<data>-sweep`. A point that is there already,
     on the same data, is not fitted again. One that fails (a layer that a network lacks, weights that cannot
     be had) is named and left out. Raises `FeatxError` where all fail, and for what is wrong with the grid.
     """
+    asked = complete(options, Shared, sweep)
     source = open_source(data)
     path = Path(output) if output else Path("export") / f"{Path(source.uri).resolve().stem}-sweep"
-    asked = complete(options, Shared, OWN)
-    requests = [_request(b, asked["weights"], layer, asked["seed"]) for b in backbones for layer in layers]
-    variants = [parse_head(h) for h in heads]
-    _check(path, requests, variants, views, by, Path(asked["cache"]))
+    requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
+    variants = [parse_head(head) for head in heads]
+    _check(path, by, views, requests, variants)
+    if engine is not None and len(requests) > 1:
+        raise FeatxError(f"one engine runs one backbone and layer, and the grid has {len(requests)}")
 
-    place = _Place(path, source, memory_for_features() if memory is None else memory, asked, _former(path), {})
+    limit = memory_for_features() if memory is None else memory
+    place = _Place(path, source, limit, engine, asked, _former_speeds(path))
     found: list[tuple[Point, np.ndarray | None]] = []
     failed: list[dict[str, str]] = []
     for request, count, (head, settings) in product(requests, dict.fromkeys(views), variants):
@@ -218,63 +239,51 @@ def sweep(
             name = " ".join([f"{request.name}/{request.layer}", head_text(head, settings), f"{count} views"])
             failed.append({"point": name, "error": str(error)})
             continue
-        _write(path, [point for point, _ in found], failed, by)  # what is known survives an interruption
+        found.sort(key=lambda each: _rank(each[0], by))
+        Sweep(path, source.uri, [point for point, _ in found], failed, by).write()  # survives an interruption
     if not found:
         raise FeatxError("no point of the sweep could be fitted; the first: " + "{point}: {error}".format(**failed[0]))
 
-    swept = Sweep(path, source.uri, _ranked(found, by), failed, by)
-    _write(path, swept.points, failed, by)
+    swept = Sweep(path, source.uri, _compared(found, by), failed, by)
+    swept.write()
     return swept
 
 
-def _check(
-    path: Path,
-    requests: list[BackboneRequest],
-    variants: list[tuple[str, dict[str, Any]]],
-    views: Sequence[int],
-    by: str,
-    cache: Path,
-) -> None:
-    """Raise `FeatxError` for a grid that is wrong as a whole: a mistyped name is not one failed point among many."""
+def _request(backbone: Backbone, layer: str, options: dict[str, Any]) -> BackboneRequest | BackboneInfo:
+    """What is asked for. Raises `BackboneError` for a mistyped name: that is not one failed point among many."""
+    if isinstance(backbone, BackboneInfo):
+        return backbone
+    if isinstance(backbone, BackboneRequest):
+        return replace(backbone, layer=layer)
+    name, _, own = backbone.partition("=")
+    request = BackboneRequest(name, own or options["weights"], layer, options["seed"])
+    kind, network = locate(name)
+    if kind == "torchvision" and network not in names():
+        resolve(request, Path(options["cache"]))  # says what it may have meant, unless this torchvision is newer
+    return request
+
+
+def _check(path: Path, by: str, views: Sequence[int], *grid: Sequence[object]) -> None:
+    """Raise `FeatxError` for what is wrong with a sweep as a whole."""
     if by not in CRITERIA:
         raise FeatxError(f"a sweep chooses by {' or '.join(CRITERIA)}, not {by!r}")
-    if not requests or not variants or not views or min(views) < 0:
+    if not all(grid) or not views or min(views) < 0:
         raise FeatxError("a sweep needs at least one backbone, layer, head and number of views")
     if path.exists() and not (path.is_dir() and ((path / "sweep.json").is_file() or not any(path.iterdir()))):
         raise RunError(f"{path} exists and is no sweep; give another --output")
-    for head, settings in variants:
-        check_settings(head, settings)
-    for request in requests:
-        kind, network = locate(request.name)
-        if kind == "torchvision" and network not in names():
-            resolve(request, cache)  # says what it may have meant, unless this torchvision is newer than featx
-
-
-def _ranked(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Point]:
-    """The points, best first, each with how far it is behind the first on the same images."""
-    (first, best), *others = sorted(found, key=lambda each: _rank(each[0], by))
-    ranked, i = [first], CRITERIA.index(by)
-    for point, mine in others:
-        behind = None if best is None or mine is None else paired(mine[i] - best[i])
-        ranked.append(replace(point, behind=behind))
-    return ranked
 
 
 def parse_head(text: str) -> tuple[str, dict[str, Any]]:
-    """`logreg class_weight=balanced folds=10` as a name and settings; a value is JSON where it reads as such."""
+    """`logreg class_weight=balanced folds=10` as a name and settings; a value is JSON where it reads as such.
+
+    Raises `HeadError` for what is not written so, and for a head or a setting that does not exist.
+    """
     try:
         name, *pairs = shlex.split(text)
+        settings = assigned(pairs)
     except ValueError as error:
-        raise HeadError(f"{text!r} is no head: {error or 'it is empty'}") from None
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise HeadError(f"{pair!r} in the head {text!r} is not NAME=VALUE")
-        try:
-            settings[key] = json.loads(value)
-        except ValueError:
-            settings[key] = value
+        raise HeadError(f"{text!r} is not a head's name with settings after it: {error}") from None
+    check_settings(name, settings)
     return name, settings
 
 
@@ -283,20 +292,13 @@ def head_text(name: str, settings: dict[str, Any]) -> str:
     return shlex.join([name, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())])
 
 
-def _request(backbone: str | BackboneRequest, weights: str, layer: str, seed: int) -> BackboneRequest:
-    if isinstance(backbone, BackboneRequest):
-        return replace(backbone, layer=layer)
-    name, _, own = backbone.partition("=")
-    return BackboneRequest(name=name, weights=own or weights, layer=layer, seed=seed)
-
-
 def _point(
-    place: _Place, request: BackboneRequest, head: str, settings: dict[str, Any], views: int
+    place: _Place, backbone: Backbone, head: str, settings: dict[str, Any], views: int
 ) -> tuple[Point, np.ndarray | None]:
     """One point's run and figures; and, of each training image, held out, `right` and log-loss `[2, N]`."""
-    options = place.options
-    extraction = sync(place.source, request, views=views, **options)
-    features = extraction.features(memory=place.memory)
+    options, engine = place.options, place.engine
+    extraction = sync(place.source, backbone, engine=engine, views=views, **options)
+    request, features = extraction.request, extraction.features(memory=place.memory)
     asked = [request.to_dict(), head, settings, views, options["seed"], features.digest, features.spec.digest]
     words = [re.sub(r"[^\w.]+", "_", w) for w in (request.name, request.layer, head)]
     name = "-".join([*words, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]])
@@ -304,23 +306,23 @@ def _point(
     if is_finished(folder):
         run = open_run(folder, request.name)
     else:
-        given: dict[str, Any] = {"settings": settings, "views": views, "gain": False, "memory": place.memory}
-        run = fit(place.source, request, head, output=folder, overwrite=True, **given, **options)
+        given: dict[str, Any] = {"settings": settings, "views": views, "gain": False, "memory": place.memory, **options}
+        run = fit(place.source, backbone, head, output=folder, overwrite=True, engine=engine, **given)
 
     measured, info = run.report, run.config.backbone
     if run.config.request.layer != request.layer:  # the pretrained head may want the logits
         request = run.request
-        extraction = sync(place.source, request, **options)
+        extraction = sync(place.source, request, engine=engine, **options)
         features = extraction.features(memory=place.memory)
     right = _held_out(run, extraction, features, head, settings, place)
-    seen, spec = place.former.get(name, {}), features.spec.digest
+    spec = features.spec.digest
     if spec not in place.speeds:
-        place.speeds[spec] = seen.get("images_per_second") or _speed(request, info, options)
-    interval = (measured.get("intervals") or {}).get("accuracy", {})
+        place.speeds[spec] = place.speeds.get(name) or _speed(request, info, place)
+    interval = measured.get("intervals", {}).get("accuracy", {})
     point = Point(
         name=name,
         run=f"runs/{name}",
-        backbone=extraction.info.name.removeprefix("torchvision/"),
+        backbone=info.name.removeprefix("torchvision/"),
         layer=request.layer,
         head=head_text(head, settings),
         views=views,
@@ -330,11 +332,10 @@ def _point(
         high=interval.get("high"),
         log_loss=measured.get("log_loss"),
         images_per_second=place.speeds[spec],
-        megabytes=seen.get("megabytes") or _megabytes(request, info, run, Path(options["cache"])),
+        megabytes=_megabytes(request, info, run, Path(options["cache"])),
         parameters=info.parameters,
         fit_seconds=measured["fit"]["seconds"],
     )
-    place.former[name] = point.to_dict()
     return point, right
 
 
@@ -345,15 +346,13 @@ def _held_out(
 
     The images and their order, by content key, are the same for every point on one data set.
     """
-    file = run.path / HELD_OUT
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError):
-        pass
+    file, seed = run.path / HELD_OUT, place.options["seed"]
+    with contextlib.suppress(OSError, ValueError):
+        return np.asarray(np.load(file, allow_pickle=False))
     rows = np.flatnonzero(features.splits == "train")
     train = features.take(rows[np.lexsort(features.keys[rows].T[::-1])])
-    group, seed = groups(train.keys), place.options["seed"]
-    fold, _ = _training.folds(train.y, FOLDS, groups=group, seed=seed)
+    group = groups(train.keys)
+    fold, _ = folds(train.y, FOLDS, groups=group, seed=seed)
     measured = np.flatnonzero(fold >= 0)
     if not len(measured):
         return None
@@ -378,19 +377,29 @@ def _summary(right: np.ndarray | None) -> CrossValidated | None:
     return CrossValidated(float(right[0].mean()), low, high, loss.value, loss.low, loss.high, right.shape[1])
 
 
-def _rank(point: Point, by: str) -> tuple[Any, ...]:
+def _rank(point: Point, by: str) -> tuple[float, ...]:
     """Best first; what could not be cross-validated last; of equals the faster."""
     found = point.cross_validated
     if found is None:
         return (1,)
-    first, second = -found.accuracy, found.log_loss
-    return (0, *((first, second) if by == "accuracy" else (second, first)), -(point.images_per_second or 0))
+    order = (-found.accuracy, found.log_loss)
+    return (0, *(order if by == "accuracy" else order[::-1]), -point.images_per_second)
 
 
-def _speed(request: BackboneRequest, info: BackboneInfo, common: dict[str, Any]) -> float:
+def _compared(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Point]:
+    """The points, each with how far it is behind the first on the same images."""
+    (first, best), *others = found
+    i, ranked = CRITERIA.index(by), [first]
+    for point, right in others:
+        behind = None if best is None or right is None else paired(right[i] - best[i])
+        ranked.append(replace(point, behind=behind))
+    return ranked
+
+
+def _speed(request: BackboneRequest, info: BackboneInfo, place: _Place) -> float:
     """Images per second of the backbone alone, on this machine: decoding depends on the photographs."""
-    options = {k: common[k] for k in ("device", "precision", "batch_size") if k in common}
-    engine = open_engine(request, info, cache=Path(common["cache"]), **options)
+    options = {name: place.options[name] for name in ("device", "precision", "batch_size")}
+    engine = place.engine or open_engine(request, info, cache=Path(place.options["cache"]), **options)
     crop = info.preprocess.crop
     images = np.random.default_rng(0).integers(0, 256, (engine.batch_size, 3, crop, crop), dtype=np.uint8)
     engine(images)
@@ -410,28 +419,9 @@ def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Pa
     return round((size + (run.path / "head.safetensors").stat().st_size) / 1e6, 3)
 
 
-def _former(path: Path) -> dict[str, dict[str, Any]]:
-    """The points of a former sweep there, by name."""
+def _former_speeds(path: Path) -> dict[str, float]:
+    """Images per second by the names of a former sweep's points."""
     try:
-        return {p["name"]: p for p in json.loads((path / "sweep.json").read_bytes())["points"]}
+        return {p["name"]: p["images_per_second"] for p in json.loads((path / "sweep.json").read_bytes())["points"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _write(path: Path, points: list[Point], failed: list[dict[str, str]], by: str) -> None:
-    ranked = [point.to_dict() for point in sorted(points, key=lambda p: _rank(p, by))]
-    values = {"by": by, "winner": ranked[0]["run"] if ranked else None, "points": ranked, "failed": failed}
-    write_atomic(path / "sweep.json", to_json(values).encode() + b"\n")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    flat = [
-        {
-            **{k: v for k, v in p.items() if k not in ("cross_validated", "behind")},
-            **{f"cross_validated_{k}": v for k, v in (p["cross_validated"] or {}).items()},
-        }
-        for p in ranked
-    ]
-    columns = list(dict.fromkeys(k for p in flat for k in p))
-    writer.writerow(columns)
-    writer.writerows([p.get(c) for c in columns] for p in flat)
-    write_atomic(path / "sweep.csv", file.getvalue().encode("utf-8", "backslashreplace"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+from featx.errors import FeatxError
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -19,19 +20,24 @@ def near(name: str, known: Iterable[str], most: int = 3) -> str:
     return f" Did you mean {', '.join(matches)}?" if matches else ""
 
 
+def assigned(pairs: Iterable[str]) -> dict[str, Any]:
+    """`NAME=VALUE` pairs as a dict; a value is JSON where it reads as JSON, else text. Raises `FeatxError`."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise FeatxError(f"{pair!r} is not NAME=VALUE")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
 def printable(name: str) -> str:
     """`name` as text that any UTF-8 terminal or file takes: bytes that are no UTF-8 and control
     characters are written as escapes, `caf\\udce9.jpg`, `two\\x0alines.jpg`."""
-    if name.isprintable():
-        return name
-    return "".join(
-        c.encode("ascii", "backslashreplace").decode()
-        if (kind := unicodedata.category(c)) == "Cs"
-        else f"\\x{ord(c):02x}"
-        if kind == "Cc"
-        else c
-        for c in name
-    )
+    return re.sub("[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", encodable(name))
 
 
 def some(names: list[str], most: int = 3) -> str:
@@ -56,8 +62,7 @@ def encodable(text: str) -> str:
 def to_json(values: Any) -> str:
     """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return encodable(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def templates(package: str, escape: Callable[[str], str], html: bool) -> Environment:

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
+from pathlib import Path
 from conftest import COLOURS, ColourEngine
-from featx.extraction import gpu as decoder, pipeline as extraction
+from featx.extraction.pipeline import sync
 
 class Stopping(ColourEngine):
     left = int(sys.argv[1])
@@ -23,21 +23,19 @@ class Stopping(ColourEngine):
             time.sleep(3600)
         return super().__call__(images)
 
-{setup}
-extraction.extract({data!r}, COLOURS, engine=Stopping(), cache={cache!r}, **{options!r})
+data, cache, engine = Path({data!r}), Path({cache!r}), Stopping()
+{call}
 """
 
 
-def program(data: Path, cache: Path, setup: str = "", **options: Any) -> str:
+def program(data: Path, cache: Path, call: str = "sync(data, COLOURS, engine=engine, cache=cache)") -> str:
     """Python that extracts `data` by a backbone without torch and waits, once it was given as many batches as its
-    argument says; `setup` goes before."""
-    return PROGRAM.format(
-        tests=str(Path(__file__).parent), data=str(data), cache=str(cache), setup=setup, options=options
-    )
+    argument says; `call` is how."""
+    return PROGRAM.format(tests=str(Path(__file__).parent), data=str(data), cache=str(cache), call=call)
 
 
 def interrupt(code: str, batches: int) -> None:
-    """Run it, send Ctrl-C in the last of so many batches, and hold it to ending as an interrupted program does."""
+    """Run it, send Ctrl-C in the last of so many batches, and test that it ends as an interrupted program does."""
     command = [sys.executable, "-c", code, str(batches)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None

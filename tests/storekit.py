@@ -61,7 +61,7 @@ def fill(cache: Path, keys: np.ndarray, rows: np.ndarray, batch: int = 32, **set
 def shard_files(cache: Path, name: str = NAME) -> list[Path]:
     """The shards of the entry, in the order of their commits."""
     folder = cache / "features" / name
-    return [folder / shard for shard, _ in folders.list_shards(folder)] if folder.is_dir() else []
+    return [folder / shard for shard in folders.list_shards(folder)] if folder.is_dir() else []
 
 
 def leftovers(cache: Path) -> list[str]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ColourEngine, write_images
+from conftest import COLOURS, ColourEngine, write_images
 
+import featx
 from featx.errors import FeatxError, HeadError
 from featx.extraction.pipeline import sync
 from featx.features import Features, FeatureSpec, groups
 from featx.fitting import fit, fit_features
 from featx.head import Head
 from featx.heads import logreg
-from featx.measuring.evaluation import evaluate_logits
+from featx.measuring.evaluation import evaluate, evaluate_logits
 from featx.solvers.examples import Examples
 
 SPEC = FeatureSpec("custom/none", "00" * 32)
@@ -51,13 +53,37 @@ def test_it_is_the_head_and_the_reports_of_the_parts_it_is_made_of() -> None:
     )
 
 
-def test_a_run_is_written_from_it(tmp_path: Path, engine: ColourEngine) -> None:
-    data = write_images(tmp_path / "data", per_class=20)
-    run = fit(data, "tiny", cache=tmp_path / "cache", output=tmp_path / "run")
-    found = fit_features(sync(data, "tiny", cache=tmp_path / "cache").features())
+def test_a_run_is_written_from_it(tmp_path: Path) -> None:
+    data, cache = write_images(tmp_path / "data", per_class=20), tmp_path / "cache"
+    run = fit(data, COLOURS, engine=ColourEngine(), cache=cache, output=tmp_path / "run")
+    found = fit_features(sync(data, COLOURS, cache=cache).features())
     assert np.array_equal(found.head.weight, run.head.weight)
     values, written = found.to_dict(), run.report
     assert {name: written[name] for name in values if name != "fit"} == {n: v for n, v in values.items() if n != "fit"}
+    again = evaluate(run, data, split="val", engine=ColourEngine())
+    assert again.to_dict() == found.val.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "near"),
+    [
+        ("extract", {"C": 1}, ""),
+        ("extract", {"prescision": "fp32"}, "precision"),
+        ("fit", {"bacth_size": 8}, "batch_size"),
+        ("fit", {"bakcbone": "resnet18"}, "backbone"),
+        ("fit", {"setings": {}}, "settings"),
+        ("evaluate", {"splt": "val"}, "split"),
+        ("sweep", {"veiws": [0]}, "views"),
+    ],
+)
+def test_a_misspelt_option_is_named_with_the_near_one(name: str, words: dict[str, Any], near: str) -> None:
+    given = ("no-run", "no-data") if name == "evaluate" else ("no-data",)
+    with pytest.raises(
+        featx.FeatxError, match=rf"there is no option '{next(iter(words))}'; there are .*{near}"
+    ) as raised:
+        getattr(featx, name)(*given, **words)
+    assert str(raised.value).partition("Did you mean ")[2].startswith(near)
+    assert " options" not in str(raised.value)
 
 
 def test_relabelling_and_fitting_again_reads_no_disk() -> None:
@@ -77,7 +103,7 @@ def test_relabelling_and_fitting_again_reads_no_disk() -> None:
     assert not np.array_equal(after.head.weight, before.head.weight)
 
 
-def test_relabelled_features_are_those_of_a_source_with_these_labels(tmp_path: Path, engine: ColourEngine) -> None:
+def test_relabelled_features_are_those_of_a_source_with_these_labels(tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", per_class=12)
     names = sorted(str(path.relative_to(data)) for path in data.rglob("*.png"))
 
@@ -85,7 +111,7 @@ def test_relabelled_features_are_those_of_a_source_with_these_labels(tmp_path: P
         rows = [f"{n},{labels[n]}" + (f",{'val' if i % 3 == 0 else ''}" if splits else "") for i, n in enumerate(names)]
         path = data / f"list{len(list(data.glob('*.csv')))}.csv"
         path.write_text("\n".join(["path,label" + (",split" if splits else ""), *rows]))
-        return sync(path, "tiny", cache=tmp_path / "cache").features()
+        return sync(path, COLOURS, engine=ColourEngine(), cache=tmp_path / "cache").features()
 
     old = {name: "|".join(["cold", "new"][: 1 + i % 2]) for i, name in enumerate(names)}
     for first in ({n: n.split("/")[0] for n in names}, old):

@@ -1,22 +1,43 @@
-"""Owns `Backbone`: a loaded network, cut at its layer, from `uint8` pixels to `float32` rows."""
+"""`Backbone`: a loaded network, cut at its layer, from `uint8` pixels to `float32` rows."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featx.backbones.request import BackboneInfo, BackboneRequest, tensors_digest
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
 
-# containers whose children are groups of their own; others, such as ResNet's layer1, are one group
+# Containers whose children are groups of their own; others, such as ResNet's layer1, are one group.
 _SPLIT = ("features", "layers", "blocks", "trunk_output", "encoder", "stages")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a zoo knows about a network that it made."""
+
+    name: str
+    """As in `BackboneInfo`."""
+    preprocess: Preprocess
+    """With the request's own fields."""
+    class_names: tuple[str, ...] | None
+    note: str
+    """`BackboneInfo.weights_note`."""
+    files: dict[str, list[int]] | None
+    """As in `Backbone`."""
+    digest: str = ""
+    """`BackboneInfo.weights_digest`; by default that of the network's tensors."""
+    license: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,31 +46,32 @@ class Backbone:
 
     info: BackboneInfo
     network: nn.Module
-    """The whole network, its classifier included, in eval mode on the CPU."""
+    """The whole network with its classifier, in eval mode on the CPU."""
     module: Trunk
     """`uint8 [B, 3, H, W]` -> `float32 [B, *row_shape]`. It shares its tensors with `network` while both
     stay on the CPU; fine-tuning trains and saves `module`."""
     classifier: tuple[np.ndarray, np.ndarray] | None
     """The network's own last Linear, `float32 [C, D]` and `[C]`; None where `info.affine` is False."""
     groups: list[tuple[str, list[str]]]
-    """Layer groups from the input on, the classifier left out: a name, and the prefixes of the parameters'
-    names in `module.network` (a name belongs to a prefix that it equals, or starts with before a dot)."""
+    """Layer groups from the input on, without the classifier: a name, and prefixes of parameter names in
+    `module.network` (a parameter belongs to a prefix if its name is the prefix, or goes on with a dot)."""
     files: dict[str, list[int]] | None
-    """The weights files, with the `file_stats` they had; None where `info` must not be remembered."""
+    """Weights files and the `file_stats` they had when they were read; None where `info` must not be remembered."""
 
 
 class Trunk(nn.Module):
-    """Scale, normalise, run the network up to its layer, pool to one row an image."""
+    """Scale, normalise, run the network up to its layer, pool to one row per image."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, network: nn.Module, preprocess: Preprocess, tap: str | None = None) -> None:
-        """tap: the dotted name of the module whose output is taken; None for the network's own."""
+        """tap: the dotted name of the module whose output is taken; None for the network's own output."""
         super().__init__()
         self.network = network
         self.tap = tap
-        self.pool = "rows"
+        self.pool: tuple[int, ...] = ()
+        """The axes of the output that are averaged."""
         self.dtype = torch.float32
         """What the network computes in; pixels are normalised and rows returned in float32."""
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
@@ -61,9 +83,10 @@ class Trunk(nn.Module):
         return self.pooled(self.output(((pixels - self.mean) / self.std).to(self.dtype)).float())
 
     def output(self, pixels: Tensor) -> Tensor:
-        """What the layer gives for normalised pixels, before pooling."""
+        """The layer's output for normalised pixels, before pooling."""
         if self.tap is None:
-            return self.network(pixels)
+            whole: Tensor = self.network(pixels)
+            return whole
         taken: list[Tensor] = []  # a local, so that torch.export sees no state change
         layer = self.network.get_submodule(self.tap)
         handle = layer.register_forward_hook(lambda _module, _inputs, output: taken.append(output))
@@ -75,122 +98,125 @@ class Trunk(nn.Module):
 
     def pooled(self, output: Tensor) -> Tensor:
         """Average maps over height and width, and token sequences over the tokens."""
-        if self.pool == "rows":
-            return output
-        return output.mean({"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,)}[self.pool])
+        return output.mean(self.pool) if self.pool else output
 
 
-def build(
-    request: BackboneRequest,
-    network: nn.Module,
-    *,
-    name: str,
-    preprocess: Preprocess,
-    cut: nn.Module | None,
-    head: str | None,
-    class_names: tuple[str, ...] | None,
-    note: str,
-    files: dict[str, list[int]] | None,
-    digest: str | None = None,
-    license: str = "",
-) -> Backbone:
-    """Put a loaded network together with its trunk, and look at what the trunk gives for one image.
+def build(request: BackboneRequest, origin: Origin, network: nn.Module, cut: nn.Module, head: str | None) -> Backbone:
+    """Cut a loaded network at the layer asked for, and run one image to learn the shape of a row.
 
-    cut: the network that gives `features`, sharing its tensors with `network`; None where the network
-    itself does. head: the dotted name of the last Linear, where the classifier is that alone.
+    cut: the network that gives `features`, sharing its tensors with `network`. head: the dotted name of the
+    last Linear, where the classifier consists of it alone.
     Raises `BackboneError` for an unknown layer and `WeightsError` for weights that hold NaN.
     """
-    preprocess = request.override(preprocess)
+    layer = request.layer
+    known = [path for path, _ in network.named_modules() if path]
+    if layer not in ("features", "logits", *known):
+        raise BackboneError(
+            f"{origin.name} has no layer {layer!r}; expected features, logits or a module's dotted name."
+            f"{near(layer, known)}"
+        )
+
     network.eval()
-    if request.layer == "features":
-        trunk = Trunk(cut if cut is not None else network, preprocess)
-    elif request.layer == "logits":
-        trunk = Trunk(network, preprocess)
-    else:
-        known = [n for n, _ in network.named_modules() if n]
-        if request.layer not in known:
-            raise BackboneError(
-                f"{name} has no layer {request.layer!r}; expected features, logits or a module's dotted name."
-                f"{near(request.layer, known)}"
-            )
-        trunk = Trunk(network, preprocess, tap=request.layer)
-    trunk.eval()
-    row_shape = _probe(trunk, preprocess.crop, f"{name}, layer {request.layer}")
-    last = network.get_submodule(head) if head else None
+    tap = None if layer in ("features", "logits") else layer
+    trunk = Trunk(cut if layer == "features" else network, origin.preprocess, tap).eval()
+    row_shape = _probe(trunk, origin.preprocess.crop, f"{origin.name}, layer {layer}")
     classifier = None
-    if isinstance(last, nn.Linear):
-        weight = last.weight.detach().float().numpy().copy()
-        bias = np.zeros(len(weight), np.float32) if last.bias is None else last.bias.detach().float().numpy()
-        classifier = (weight, bias.copy())
+    if head:
+        last = network.get_submodule(head)
+        assert isinstance(last, nn.Linear)
+        bias = torch.zeros(last.out_features) if last.bias is None else last.bias.detach()
+        classifier = (last.weight.detach().float().numpy().copy(), bias.float().numpy().copy())
+
     info = BackboneInfo(
-        name=name,
-        weights_digest=digest or tensors_digest(network.state_dict()),
-        layer=request.layer,
-        preprocess=preprocess,
-        row_shape=row_shape,
-        class_names=class_names,
+        origin.name,
+        origin.digest or tensors_digest(network.state_dict()),
+        layer,
+        origin.preprocess,
+        row_shape,
+        origin.class_names,
         affine=classifier is not None,
         parameters=sum(p.numel() for p in network.parameters()),
-        weights_note=note,
-        license=license,
+        weights_note=origin.note,
+        license=origin.license,
     )
-    return Backbone(info, network, trunk, classifier, groups(trunk.network, head), files)
+    return Backbone(info, network, trunk, classifier, groups(trunk.network, head), origin.files)
 
 
 def without(network: nn.Module, path: str | None = None, instead: nn.Module | None = None) -> nn.Module:
-    """A copy of the network that shares its tensors, the module at `path` replaced by `instead` or an Identity."""
-    shared = {id(t): t for t in [*network.parameters(), *network.buffers()]}
+    """A copy of the network that shares its tensors; at `path` it has `instead`, or an Identity."""
+    shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
     trunk = copy.deepcopy(network, shared)
     if path is not None:
-        replace_module(trunk, path, instead if instead is not None else nn.Identity())
+        replace_module(trunk, path, nn.Identity() if instead is None else instead)
     return trunk
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where the module with this dotted name is."""
+    """Put `module` in the place of the module with this dotted name."""
     parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, module)
 
 
+def is_affine(network: nn.Module, cut: nn.Module, head: str, crop: int) -> bool:
+    """Whether the Linear at `head`, applied to the features that `cut` gives, gives the network's own logits."""
+    last = network.get_submodule(head)
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, crop, crop)).astype(np.float32))
+    with torch.inference_mode():
+        logits, features = network(noise), cut(noise)
+        fits = (features.shape[1:], logits.shape[1:]) == ((last.in_features,), (last.out_features,))
+        return fits and torch.allclose(last(features), logits, rtol=1e-4, atol=1e-4)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, over the sorted names, dtypes, shapes and bytes (little-endian) of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, dtype, list(tensor.shape)]).encode())
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(data)
+    return digest.hexdigest()
+
+
 def _probe(trunk: Trunk, crop: int, what: str) -> tuple[int, ...]:
-    """Run one image, settle how the layer's output is pooled, and give the shape of a row."""
-    # any image will do; noise drawn apart from torch's generator touches no one's seed
+    """Run one image, choose how the layer's output is pooled, and return the shape of a row."""
+    # any image will do; noise from numpy leaves torch's generator as it is
     noise = np.random.default_rng(0).integers(0, 256, (1, 3, crop, crop), dtype=np.uint8)
     with torch.inference_mode():
         try:
-            pixels = (torch.from_numpy(noise).float() / 255 - trunk.mean) / trunk.std
-            output = trunk.output(pixels)
+            output = trunk.output((torch.from_numpy(noise).float() / 255 - trunk.mean) / trunk.std)
         except (RuntimeError, AssertionError, IndexError) as error:
             raise BackboneError(f"{what}: the network cannot run on {crop} x {crop} pixels ({error})") from error
     if not isinstance(output, Tensor):
         raise BackboneError(f"{what}: gives {type(output).__name__}, not one tensor; choose another layer")
-    trunk.pool = _pooling(output, what)
+
+    trunk.pool = _pooled_axes(list(output.shape), what)
     row = trunk.pooled(output.float())
     if not torch.isfinite(row).all():
         raise WeightsError(f"{what}: gives NaN or infinity; these weights do not cover it, choose another layer")
+
     return tuple(row.shape[1:])
 
 
-def _pooling(output: Tensor, what: str) -> str:
-    """How to make a row of this output. Crops are square, so the two equal sides are height and width."""
-    shape = list(output.shape)
-    if len(shape) == 2:
-        return "rows"
-    if len(shape) == 3:
-        return "tokens"
-    if len(shape) == 4 and shape[2] == shape[3]:
-        return "nchw"
-    if len(shape) == 4 and shape[1] == shape[2]:
-        return "nhwc"
-    raise BackboneError(f"{what}: gives {shape} for one image, which is no row, map or sequence of tokens")
+def _pooled_axes(shape: list[int], what: str) -> tuple[int, ...]:
+    """The axes of an output to average. Crops are square, so the two equal sides are height and width."""
+    match shape:
+        case [_, _]:
+            return ()
+        case [_, _tokens, _]:
+            return (1,)
+        case [_, _, height, width] if height == width:
+            return (2, 3)
+        case [_, height, width, _] if height == width:
+            return (1, 2)
+    raise BackboneError(f"{what}: gives {shape} for one image; expected a row, a map or a sequence of tokens")
 
 
 def groups(network: nn.Module, head: str | None = None) -> list[tuple[str, list[str]]]:
-    """Split a network's parameters into layer groups, in the order of its modules.
+    """Split a network's parameters into layer groups, in the order of its modules, without those of `head`.
 
-    Blocks are groups of their own; loose convolutions, norms and parameters before the first block are
-    the `stem`. VGG's and AlexNet's `features` are one group, as tutorials treat them. Parameters of
-    `head` are left out.
+    Blocks are groups of their own; single convolutions, norms and parameters before the first block form
+    the `stem`. VGG's and AlexNet's `features` are one group, as tutorials treat them.
     """
     found: list[tuple[str, list[str]]] = []
     stem: list[str] = []

@@ -1,4 +1,4 @@
-"""Loads the backbone that was asked for, and remembers what it resolved to, so that a warm run needs no torch."""
+"""Load the backbone asked for, and remember what it resolved to, so that a warm run needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import pkgutil
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +23,16 @@ from featx.text import near
 if TYPE_CHECKING:
     from featx.backbones.backbone import Backbone
 
-RESOLVED_VERSION = 1  # raised when `BackboneInfo` or how it is found changes; old memos are then misses
+RESOLVED_VERSION = 2  # raised when `BackboneInfo` or how it is found changes; old memos are then misses
 
 
 def zoo_names() -> list[str]:
-    """Where backbones come from: the names of the files in `featx/backbones/zoos`."""
+    """The sources of backbones: the names of the files in `featx/backbones/zoos`."""
     return sorted(m.name for m in pkgutil.iter_modules(zoos.__path__) if not m.name.startswith("_"))
 
 
 def locate(name: str) -> tuple[str, str]:
-    """Split a backbone's name into its source and its name there, without importing either.
+    """Split a backbone's name into its source and its name there; imports neither.
 
     `resnet18` and `torchvision/resnet18` -> `("torchvision", "resnet18")`; `package.module:factory` ->
     `("custom", "package.module:factory")`. Raises `BackboneError` for an unknown source.
@@ -52,10 +51,10 @@ def locate(name: str) -> tuple[str, str]:
 
 
 def load_backbone(request: BackboneRequest) -> Backbone:
-    """Load the network that was asked for, in eval mode on the CPU. Imports torch.
+    """Load the network asked for, in eval mode on the CPU. Imports torch; its random generators stay as they were.
 
-    The state of torch's random generators is left as it was. Raises `BackboneError` for an unknown
-    name, layer or factory and `WeightsError` for weights that are not at hand or do not fit.
+    Raises `BackboneError` for an unknown name, layer or factory and `WeightsError` for weights that are
+    missing or do not fit.
     """
     source, name = locate(request.name)
     module: ModuleType = importlib.import_module(f"{zoos.__name__}.{source}")
@@ -64,26 +63,30 @@ def load_backbone(request: BackboneRequest) -> Backbone:
 
 
 def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
-    """What `load_backbone(request).info` is, remembered in `cache/resolved/`, so that a warm run needs no torch.
+    """`load_backbone(request).info`, remembered in `cache/resolved/`, so that a warm run needs no torch.
 
-    The memo answers only while the library versions and the weights file's size, times and inode are
-    what they were; a damaged one is a miss. Custom factories are always loaded: their code may change.
+    A memo is valid while the library versions and the weights file's size, times and inode stay the same;
+    a damaged one is ignored. Custom factories are always loaded: their code may change.
     """
     source, name = locate(request.name)
     if cache is None or source == "custom":
         return load_backbone(request).info
+
     memo = Path(cache) / "resolved" / f"{_memo_key(request, source, name)}.json"
-    info = _remembered(memo)
-    if info is None:
-        backbone = load_backbone(request)
-        info = backbone.info
-        if backbone.files is not None:
-            _remember(memo, info, backbone.files)
-    return info
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
+        values = unsealed(memo.read_bytes())
+        if all(file_stats(Path(path)) == stats for path, stats in values["files"].items()):
+            return BackboneInfo.from_dict(values["info"])
+
+    backbone = load_backbone(request)
+    if backbone.files is not None:
+        with contextlib.suppress(OSError):  # without a memo the next run loads the network again
+            write_sealed(memo, {"info": backbone.info.to_dict(), "files": backbone.files})
+    return backbone.info
 
 
 def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
-    """Load the backbone, held to what it was resolved as: a file may have been replaced since."""
+    """Load the backbone, and check that it is still what was resolved: a file may have been replaced since."""
     backbone = load_backbone(request)
     if backbone.info.spec() != info.spec():
         raise WeightsError(
@@ -94,11 +97,10 @@ def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
 
 
 def _memo_key(request: BackboneRequest, source: str, name: str) -> str:
-    """What the answer depends on and can be known without torch, hashed."""
+    """A hash of all that the answer depends on and that is known without torch."""
     weights = Path(request.weights)
     file = [str(weights.absolute()), *file_stats(weights)] if weights.is_file() else None
-    packages = ("torch", "torchvision", "timm") if source == "timm" else ("torch", "torchvision")
-    versions = [_version(package) for package in packages]
+    versions = [_version(package) for package in ("torch", "torchvision", "timm")]
     places = [os.environ.get(k) for k in ("TORCH_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")]
     asked = [source, name, request.to_dict(), file, versions, places, __version__, RESOLVED_VERSION]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -109,19 +111,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _remembered(memo: Path) -> BackboneInfo | None:
-    try:
-        values = unsealed(memo.read_bytes())
-        if any(file_stats(Path(path)) != stats for path, stats in values["files"].items()):
-            return None
-        return BackboneInfo.from_dict(values["info"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # absent or damaged: the network is loaded and the memo written anew
-
-
-def _remember(memo: Path, info: BackboneInfo, files: Mapping[str, list[int]]) -> None:
-    # a cache that cannot be written costs the next run its head start, and nothing else here
-    with contextlib.suppress(OSError):
-        write_sealed(memo, {"info": info.to_dict(), "files": files})

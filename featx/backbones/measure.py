@@ -1,4 +1,4 @@
-"""Owns the making of the packaged table of torchvision's networks: `python -m featx.backbones.measure`."""
+"""Write the packaged table of torchvision's networks: `python -m featx.backbones.measure`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from featx.backbones.zoos import torchvision as source
 
 
 def measure(name: str) -> dict[str, Any]:
-    """One network's row, from the network itself; takes seconds for the largest."""
+    """One network's row, measured on the network itself; takes seconds for the largest."""
     weights = models.get_model_weights(name)
-    preprocess = source.preprocessing(source.default_weights(name))
+    preprocess = source.preprocessing(weights.DEFAULT)
     network = source.create(name, preprocess.crop)
     head = source.last_layer(name, network)
     state = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    layer = network.get_submodule(head)
+
     return {
         "name": name,
-        "features": layer.in_channels if hasattr(layer, "in_channels") else layer.in_features,
+        "features": state[f"{head}.weight"][1],
         "parameters": sum(p.numel() for p in network.parameters()),
         "crop": preprocess.crop,
         "weights": [member.name for member in weights],
-        "default": source.default_weights(name).name,
+        "default": weights.DEFAULT.name,
         "head": head,
         "fingerprint": fingerprint(state, head),
     }
@@ -35,8 +35,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def write(path: Path) -> None:
     """Measure every network of the installed torchvision and write the table."""
-    rows = [measure(name) for name in models.list_models(module=models)]
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(json.dumps(measure(name)) for name in models.list_models(module=models))
     version = torchvision.__version__.partition("+")[0]
     path.write_text(f'{{"torchvision": "{version}", "networks": [\n{lines}\n]}}\n')
 

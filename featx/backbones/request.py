@@ -1,17 +1,13 @@
-"""What a backbone is asked for (`BackboneRequest`) and known by (`BackboneInfo`), without torch."""
+"""What the user asks for (`BackboneRequest`) and what is known of it once loaded (`BackboneInfo`), without torch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from featx.errors import BackboneError
 from featx.features import FeatureSpec
+from featx.identity import Identity
 from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
@@ -28,7 +24,7 @@ class BackboneRequest:
     layer: str = "features"
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     seed: int = 0
-    """Of `random` weights."""
+    """Seeds `random` weights."""
     preprocess: tuple[tuple[str, Any], ...] = ()
     """Fields of `Preprocess` to override, such as `(("resize", 232),)`."""
 
@@ -37,8 +33,8 @@ class BackboneRequest:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BackboneRequest:
-        overrides = tuple((k, _tuple(v)) for k, v in dict(values.get("preprocess", {})).items())
-        return cls(**{**values, "preprocess": overrides})
+        given = values.get("preprocess", {}).items()
+        return cls(**{**values, "preprocess": tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in given)})
 
     def override(self, preprocess: Preprocess) -> Preprocess:
         """`preprocess` with the request's own fields. Raises `BackboneError` for an unknown field."""
@@ -52,7 +48,7 @@ class BackboneRequest:
 
 
 @dataclass(frozen=True)
-class BackboneInfo:
+class BackboneInfo(Identity):
     """All that is known about a loaded backbone without loading it again."""
 
     name: str
@@ -63,65 +59,20 @@ class BackboneInfo:
     """As in the request."""
     preprocess: Preprocess
     row_shape: tuple[int, ...]
-    """Of one image's row: `(D,)`."""
+    """The shape of one image's row: `(D,)`."""
     class_names: tuple[str, ...] | None
-    """Of the network's own classifier, in its order; None where they are not known."""
+    """The classes of the network's own classifier, in its order; None where they are not known."""
     affine: bool
     """The network's own classifier is one Linear on `features`, whatever `layer` is."""
     parameters: int
-    """Of the whole network, its classifier included."""
+    """How many the whole network has, its classifier included."""
     weights_note: str
     """For people: `pretrained IMAGENET1K_V1`, `random, seed 0`, `local file squeezenet.pth`."""
     license: str = ""
-    """Of the weights, where their publisher says so."""
+    """The weights' licence, where their publisher states one."""
 
     def spec(
         self, *, view: str = "center", precision: Precision = "fp32", dtype: StoredDtype = "float32"
     ) -> FeatureSpec:
         """The identity of the features that this backbone gives."""
-        return FeatureSpec(
-            backbone=self.name,
-            weights=self.weights_digest,
-            layer=self.layer,
-            preprocess=self.preprocess,
-            view=view,
-            precision=precision,
-            dtype=dtype,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "preprocess": self.preprocess.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BackboneInfo:
-        names = values["class_names"]
-        return cls(
-            **{
-                **values,
-                "preprocess": Preprocess.from_dict(values["preprocess"]),
-                "row_shape": tuple(values["row_shape"]),
-                "class_names": None if names is None else tuple(names),
-            }
-        )
-
-
-def tensors_digest(tensors: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, over the sorted names, dtypes, shapes and bytes (little-endian) of torch or numpy tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(json.dumps([name, dtype, list(tensor.shape)]).encode())
-        if hasattr(tensor, "detach"):
-            import torch  # imported already, by whoever made the tensor
-
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            data = flat.view(torch.uint8).numpy()
-        else:
-            data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        return FeatureSpec(self.name, self.weights_digest, self.layer, self.preprocess, view, precision, dtype)

@@ -1,4 +1,4 @@
-"""Owns the packaged table of torchvision's networks, which `python -m featx.backbones.measure` writes."""
+"""The packaged table of torchvision's networks, which `python -m featx.backbones.measure` writes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-# parts that only help training, and that a state dict may lack
+# Parts that only help training; a state dict may lack them.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """`{"torchvision": version, "networks": [row, ...]}`, the rows as `_measure.measure` gives them."""
+    """`{"torchvision": version, "networks": [row, ...]}`, each row made by `featx.backbones.measure.measure`."""
     found: dict[str, Any] = json.loads(resources.files(__package__).joinpath("torchvision.json").read_text())
     return found
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
-    """Names an architecture by its tensors' names and shapes, whatever its number of classes."""
+    """A name for an architecture: a hash of its tensors' names and shapes, but for its last layer's (`head`)."""
     kept = {
         name: list(shape)
         for name, shape in shapes.items()
@@ -31,7 +31,7 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
 
 
 def listing() -> list[dict[str, Any]]:
-    """The torchvision networks, from a packaged table, for `featx backbones`: no network is built.
+    """The torchvision networks, from the packaged table, for `featx backbones`; builds no network.
 
     Each has `name`, `features` (the size of a row), `parameters`, `crop` (input side, pixels),
     `weights` (enum names) and `default` (the enum name that `pretrained` stands for).
@@ -41,5 +41,5 @@ def listing() -> list[dict[str, Any]]:
 
 
 def names() -> list[str]:
-    """The torchvision networks' names; timm networks and factories come on top."""
+    """The torchvision networks' names, without timm networks and factories."""
     return [row["name"] for row in listing()]

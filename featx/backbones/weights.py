@@ -1,4 +1,4 @@
-"""Owns weights files: reading them without running code, and telling why they do not fit a network."""
+"""Read weights files without running code from them, and say why one does not fit a network."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from featx.backbones.backbone import replace_module
 from featx.backbones.table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
 from featx.files import file_stats
+from featx.text import some
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-# what training scripts wrap a state dict in, and what they put before its names
+# Keys under which training scripts save a state dict, and prefixes that they add to its names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
 
 
 def is_file(weights: str) -> bool:
-    """Whether a request's `weights` means a file, there or not, rather than a name."""
+    """Whether a request's `weights` names a file, which may be missing, and not a set of published weights."""
     return weights.endswith(SUFFIXES) or "/" in weights or "\\" in weights or Path(weights).is_file()
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The tensors of a .pth or .safetensors file, and the `file_stats` it had. Runs no code from the file.
+def first_line(error: Exception) -> str:
+    """An error's first line, or its type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
-    Wrappers such as `{"state_dict": ...}` and prefixes such as `module.` are taken off. Raises `WeightsError`.
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The tensors of a .pth or .safetensors file, and its `file_stats` by path. Runs no code from the file.
+
+    Removes wrappers such as `{"state_dict": ...}` and prefixes such as `module.`. Raises `WeightsError`.
     """
     try:
         stats = file_stats(path)
@@ -44,36 +50,30 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     except pickle.UnpicklingError as error:
         text = str(error)
         if "Unsupported operand" in text or ("weights_only" not in text and "Unsupported" not in text):
-            raise WeightsError(f"{path} is damaged or no weights file") from error
+            raise WeightsError(f"{path} is damaged, or not a weights file") from error
         raise WeightsError(
             f"{path} holds pickled objects beside tensors, which could run code and are not loaded; "
             "save its state dict alone: torch.save(model.state_dict(), path)"
         ) from error
     except Exception as error:  # zip, pickle and safetensors each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as {path.suffix or 'weights'} ({reason})") from error
+        raise WeightsError(f"{path} cannot be read as {path.suffix or 'weights'} ({first_line(error)})") from error
     return unwrap(loaded, path), {str(path.absolute()): stats}
 
 
 def unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The innermost state dict, its names as the network's own."""
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
+    """The innermost state dict, with the network's own names."""
+    given = loaded if isinstance(loaded, Mapping) else {}
+    for key in _WRAPPERS:
+        if isinstance(given.get(key), Mapping):
+            return unwrap(given[key], path)
+    tensors = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
     if not tensors:
         raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
-    # the versions that old files carry tell their network how to read them
+
+    # old files carry versions, which tell their network how to read them
     versions: Any = getattr(loaded, "_metadata", None)
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _PREFIXES:
-            if all(name.startswith(prefix) for name in tensors):
-                tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
-                stripped, versions = True, None
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), ""):
+        tensors, versions = {name.removeprefix(prefix): t for name, t in tensors.items()}, None
     state = _State(tensors)
     if versions is not None:
         state._metadata = versions
@@ -87,18 +87,19 @@ class _State(dict[str, Tensor]):
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], what: str, head: str | None = None) -> str:
-    """Load `state` into `network`, all of it or an error; return what is worth noting about its classifier.
+    """Load all of `state` into `network`; return a note about its classifier, empty where that is the network's own.
 
     head: the dotted name of the classifier's last layer. Where the file has another number of classes,
-    that layer is replaced by one of its size; where it has none under this name, by an Identity.
-    Raises `WeightsError` that names what is missing, unexpected and of another shape.
+    a layer of that size replaces it; where the file has none under this name, an Identity does.
+    Raises `WeightsError`, which names what is missing, unexpected or of another shape.
     """
     own = network.state_dict()
-    # auxiliary classifiers only help training, and counters do not change what a network computes
+    # a file may have auxiliary classifiers, which only help training; counters may be missing, as no output needs them
     given = _State({k: v for k, v in state.items() if k in own or not k.startswith(AUXILIARY)})
     for name, tensor in own.items():
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
+
     note = ""
     if head is not None:
         weight, ours = given.get(f"{head}.weight"), own[f"{head}.weight"]
@@ -111,20 +112,20 @@ def load_state(network: nn.Module, state: dict[str, Tensor], what: str, head: st
             replace_module(network, head, _sized(network.get_submodule(head), len(weight)))
             note = f"its own classifier has {len(weight)} classes, whose names are not known"
         own = network.state_dict()
-    missing = sorted(own.keys() - given.keys())
-    unexpected = sorted(given.keys() - own.keys())
+
     shapes = [
         f"{name} is {list(given[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & given.keys())
+        for name in own.keys() & given.keys()
         if given[name].shape != own[name].shape
     ]
-    # files of torch's first years lack versions; what the network would write today is then assumed
+    differences = {
+        "missing": own.keys() - given.keys(),
+        "unexpected": given.keys() - own.keys(),
+        "of another shape": shapes,
+    }
+    problems = [f"{len(names)} {label}: {some(sorted(names))}" for label, names in differences.items() if names]
+    # files of torch's first years lack versions; then those that the network would write today are assumed
     given._metadata = getattr(state, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
-    problems = [
-        f"{len(found)} {label}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-        for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if found
-    ]
     if not problems:
         try:
             network.load_state_dict(given, strict=True)
@@ -144,9 +145,9 @@ def _looks_like(state: Mapping[str, Tensor]) -> str:
 
 
 def _sized(layer: nn.Module, classes: int) -> nn.Module:
-    """A layer like this one, Linear or 1x1 convolution, for another number of classes."""
+    """A layer like this Linear or 1x1 convolution for another number of classes, its values not set."""
     bias = layer.bias is not None
     if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(layer.in_channels, classes, kernel_size=1, bias=bias)
+        return nn.Conv2d(layer.in_channels, classes, kernel_size=1, bias=bias, device="meta").to_empty(device="cpu")
     assert isinstance(layer, nn.Linear)
-    return nn.Linear(layer.in_features, classes, bias=bias)
+    return nn.Linear(layer.in_features, classes, bias=bias, device="meta").to_empty(device="cpu")

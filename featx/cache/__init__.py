@@ -1,1 +1,1 @@
-"""Owns the feature cache: what lies on the disk, who may believe it, and what people do with it."""
+"""The feature cache: its files, when they are trusted, and what people do with it."""

@@ -1,4 +1,4 @@
-"""Owns what people do with a cache: list, look into, verify, compact, remove and export it."""
+"""What people do with a cache: list, inspect, verify, compact, remove and export it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,17 @@ from typing import Any
 import numpy as np
 
 from featx.cache import folders, shards
-from featx.cache.hdf5 import plan, utf8
-from featx.cache.index import as_keys, distinct
-from featx.cache.shards import StaleError
+from featx.cache.folders import Form, StaleError
+from featx.cache.index import distinct
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, NewerError, StoreError
-from featx.features import Features, FeatureSpec
+from featx.features import Features
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
 from featx.text import near
 
 # Rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20
-# What lies beside the features, of which the next run makes anew what it needs.
+# Folders beside the features; the next run makes anew what it needs of them.
 MADE_AGAIN = ("engines", "memo", "rates", "resolved")
 
 
@@ -36,26 +34,23 @@ class Entry:
     name: str
     """The folder's name, `resnet18-0123456789abcdef`; its start will do where it is the only one."""
     path: Path
-    spec: FeatureSpec | None
+    form: Form | None
     """None where `spec.json` is lost or damaged (the next run with this spec writes it anew), or a newer featx's."""
-    engine: str | None
-    tolerance: float | None
-    row_shape: tuple[int, ...] | None
     shards: int
     bytes: int
-    """All that lies in the folder, with what was set aside."""
+    """All files in the folder, with those set aside."""
     damaged: int
     """Files set aside in `damaged/`."""
 
     def to_dict(self) -> dict[str, Any]:
-        shape = None if self.row_shape is None else list(self.row_shape)
-        spec = self.spec.to_dict() if self.spec else None
-        return vars(self) | {"path": str(self.path), "spec": spec, "row_shape": shape}
+        form = self.form.to_dict() if self.form else dict.fromkeys(("spec", "engine", "tolerance", "row_shape"))
+        sizes = {"shards": self.shards, "bytes": self.bytes, "damaged": self.damaged}
+        return {"name": self.name, "path": str(self.path)} | form | sizes
 
 
 @dataclass(frozen=True)
 class Contents:
-    """One entry, looked into."""
+    """What one entry holds."""
 
     entry: Entry
     rows: int
@@ -79,14 +74,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class Verified:
-    """One entry, every byte of it read."""
+    """One entry, after every byte of it was read."""
 
     name: str
     shards: int
     rows: int
     bytes: int
     notes: list[str]
-    """What was damaged, set aside, and kept of it; no notes, no damage."""
+    """What was damaged, set aside, and kept; empty where nothing was."""
 
     def text(self) -> str:
         state = "; ".join(self.notes) or "every byte is as it was committed"
@@ -108,16 +103,15 @@ class Compacted:
 
 
 def entries(cache: Path) -> list[Entry]:
-    """What lies in a cache, by name. Reads no features and changes nothing. Raises `StoreError`."""
-    found = []
-    with _reading(cache):
-        if not Path(cache).is_dir():
-            raise StoreError(f"there is no cache at {cache}; featx extract makes one")
-        root = Path(cache) / "features"
-        for path in sorted(root.iterdir()) if root.is_dir() else []:
-            if path.is_dir() and not path.name.startswith("."):
-                found.append(_entry(path))
-    return found
+    """The entries of a cache, by name. Reads no features and changes nothing. Raises `StoreError`."""
+    if not Path(cache).is_dir():
+        raise StoreError(f"there is no cache at {cache}; featx extract makes one")
+    root = Path(cache) / "features"
+    try:
+        paths = sorted(root.iterdir()) if root.is_dir() else []
+        return [_entry(path) for path in paths if path.is_dir() and not path.name.startswith(".")]
+    except OSError as error:
+        raise StoreError(f"the cache {cache} cannot be read ({error.strerror})") from error
 
 
 def find(cache: Path, name: str) -> Entry:
@@ -133,18 +127,17 @@ def find(cache: Path, name: str) -> Entry:
 
 def sizes(cache: Path) -> dict[str, int]:
     """Bytes in each folder of a cache: `features`, and those of `MADE_AGAIN`, which can be removed at any time."""
-    with _reading(cache), os.scandir(cache) as found:
-        return {e.name: _bytes(Path(e.path)) for e in sorted(found, key=lambda e: e.name) if e.is_dir()}
+    return {path.name: _bytes(path) for path in sorted(Path(cache).iterdir()) if path.is_dir()}
 
 
 def info(cache: Path, name: str, against: np.ndarray | None = None) -> Contents:
-    """All about one entry. against: keys of a data set, `uint8 [N, 32]`: which rows does it use?"""
-    entry, store = _open(cache, name)
-    listed = [shard for shard, _ in folders.list_shards(entry.path)]
-    found = Contents(entry, store.rows, len(store), listed, store.notes)
+    """Describe one entry. against: keys of a data set, `uint8 [N, 32]`: which rows does it use?"""
+    entry = find(cache, name)
+    store = _open(cache, entry)
+    found = Contents(entry, len(store.stored()), len(store), list(folders.list_shards(entry.path)), store.notes)
     if against is None:
         return found
-    wanted = as_keys(against)[distinct(as_keys(against))]
+    wanted = against[distinct(against)]
     used = int(store.contains(wanted).sum())
     return replace(found, used=used, unused=len(store) - used, missing=len(wanted) - used)
 
@@ -153,18 +146,14 @@ def verify(cache: Path, name: str | None = None) -> list[Verified]:
     """Read every byte of one entry, or of all. What is damaged is set aside, and its intact rows are kept."""
     done = []
     for entry in [find(cache, name)] if name else entries(cache):
-        if entry.spec is None and not folders.list_shards(entry.path):
-            done.append(Verified(entry.name, 0, 0, 0, ["it holds nothing"]))
-            continue
         try:
-            _, store = _open(cache, entry.name)
-        except NewerError as error:
+            store = _open(cache, entry)
+            store.refresh(trust=False)
+        except (StoreError, NewerError) as error:
             done.append(Verified(entry.name, 0, 0, 0, [str(error)]))
             continue
-        store.refresh(trust=False)
-        listed = folders.list_shards(entry.path)
-        size = sum(status[0] for _, status in listed)
-        done.append(Verified(entry.name, len(listed), len(store), size, store.notes))
+        stats = folders.list_shards(entry.path).values()
+        done.append(Verified(entry.name, len(stats), len(store), sum(size for size, *_ in stats), store.notes))
     return done
 
 
@@ -177,18 +166,15 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
     The merged file is durable and read back before a shard is removed, and only shards whose rows it
     holds are: a crash leaves rows twice, never none. Others may read and write meanwhile.
     """
-    _, store = _open(cache, name)
-    if only and order is None:
-        raise StoreError("dropping rows needs the keys to keep")
-    merged = store.listing()
-    stored = store.keys()
-    chosen = stored
+    assert order is not None or not only
+    store = _open(cache, find(cache, name))
+    merged, chosen = store.listing(), store.keys()
     if order is not None:
-        first = as_keys(order)[distinct(as_keys(order))]
+        first = order[distinct(order)]
         first = first[store.contains(first)]
-        chosen = first if only else _ahead(first, stored)
-
-    before = len(merged), store.rows, sum(merged.values())
+        both = np.concatenate([first, chosen])
+        chosen = first if only else both[distinct(both)]
+    before = len(merged), len(store.stored()), sum(merged.values())
 
     same = len(merged) <= 1 and np.array_equal(chosen, store.stored())
     if not same:
@@ -200,26 +186,17 @@ def compact(cache: Path, name: str, order: np.ndarray | None = None, *, only: bo
         sync_folder(store.folder)
         store.refresh()
         merged = new
-    return Compacted(*before, len(merged), store.rows, sum(merged.values()), done=not same)
-
-
-def _ahead(first: np.ndarray, stored: np.ndarray) -> np.ndarray:
-    """`first`, then what else is in `stored`, each key once."""
-    both = np.concatenate([first, stored])
-    return both[distinct(both)]
+    return Compacted(*before, len(merged), len(store.stored()), sum(merged.values()), done=not same)
 
 
 def _merge(store: FeatureStore, keys: np.ndarray) -> dict[str, int]:
+    """Write these rows as one shard, and read it back."""
     form = store.form
     assert form is not None
     step = max(1, COPY_BYTES // form.row_bytes)
-
-    def rows() -> Iterator[np.ndarray]:
-        for start in range(0, len(keys), step):
-            yield np.asarray(store.read(keys[start : start + step]))
-
+    rows = (np.asarray(store.read(keys[start : start + step])) for start in range(0, len(keys), step))
     try:
-        shard = shards.write(store.folder, form, keys, rows())
+        shard = shards.write(store.folder, form, keys, rows)
         shards.check(store.folder, shard.name, form)
     except (OSError, DamageError, StaleError) as error:
         raise StoreError(f"{store.folder} was not compacted and is as it was ({error})") from error
@@ -236,7 +213,7 @@ def removable(cache: Path, name: str) -> tuple[Path, int]:
 
 
 def remove(cache: Path, name: str) -> Path:
-    """Remove what `removable` names, and all that lies in it; returns the folder it was. Raises `StoreError`."""
+    """Remove what `removable` names, and return the folder that it was. Raises `StoreError`."""
     path, _ = removable(cache, name)
     aside = path.parent / aside_name()
     try:
@@ -257,33 +234,22 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     attributes `spec` (JSON) and `featx` (the version). All stored plainly, without compression; MATLAB
     and R show arrays with their dimensions reversed. Raises `StoreError`.
     """
-    import featx
+    from featx import __version__
+    from featx.cache.hdf5 import plan, utf8
 
-    path = Path(path)
     if path.exists() and not overwrite:
         raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
     X = features.X
     step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
-
-    def parts() -> Iterator[np.ndarray]:
-        for start in range(0, len(X), step):
-            yield np.ascontiguousarray(X[start : start + step])
-
-    def fill(file: Any) -> None:
-        file.attrs["featx"] = np.bytes_(featx.__version__.encode())
-        file.attrs["spec"] = np.bytes_(json.dumps(features.spec.to_dict(), sort_keys=True).encode())
-        file.create_dataset("labels", data=np.asarray(features.y, "<i8"))
-        file.create_dataset("keys", data=features.keys)
-        for name, texts in (
-            ("class_names", features.class_names),
-            ("ids", features.ids),
-            ("splits", np.asarray(features.splits).tolist()),
-        ):
-            file.create_dataset(name, data=utf8(texts))
+    parts = (np.ascontiguousarray(X[start : start + step]) for start in range(0, len(X), step))
+    attributes = {"featx": __version__.encode(), "spec": json.dumps(features.spec.to_dict(), sort_keys=True).encode()}
+    texts = {"class_names": features.class_names, "ids": features.ids, "splits": np.asarray(features.splits).tolist()}
+    small = {"labels": np.asarray(features.y, "<i8"), "keys": features.keys}
+    small |= {name: utf8(values) for name, values in texts.items()}
 
     try:
         make_folder(path.parent)
-        chunks, _ = plan({"features": (X.dtype, X.shape, parts)}, fill)
+        chunks, _ = plan({"features": (X.dtype, X.shape, parts)}, attributes, small)
         write_chunks(path.parent, chunks, lambda: path.name)
     except OSError as error:
         raise StoreError(f"{path} cannot be written ({error.strerror or error})") from error
@@ -291,29 +257,27 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    known: tuple[Any, Any, Any, Any] = None, None, None, None
+    form = None
     with contextlib.suppress(DamageError, NewerError, StaleError):
         form = folders.read_form(path / "spec.json")
-        known = form.spec, form.engine, form.spec.tolerance, form.row_shape
     aside = path / "damaged"
     damaged = len(list(aside.iterdir())) if aside.is_dir() else 0
-    return Entry(path.name, path, *known, len(folders.list_shards(path)), _bytes(path), damaged)
+    return Entry(path.name, path, form, len(folders.list_shards(path)), _bytes(path), damaged)
 
 
-def _open(cache: Path, name: str) -> tuple[Entry, FeatureStore]:
-    """An entry and its store; where `spec.json` is lost, with the spec of its first intact shard.
+def _open(cache: Path, entry: Entry) -> FeatureStore:
+    """An entry's store; where `spec.json` is lost, with the spec of its first valid shard.
 
     Raises `StoreError`, and `NewerError` for what a newer featx wrote.
     """
-    entry = find(cache, name)
-    spec = entry.spec
-    for shard, _ in folders.list_shards(entry.path) if spec is None else []:
+    spec = entry.form.spec if entry.form else None
+    for shard in folders.list_shards(entry.path) if spec is None else []:
         with contextlib.suppress(DamageError, StaleError):
-            spec = shards.check(entry.path, shard, None)[1].spec
+            spec = shards.check(entry.path, shard, None).form.spec
             break
     if spec is None or folders.folder_name(spec) != entry.name:
-        raise StoreError(f"{entry.path} holds no intact spec and no intact shard; featx cache remove {name}")
-    return entry, FeatureStore(Path(cache), spec)
+        raise StoreError(f"{entry.path} holds no intact spec and no intact shard; featx cache remove {entry.name}")
+    return FeatureStore(Path(cache), spec)
 
 
 def _bytes(folder: Path) -> int:
@@ -323,11 +287,3 @@ def _bytes(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(top, file)).st_size
     return total
-
-
-@contextlib.contextmanager
-def _reading(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"the cache {cache} cannot be read ({error.strerror})") from error

@@ -1,19 +1,124 @@
-"""Owns a spec's folder: its name, its `spec.json`, its shards, and which of them were verified."""
+"""A spec's folder: its name, its `spec.json`, its shards, and which of them were verified.
+
+Reading a warm cache needs no more than this: `shards` is about what makes a shard and what verifies one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import math
 import os
 import re
 import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from featx.cache import shards
-from featx.cache.shards import Form, Shard, StaleError
+import numpy as np
+
+from featx.cache.index import KEY_BYTES
 from featx.errors import DamageError, NewerError
 from featx.features import FeatureSpec
 from featx.files import aside_name, make_folder, stat_row, sync_folder, unsealed, write_sealed
+
+KIND = "featx features 1"
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")
+
+Stat = tuple[int, int, int, int]
+"""A `stat_row`."""
+
+
+class StaleError(Exception):
+    """The folder is not what it was when it was listed: list it again."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all shards of one folder have in common."""
+
+    spec: FeatureSpec
+    engine: str
+    """What computed the rows; rows of two engines differ in their last bits."""
+    row_shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.spec.dtype).newbyteorder("<")
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        shared = {"spec": self.spec.to_dict(), "engine": self.engine, "tolerance": self.spec.tolerance}
+        return shared | {"row_shape": list(self.row_shape)}
+
+    def attributes(self) -> dict[str, bytes]:
+        """What every shard says of itself, ASCII."""
+        return {"kind": KIND.encode(), "spec": _json(self.spec.to_dict()), "engine": _json(self.engine)}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard whose bytes were verified, and where its arrays are in the file."""
+
+    name: str
+    stat: Stat
+    """As it was when its bytes were verified."""
+    count: int
+    keys_at: int
+    rows_at: int
+
+    def open(self, folder: Path) -> FileIO:
+        """The file, for reading. Raises `StaleError` where it is not the one that was verified."""
+        file = open_regular(folder / self.name)
+        if stat_row(os.fstat(file.fileno())) != self.stat:
+            file.close()
+            raise StaleError(f"{self.name} changed since it was verified")
+        return file
+
+    def read_rows(self, folder: Path, runs: list[tuple[int, np.ndarray]]) -> None:
+        """Fill each array with the rows from the number beside it on. Raises `StaleError`."""
+        with self.open(folder) as file:
+            for first, target in runs:
+                read_into(file, self.rows_at + first * target[:1].nbytes, target.data.cast("B"))
+
+    def map(self, folder: Path, form: Form) -> np.ndarray:
+        """The rows, memory-mapped: `[N, *row_shape]`. Raises `StaleError`."""
+        with self.open(folder) as file:
+            return np.memmap(file, form.dtype, "r", self.rows_at, (self.count, *form.row_shape))
+
+
+def open_regular(path: Path) -> FileIO:
+    """Open a plain file: no link, no device, no pipe. Raises `DamageError`, `StaleError`."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise StaleError(f"{path.name} is missing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO):
+            raise DamageError(f"it is not a plain file that can be read ({error.strerror})") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DamageError("it is not a plain file")
+    return FileIO(handle)
+
+
+def read_into(file: FileIO, at: int, target: memoryview) -> None:
+    """Fill `target` with the bytes from offset `at`. Raises `StaleError` where the file ends before."""
+    file.seek(at)
+    while target:
+        got = file.readinto(target[: 1 << 30])
+        if not got:
+            raise StaleError("a shard ends early")
+        target = target[got:]
 
 
 def folder_name(spec: FeatureSpec) -> str:
@@ -22,15 +127,25 @@ def folder_name(spec: FeatureSpec) -> str:
     return f"{name}-{spec.digest[:16]}"
 
 
-def list_shards(folder: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
+def list_shards(folder: Path) -> dict[str, Stat]:
     """Names and stats of the shards in a folder, in the order of their commits."""
-    found = []
+    found = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if shards.NAME.fullmatch(entry.name):
+            if NAME.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((entry.name, stat_row(os.lstat(entry.path))))
-    return sorted(found)
+                    found[entry.name] = stat_row(os.lstat(entry.path))
+    return dict(sorted(found.items()))
+
+
+def read_keys(folder: Path, shards: list[Shard]) -> np.ndarray:
+    """The keys of all rows of these shards, one after the other, `uint8 [N, 32]`. Raises `StaleError`."""
+    keys, start = np.empty((sum(shard.count for shard in shards), KEY_BYTES), np.uint8), 0
+    for shard in shards:
+        with shard.open(folder) as file:
+            read_into(file, shard.keys_at, keys[start : start + shard.count].data.cast("B"))
+        start += shard.count
+    return keys
 
 
 def create(folder: Path, form: Form) -> None:
@@ -50,35 +165,30 @@ def create(folder: Path, form: Form) -> None:
             write_form(folder / "spec.json", form)
 
 
-def read_form(path: Path) -> Form:
-    """What a `spec.json` says. Raises `DamageError`, `NewerError`, `OSError`."""
+def read_form(path: Path, spec: FeatureSpec | None = None) -> Form:
+    """What a `spec.json` says, which must be this `spec`'s if one is given.
+
+    Raises `DamageError`, `NewerError`, `StaleError`, `OSError`.
+    """
     values = _unsealed(path)
-    try:
-        shape = tuple(int(size) for size in values["row_shape"])
-        form = Form(FeatureSpec.from_dict(values["spec"]), str(values["engine"]), shape)
-    except NewerError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamageError(f"{path} holds no spec ({error})") from None
-    if values.get("kind") != shards.KIND or min(shape, default=1) < 0:
+    with parsing(f"{path} cannot be used"):
+        if spec is None:
+            spec = FeatureSpec.from_dict(values["spec"])
+        elif _json(values["spec"]) != _json(spec.to_dict()):
+            raise DamageError("it is another spec's")
+        form = Form(spec, str(values["engine"]), tuple(int(size) for size in values["row_shape"]))
+    if values.get("kind") != KIND or min(form.row_shape, default=1) < 1:
         raise DamageError(f"{path} is of another kind ({values.get('kind')})")
     return form
 
 
 def write_form(path: Path, form: Form) -> None:
     """Write a `spec.json`. Raises `OSError`."""
-    values = {
-        "kind": shards.KIND,
-        "spec": form.spec.to_dict(),
-        "engine": form.engine,
-        "tolerance": form.spec.tolerance,
-        "row_shape": list(form.row_shape),
-    }
-    write_sealed(path, values)
+    write_sealed(path, {"kind": KIND, **form.to_dict()})
 
 
 def read_verified(folder: Path) -> dict[str, Shard]:
-    """The shards whose bytes were checked before. Empty where that is not known: then they are checked again."""
+    """The shards whose bytes were verified before. Empty where that is not known: then they are verified again."""
     try:
         values = _unsealed(folder / "verified.json")["shards"]
         return {name: Shard(name, tuple(v[:4]), v[4], v[5], v[6]) for name, v in values.items()}
@@ -88,14 +198,27 @@ def read_verified(folder: Path) -> dict[str, Shard]:
 
 def write_verified(folder: Path, verified: dict[str, Shard]) -> None:
     values = {s.name: [*s.stat, s.count, s.keys_at, s.rows_at] for s in verified.values()}
-    with contextlib.suppress(OSError):  # read-only or full: the next opening checks the bytes again
+    with contextlib.suppress(OSError):  # read-only or full: the next opening verifies the bytes again
         write_sealed(folder / "verified.json", {"shards": values})
 
 
-def _unsealed(path: Path) -> dict[str, Any]:
-    with shards.open_regular(path) as file:
-        data = file.read(1 << 26)
+@contextlib.contextmanager
+def parsing(trouble: str) -> Iterator[None]:
+    """Raise `DamageError` for whatever parsing raises, but let `NewerError` through."""
     try:
+        yield
+    except NewerError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamageError(f"{trouble}: {error}") from None
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        data = file.read(1 << 26)
+    with parsing(str(path)):
         return unsealed(data or b"")
-    except ValueError as error:
-        raise DamageError(f"{path} {error}") from None

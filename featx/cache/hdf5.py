@@ -1,43 +1,43 @@
-"""Owns HDF5: lays a file out as a stream of bytes, and reads the headers of one that nobody vouches for."""
+"""HDF5 files written as a plain stream of bytes, and the headers of files that others wrote.
+
+Only what writes or checks a file imports this: reading a warm cache needs no h5py.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
+import h5py
 import numpy as np
 
 from featx.errors import DamageError
 
 # One version of the file format for all, read by every HDF5 since 1.8; arrays start at a multiple of 512,
 # each after the one made before it, and the same content gives the same bytes.
-LAYOUT: dict[str, Any] = {
-    "libver": ("v108", "v108"),
-    "alignment_threshold": 1,
-    "alignment_interval": 512,
-    "track_times": False,
-}
+LAYOUT: dict[str, Any] = dict(libver=("v108", "v108"), alignment_threshold=1, alignment_interval=512, track_times=False)
 # What an array may hold: keys and digests, features.
 DTYPES = tuple(np.dtype(name) for name in ("u1", "<f4", "<f2"))
 TEXT_BYTES = 1 << 16
 
 
 def plan(
-    arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], Callable[[], Iterable[np.ndarray]]]],
-    fill: Callable[[Any], None],
+    arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], Iterable[Any]]],
+    attributes: dict[str, bytes],
+    small: dict[str, np.ndarray] | None = None,
 ) -> tuple[Iterator[bytes | memoryview], dict[str, int]]:
     """An HDF5 file as a stream of bytes, first to last, and the offset of each array in it.
 
-    HDF5 only lays the file out: `arrays` (name -> dtype, shape, parts) are left empty by it and filled in
-    by us, and `fill` adds what is small. So nothing but `write` can fail on a full disk, which HDF5
-    survives badly, no array has to fit into memory, and equal rows give equal bytes.
+    HDF5 only lays the file out and writes `attributes` and the arrays in `small`. It leaves `arrays`
+    (name -> dtype, shape, parts) empty, and we fill them in: their parts are asked for in turn, when the stream
+    gets there. So nothing but `write` can fail on a full disk, which HDF5 survives badly, no array has to fit
+    into memory, and equal rows give equal bytes.
     """
-    import h5py
-
     sketch = _Sketch()
     offsets = {}
     with h5py.File(sketch, "w", **LAYOUT) as file:
@@ -50,23 +50,25 @@ def plan(
             space = h5py.h5s.create_simple(shape)
             made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, create)
             offsets[name] = made.get_offset() or 0  # None where it holds nothing
-        fill(file)
-    pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]] = []
-    for at, data in sketch.pieces():
-        pieces.append((at, len(data), lambda data=data: [data]))  # type: ignore[misc]
+        for name, value in attributes.items():
+            file.attrs[name] = np.bytes_(value)
+        for name, data in (small or {}).items():
+            file.create_dataset(name, data=data)
+
+    pieces: list[tuple[int, int, Iterable[Any]]] = [(at, len(data), [data]) for at, data in sketch.pieces]
     for name, (dtype, shape, parts) in arrays.items():
-        length = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        length = math.prod(shape) * dtype.itemsize
         pieces += [(offsets[name], length, parts)] if length else []
     return _stream(sorted(pieces, key=lambda piece: piece[0]), sketch.size), offsets
 
 
-def _stream(pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]], size: int) -> Iterator[bytes | memoryview]:
+def _stream(pieces: list[tuple[int, int, Iterable[Any]]], size: int) -> Iterator[bytes | memoryview]:
     at = 0
     for start, length, parts in pieces:
         assert start >= at, "HDF5 laid two arrays over each other"
         yield bytes(start - at)
         at = start
-        for part in parts():
+        for part in parts:
             view = memoryview(part).cast("B")
             at += len(view)
             yield view
@@ -75,51 +77,36 @@ def _stream(pieces: list[tuple[int, int, Callable[[], Iterable[Any]]]], size: in
 
 
 class _Sketch(io.RawIOBase):
-    """A file that remembers the few bytes HDF5 writes and where, and nothing of what lies between."""
+    """A file that remembers the few bytes that HDF5 writes and where, and nothing of what lies between."""
 
     def __init__(self) -> None:
         self.size = 0
+        self.pieces: list[tuple[int, bytearray]] = []
+        """Offset and content of what was written; no two of them touch."""
         self._at = 0
-        self._written: list[tuple[int, bytes]] = []
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + (0, self._at, self.size)[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        raise io.UnsupportedOperation("HDF5 reads nothing of a file that it only lays out")
-
     def write(self, data: Any) -> int:
-        self._written.append((self._at, bytes(data)))
-        self._at += len(self._written[-1][1])
-        self.size = max(self.size, self._at)
-        return len(self._written[-1][1])
+        start, stop = self._at, self._at + len(data)
+        touched = [(at, old) for at, old in self.pieces if at <= stop and start <= at + len(old)]
+        first = min([start, *(at for at, _ in touched)])
+        piece = bytearray(max([stop, *(at + len(old) for at, old in touched)]) - first)
+        for at, part in [*touched, (start, data)]:  # later over earlier
+            piece[at - first : at - first + len(part)] = part
+        self.pieces = [(first, piece), *(old for old in self.pieces if old not in touched)]
+        self._at, self.size = stop, max(self.size, stop)
+        return len(data)
 
     def truncate(self, size: int | None = None) -> int:
         self.size = self._at if size is None else size
         return self.size
 
-    def pieces(self) -> list[tuple[int, bytes]]:
-        """What was written, later over earlier, as pieces that do not touch."""
-        merged: list[tuple[int, bytearray]] = []
-        for at, data in sorted(self._written, key=lambda piece: piece[0]):
-            if merged and at <= merged[-1][0] + len(merged[-1][1]):
-                merged[-1][1].extend(bytes(max(0, at + len(data) - merged[-1][0] - len(merged[-1][1]))))
-            else:
-                merged.append((at, bytearray(len(data))))
-        for at, data in self._written:
-            start, piece = next(m for m in reversed(merged) if m[0] <= at)
-            piece[at - start : at - start + len(data)] = data
-        return [(at, bytes(data)) for at, data in merged]
-
 
 def utf8(texts: list[str]) -> np.ndarray:
-    """Texts as fixed-length UTF-8 for a data set, which every reader of HDF5 knows."""
-    import h5py
-
+    """Texts as an array of fixed-length UTF-8, which every reader of HDF5 knows."""
     data = [text.encode("utf-8", "surrogateescape") for text in texts]
     return np.array(data, h5py.string_dtype("utf-8", max(map(len, data), default=1) or 1))
 
@@ -141,8 +128,6 @@ def headers(file: FileIO, texts: tuple[str, ...], arrays: tuple[str, ...]) -> tu
     and shapes larger than the file (which take memory) are refused before they do anything.
     Raises `DamageError`.
     """
-    import h5py
-
     try:
         with h5py.File(file, "r") as opened:
             if h5py.h5a.get_num_attrs(opened.id) != len(texts) or len(opened) != len(arrays):
@@ -153,16 +138,14 @@ def headers(file: FileIO, texts: tuple[str, ...], arrays: tuple[str, ...]) -> tu
     except DamageError:
         raise
     except Exception as error:  # HDF5 reports what it cannot parse as almost any of Python's errors
-        raise DamageError(f"it is no HDF5 file that featx wrote ({type(error).__name__}: {error})") from None
+        raise DamageError(f"it is not an HDF5 file that featx wrote ({type(error).__name__}: {error})") from None
 
 
 def _text(opened: Any, name: str) -> bytes:
-    import h5py
-
     attribute = h5py.h5a.open(opened.id, name.encode())
     kind = attribute.get_type()
     if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str() or attribute.shape != ():
-        raise DamageError(f"its attribute {name} is no fixed-length text")
+        raise DamageError(f"its attribute {name} is not a fixed-length text")
     if kind.get_size() > TEXT_BYTES:
         raise DamageError(f"its attribute {name} has {kind.get_size()} bytes")
     value = np.zeros((), f"S{kind.get_size()}")
@@ -171,8 +154,6 @@ def _text(opened: Any, name: str) -> bytes:
 
 
 def _array(opened: Any, name: str, size: int) -> Array:
-    import h5py
-
     if opened.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise DamageError(f"{name} is a link to somewhere else")
     data = h5py.h5d.open(opened.id, name.encode())
@@ -183,7 +164,7 @@ def _array(opened: Any, name: str, size: int) -> Array:
     if dtype is None:
         raise DamageError(f"{name} holds none of {', '.join(map(str, DTYPES))}")
     shape = tuple(int(n) for n in data.shape)
-    needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    needed = math.prod(shape) * dtype.itemsize
     offset = data.get_offset()
     if needed and (offset is None or offset + needed > size):
         raise DamageError(f"{name} claims {needed} bytes in a file of {size}")

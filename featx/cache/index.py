@@ -1,8 +1,7 @@
-"""Owns the lookup of keys: where in the cache the row of a content key is."""
+"""The lookup of keys: where in the cache the row of a content key is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,22 +14,21 @@ AT_ONCE = 1 << 16
 
 
 class KeyIndex:
-    """Keys `uint8 [N, 32]` in the order they are stored, searchable. Takes 44 bytes a key, and room to grow.
+    """Keys `uint8 [N, 32]` in the order they are stored, searchable. Takes 44 bytes per key, and room to grow.
 
     Sorted runs of the keys, each at least four times as long as the next, so that what is appended during a
     run of millions of images is not all sorted again with every shard.
     """
 
-    def __init__(self, parts: Iterable[np.ndarray] = ()) -> None:
-        self._buffer = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *parts])
-        self._count = len(self._buffer)
+    def __init__(self, keys: np.ndarray) -> None:
+        self._buffer, self._count = keys, len(keys)
         self._used = [self._count]  # of the buffer, by this index or one that grew out of it
         self._runs: list[_Run] = []
 
     def plus(self, keys: np.ndarray) -> KeyIndex:
         """An index with `keys` stored behind all others; this one stays as it is."""
-        made, end = KeyIndex(), self._count + len(keys)
-        made._buffer, made._used = self._buffer, self._used
+        made, end = KeyIndex(self._buffer), self._count + len(keys)
+        made._used = self._used
         if end > len(self._buffer) or self._used[0] != self._count:
             made._buffer, made._used = np.empty((end + end // 2, KEY_BYTES), np.uint8), [0]
             made._buffer[: self._count] = self.keys
@@ -130,9 +128,9 @@ def as_keys(keys: np.ndarray) -> np.ndarray:
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
-    """Ascending places, `int64 [M]`, of the first of each distinct key."""
-    first = np.sort(np.ascontiguousarray(keys).view(np.uint64)[:, 0])
+    """Ascending places, `int64 [M]`, of the first of each distinct key. Raises `StoreError` for what is not keys."""
+    keys = as_keys(keys)
+    first = np.sort(keys.view(np.uint64)[:, 0])
     if not (first[1:] == first[:-1]).any():  # nearly always, and in an eighth of the memory
         return np.arange(len(keys))
-    opaque = np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").ravel()
-    return np.sort(np.unique(opaque, return_index=True)[1])
+    return np.sort(np.unique(keys.view(f"V{KEY_BYTES}").ravel(), return_index=True)[1])

@@ -1,4 +1,4 @@
-"""Owns the stat memo: which content key a file had when it was last read, so that it is not read again."""
+"""The stat memo: which content key a file had when it was last read, so that it is not read again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ MAGIC = b"featx memo 1\n"
 # A file that changed this shortly before it was looked at can change again without another timestamp
 # (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): what is in it is not remembered.
 CLOCK_NS = 2_000_000_000
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 AT_ONCE = 1 << 12  # paths that are encoded at a time
 
 
@@ -67,10 +68,9 @@ class KeyMemo:
         changed = stats[:, 2] if os.name != "nt" else stats[:, 1:3].max(axis=1)  # there ctime is the birth
         keep = known & (changed < self._opened - CLOCK_NS)
         at = self._find(ids)
-        if at is None and len(ids) == len(self._stats):
-            same = (self._stats == stats).all(axis=1) & (self._keys == keys).all(axis=1)
-            if (same == keep).all() and keep.all():
-                return
+        if at is None and keep.all() and np.array_equal(self._stats, stats) and np.array_equal(self._keys, keys):
+            return
+
         names = ids if keep.all() else [ids[i] for i in np.flatnonzero(keep).tolist()]
         # files of another data set under the same root, as long as they are not many
         others = np.ones(len(self._stats), bool)
@@ -80,28 +80,21 @@ class KeyMemo:
         if len(other) or len(names) < len(ids):  # else no copies: with a million images they are what memory peaks at
             stats = np.concatenate([stats[keep], self._stats[other]])
             keys = np.concatenate([keys[keep], self._keys[other]])
-        stats, keys = np.ascontiguousarray(stats, "<i8"), np.ascontiguousarray(keys)
-        arrays = [array.reshape(-1).view(np.uint8).data.cast("B") for array in (stats, keys)]
-        head: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *arrays]
+        arrays = [np.ascontiguousarray(array, dtype).reshape(-1) for array, dtype in ((stats, "<i8"), (keys, "u1"))]
+        head: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *(array.data for array in arrays)]
         behind = [old[i] for i in other.tolist()]
-        digest, nuls = hashlib.sha256(), 0
-        for array in head:
-            digest.update(array)
-        for part in _parts(names, behind):
+        digest = hashlib.sha256()
+        for part in chain(head, _parts(names, behind)):
             digest.update(part)
-            nuls += part.count(b"\0")
-        if nuls + (len(stats) > 0) != len(stats):
-            return  # a path with a NUL in it, which no file system has
         try:
             make_folder(self.path.parent)
             body = chain([MAGIC, digest.digest()], head, _parts(names, behind))
             write_chunks(self.path.parent, body, lambda: self.path.name)
         except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            if error.errno not in READ_ONLY:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 what = "make room and run the same command again" if full else "give another --cache"
                 raise StoreError(f"cannot write {self.path} ({error.strerror}): {what}") from error
-            return
 
     def _find(self, ids: list[str]) -> np.ndarray | None:
         """Where each path is in the memo, -1 where it is not; None where they are its first, in order."""
@@ -110,12 +103,8 @@ class KeyMemo:
         joined = _joined(ids)
         if ids and self._names.startswith(joined) and self._names[len(joined) : len(joined) + 1] in (b"", b"\0"):
             return None
-        names = self._names.split(b"\0")
-        index = dict(zip(names, range(len(names)), strict=True))
-        encoded = joined.split(b"\0") if ids else []
-        if len(encoded) != len(ids):
-            return np.full(len(ids), -1, np.int64)
-        return np.fromiter(map(index.get, encoded, repeat(-1)), np.int64, len(ids))
+        index = {name: place for place, name in enumerate(self._names.split(b"\0"))}
+        return np.fromiter((index.get(id.encode("utf-8", "surrogatepass"), -1) for id in ids), np.int64, len(ids))
 
     def _load(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -126,9 +115,12 @@ class KeyMemo:
                 return
             count = int.from_bytes(body[:8], "little")
             keys_at = 8 + 32 * count
+            names = bytes(body[keys_at + 32 * count :])
+            if names.count(b"\0") + 1 != count:
+                return
             self._stats = np.frombuffer(body[8:keys_at], "<i8").reshape(count, 4)
             self._keys = np.frombuffer(body[keys_at : keys_at + 32 * count], np.uint8).reshape(count, 32)
-            self._names = bytes(body[keys_at + 32 * count :])
+            self._names = names
 
 
 def _parts(names: list[str], others: list[bytes]) -> Iterator[bytes]:

@@ -1,74 +1,84 @@
-"""Owns how rows are read out of listed shards: mapped where they lie in one run, else copied by a few threads."""
+"""How rows are read out of listed shards: memory-mapped where they are one run in one file, else copied by threads."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from featx.cache import shards
-from featx.cache.shards import Form, Shard
+from featx.cache.folders import Form, Shard
+from featx.cache.index import KeyIndex
 from featx.devices import available_threads
+from featx.threads import ahead
 
 # Large reads and hashes are shared out to a few threads, in pieces of this many bytes of rows.
 PIECE_BYTES, READERS = 8 << 20, min(4, available_threads())
 
 
-@contextlib.contextmanager
-def readers() -> Iterator[ThreadPoolExecutor]:
-    """A few threads; on an error or Ctrl-C what they have not begun is dropped."""
-    pool = ThreadPoolExecutor(READERS)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The rows of some shards as one table: those of one listing, whatever is listed meanwhile.
 
-
-class Reader:
-    """The rows of some shards as one table, in the order listed: of one listing, whatever is listed meanwhile.
-
-    A row's place counts through all shards. maps: what is mapped already, by shard name.
-    Raises `StaleError` where a shard is not the one that was listed.
+    A row's place counts through all shards.
     """
 
-    def __init__(self, folder: Path, form: Form, listed: Iterable[Shard], maps: dict[str, np.ndarray]) -> None:
-        self.folder, self.form, self.shards, self.maps = folder, form, list(listed), maps
-        counts = [shard.count for shard in self.shards]
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    folder: Path
+    form: Form | None
+    """None where there are no shards yet."""
+    shards: list[Shard]
+    index: KeyIndex
+    """The keys of all rows, in the same order."""
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
+    """The rows of a shard, by its name, as far as they are mapped already."""
 
-    def mapped(self, at: np.ndarray) -> np.ndarray:
-        """The rows at these places, `int64 [M]`, M > 0: a memory map where they are one run in one file."""
-        shard = int(np.searchsorted(self.starts, at[0], "right")) - 1
-        one_run = at[-1] < self.starts[shard + 1] and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all()
-        if not one_run:
-            return self.gather(at)
-        first = int(at[0] - self.starts[shard])
-        return self._map(self.shards[shard])[first : first + len(at)]
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each shard's rows start, and the number of all rows: `int64 [S + 1]`."""
+        return np.cumsum([0, *(shard.count for shard in self.shards)], dtype=np.int64)
 
-    def gather(self, at: np.ndarray) -> np.ndarray:
-        """A copy of the rows at these places: whole runs straight from the file, scattered rows from its map."""
+    def plus(self, shard: Shard, keys: np.ndarray) -> Table:
+        """A table with one more shard; this one stays as it is."""
+        return replace(self, shards=[*self.shards, shard], index=self.index.plus(keys))
+
+    def read(self, at: np.ndarray, *, mapped: bool = True) -> np.ndarray:
+        """The rows at these places, `int64 [M]`: a memory map where they are one run in one file, else a copy.
+
+        Raises `StaleError` where a shard is not the one that was listed.
+        """
+        if mapped and len(at) and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all():
+            number = int(np.searchsorted(self.starts, at[0], "right")) - 1
+            if at[-1] < self.starts[number + 1]:
+                first = int(at[0] - self.starts[number])
+                return self._map(self.shards[number])[first : first + len(at)]
+        return self._gather(at)
+
+    def _gather(self, at: np.ndarray) -> np.ndarray:
+        """A copy of the rows: whole runs straight from the file, scattered rows from its map."""
+        assert self.form is not None
         out = np.empty((len(at), *self.form.row_shape), self.form.dtype)
         of = np.searchsorted(self.starts, at, "right") - 1
-        order = None if (of[1:] >= of[:-1]).all() else np.argsort(of, kind="stable")
-        ordered = of if order is None else of[order]
-        edges = np.flatnonzero(np.diff(ordered, prepend=-1, append=len(self.shards)))
+        order = np.argsort(of, kind="stable")  # shard by shard
+        edges = np.flatnonzero(np.diff(of[order], prepend=-1, append=len(self.shards)))
         step = max(1, PIECE_BYTES // self.form.row_bytes)
         pieces: list[tuple[Shard, np.ndarray, np.ndarray]] = []
-        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            number = int(ordered[a])
+        for a, b in pairwise(edges.tolist()):
+            number = int(of[order[a]])
             for start in range(a, b, step):
-                to = np.arange(start, min(start + step, b)) if order is None else order[start : min(start + step, b)]
+                to = order[start : min(start + step, b)]
                 pieces.append((self.shards[number], at[to] - self.starts[number], to))
+
         if out.nbytes <= PIECE_BYTES:
-            for shard, source, to in pieces:
-                self._copy(shard, source, to, out)
+            for piece in pieces:
+                self._copy(*piece, out)
         else:
-            with readers() as pool:
-                for done in [pool.submit(self._copy, *piece, out) for piece in pieces]:
-                    done.result()
+            copies = ahead(
+                lambda p: self._copy(*p, out), pieces, threads=READERS, window=2 * READERS, name="featx-read"
+            )
+            for _ in copies:
+                pass
         return out
 
     def _copy(self, shard: Shard, source: np.ndarray, to: np.ndarray, out: np.ndarray) -> None:
@@ -79,17 +89,12 @@ class Reader:
             else:
                 out[to] = self._map(shard)[source]
             return
-        with shard.open(self.folder) as file:
-            for a, b in zip([0, *breaks.tolist()], [*breaks.tolist(), len(source)], strict=True):
-                target = out[int(to[a]) : int(to[a]) + b - a]
-                if target.nbytes:
-                    offset = shard.rows_at + int(source[a]) * self.form.row_bytes
-                    shards.read_into(file, offset, target.data.cast("B"))
+
+        runs = pairwise([0, *breaks.tolist(), len(source)])
+        shard.read_rows(self.folder, [(int(source[a]), out[int(to[a]) : int(to[a]) + b - a]) for a, b in runs])
 
     def _map(self, shard: Shard) -> np.ndarray:
-        found = self.maps.get(shard.name)
-        if found is None:
-            shape = (shard.count, *self.form.row_shape)
-            with shard.open(self.folder) as file:
-                found = self.maps[shard.name] = np.memmap(file, self.form.dtype, "r", shard.rows_at, shape)
-        return found
+        assert self.form is not None
+        if shard.name not in self.maps:
+            self.maps[shard.name] = shard.map(self.folder, self.form)
+        return self.maps[shard.name]

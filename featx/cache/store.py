@@ -1,4 +1,4 @@
-"""Owns the feature cache: rows under content keys, in immutable shards, one folder for each spec."""
+"""The feature cache: rows under content keys, in immutable shards, one folder per spec."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from featx.cache import folders, shards
+from featx.cache.folders import Form, Shard, StaleError
 from featx.cache.index import KeyIndex, as_keys, distinct
-from featx.cache.memo import CLOCK_NS
-from featx.cache.reading import Reader, readers
-from featx.cache.shards import Form, Shard, StaleError
+from featx.cache.memo import CLOCK_NS, READ_ONLY
+from featx.cache.reading import READERS, Table
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
+from featx.threads import ahead
 
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+# How often a folder is listed again while other processes change it.
+MAX_LISTINGS = 4
 
 
 class FeatureStore:
@@ -58,26 +60,16 @@ class FeatureStore:
         self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
         self._buffered, self._since = 0, 0.0
         self._swept = False
-        self.form: Form | None = None
-        """What all rows have in common; None before the first append."""
-        self._listed: tuple[dict[str, Shard], KeyIndex] = ({}, KeyIndex())
-        self._maps: dict[str, np.ndarray] = {}
         self._refreshing = threading.Lock()
+        self._table: Table
+        """Replaced as a whole, since other threads may read: they see the old listing or the new one."""
         self.refresh()
         self._check_engine()
 
     @property
-    def _shards(self) -> dict[str, Shard]:
-        return self._listed[0]
-
-    @property
-    def _rows(self) -> KeyIndex:
-        return self._listed[1]
-
-    @property
-    def row_shape(self) -> tuple[int, ...] | None:
-        """The shape of one row; None before the first append."""
-        return self.form.row_shape if self.form else None
+    def form(self) -> Form | None:
+        """What all rows have in common; None before the first append."""
+        return self._table.form
 
     @property
     def engine(self) -> str | None:
@@ -91,24 +83,20 @@ class FeatureStore:
 
     def __len__(self) -> int:
         """The number of distinct keys that have a committed row."""
-        return len(self._rows)
-
-    @property
-    def rows(self) -> int:
-        """The number of rows committed, repeats included."""
-        return len(self._rows.keys)
+        return len(self._table.index)
 
     def listing(self) -> dict[str, int]:
         """Names and sizes in bytes of the shards that were found intact, in the order of their rows."""
-        return {shard.name: shard.stat[0] for shard in self._shards.values()}
+        return {shard.name: shard.stat[0] for shard in self._table.shards}
 
     def stored(self) -> np.ndarray:
         """The keys of all rows, `uint8 [N, 32]`, as they are stored, repeats included."""
-        return self._rows.keys
+        return self._table.index.keys
 
     def keys(self) -> np.ndarray:
         """The distinct keys that have a committed row, `uint8 [N, 32]`, in the order they are stored."""
-        return self._rows.keys[self._rows.first()]
+        index = self._table.index
+        return index.keys.take(index.first(), axis=0)
 
     # --- writing
 
@@ -129,7 +117,7 @@ class FeatureStore:
         form = self._claim(rows.shape[1:])
         if not self._buffer:
             self._since = time.monotonic()
-        self._buffer.append((keys.copy(), shards.held(rows, form.dtype)))
+        self._buffer.append((keys.copy(), shards.cast(rows, form.dtype)))
         self._buffered += rows.size * form.dtype.itemsize
         if self._buffered >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
             self.commit()
@@ -138,21 +126,21 @@ class FeatureStore:
         """Write what is buffered as one shard, durably. Raises `StoreError`; the rows then stay buffered."""
         if not self._buffer:
             return
-        taken = len(self._buffer)
-        keys = np.concatenate([k for k, _ in self._buffer[:taken]])
+        keys = np.concatenate([k for k, _ in self._buffer])
         first = distinct(keys)
         first = first[~self.contains(keys[first])]
         if len(first):
             assert self.form is not None
-            rows = [r for _, r in self._buffer[:taken]]
+            rows = [r for _, r in self._buffer]
             if len(first) < len(keys):
                 keys, rows = keys[first], [np.concatenate(rows)[first]]
             with self._writing():
                 shard = shards.write(self.folder, self.form, keys, rows)
-            self._add(shard, keys)
+            # one assignment: an interrupt must not leave a shard without its keys
+            self._table = self._table.plus(shard, keys)
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
-        del self._buffer[:taken]
-        self._buffered = sum(r.nbytes for _, r in self._buffer)
+        self._buffer.clear()
+        self._buffered = 0
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -210,7 +198,7 @@ class FeatureStore:
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row."""
-        return self._rows.locate(keys) >= 0
+        return self._table.index.locate(keys) >= 0
 
     def read(self, keys: np.ndarray, *, mapped: bool = True) -> np.ndarray:
         """The rows of `keys`, `uint8 [N, 32]`, in that order, with repeats: `[N, *row_shape]` as stored.
@@ -218,51 +206,38 @@ class FeatureStore:
         A read-only `numpy.memmap` where the rows lie in one run in one file (as after a compact in this
         order) and `mapped` allows it, else an array. Raises `StoreError` with the number of keys that have no row.
         """
-        for _ in range(4):
-            listed, at = self._place(keys)
-            if self.form is None:
-                return np.zeros((0,), self.spec.dtype)
-            reader = Reader(self.folder, self.form, listed.values(), self._maps)
-            try:
-                return reader.mapped(at) if mapped and len(at) else reader.gather(at)
-            except StaleError:
-                self.refresh()  # another process compacts
+        if len(keys) == 0:
+            return np.zeros((0, *(self.form.row_shape if self.form else ())), self.spec.dtype)
+        asked_again = False
+        for _ in range(2 * MAX_LISTINGS):
+            table = self._table
+            at = table.index.locate(keys)
+            missing = int((at < 0).sum())
+            if missing and asked_again:
+                raise StoreError(
+                    f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
+                )
+            if not missing:
+                with contextlib.suppress(StaleError):  # another process compacts
+                    return table.read(at, mapped=mapped)
+            asked_again = missing > 0  # another process may have stored them meanwhile
+            self.refresh()
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
-    def _place(self, keys: np.ndarray) -> tuple[dict[str, Shard], np.ndarray]:
-        """A listing and where in it these keys are, `int64 [N]`: both of one moment, since threads may refresh."""
-        for again in (True, False):
-            listed, index = self._listed
-            at = index.locate(keys)
-            missing = int((at < 0).sum())
-            if not missing:
-                break
-            if again:  # another process may have stored them meanwhile
-                self.refresh()
-                continue
-            raise StoreError(
-                f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
-            )
-        return listed, at
-
-    # --- the index
-
-    def _add(self, shard: Shard, keys: np.ndarray) -> None:
-        # one assignment: an interrupt must not leave a shard without its keys
-        self._listed = ({**self._shards, shard.name: shard}, self._rows.plus(keys))
+    # --- the listing
 
     def refresh(self, *, trust: bool = True) -> None:
-        """List the folder again: other processes' shards are found, damaged ones set aside.
+        """List the folder again: find other processes' shards, and set damaged ones aside.
 
         trust: believe the shards whose size, mtime, ctime and inode are as when their bytes were last
-        checked; else every byte is read.
+        verified; else read every byte.
         """
         with self._refreshing:
-            for _ in range(4):
+            for _ in range(MAX_LISTINGS):
                 try:
-                    self.form = self._read_form() if self.folder.is_dir() else None
-                    if self.form is not None:
-                        self._load(trust)
+                    form = self._read_form() if self.folder.is_dir() else None
+                    found = [] if form is None else self._list(form, trust)
+                    self._table = Table(self.folder, form, found, KeyIndex(folders.read_keys(self.folder, found)))
                     return
                 except StaleError:
                     continue  # a shard went between listing and reading: another process compacts
@@ -270,78 +245,75 @@ class FeatureStore:
                     raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")
 
-    def _load(self, trust: bool) -> None:
-        assert self.form is not None
-        trusted = folders.read_verified(self.folder) if trust else {}
+    def _list(self, form: Form, trust: bool) -> list[Shard]:
+        """The folder's valid shards. Sets damaged ones aside."""
+
+        def check(name: str) -> tuple[str, Shard | DamageError]:
+            try:
+                return name, shards.check(self.folder, name, form).shard
+            except DamageError as error:
+                return name, error
+
+        verified, listed = folders.read_verified(self.folder), folders.list_shards(self.folder)
+        known = {name: shard for name, shard in verified.items() if trust and listed.get(name) == shard.stat}
+        unknown, now = [name for name in listed if name not in known], time.time_ns()
+        checked: dict[str, Shard | DamageError] = {}
+        if unknown:
+            checked |= ahead(check, unknown, threads=READERS, window=2 * READERS, name="featx-check")
+
         kept: dict[str, Shard] = {}
-        found: list[tuple[Shard, np.ndarray]] = []
-        listed = dict(folders.list_shards(self.folder))
-        known = {name: shard for name, shard in trusted.items() if listed.get(name) == shard.stat}
-        now = time.time_ns()
-        unknown = listed.keys() - known
-        with readers() if unknown else contextlib.nullcontext() as pool:
-            checked = (
-                {name: pool.submit(shards.check, self.folder, name, self.form) for name in unknown} if pool else {}
-            )
-            for name in listed:
-                try:
-                    shard = known[name] if name in known else checked[name].result()[0]
-                except DamageError as error:
-                    found += self._set_aside(name, str(error))
-                    continue
-                if name in known or shard.stat[2] < now - CLOCK_NS:
-                    kept[name] = shard
-                found.append((shard, shards.read_keys(self.folder, shard)))
-        # one assignment: threads that ask meanwhile see the old list or the new one
-        self._listed = ({shard.name: shard for shard, _ in found}, KeyIndex([keys for _, keys in found]))
-        self._maps = {}
-        if kept != (trusted if trust else folders.read_verified(self.folder)):
+        found: list[Shard] = []
+        for name in listed:
+            shard = known.get(name) or checked[name]
+            if isinstance(shard, DamageError):
+                found += self._set_aside(name, form, str(shard))
+                continue
+            if name in known or shard.stat[2] < now - CLOCK_NS:
+                kept[name] = shard
+            found.append(shard)
+        if kept != verified:
             folders.write_verified(self.folder, kept)
+        return found
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:  # a read-only cache says the same at every listing
-            self.notes.append(note)
-
-    def _set_aside(self, name: str, reason: str) -> list[tuple[Shard, np.ndarray]]:
-        """Move a damaged shard to `damaged/`; its intact rows, in a new shard, are given back."""
-        assert self.form is not None
+    def _set_aside(self, name: str, form: Form, reason: str) -> list[Shard]:
+        """Move a damaged shard to `damaged/`; return the new shard of its intact rows, if there are any."""
         where, salvaged = f"the shard {self.folder.name}/{name}", []
         try:
-            parts = list(shards.intact_rows(self.folder, name, self.form))
+            parts = list(shards.intact_rows(self.folder, name, form))
             if parts:
                 keys = np.concatenate([keys for keys, _ in parts])
-                salvaged = [(shards.write(self.folder, self.form, keys, [r for _, r in parts]), keys)]
+                salvaged = [shards.write(self.folder, form, keys, [rows for _, rows in parts])]
             make_folder(self.folder / "damaged")
             os.replace(self.folder / name, self.folder / "damaged" / name)
             sync_folder(self.folder)
         except (OSError, StaleError) as error:
             self._note(f"{where} is damaged ({reason}) and left out; it cannot be set aside ({error})")
         else:
-            kept = f"; {len(salvaged[0][1])} intact rows of it are kept" if salvaged else ""
+            kept = f"; {salvaged[0].count} intact rows of it are kept" if salvaged else ""
             self._note(f"{where} was damaged ({reason}) and is set aside in damaged/{kept}")
         return salvaged
 
     def _read_form(self) -> Form | None:
-        """What `spec.json` says; where it is lost or damaged, what an intact shard says, written anew."""
+        """What `spec.json` says; where it is lost or damaged, what a valid shard says, written anew."""
         path = self.folder / "spec.json"
         try:
-            form = folders.read_form(path)
-            if form.spec == self.spec:
-                return form
-            reason = "it is another spec's"
-        except StaleError:
-            reason = "it is missing"
-        except (DamageError, NewerError) as error:
-            reason = str(error)
-        for name, _ in folders.list_shards(self.folder):
+            return folders.read_form(path, self.spec)
+        except (DamageError, StaleError) as error:
+            reason, there = str(error), not isinstance(error, StaleError)
+
+        for name in folders.list_shards(self.folder):
             with contextlib.suppress(DamageError, NewerError, StaleError):
-                _, form = shards.check(self.folder, name, None)
+                form = shards.check(self.folder, name, None).form
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
                         folders.write_form(path, form)
                     self._note(f"{path} was lost ({reason}) and is written anew from a shard")
                     return form
-        if reason != "it is missing":
+        if there:
             with contextlib.suppress(OSError):  # no row depends on it; the next writer makes a new one
                 os.unlink(path)
         return None
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:  # a read-only cache says the same at every listing
+            self.notes.append(note)

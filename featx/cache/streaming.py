@@ -1,4 +1,4 @@
-"""Owns features that stay in the cache until a slice of them is asked for: a data set larger than memory."""
+"""Features that stay in the cache until a slice of them is asked for: a data set larger than memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class StoredRows:
     """The rows of some keys, `[N, *row_shape]`, read from the store slice by slice."""
 
     def __init__(self, store: FeatureStore, keys: np.ndarray) -> None:
-        assert store.row_shape is not None
+        assert store.form is not None
         self.store, self.keys = store, keys
-        self.shape = (len(keys), *store.row_shape)
+        self.shape = (len(keys), *store.form.row_shape)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.store.read(self.keys[rows], mapped=False)  # mapped files would count as memory in use

@@ -1,4 +1,4 @@
-"""Owns the command line: options -> one library call -> echo. Nothing heavy is imported for `--help`."""
+"""The command line: each command turns its options into one library call. `--help` imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,27 +7,7 @@ from featx.cli.caching import backbones, cache, completion
 from featx.cli.shipping import check, export, inspect, predict
 from featx.cli.training import curve, evaluate, extract, fit, report, sweep
 
-for command in (
-    extract,
-    fit,
-    evaluate,
-    report,
-    curve,
-    sweep,
-    export,
-    check,
-    predict,
-    inspect,
-    backbones,
-    cache,
-    completion,
-):
+learning, shipping = (extract, fit, evaluate, report, curve, sweep), (export, check, predict, inspect)
+for command in (*learning, *shipping, backbones, cache, completion):
     cli.add_command(command)
-
-
-def main() -> None:
-    """The `featx` command."""
-    cli()
-
-
-__all__ = ["cli", "main"]
+main = cli

@@ -1,8 +1,7 @@
-"""Owns what every command shares: exit codes, output, groups of options."""
+"""What every command shares: exit codes, output, groups of options."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -15,15 +14,17 @@ import click
 from featx import __version__
 from featx.errors import FeatxError
 from featx.options import fields_of
-from featx.text import prose, to_json
+from featx.text import assigned, prose, to_json
 
-DONE, ERROR, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
-
-
+DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (
     "Features that were computed stay in the cache, and the same command goes on from there. "
     "A run that has a report.json is finished: featx report RUN writes its page."
 )
+
+
+# how help is laid out, also on the page of the documentation
+SHOWN = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
 class Commands(click.Group):
@@ -63,10 +64,7 @@ class Commands(click.Group):
         sys.exit(code or DONE)
 
 
-@click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FEATX", "max_content_width": 100},
-)
+@click.group(cls=Commands, context_settings=SHOWN | {"auto_envvar_prefix": "FEATX"})
 @click.version_option(__version__, prog_name="featx")
 def cli() -> None:
     """Extract features once, retrain heads in milliseconds, ship one ONNX file.
@@ -84,6 +82,11 @@ def emit(values: Any) -> None:
 def say(text: str) -> None:
     """Prose, on standard error."""
     click.echo(prose(text), err=True)
+
+
+def show(found: Any, text: str, as_json: bool) -> None:
+    """A result: its `to_dict` for programs, or `text` for people."""
+    emit(found.to_dict()) if as_json else say(text)
 
 
 Command = Callable[..., Any]
@@ -106,16 +109,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Machine-read
 def option(name: str) -> Callable[[Command], Command]:
     """The command line's form of one of `featx.options.Options`."""
     field = fields_of()[name]
-    kind: click.ParamType | None = None
+    kind: click.ParamType[Any] | None = None
     if field.choices:
         kind = click.Choice(field.choices)
     elif field.type is int:
         kind = click.IntRange(field.option.least)
     elif field.type is Path:
         kind = click.Path(file_okay=False)
-    shown = field.option.default is not None
     flag = f"--{name.replace('_', '-')}"
-    return click.option(flag, default=field.option.default, show_default=shown, type=kind, help=field.option.help)
+    return click.option(flag, default=field.option.default, type=kind, help=field.option.help)
 
 
 cache_option = option("cache")
@@ -125,7 +127,7 @@ factory_option = click.option(
     help="The factory of your own that made RUN's backbone: what a run names is imported only if you name it, too.",
 )
 backbone_options = options_of(
-    click.option("--backbone", "-b", default="resnet18", show_default=True, help="See `featx backbones`."),
+    click.option("--backbone", "-b", default="resnet18", help="See `featx backbones`."),
     *map(option, ("weights", "layer", "seed")),
 )
 extraction_options = options_of(
@@ -135,13 +137,7 @@ extraction_options = options_of(
 
 def assignments(pairs: tuple[str, ...], option: str) -> dict[str, Any]:
     """`NAME=VALUE` pairs as a dict; a value is JSON where it reads as JSON, else text."""
-    values = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint=option)
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text
-    return values
+    try:
+        return assigned(pairs)
+    except FeatxError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None

@@ -1,4 +1,4 @@
-"""Owns the commands about what is there: backbones, completion, and the cache's own."""
+"""The commands about what is there: `backbones`, `completion`, and `cache` with its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("pattern", default="")
 @json_option
-def backbones(pattern: str, as_json: bool) -> int:
+def backbones(pattern: str, as_json: bool) -> None:
     """List the torchvision backbones; PATTERN keeps the names that contain it.
 
     timm networks (timm/NAME) and factories of your own (package.module:function) come on top.
@@ -30,66 +30,60 @@ def backbones(pattern: str, as_json: bool) -> int:
         say(f"no name contains {pattern!r}; `featx backbones` lists them all")
     if as_json:
         emit(rows)
-        return DONE
+        return
     width = max([len(row["name"]) for row in rows], default=8)
     click.echo(f"{'backbone':<{width}}  features  parameters  input  weights")
     for row in rows:
-        size, millions = row["features"], row["parameters"] / 1e6
-        click.echo(
-            f"{row['name']:<{width}}  {size:>8}  {millions:>8.1f} M  {row['crop']:>5}  {', '.join(row['weights'])}"
-        )
-    return DONE
+        line = f"{row['name']:<{width}}  {row['features']:>8}  {row['parameters'] / 1e6:>8.1f} M  {row['crop']:>5}"
+        click.echo(f"{line}  {', '.join(row['weights'])}")
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> int:
+def completion(shell: str) -> None:
     """Print a shell's completion script: eval "$(featx completion bash)"."""
-    from click.shell_completion import get_completion_class
+    from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
-    found = get_completion_class(shell)
-    assert found is not None
+    found = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
     click.echo(found(cli, {}, "featx", "_FEATX_COMPLETE").source())
-    return DONE
 
 
 @click.group()
 def cache() -> None:
-    """See, check, tidy and share what lies in a cache. Nothing is removed without being told to."""
+    """List, check, tidy and share the features in a cache. Nothing is removed unless you say so."""
 
 
 against_option = click.option(
-    "--against", metavar="DATA", type=click.Path(), help="A data set: which rows does it use? Reads no pixels."
+    "--against", metavar="DATA", type=click.Path(), help="Which rows does DATA use? Reads no pixels."
 )
 
 
 @cache.command("list")
 @cache_option
 @json_option
-def list_(cache: str, as_json: bool) -> int:
-    """Name what lies in the cache, with sizes."""
+def list_(cache: str, as_json: bool) -> None:
+    """List the cache's entries, with sizes."""
     from featx.cache import caching
 
     found, sizes = caching.entries(Path(cache)), caching.sizes(Path(cache))
     if as_json:
         emit({"entries": [entry.to_dict() for entry in found], "bytes": sizes})
-        return DONE
+        return
+
     width = max([len(entry.name) for entry in found], default=4)
     click.echo(f"{'name':<{width}}  {'MB':>9}  shards  row       what")
     for entry in found:
-        spec = entry.spec
-        what = "spec.json is lost"
-        if spec:
+        what, shape = "spec.json is lost", "?"
+        if entry.form:
+            spec, shape = entry.form.spec, "x".join(map(str, entry.form.row_shape)) or "?"
             what = f"{spec.backbone} {spec.layer} {spec.view} {spec.precision} {spec.dtype} {spec.preprocess.pixels}"
             what += f", weights {spec.weights[:8]}"
-        shape = "x".join(map(str, entry.row_shape or ())) or "?"
-        damaged = f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
-        line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}{damaged}"
+        what += f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
+        line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}"
         click.echo(printable(line))
     others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
     if others:
         say(f"beside the features, made again when `featx cache remove` has taken it: {others}")
-    return DONE
 
 
 @cache.command()
@@ -97,12 +91,11 @@ def list_(cache: str, as_json: bool) -> int:
 @cache_option
 @against_option
 @json_option
-def info(name: str, cache: str, against: str | None, as_json: bool) -> int:
-    """Show all about the entry NAME (or the start of its name)."""
+def info(name: str, cache: str, against: str | None, as_json: bool) -> None:
+    """Describe the entry NAME (or the start of its name)."""
     from featx.cache import caching
 
     emit_or_say(caching.info(Path(cache), name, keys_of(cache, against)).to_dict(), as_json)
-    return DONE
 
 
 @cache.command()
@@ -128,7 +121,7 @@ def verify(name: str | None, cache: str, as_json: bool) -> int:
 @against_option
 @click.option("--only", is_flag=True, help="Drop the rows that the data set of --against does not use.")
 @json_option
-def compact(name: str, cache: str, against: str | None, only: bool, as_json: bool) -> int:
+def compact(name: str, cache: str, against: str | None, only: bool, as_json: bool) -> None:
     """Merge NAME's shards into one file that is memory-mapped, in the order of --against if given."""
     from featx.cache import caching
 
@@ -138,14 +131,13 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
     emit_or_say(asdict(found), as_json)
     if not as_json and not found.done:
         say("one file in this order already: there was nothing to do")
-    return DONE
 
 
 @cache.command()
 @click.argument("name")
 @cache_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def remove(name: str, cache: str, yes: bool) -> int:
+def remove(name: str, cache: str, yes: bool) -> None:
     """Remove the entry NAME and all its features; or engines, memo, rates or resolved, which runs make again."""
     from featx.cache import caching
 
@@ -157,9 +149,8 @@ def remove(name: str, cache: str, yes: bool) -> int:
             raise click.UsageError("nothing was removed; --yes removes without asking") from None
         if not agreed:
             say("nothing was removed")
-            return DONE
+            return
     say(f"removed {caching.remove(Path(cache), path.name).name}")
-    return DONE
 
 
 @cache.command("export")

@@ -1,18 +1,24 @@
-"""Owns the commands that ship: export, predict, inspect."""
+"""The commands that ship: export, check, predict, inspect."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, say
+from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, options_of, say, show
 from featx.text import encodable, printable, prose
 
 if TYPE_CHECKING:
     from featx.shipping.parity import Parity
+
+
+parity_options = options_of(
+    click.option("--parity-images", "images", default=2000, type=click.IntRange(1), help="Images compared, at most."),
+    click.option("--split", default="val", help="The split these come from: val, test or train."),
+)
 
 
 @click.command()
@@ -21,66 +27,43 @@ if TYPE_CHECKING:
 @click.option(
     "--input",
     default="pixels",
-    show_default=True,
     type=click.Choice(["pixels", "tensor", "features"]),
     help="pixels: any size, resized in the file; tensor: cropped already; features: the head alone.",
 )
 @click.option("--outputs", help="Of probabilities,logits,features,accepted; by default all there are.")
-@click.option(
-    "--parity-images",
-    "images",
-    default=2000,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Images that the file is held to the torch classifier on, at most.",
-)
-@click.option("--split", default="val", show_default=True, help="The split these come from: val, test or train.")
+@parity_options
 @click.option("--data", type=click.Path(), help="Where the run's images lie now, if they moved.")
-@click.option("--tolerance", default=5e-3, show_default=True, help="On probabilities, through the file's resize.")
+@click.option("--tolerance", default=5e-3, help="On probabilities, through the file's resize.")
 @click.option(
     "--precision",
     default="fp32",
-    show_default=True,
     type=click.Choice(["fp32", "int8", "fp16"]),
     help="int8 and fp16 (for GPUs) are written only if they are faster here and lose few right answers.",
 )
-@click.option("--max-loss", default=0.5, show_default=True, help="int8, fp16: points of accuracy that may be lost.")
+@click.option("--max-loss", default=0.5, help="int8, fp16: points of accuracy that may be lost.")
 @click.option(
     "--provider", "providers", multiple=True, help="int8, fp16: execution provider that speed is measured on."
 )
 @factory_option
 @json_option
-def export(
-    run: str,
-    outputs: str | None,
-    precision: str,
-    max_loss: float,
-    providers: tuple[str, ...],
-    tolerance: float,
-    as_json: bool,
-    **options: Any,
-) -> int:
-    """Write RUN as one ONNX file, held to the torch classifier on the run's own images first.
+def export(run: str, outputs: str | None, precision: str, as_json: bool, **options: Any) -> int:
+    """Write RUN as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
     What was compared lies beside it as parity.json. A file that misses a limit is not written.
     """
     from featx.shipping.exporting import DEFAULT, export
 
     options["outputs"] = tuple(name.strip() for name in outputs.split(",")) if outputs else None
+    tolerance, max_loss, providers = (options.pop(name) for name in ("tolerance", "max_loss", "providers"))
     if precision != "fp32":
         from featx.shipping.reduction import export_reduced
 
         reduced = export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options)
-        if as_json:
-            emit(reduced.to_dict())
-        else:
-            say(reduced.figures())
+        show(reduced, reduced.figures(), as_json)
         return DONE
     parity = export(run, tolerance=tolerance, **options)
-    if as_json:
-        emit(parity.to_dict())
-    else:
-        say(parity_text(parity))
+    show(parity, parity_text(parity), as_json)
+    if not as_json:
         click.echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE
 
@@ -88,26 +71,22 @@ def export(
 @click.command()
 @click.argument("model", type=click.Path(dir_okay=False))
 @click.argument("run", type=click.Path(file_okay=False))
-@click.option("--parity-images", "images", default=2000, show_default=True, type=click.IntRange(1))
-@click.option("--split", default="val", show_default=True, help="val, test or train.")
+@parity_options
 @factory_option
 @json_option
 def check(model: str, run: str, as_json: bool, **options: Any) -> int:
-    """Hold a MODEL that lies somewhere to its RUN: whole, unchanged, and answering as measured?"""
+    """Compare a MODEL that lies somewhere with its RUN: is it whole and unchanged, and does it answer as measured?"""
     from featx.shipping.exporting import check
 
     parity = check(model, run, **options)
-    if as_json:
-        emit(parity.to_dict())
-    else:
-        say(parity_text(parity))
+    show(parity, parity_text(parity), as_json)
     return DONE
 
 
 def parity_text(parity: Parity) -> str:
     """What the gate found, for people."""
     how = "the head alone, its backbone being verified" if parity.method == "head" else "from file to label"
-    lines = [f"held to the torch classifier on {parity.images} images, {how}"]
+    lines = [f"compared with the torch classifier on {parity.images} images, {how}"]
     if parity.accuracy is not None and parity.torch_accuracy is not None:
         lines.append(f"accuracy of the file {parity.accuracy:.4f}, of the torch classifier {parity.torch_accuracy:.4f}")
     else:
@@ -123,26 +102,16 @@ def parity_text(parity: Parity) -> str:
 @click.command()
 @click.argument("model", type=click.Path())
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--top-k", "-k", default=5, show_default=True, type=click.IntRange(1), help="Classes named an image.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
-@click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one a core.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the model; by default one a core.")
+@click.option("--top-k", "-k", default=5, type=click.IntRange(1), help="Classes named per image.")
+@click.option("--batch-size", default=32, type=click.IntRange(1))
+@click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one per core.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the model; by default one per core.")
 @click.option("--provider", "providers", multiple=True, help="onnxruntime execution provider: cpu, cuda, ...")
 @click.option("--head", type=click.Path(), help="A head exported alone, for the features of MODEL.")
 @click.option("--features", is_flag=True, help="Put the features into --json.")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV on standard output.")
 @json_option
-def predict(
-    model: str,
-    images: tuple[str, ...],
-    top_k: int,
-    threads: int | None,
-    providers: tuple[str, ...],
-    head: str | None,
-    as_csv: bool,
-    as_json: bool,
-    **options: Any,
-) -> int:
+def predict(model: str, images: tuple[str, ...], as_csv: bool, as_json: bool, **options: Any) -> int:
     """Classify IMAGES (files, folders, globs) with an exported MODEL; onnxruntime only, no torch.
 
     --json prints one JSON object a line, as soon as its batch is done.
@@ -154,28 +123,27 @@ def predict(
         raise click.UsageError("--csv and --json exclude each other")
     if options["features"] and not as_json:
         raise click.UsageError("--features go into --json: add it")
+    threads, head, providers = (options.pop(name) for name in ("threads", "head", "providers"))
     opened = Model(model, providers=list(providers) or None, threads=threads, head=head)
     failed = 0
 
-    def counted() -> Iterator[prediction.Prediction]:
+    def noted() -> Iterator[prediction.Prediction]:
         nonlocal failed
-        for one in prediction.predict(opened, images, top_k=top_k, **options):
+        for one in prediction.predict(opened, images, **options):
             failed += one.error is not None
             if one.error is not None and not as_json:
                 say(f"skipped: {printable(one.id)}: {one.error}")
-            yield one
+            if one.error is None or as_json or as_csv:
+                yield one
 
-    lines: Iterable[str]
     if as_json:
-        lines = prediction.json_lines(counted())
+        lines = prediction.json_lines(noted())
     elif as_csv:
-        lines = prediction.csv_lines(counted(), min(top_k, len(opened.class_names)))
+        lines = prediction.csv_lines(noted(), min(options["top_k"], len(opened.class_names)))
     else:
-        lines = prediction.table_lines(one for one in counted() if one.error is None)
-    for line in lines:
-        click.echo(
-            encodable(line) if as_json or as_csv else line, color=True
-        )  # or click would cut names that hold \x1b
+        lines = prediction.table_lines(noted())
+    for line in lines:  # in colour, or click would cut names that hold \x1b
+        click.echo(encodable(line) if as_json or as_csv else line, color=True)
     return SKIPPED if failed else DONE
 
 

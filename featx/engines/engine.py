@@ -1,4 +1,4 @@
-"""`Engine`: what runs a backbone on batches of pixels."""
+"""`Engine`: the interface of what runs a backbone on batches of pixels."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import Protocol
 
 import numpy as np
 
-ENGINES = ("onnxruntime", "torch-cpu", "torch-cuda")
-
-
 CPU_BATCH = 32
 
 
 class Engine(Protocol):
-    """A backbone, ready to run. Rows do not depend on what else is in the batch."""
+    """A backbone, ready to run. An image's row does not depend on the rest of its batch."""
 
     name: str
-    """One of `ENGINES`; a store records it."""
+    """`onnxruntime`, `torch-cpu`, `torch-cuda` or one of your own; a store records it."""
     batch_size: int
-    """The most images of one call, and the best number."""
+    """The largest number of images per call, and the fastest."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """`uint8 [B, 3, crop, crop]`, 0 < B <= batch_size -> `float32 [B, *row_shape]`.
@@ -29,13 +26,13 @@ class Engine(Protocol):
         ...
 
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """Start on a batch; what is returned waits for its rows, and `images` must stay as it is until then.
+        """Start on a batch; the function returned waits for its rows, and `images` must not change until then.
 
-        Call `submit` for the next batch before asking for the rows of the last: onnxruntime's threads and
-        the GPU then never run dry. torch on the CPU is done when this returns.
+        Call `submit` for the next batch before you ask for the rows of the last one, so that onnxruntime's
+        threads and the GPU always have work. torch on the CPU has finished when this returns.
         """
         ...
 
     def close(self) -> None:
-        """Drop what has not begun, and end the engine's threads."""
+        """Drop what has not started, and end the engine's threads."""
         ...

@@ -1,4 +1,4 @@
-"""Owns the exported backbone and the onnxruntime session that runs it; torch only where it is not exported yet."""
+"""The exported backbone, and the onnxruntime session that runs it; torch is imported only to export."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -24,9 +26,9 @@ from featx.features import TOLERANCE, difference
 from featx.files import sweep, write_atomic
 
 OPSET = 18
-WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that one more image in a piece pays for
-MOST_BYTES = 2_000_000_000  # of weights; protobuf ends at 2**31
-LARGE_BYTES = 300_000_000  # of weights, from which on copying them costs more than capturing the program
+WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that justify one more image per piece
+MAX_BYTES = 2_000_000_000  # of weights; protobuf ends at 2**31
+LARGE_BYTES = 300_000_000  # of weights; from here on tracing, which copies them, is slower than capturing
 EXPORT_VERSION = 2  # raised when the exported graph changes
 WINOGRAD_REVISION = 1  # raised when `featx.engines.winograd` makes another graph
 
@@ -34,12 +36,12 @@ WINOGRAD_REVISION = 1  # raised when `featx.engines.winograd` makes another grap
 class OnnxEngine:
     """onnxruntime on the CPU. Rows do not depend on the batch they are in, nor on the number of threads.
 
-    A batch is cut into pieces, each run by one thread from the first layer to the last. Against all
-    threads on one batch, as onnxruntime does it by itself, no thread waits for another after every
-    layer and a piece's activations stay in the cache: 1.45 times the images/s with SqueezeNet 1.1 and
-    MobileNetV2, 1.1 times with ResNet-18, the same with VGG-16 and AlexNet (two cores).
+    A batch is cut into pieces, and one thread runs each piece from the first layer to the last. onnxruntime
+    by itself puts all threads on one batch; in pieces no thread waits for another after every layer, and a
+    piece's activations stay in the cache: 1.45 times the images/s with SqueezeNet 1.1 and MobileNetV2, 1.1
+    times with ResNet-18, the same with VGG-16 and AlexNet (two cores).
 
-    model: an exported backbone; `accelerated` tells which form of it to run.
+    model: an exported backbone; `accelerated` chooses which form of it to run.
     """
 
     name = "onnxruntime"
@@ -47,9 +49,9 @@ class OnnxEngine:
     def __init__(self, model: Path, batch_size: int | None = None, threads: int | None = None) -> None:
         threads = threads or available_threads()
         self.batch_size = batch_size or max(CPU_BATCH, 4 * threads)
-        # each piece reads all weights once: the larger they are, the more images have to share that
+        # each piece reads all weights once: the larger they are, the more images should share that
         most = min(max(2, model.stat().st_size // WEIGHTS_PER_IMAGE), 16, -(-self.batch_size // threads))
-        self.piece = -(-self.batch_size // -(-self.batch_size // most))  # no batch ends with a small one
+        self.piece = -(-self.batch_size // -(-self.batch_size // most))  # pieces of one size, none small at the end
         self.session = session(model, 1)
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="featx-embed")
 
@@ -58,15 +60,13 @@ class OnnxEngine:
         return self.submit(images)()
 
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """Queue the batch's pieces; what is returned waits for their rows."""
-        pieces = [
-            self.executor.submit(self._run, images[start : start + self.piece])
-            for start in range(0, len(images), self.piece)
-        ]
+        """Queue the batch's pieces; the function returned waits for their rows."""
+        starts = range(0, len(images), self.piece)
+        pieces = [self.executor.submit(self._run, images[start : start + self.piece]) for start in starts]
         return lambda: np.concatenate([piece.result() for piece in pieces])
 
     def close(self) -> None:
-        """End the threads; pieces that have not begun are dropped."""
+        """End the threads; pieces that have not started are dropped."""
         self.executor.shutdown(cancel_futures=True)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ class OnnxEngine:
 
 
 def session(model: Path | bytes, threads: int | None = None) -> Any:
-    """An onnxruntime session on the CPU; `threads` does the arithmetic, by default one a core."""
+    """An onnxruntime session on the CPU; `threads` compute, by default one per core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -85,10 +85,13 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
-    """See `featx.engines.opening.backbone_onnx`. What failed once is remembered until a library changes.
+def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
+    """The exported backbone, in `cache/engines/`; torch exports it where it is missing.
 
-    The file is taken only while its bytes are the ones written: a flipped bit would be in every feature.
+    Input `images`, `uint8 [N, 3, crop, crop]`; output `features`, `float32 [N, *row_shape]`; opset 18, one
+    file, any N. The file is used only while it has the SHA-256 it was written with: a flipped bit would be
+    in every feature. Raises `ExportError` where the network cannot be exported, which is remembered until
+    a library changes.
     """
     graph = {
         "backbone": info.name,
@@ -101,23 +104,22 @@ def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
         "version": EXPORT_VERSION,
     }
     digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()
-    path = cache / "engines" / f"{digest}.onnx"
+    path = Path(cache) / "engines" / f"{digest}.onnx"
     libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "onnxscript", "onnxruntime")}
-    known = _known(path)
+    known = _recorded(path)
     if _intact(path, known):
         return path
     if "error" in known and known.get("libraries") == libraries:
         raise ExportError(known["error"])
+
+    module = loaded(request, info).module
     known = {"graph": graph, "libraries": libraries}
-    backbone = loaded(request, info)
     try:
-        data = to_onnx(backbone.module, info)
+        _keep(path, to_onnx(module, info), known)
     except ExportError as error:
-        with contextlib.suppress(OSError):  # only costs the next run another try
-            write_atomic(_record(path), json.dumps(known | {"error": str(error)}, indent=1).encode())
+        with contextlib.suppress(OSError):  # without a record the next run tries again
+            _record(path, {**known, "error": str(error)})
         raise
-    try:
-        _keep(path, data, known)
     except OSError as error:
         raise StoreError(
             f"the exported backbone cannot be written to {path.parent} ({error}); give another folder by --cache"
@@ -125,65 +127,65 @@ def exported(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
     return path
 
 
-def accelerated(model: Path) -> Path:
+def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
     """The form of an exported backbone that is run: a file beside it with fewer multiplications, where that pays.
 
-    Made once, like the export, and held to it on three images of noise: rows may differ by half of the
-    tolerance, so that with the export's own difference from torch they keep within it. What ships is never this.
+    It is made once, like the export, and compared with it on three images of noise. tolerance: how far rows
+    may differ; by default half of what is allowed, since the export may differ from torch as well. The
+    export itself is what ships.
     """
     path = model.with_name(f"{model.stem}.winograd{WINOGRAD_REVISION}.onnx")
     made_of = {
-        "of": _known(model).get("sha256") or _sha256(model),
+        "of": _recorded(model).get("sha256") or _sha256(model),
         "libraries": {name: metadata.version(name) for name in ("onnx", "onnxruntime")},
     }
-    known = _known(path)
+    known = _recorded(path)
     if known == made_of | {"plain": True}:
         return model
     if known.get("of") == made_of["of"] and _intact(path, known):
         return path
-    with contextlib.suppress(OSError):  # no room, or read-only: the export is run, and the next run tries again
-        data = _rewritten(model)
+
+    with contextlib.suppress(OSError):  # disk full or read-only: this run uses the export, and the next tries again
+        data = _rewritten(model, tolerance)
         for old in model.parent.glob(f"{model.stem}.winograd*"):  # of other revisions: they are large
             if old.stem != path.stem:
                 old.unlink()
-        if data and _alike(model, data):
+        if data:
             _keep(path, data, made_of)
             return path
-        write_atomic(_record(path), json.dumps(made_of | {"plain": True}, indent=1).encode())
+        _record(path, made_of | {"plain": True})
     return model
 
 
-def _rewritten(model: Path) -> bytes:
-    """The graph with fewer multiplications; empty where that gains nothing."""
+def _rewritten(model: Path, tolerance: float) -> bytes:
+    """The graph with fewer multiplications; empty where that gains nothing or changes the rows."""
     import onnx
 
     from featx.engines.winograd import rewritten
 
-    new = rewritten(onnx.load(model), MOST_BYTES)
-    return b"" if new is None else bytes(new.SerializeToString())
-
-
-def _alike(model: Path, data: bytes) -> bool:
-    """Whether a rewritten graph gives the rows that the exported one gives."""
+    graph = rewritten(onnx.load(model), MAX_BYTES)
+    if graph is None:
+        return b""
+    data = bytes(graph.SerializeToString())
+    del graph  # as large as the file
     try:
-        reference, rows = (_noise_rows(graph) for graph in (model, data))  # one session at a time
-        return difference(rows, reference) <= TOLERANCE["fp32"] / 2
+        reference, rows = _rows_of_noise(model), _rows_of_noise(data)  # one session at a time
+        return data if difference(rows, reference) <= tolerance else b""
     except MemoryError:
         raise
-    except Exception:  # a graph of a kind that was not thought of runs as it was exported
-        return False
+    except Exception:  # a kind of graph that the rewriting does not foresee runs as it was exported
+        return b""
 
 
-def _noise_rows(graph: Path | bytes) -> np.ndarray:
+def _noise(*shape: int) -> np.ndarray:
+    """Three images of this shape, on which graphs are compared."""
+    return np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
+
+
+def _rows_of_noise(graph: Path | bytes) -> np.ndarray:
     opened = session(graph)
-    images = np.random.default_rng(0).integers(0, 256, (3, *opened.get_inputs()[0].shape[1:]), dtype=np.uint8)
-    rows: np.ndarray = opened.run(None, {"images": images})[0]
+    rows: np.ndarray = opened.run(None, {"images": _noise(*opened.get_inputs()[0].shape[1:])})[0]
     return rows
-
-
-def _record(path: Path) -> Path:
-    """What is known of an export is written beside it."""
-    return path.with_suffix(".json")
 
 
 def _intact(path: Path, known: dict[str, Any]) -> bool:
@@ -191,21 +193,24 @@ def _intact(path: Path, known: dict[str, Any]) -> bool:
 
 
 def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
-    """Write a graph, and then its record: without one it is made again. Raises `OSError`."""
-    with contextlib.suppress(OSError):  # what a killed run left aside is large
+    """Write a graph, and then its record, without which the graph is made again. Raises `OSError`."""
+    with contextlib.suppress(OSError):  # what a killed run left behind is large
         sweep(path.parent)
     write_atomic(path, data)
-    known = known | {"sha256": hashlib.sha256(data).hexdigest()}
-    write_atomic(_record(path), json.dumps(known, indent=1).encode())
+    _record(path, known | {"sha256": hashlib.sha256(data).hexdigest()})
 
 
-def _known(path: Path) -> dict[str, Any]:
-    """What is known of an export; nothing, where its record is absent or damaged."""
-    try:
-        known = json.loads(_record(path).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+def _record(path: Path, known: dict[str, Any]) -> None:
+    """Write what is known of a graph beside it."""
+    write_atomic(path.with_suffix(".json"), json.dumps(known, indent=1).encode())
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The record of a graph; empty where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.with_suffix(".json").read_bytes())
+        return known if isinstance(known, dict) else {}
+    return {}
 
 
 def _sha256(path: Path) -> str:
@@ -214,31 +219,30 @@ def _sha256(path: Path) -> str:
 
 
 def to_onnx(module: Any, info: BackboneInfo) -> bytes:
-    """Export a backbone's `module` and hold it to torch on three images of noise. Raises `ExportError`.
+    """Export a backbone's `module` and compare it with torch on three images of noise. Raises `ExportError`.
 
-    By torch's tracing exporter, which takes 0.3 s for ResNet-18 and 1.9 s for DenseNet-161; where that fails,
-    or is not in torch any more, by the one that captures the program, which takes 2.3 s and 10.2 s. Tracing
-    copies the weights more often: for VGG-16 it takes 6.7 s, capturing 2.2 s, so large ones go the other way
-    round. Traced on two images, so a graph that only works for that number fails the comparison.
+    torch's tracing exporter takes 0.3 s for ResNet-18 and 1.9 s for DenseNet-161. Where it fails, or is gone
+    from torch, the one that captures the program runs, which takes 2.3 s and 10.2 s. Tracing copies the
+    weights more often: for VGG-16 it takes 6.7 s, capturing 2.2 s, so large networks are captured first. Both
+    get two images, so that a graph that only works for two fails on three.
     """
     import torch
 
     size = 4 * sum(tensor.numel() for tensor in module.state_dict().values())
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise ExportError(f"{info.name} is larger than the 2 GB that one ONNX file holds")
-    crop = info.preprocess.crop
-    noise = np.random.default_rng(0).integers(0, 256, (3, 3, crop, crop), dtype=np.uint8)
-    images = torch.from_numpy(noise)
+    images = torch.from_numpy(_noise(3, info.preprocess.crop, info.preprocess.crop))
     with torch.inference_mode():
         reference = module(images).numpy()
+
     reasons = []
-    for export in (_traced, _captured) if size < LARGE_BYTES else (_captured, _traced):
+    for capture in (False, True) if size < LARGE_BYTES else (True, False):
         try:
             with _quiet():
-                model = export(module, images[:2])
+                model = export(module, images[:2], capture)
             strip(model)
             data: bytes = model.SerializeToString()
-            apart = difference(session(data).run(None, {"images": noise})[0], reference)
+            apart = difference(_rows_of_noise(data), reference)
         except Exception as error:  # the exporters let through what any of their stages raises
             reasons.append(_reason(error))
             continue
@@ -248,44 +252,26 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
     raise ExportError(f"{info.name} cannot be exported to ONNX ({'; or, by another way: '.join(reasons)})")
 
 
-def _traced(module: Any, images: Any) -> Any:
+def export(module: Any, images: Any, capture: bool = False) -> Any:
+    """A module as `onnx.ModelProto`, by torch's exporter that traces it or by the one that captures its program."""
     import onnx
     import torch
 
+    options: dict[str, Any] = {"opset_version": OPSET, "input_names": ["images"], "output_names": ["features"]}
+    if capture:
+        shapes = {"images": {0: torch.export.Dim("N")}}
+        options |= {"external_data": False, "dynamic_shapes": shapes, "verbose": False}
+        program = torch.onnx.export(module, (images,), dynamo=True, **options)
+        assert program is not None  # only dynamo=False gives None
+        return program.model_proto
     buffer = io.BytesIO()
-    torch.onnx.export(
-        module,
-        (images,),
-        buffer,  # type: ignore[arg-type]
-        dynamo=False,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_axes={"images": {0: "N"}, "features": {0: "N"}},
-    )
+    options["dynamic_axes"] = {"images": {0: "N"}, "features": {0: "N"}}
+    torch.onnx.export(module, (images,), buffer, dynamo=False, **options)  # type: ignore[arg-type]
     return onnx.load_from_string(buffer.getvalue())
 
 
-def _captured(module: Any, images: Any) -> Any:
-    import torch
-
-    program = torch.onnx.export(
-        module,
-        (images,),
-        dynamo=True,
-        opset_version=OPSET,
-        external_data=False,
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
-        verbose=False,
-    )
-    assert program is not None  # only dynamo=False gives None
-    return program.model_proto
-
-
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in one line: an exporter wraps its own advice, in colours, around the cause."""
+    """The first cause of an error in one line: an exporter wraps its own advice, in colours, around the cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
@@ -295,7 +281,7 @@ def _reason(error: BaseException) -> str:
 def strip(model: Any) -> None:
     """Remove what an exporter noted about its own machine and code: stack traces, class names, paths.
 
-    An empty text stays as a field: the digests of a file's parts (`featx.shipping.graph`) count it.
+    An empty text stays as a field, since the digests of a file's parts (`featx.shipping.graph`) include it.
     """
     graph = model.graph
     for entry in [model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
@@ -306,12 +292,8 @@ def strip(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress, advice and deprecation notes off the terminal."""
-    import logging
-    import warnings
-
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.ERROR)
         try:
             yield

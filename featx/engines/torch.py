@@ -1,9 +1,11 @@
-"""Owns running a backbone by torch itself: on the CPU in bf16 or where an export fails, and on CUDA."""
+"""Engines by torch itself: on the CPU for bf16 and where an export fails, and on CUDA."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,7 +23,7 @@ CUDA_BATCH = 256
 class CpuEngine:
     """torch on the CPU, channels-last, batch norm folded into the convolutions.
 
-    Every batch is padded to `batch_size`: torch's rows change in their last bits with the size of a batch.
+    Every batch is padded to `batch_size`, since torch's rows change in their last bits with a batch's size.
     """
 
     name = "torch-cpu"
@@ -56,11 +58,10 @@ class CpuEngine:
 
 
 class CudaEngine:
-    """torch on one CUDA device: 16-bit weights where asked, batch norm folded, one CUDA graph at a fixed batch.
+    """torch on one CUDA device: 16-bit weights where asked for, batch norm folded, one CUDA graph of a fixed batch.
 
-    Copies to the GPU run on a stream of their own from pinned memory, two batches deep, and nothing
-    waits for the GPU but the call that wants a batch's rows. fp32 runs without TF32. Written without a
-    GPU at hand: its speed is not measured.
+    Copies to the GPU run on a stream of their own from pinned memory, two batches deep, and only the call
+    that wants a batch's rows waits for the GPU. fp32 runs without TF32.
     """
 
     name = "torch-cuda"
@@ -69,14 +70,12 @@ class CudaEngine:
         self.device, self.precision = torch.device(device), precision
         self.info = backbone.info
         self.module = prepared(backbone.module, DTYPES[precision], self.device)
-        self.copying = torch.cuda.Stream(self.device)
-        self.computing = torch.cuda.Stream(self.device)
+        self.copying, self.computing = (torch.cuda.Stream(self.device) for _ in range(2))  # type: ignore[no-untyped-call]
         size = batch_size or CUDA_BATCH
         while not self._captured(size):
             size //= 2
         self.batch_size = size
-        self.slots = [_Slot(self.images, self.rows) for _ in range(2)]
-        self.turn = 0
+        self.slots = itertools.cycle([_Slot(self.images, self.rows) for _ in range(2)])
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> np.ndarray:
         """`uint8 [B, 3, crop, crop]`, B <= batch_size -> `float32 [B, *row_shape]`. A tensor lies on this GPU."""
@@ -84,15 +83,14 @@ class CudaEngine:
 
     @torch.inference_mode()
     def submit(self, images: np.ndarray | torch.Tensor) -> Callable[[], np.ndarray]:
-        """Queue the batch; the result waits for its rows, and stays valid whatever is submitted after it."""
+        """Queue the batch; the function returned waits for its rows, once, and keeps them."""
         checked(images, self.images)
-        size = len(images)
-        slot = self.slots[self.turn % len(self.slots)]
-        self.turn += 1
+        size, slot = len(images), next(self.slots)
         if slot.pending is not None:
             slot.pending()  # its buffers are needed now
+
         if isinstance(images, np.ndarray):
-            slot.pinned_images.numpy()[: len(images)] = images
+            slot.pinned_images.numpy()[:size] = images
             images = slot.pinned_images
         else:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))  # that is still making them
@@ -106,21 +104,27 @@ class CudaEngine:
             self.graph.replay()
             slot.pinned_rows.copy_(self.rows, non_blocking=True)
             slot.done.record(self.computing)
-        slot.pending = _Pending(slot, size)
-        return slot.pending
+
+        @functools.cache
+        def rows() -> np.ndarray:
+            slot.done.synchronize()
+            return np.array(slot.pinned_rows[:size].numpy())
+
+        slot.pending = rows
+        return rows
 
     def close(self) -> None:
-        """What is queued ends by itself."""
+        """The GPU finishes what is queued."""
 
     def _captured(self, size: int) -> bool:
-        """Make the graph for `size` images; False where the GPU's memory does not hold it."""
+        """Make the graph for `size` images; False where the GPU has too little memory for it."""
         try:
             self.images, self.rows, self.graph = self._record(size)
             return True
         except torch.cuda.OutOfMemoryError as error:
             if size == 1:
                 raise FeatxError(f"{self.device} has too little memory for {self.info.name}") from error
-        torch.cuda.empty_cache()  # here, where the failed try's frame and tensors are gone
+        torch.cuda.empty_cache()  # here, where the frame and tensors of the failed try are gone
         return False
 
     def _record(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]:
@@ -134,7 +138,7 @@ class CudaEngine:
                     self.module(images)
             self.computing.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # a thread that decodes on the GPU meanwhile takes memory and waits, which "global" would forbid it
+            # a thread that decodes on the GPU meanwhile allocates and waits, which "global" would forbid
             with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
                 rows = self.module(images)
             self.computing.synchronize()
@@ -148,31 +152,17 @@ class _Slot:
         self.images = torch.empty_like(images)
         self.pinned_images = torch.zeros(images.shape, dtype=images.dtype, pin_memory=True)
         self.pinned_rows = torch.zeros(rows.shape, dtype=rows.dtype, pin_memory=True)
-        self.copied, self.done = torch.cuda.Event(), torch.cuda.Event()
-        self.pending: _Pending | None = None
-
-
-class _Pending:
-    """A batch in flight; calling it waits, once, and keeps the rows."""
-
-    def __init__(self, slot: _Slot, size: int) -> None:
-        self.slot, self.size = slot, size
-        self.rows: np.ndarray | None = None
-
-    def __call__(self) -> np.ndarray:
-        if self.rows is None:
-            self.slot.done.synchronize()
-            self.rows = np.array(self.slot.pinned_rows[: self.size].numpy())
-            self.slot.pending = None
-        return self.rows
+        self.copied, self.done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+        self.pending: Callable[[], np.ndarray] | None = None
+        """Waits for the batch that last used these buffers."""
 
 
 @contextlib.contextmanager
 def _cudnn(precision: str) -> Iterator[None]:
-    """How cuDNN chooses its algorithms while a graph is captured.
+    """Set how cuDNN chooses its algorithms while a graph is captured.
 
-    TF32 is off: it keeps 10 bits of 23, a thousand times the fp32 tolerance. In 16 bits the fastest
-    algorithm is measured; in fp32 it is not, since the choice may change the last bits from run to run.
+    TF32 is off: it keeps 10 bits of 23, which is off by a thousand times the fp32 tolerance. In 16 bits cuDNN
+    measures which algorithm is fastest; in fp32 it does not, since the choice may change the last bits.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
@@ -207,7 +197,7 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 def checked(images: np.ndarray | torch.Tensor, batch: torch.Tensor) -> None:
-    """Raise `FeatxError` for what does not fit into a batch."""
+    """Raise `FeatxError` for images that do not fit into a batch."""
     size, *shape = batch.shape
     if images.dtype not in (np.uint8, torch.uint8) or list(images.shape[1:]) != shape or not 0 < len(images) <= size:
         raise FeatxError(

@@ -30,7 +30,7 @@ class View(NamedTuple):
     view: int
     pixels: Pixels
     last: bool
-    """Of its image."""
+    """Whether it is its image's last view."""
 
 
 @dataclass(frozen=True, eq=False)

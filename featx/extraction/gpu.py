@@ -40,10 +40,20 @@ class GpuDecoder:
     One thread of its own waits for the GPU. What it cannot decode after all, Pillow decodes, or says why not.
     """
 
-    def __init__(self, loader: Loader, device: str, engine: Engine, gpu: Gpu | None = None) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        device: str,
+        engine: Engine,
+        *,
+        gpu: Gpu | None = None,
+        group: int = GROUP,
+        group_bytes: int = GROUP_BYTES,
+    ) -> None:
         """engine: embeds the images that are decoded both ways. gpu: by default one on `device`, opened for the
-        first JPEG that it can decode."""
+        first JPEG that it can decode. group, group_bytes: the most that goes to it together."""
         self.loader, self.device, self.engine = loader, device, engine
+        self.group, self.group_bytes = group, group_bytes
         self._gpu = gpu
         self._sample: list[tuple[Pixels, Pixels]] | None = None  # None: not taken yet; empty: compared
 
@@ -57,7 +67,7 @@ class GpuDecoder:
             # torchvision's that its decoders will move, and torch's that a file's bytes cannot be written to
             warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            groups = iter(lambda: list(_grouped(loaded)), [])
+            groups = iter(lambda: list(self._grouped(loaded)), [])
             decoded = ahead(self._decode, groups, threads=1, window=GROUPS + 1, name="featx-decode")
             with closing(decoded):
                 for group in decoded:
@@ -124,12 +134,11 @@ class GpuDecoder:
                 with contextlib.suppress(ImageError):  # the GPU's decoder may take what is damaged
                     yield after.views[0][1], self._by_pillow(before.key, before.encoded)[0]
 
-
-def _grouped(loaded: Iterator[Loaded]) -> Iterator[Loaded]:
-    """The images of the next group."""
-    size = 0
-    for image in islice(loaded, GROUP):
-        yield image
-        size += len(image.encoded.data) if image.encoded else 0
-        if size > GROUP_BYTES:
-            return
+    def _grouped(self, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The images of the next group."""
+        size = 0
+        for image in islice(loaded, self.group):
+            yield image
+            size += len(image.encoded.data) if image.encoded else 0
+            if size > self.group_bytes:
+                return

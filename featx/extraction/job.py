@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,11 +37,13 @@ class Job:
     request: BackboneRequest
     info: BackboneInfo
     specs: tuple[FeatureSpec, ...]
-    """Of the centre crop, then of each augmented view."""
+    """The centre crop's, then one for each augmented view."""
     cache: Path
     device: str
     batch_size: int | None
     workers: int
+    seconds: float = 0.0
+    """Time spent on listing the images and resolving the backbone."""
 
     def open_stores(self) -> list[FeatureStore]:
         """One store for each spec."""
@@ -76,6 +79,7 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
 
     Raises `SourceError`, `BackboneError`, and `FeatxError` for a GPU that is not here.
     """
+    begin = time.perf_counter()
     cache = Path(options["cache"])
     source = open_source(data)
     request = request_of(backbone, options)
@@ -88,7 +92,8 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
     names = view_names(options["seed"], options["views"])
     specs = tuple(info.spec(view=name, precision=options["precision"], dtype=options["dtype"]) for name in names)
     workers = options["workers"] or available_threads()
-    return Job(source, request, info, specs, cache, options["device"], options["batch_size"], workers)
+    seconds = time.perf_counter() - begin
+    return Job(source, request, info, specs, cache, options["device"], options["batch_size"], workers, seconds)
 
 
 def request_of(backbone: Backbone, options: dict[str, Any]) -> BackboneRequest:

@@ -66,7 +66,10 @@ class KeyTable:
 
     def stored(self, stores: list[FeatureStore]) -> np.ndarray:
         """`bool [N]`: which images are known to have a row in every store."""
-        return np.logical_and.reduce([self.known, *(store.contains(self.keys) for store in stores)])
+        stored = self.known.copy()
+        for store in stores:
+            stored &= store.contains(self.keys)
+        return stored
 
     def first(self) -> np.ndarray:
         """`bool [N]`: the first image of each known key."""
@@ -75,7 +78,7 @@ class KeyTable:
         return first
 
     def copies(self, numbers: np.ndarray) -> list[list[int]]:
-        """Of these images, `int [M]`, those with the same bytes: one list for each content that occurs repeatedly."""
+        """Lists of those among `numbers`, `int [M]`, with the same bytes; an image without a copy is in no list."""
         keys = self.keys[numbers]
         if len(np.unique(keys[:, :8].copy().view(np.uint64))) == len(numbers):
             return []

@@ -39,7 +39,7 @@ class Loaded:
     """One image on its way to the backbone, or the reason why it goes no further."""
 
     number: int
-    """Of the image in its source."""
+    """The image's number in its source."""
     key: bytes
     """The content key, 32 bytes; empty where the file could not be read."""
     views: list[tuple[int, Pixels]]

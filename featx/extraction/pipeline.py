@@ -47,9 +47,12 @@ def sync(
     An interrupted run keeps what it has computed. Raises `FeatxError` for options that cannot be, `SourceError`
     where no image can be read, `BackboneError`, `StoreError`.
     """
-    begin = time.perf_counter()
-    job = prepare(data, backbone, complete(options))
+    return run(prepare(data, backbone, complete(options, function=sync)), engine)
 
+
+def run(job: Job, engine: Engine | None = None) -> Extraction:
+    """Do a job, here: what `sync` does once it knows the images and the backbone."""
+    begin = time.perf_counter() - job.seconds
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
     stored = table.stored(stores)
     chunk = Chunk(listing=time.perf_counter() - begin)

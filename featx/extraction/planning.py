@@ -46,16 +46,16 @@ class Plan:
     missing: int
     duplicate: int
     unread: int
-    """Of the missing, those not looked into: they may be cached or duplicates after all."""
+    """Missing images that were not read: they may be cached or duplicates after all."""
     images_per_second: float | None
     seconds: float | None
     """For the missing, with opening the backbone."""
     basis: str
     """Where the rate is from: the last run of this kind here, else a measurement now on a sample."""
     bytes: int
-    """That the features will take."""
+    """Disk space for the missing features."""
     exported_bytes: int
-    """Of the backbone that the measurement exported; they stay in the cache."""
+    """Size of the backbone that the measurement exported; it stays in the cache."""
     free: int
     """Bytes on the cache's disk."""
     enough: bool

@@ -33,7 +33,7 @@ class ExtractionReport:
     """Images with the same bytes as an earlier one of this data set."""
     skipped: int
     images_per_second: float | None = None
-    """Of those extracted, without listing and opening; None where there were none."""
+    """Extraction rate without the time for listing and opening; None where nothing was extracted."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Work of each stage, and wall time of `list`, `start` and `total`."""
     shares: dict[str, float] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Chunk:
     listing: float = 0.0
     """Seconds that listing the images and looking up their keys took."""
     timing: Timing | None = None
-    """Of the stages; None where nothing was missing."""
+    """Where the time went; None where nothing was missing."""
     extracted: int = 0
     opening: float = 0.0
     """Seconds that opening the engine took."""

@@ -41,7 +41,7 @@ class Timing:
     large: float = 0.0
     """Share of the decoded images that `--decode fast` would decode at a smaller scale."""
     device: float = 0.0
-    """Of the work of decoding, the seconds that a GPU's decoder took: wall time of one thread."""
+    """Seconds of decoding by the GPU's decoder: wall time of its one thread."""
     _zero: tuple[float, ...] = ()
     """The clocks when counting began."""
 

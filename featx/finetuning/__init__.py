@@ -1,1 +1,1 @@
-"""Owns training from end to end: what moves, how, and how a killed run goes on."""
+"""Fine-tuning: training a backbone further, from the fitted head on."""

@@ -1,4 +1,4 @@
-"""Owns training augmentation: drawn for a whole epoch at once, applied to a batch on the training device."""
+"""Training augmentation: drawn for a whole epoch at once, applied to each batch on the training device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from featx.pixels.views import RATIO
 from featx.text import near
 
 GEOMETRY = ("none", "flip", "crop-flip", "views")
-# the usual policies, by the names of their torchvision.transforms.v2 classes
+# the usual policies, as package.module:factory
 POLICIES = {
-    "trivialaugment": "TrivialAugmentWide",
-    "randaugment": "RandAugment",
-    "autoaugment": "AutoAugment",
-    "augmix": "AugMix",
+    "trivialaugment": "torchvision.transforms.v2:TrivialAugmentWide",
+    "randaugment": "torchvision.transforms.v2:RandAugment",
+    "autoaugment": "torchvision.transforms.v2:AutoAugment",
+    "augmix": "torchvision.transforms.v2:AugMix",
 }
 _ATTEMPTS = 10  # of drawing a box that fits, as in RandomResizedCrop
 
@@ -32,9 +32,9 @@ class Augmentation:
     """Steps joined by `+`: one of `GEOMETRY` first (else `none`), then `POLICIES` or `package.module:factory`.
 
     `none`: the centre crop, as at inference. `flip`: it or its mirror image. `crop-flip`: a random resized
-    crop, flipped half of the time. `views`: one of a few fixed crops an image, as the feature cache's
-    augmented views. A factory is called without arguments and gives a function of one image,
-    `uint8 [3, crop, crop]` on the training device, to another; torch's generators are seeded before it.
+    crop, flipped half of the time. `views`: one of a few fixed crops per image, like the feature cache's
+    augmented views. A factory is called without arguments and returns a function from one image,
+    `uint8 [3, crop, crop]` on the training device, to another; torch is seeded before each call of it.
     """
 
     geometry: str
@@ -55,56 +55,62 @@ class Augmentation:
         return cls(geometry, tuple(steps))
 
     def functions(self) -> list[Callable[[Tensor], Tensor]]:
-        """The policies, made. Raises `TrainingError` where one's module or factory is not there."""
-        return [_policy(name) for name in self.policies]
+        """Call the policies' factories. Raises `TrainingError` where a module or factory is missing."""
+        return [_load(name) for name in self.policies]
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that follows from what it is for."""
+    """A seed in [0, 2**63), derived from what it is used for."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """One epoch's random numbers, a row per training image: they depend on no order, batch or process."""
+    """One epoch's random numbers, one row per training image: independent of order, batch and process."""
 
+    seed: int
+    epoch: int
     shapes: np.ndarray
     """`float32 [N, attempts, 2]` in [0, 1): area and aspect ratio of a box."""
     places: np.ndarray
-    """`float32 [N, 2]` in [0, 1): where it lies."""
+    """`float32 [N, 2]` in [0, 1): position of a box."""
     flips: np.ndarray
-    """`bool [N]`."""
+    """`bool [N]`: whether an image is mirrored."""
     views: np.ndarray
     """`float32 [N]` in [0, 1): which of the fixed views."""
 
     @classmethod
     def of(cls, count: int, seed: int, epoch: int) -> Draws:
         rng = np.random.default_rng(seed_of(seed, "augment", epoch))
-        return cls(
-            shapes=rng.random((count, _ATTEMPTS, 2), np.float32),
-            places=rng.random((count, 2), np.float32),
-            flips=rng.random(count, np.float32) < 0.5,
-            views=rng.random(count, np.float32),
-        )
+        shapes, places = rng.random((count, _ATTEMPTS, 2), np.float32), rng.random((count, 2), np.float32)
+        flips, views = rng.random(count, np.float32) < 0.5, rng.random(count, np.float32)
+        return cls(seed, epoch, shapes, places, flips, views)
+
+    def choose_views(self, rows: np.ndarray, views: int) -> np.ndarray:
+        """`int64 [B]`: which of the fixed views, in [0, views), the images `rows` are shown in."""
+        chosen: np.ndarray = (self.views[rows] * views).astype(np.int64)
+        return chosen
 
     def boxes(self, rows: np.ndarray, aspect: np.ndarray, min_area: float) -> np.ndarray:
         """`float64 [B, 4]`: left, top, right, bottom as shares of an image of `aspect` (width / height).
 
-        A box of random area (`min_area` to 1, of the image's) and aspect ratio (3/4 to 4/3), drawn as
-        `RandomResizedCrop` draws it; where ten attempts do not fit, the largest centred one.
+        Area (`min_area` to 1, as a share of the image's) and aspect ratio (3/4 to 4/3) are drawn as
+        `RandomResizedCrop` draws them; where ten attempts do not fit, the box is the largest centred one.
         """
         area = min_area + (1 - min_area) * self.shapes[rows, :, 0].astype(np.float64)
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
         ratio = np.exp(low + (high - low) * self.shapes[rows, :, 1].astype(np.float64))
         width = np.sqrt(area * ratio / aspect[:, None])
         height = np.sqrt(area / ratio * aspect[:, None])
+
         fits = (width <= 1) & (height <= 1)
         each, first = np.arange(len(rows)), fits.argmax(axis=1)
         width, height = width[each, first], height[each, first]
         none = ~fits.any(axis=1)
         width[none] = np.minimum(1, RATIO[1] / aspect[none])
         height[none] = np.minimum(1, aspect[none] / RATIO[0])
+
         place = np.where(none[:, None], 0.5, self.places[rows].astype(np.float64))
         left, top = (1 - width) * place[:, 0], (1 - height) * place[:, 1]
         return np.stack([left, top, left + width, top + height], axis=1)
@@ -113,7 +119,7 @@ class Draws:
 def crop(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: int) -> Tensor:
     """Cut a box out of every image, resize it to `side` x `side` with antialiasing, and mirror some.
 
-    images: `uint8 [B, 3, S, S]`, each a whole photograph stretched to a square; boxes: `[B, 4]`, shares.
+    images: `uint8 [B, 3, S, S]`, each a whole photograph stretched to a square; boxes: as `Draws.boxes`.
     Cropping, resizing and mirroring are one linear map of the rows and one of the columns, so a batch of
     different boxes is two matrix products, on any device, with Pillow's weights (bilinear).
     """
@@ -133,7 +139,8 @@ def _weights(low: np.ndarray, high: np.ndarray, size: int, side: int) -> np.ndar
     support = np.maximum(scale, 1.0)[:, None, None]
     distance = np.abs(np.arange(size) + 0.5 - centre[:, :, None]) / support
     weights = np.maximum(0.0, 1.0 - distance)
-    return (weights / weights.sum(axis=2, keepdims=True)).astype(np.float32)
+    normed: np.ndarray = (weights / weights.sum(axis=2, keepdims=True)).astype(np.float32)
+    return normed
 
 
 def mirror(images: Tensor, flips: np.ndarray) -> Tensor:
@@ -148,6 +155,7 @@ def apply(
     """Run the policies on every image of a batch, each from its own seed; changes torch's global seed."""
     if not functions:
         return images
+
     out = []
     for image, row in zip(images, rows.tolist(), strict=True):
         torch.manual_seed(seed_of(seed, "policy", epoch, row))
@@ -162,15 +170,10 @@ def apply(
     return torch.stack(out)
 
 
-def _policy(name: str) -> Callable[[Tensor], Tensor]:
-    if name in POLICIES:
-        from torchvision.transforms import v2
-
-        made: Callable[[Tensor], Tensor] = getattr(v2, POLICIES[name])()
-        return made
-    module, _, factory = name.partition(":")
+def _load(name: str) -> Callable[[Tensor], Tensor]:
+    module, _, factory = POLICIES.get(name, name).partition(":")
     try:
-        made = getattr(importlib.import_module(module), factory)()
+        made: Callable[[Tensor], Tensor] = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
         raise TrainingError(f"the augmentation {name} cannot be loaded ({error})") from error
     if not callable(made):

@@ -1,13 +1,16 @@
-"""Owns fine-tuning's checkpoints: one safetensors file, written aside and renamed, that fits one configuration."""
+"""Checkpoints of fine-tuning: safetensors files, written aside and renamed, that belong to one configuration."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from featx.errors import TrainingError
@@ -18,7 +21,7 @@ LAST = "last.safetensors"
 
 @dataclass
 class Progress:
-    """How far training has come. With the tensors and the seed it decides all that follows.
+    """How far training has come. With the tensors and the seed this decides all that follows.
 
     No state of a random generator is needed: every draw follows from the seed and from what it is for
     (`featx.finetuning.training`), and the learning rate from the step.
@@ -31,41 +34,45 @@ class Progress:
     best_epoch: int = 0
     """The epoch whose network is kept; 0 is the start."""
     best_score: tuple[float, float] = (-1.0, 0.0)
-    """Its accuracy and its negated loss on the images that select."""
+    """Accuracy and negated loss of that epoch, on the images that select."""
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of the epoch under way: loss, right answers, and the weight that the loss is divided by."""
+    """Loss, right answers and total weight (which divides the loss) so far in the epoch that is under way."""
     micro: int = 0
     """Most images in one forward pass; shrinks when memory runs out."""
     scale: dict[str, float] = field(default_factory=dict)
     """The state of fp16's gradient scaler."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One row an epoch, the start first."""
+    """One row per epoch, the start first."""
 
 
+@dataclass(frozen=True, eq=False)
 class Checkpoints:
     """`checkpoints/last.safetensors` and `checkpoints/best-<epoch>.safetensors` of a run.
 
     `last` holds network, optimizer and `Progress`, and names the `best` that it belongs with; a `best` is
     written before the `last` that names it, and removed after the next. So a kill at any moment leaves a
-    pair that fits.
+    matching pair.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
-        self.folder = folder
-        self.configuration = json.loads(json.dumps(configuration))
+    folder: Path
+    configuration: dict[str, Any]
+    """JSON values; a checkpoint is loaded only where they are the same."""
+    write: Callable[[Path, bytes], None] = write_atomic
 
     def save(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
     ) -> None:
         """Save the state; `best`: its network is the one to keep. Raises `TrainingError` on a full disk."""
+        tensors = on_cpu(network.state_dict(), "network.")
         if best:
-            self._write(self._best(progress.best_epoch), _tensors(network.state_dict(), "network."), {})
-        tensors = _tensors(network.state_dict(), "network.")
+            self._write(self._best(progress.best_epoch), tensors, {})
+
         for number, slots in optimizer.state_dict()["state"].items():
             kept = {k: v for k, v in slots.items() if isinstance(v, Tensor)}
-            tensors |= _tensors(kept, f"optimizer.{number}.")
+            tensors |= on_cpu(kept, f"optimizer.{number}.")
         metadata = {"progress": json.dumps(asdict(progress)), "configuration": json.dumps(self.configuration)}
         self._write(self.folder / LAST, tensors, metadata)
+
         for old in self.folder.glob("best-*.safetensors"):
             if old != self._best(progress.best_epoch):
                 old.unlink(missing_ok=True)
@@ -73,38 +80,37 @@ class Checkpoints:
     def load(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Bring network and optimizer to the last checkpoint; None where there is none.
 
-        Raises `TrainingError` for one of another configuration, and for a damaged one.
+        Raises `TrainingError` for a checkpoint of another configuration, and for a damaged one.
         """
         path = self.folder / LAST
         if not path.is_file():
             return None
         tensors, metadata = self._read(path)
-        theirs = json.loads(metadata.get("configuration", "{}"))
-        if theirs != self.configuration:
-            names = sorted(set(theirs) | set(self.configuration))
-            different = [n for n in names if theirs.get(n) != self.configuration.get(n)]
-            shown = ", ".join(f"{n} {theirs.get(n)!r} -> {self.configuration.get(n)!r}" for n in different[:4])
+        theirs, ours = json.loads(metadata.get("configuration", "{}")), json.loads(json.dumps(self.configuration))
+        different = [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
+        if different:
+            shown = ", ".join(f"{n} {theirs.get(n)!r} -> {ours.get(n)!r}" for n in different[:4])
             raise TrainingError(
                 f"{path} is a checkpoint of another configuration ({shown}); "
                 "start anew with --overwrite, or give another --output"
             )
-        values = json.loads(metadata["progress"])
-        progress = Progress(**values)
-        progress.best_score = tuple(values["best_score"])
-        progress.sums = tuple(values["sums"])
+
         network.load_state_dict(_under(tensors, "network."))
         state: dict[int, dict[str, Tensor]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(parameters):
             slots = _under(tensors, f"optimizer.{number}.")
-            # in the parameter's own memory layout, so that the arithmetic goes on to the last bit
+            # in the parameter's own memory layout, so that the arithmetic is the same to the last bit
             state[number] = {
                 k: torch.empty_like(parameter).copy_(v) if v.shape == parameter.shape and v.ndim else v
                 for k, v in slots.items()
             }
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": groups})
-        return progress
+
+        values = json.loads(metadata["progress"])
+        pairs = {name: tuple(values[name]) for name in ("best_score", "sums")}
+        return Progress(**{**values, **pairs})
 
     def load_best(self, network: nn.Module, progress: Progress) -> None:
         """Bring the network to the epoch that is kept."""
@@ -115,12 +121,10 @@ class Checkpoints:
         return self.folder / f"best-{epoch:04d}.safetensors"
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        from safetensors.torch import save
-
         try:
             make_folder(self.folder)
             sweep(self.folder)
-            write_atomic(path, save(tensors, metadata))
+            self.write(path, save(tensors, metadata))
         except OSError as error:
             kept = "the one before is kept" if path.is_file() else "there is none yet"
             size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -130,8 +134,6 @@ class Checkpoints:
             ) from error
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -141,9 +143,9 @@ class Checkpoints:
             ) from error
 
 
-def _tensors(named: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Copies on the CPU: safetensors takes no tensors that share memory, as tied weights do."""
-    return {prefix + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
+    return {prefix + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,41 +1,20 @@
-"""Owns what fine-tuning trains: the network with its new head, its layer groups, and their learning rates."""
+"""The network that fine-tuning trains: a trunk with its new head, layer groups, and their learning rates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from featx.backbones.backbone import Backbone
 from featx.errors import TrainingError
+from featx.finetuning.recipes import FinetuneConfig
 from featx.head import Head
 from featx.text import near
 
 HEAD = "head"
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
-
-
-class Tuned(nn.Module):
-    """A backbone's trunk and a linear head: `uint8 [B, 3, H, W]` -> logits `float32 [B, C]`.
-
-    `suffix`, where it is set, stands in for the trunk: the part of it that follows the cached
-    activations, sharing its modules (`featx.finetuning.prefix`).
-    """
-
-    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = head
-        self.suffix: nn.Module | None = None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        features = self.trunk(inputs) if self.suffix is None else self.suffix(inputs)
-        # the head keeps full precision under autocast: it is a thousandth of the work
-        with torch.autocast(inputs.device.type, enabled=False):
-            return self.head(features.float())
 
 
 @dataclass(frozen=True)
@@ -43,80 +22,110 @@ class Group:
     """One layer group and how it is trained."""
 
     name: str
+    modules: tuple[str, ...]
+    """Names in `Tuned` of modules, or of single parameters."""
     parameters: tuple[str, ...]
     """Names in `Tuned`, each in one group only."""
     size: int
-    """Number of trained values, or of values that stay where frozen."""
+    """Number of values in `parameters`."""
     lr: float | None
     """The learning rate before its schedule; None where frozen."""
 
 
-def linear(head: Head | None, features: int, classes: int, seed: int) -> nn.Linear:
-    """The last layer: a fitted head's own weights, or `nn.Linear`'s initialisation drawn from `seed`."""
+class Tuned(nn.Module):
+    """A backbone's trunk and a linear head: `uint8 [B, 3, H, W]` -> logits `float32 [B, C]`.
+
+    `suffix`, where it is set, replaces the trunk: the part of it that follows the cached activations,
+    which shares its modules (`featx.finetuning.prefix`).
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Linear, *, freeze_norm: bool = False) -> None:
+        """freeze_norm: keep the statistics of batch norm in trained groups too."""
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.freeze_norm = freeze_norm
+        self.suffix: nn.Module | None = None
+        self.groups: list[Group] = []
+        """As planned by `plan`, from the input to the head."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.trunk(inputs) if self.suffix is None else self.suffix(inputs)
+        # the head keeps full precision under autocast: it is a thousandth of the work
+        with torch.autocast(inputs.device.type, enabled=False):
+            logits: Tensor = self.head(features.float())
+        return logits
+
+    def train(self, mode: bool = True) -> Tuned:
+        """Put the network into training mode, but what is frozen into eval mode.
+
+        The batch norm of a frozen group thus uses its stored statistics, which do not move, and its
+        dropout drops nothing.
+        """
+        super().train(mode)
+        modules = dict(self.named_modules())
+        frozen = [modules.get(name) for group in self.groups if group.lr is None for name in group.modules]
+        if self.freeze_norm:
+            frozen += [m for m in modules.values() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for module in frozen:
+            if module is not None:  # the name is a single parameter's, such as cls_token
+                module.eval()
+        return self
+
+
+def make_linear(head: Head | None, features: int, classes: int, seed: int) -> nn.Linear:
+    """The last layer: with a fitted head's weights, or with `nn.Linear`'s initialisation drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = nn.Linear(features, classes)
     if head is not None:
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(np.array(head.weight)))
-            layer.bias.copy_(torch.from_numpy(np.array(head.bias)))
+        layer.load_state_dict({"weight": torch.tensor(head.weight), "bias": torch.tensor(head.bias)})
     return layer
 
 
-def replaced_names(backbone: Backbone) -> set[str]:
-    """What the layer that the head replaces is called in the network: `fc`, `classifier.6`, `heads.head`."""
-    kept = {name for name, _ in backbone.module.network.named_parameters()}
-    left_out = {name for name, _ in backbone.network.named_parameters()} - kept
-    return {name.rpartition(".")[0] for name in left_out}
+def find_replaced(backbone: Backbone) -> set[str]:
+    """The names in the network of the layer that the head replaces: `fc`, `classifier.6`, `heads.head`."""
+    kept = dict(backbone.module.network.named_parameters())
+    return {name.rpartition(".")[0] for name, _ in backbone.network.named_parameters() if name not in kept}
 
 
 def plan(
     network: Tuned,
     groups: list[tuple[str, list[str]]],
     aliases: Iterable[str],
-    *,
-    lr: float,
-    lrs: Mapping[str, float],
-    layer_decay: float,
-    freeze_until: str | None,
-    freeze: Iterable[str],
+    settings: FinetuneConfig,
     unreached: Iterable[str] = (),
 ) -> list[Group]:
-    """Decide what is trained, and set `requires_grad` accordingly.
+    """Decide what is trained; set `network.groups` and every `requires_grad` accordingly.
 
-    groups: as in `Backbone.groups`. aliases: further names for `head`. freeze_until: the groups before
-    this one are frozen, itself and what follows is trained. lrs: learning rates by group; the others get
-    `lr * layer_decay ** distance`, where the head's distance is 0 and its neighbour's 1.
+    groups: as in `Backbone.groups`. aliases: further names for `head`. A group without a rate of its own in
+    `settings.lrs` gets `rate * layer_decay ** distance`; the head's distance is 0, its neighbour's 1.
     unreached: parameters that no gradient reaches (beyond the layer that is tapped); they are left out.
 
     Returns the groups from the input to the head. Raises `TrainingError` for unknown names (the list is
     shown), a learning rate for a frozen group, and a frozen head.
     """
-    names = [name for name, _ in groups] + [HEAD]
-    frozen, rates = _chosen(names, set(aliases) - set(names), lrs, freeze_until, freeze)
+    members = [(name, tuple(f"trunk.network.{p}" for p in prefixes)) for name, prefixes in groups] + [(HEAD, (HEAD,))]
+    names = [name for name, _ in members]
+    frozen, rates = _choose(names, set(aliases) - set(names), settings)
 
-    prefix_of = [(f"trunk.network.{p}", name) for name, prefixes in groups for p in prefixes]
-    prefix_of.append(("head", HEAD))
     left_out = set(unreached)
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
-    for path, parameter in network.named_parameters():
-        owner = next((g for p, g in prefix_of if path == p or path.startswith(p + ".")), None)
-        parameter.requires_grad_(owner is not None and owner not in frozen and path not in left_out)
-        if owner is not None and path not in left_out:
-            members[owner].append((path, parameter))
-
+    named = {path: parameter for path, parameter in network.named_parameters() if path not in left_out}
+    network.requires_grad_(False)
     planned = []
-    for distance, name in enumerate(reversed(names)):
-        size = sum(p.numel() for _, p in members[name])
-        given = None if name in frozen else rates.get(name, lr * layer_decay**distance)
-        planned.append(Group(name, tuple(path for path, _ in members[name]), size, given))
-    return planned[::-1]
+    for distance, (name, modules) in enumerate(reversed(members)):
+        mine = {path: p for path, p in named.items() if any(f"{path}.".startswith(f"{m}.") for m in modules)}
+        rate = None if name in frozen else rates.get(name, settings.rate * settings.layer_decay**distance)
+        for parameter in mine.values():
+            parameter.requires_grad_(rate is not None)
+        planned.append(Group(name, modules, tuple(mine), sum(p.numel() for p in mine.values()), rate))
+
+    network.groups = planned[::-1]
+    return network.groups
 
 
-def _chosen(
-    names: list[str], aliases: set[str], lrs: Mapping[str, float], freeze_until: str | None, freeze: Iterable[str]
-) -> tuple[set[str], dict[str, float]]:
-    """The groups that are frozen, and the learning rates given by group."""
+def _choose(names: list[str], aliases: set[str], settings: FinetuneConfig) -> tuple[set[str], dict[str, float]]:
+    """Names of the groups that are frozen, and the learning rates given by group."""
 
     def known(name: str) -> str:
         if name in aliases:
@@ -129,13 +138,16 @@ def _chosen(
             )
         return name
 
-    frozen = {known(name) for name in freeze}
-    if freeze_until is not None:
-        frozen |= set(names[: names.index(known(freeze_until))])
+    frozen, until = {known(name) for name in settings.freeze}, settings.freeze_until
+    if settings.mode == "partial" and until is None and not frozen:
+        until = names[-2]  # the last group before the head
+    if until is not None:
+        frozen |= set(names[: names.index(known(until))])
     if HEAD in frozen:
         raise TrainingError("the head is always trained; freeze other groups")
+
     rates: dict[str, float] = {}
-    for name, rate in lrs.items():
+    for name, rate in settings.lrs.items():
         group = known(name)
         if group in frozen:
             raise TrainingError(f"group {name!r} is frozen and has a learning rate of {rate:g}; drop one of the two")
@@ -145,7 +157,7 @@ def _chosen(
     return frozen, rates
 
 
-def unreached(network: Tuned, crop: int) -> list[str]:
+def find_unreached(network: Tuned, crop: int) -> list[str]:
     """The parameters that get no gradient from one image: those beyond a tapped layer.
 
     Runs in eval mode, on the CPU, and leaves nothing behind.
@@ -157,33 +169,11 @@ def unreached(network: Tuned, crop: int) -> list[str]:
     return [name for (name, _), gradient in zip(named, found, strict=True) if gradient is None]
 
 
-def train_mode(network: Tuned, groups: list[tuple[str, list[str]]], planned: list[Group], norms: bool) -> None:
-    """Put the network into training mode, and what is frozen into eval mode.
-
-    A frozen group's batch norm thus keeps using its stored statistics, which do not move, and its
-    dropout drops nothing. norms: freeze the statistics of every other batch norm too.
-    """
-    network.train()
-    still = {group.name for group in planned if group.lr is None}
-    modules = dict(network.named_modules())
-    for name, prefixes in groups:
-        for prefix in prefixes if name in still else ():
-            module = modules.get(f"trunk.network.{prefix}")  # None for a lone parameter, such as cls_token
-            if module is not None:
-                module.eval()
-    if norms:
-        for module in modules.values():
-            if isinstance(module, _NORMS):
-                module.eval()
-
-
-def table(planned: list[Group]) -> str:
-    """What is trained, for people: one line a group."""
+def format_table(planned: list[Group]) -> str:
+    """A table of what is trained, one line per group."""
     width = max(len(group.name) for group in planned)
-    lines = [f"{'group':<{width}}  {'parameters':>12}  learning rate"]
-    for group in planned:
-        rate = "frozen" if group.lr is None else f"{group.lr:.3g}"
-        lines.append(f"{group.name:<{width}}  {group.size:>12,}  {rate}")
+    rows = [(g.name, f"{g.size:,}", "frozen" if g.lr is None else f"{g.lr:.3g}") for g in planned]
+    lines = [f"{a:<{width}}  {b:>12}  {c}" for a, b, c in [("group", "parameters", "learning rate"), *rows]]
     trained = sum(group.size for group in planned if group.lr is not None)
     lines.append(f"{trained:,} of {sum(group.size for group in planned):,} parameters are trained")
     return "\n".join(lines)

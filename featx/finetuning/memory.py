@@ -1,4 +1,4 @@
-"""Owns what training knows of memory: how much is free, and that what one step frees is there for the next."""
+"""The allocator keeps the memory that one training step frees for the next."""
 
 from __future__ import annotations
 
@@ -7,19 +7,8 @@ import ctypes
 import os
 import sys
 
-import torch
-
-from featx import devices
-
 # glibc's mallopt(3)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return devices.free_memory()
 
 
 def keep_freed() -> None:
@@ -27,7 +16,7 @@ def keep_freed() -> None:
 
     Every step allocates the same activations. By default blocks of more than 32 MB, and all that is free at
     the top, go back to the kernel, which hands them out again page by page and zeroed: 14,000 to 19,000
-    faults a step of ResNet-18 with batches of 4, 5 to 13 % of its time. Other allocators are left alone.
+    faults per step of ResNet-18 with batches of 4, 5 to 13 % of its time. Other allocators are left alone.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it first allocates
     if sys.platform != "linux":

@@ -1,13 +1,15 @@
-"""Owns how several training processes work as one, where `torchrun` started them."""
+"""Several training processes that work as one, started by `torchrun`. Imports no torch before it is needed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from featx.errors import TrainingError
+from featx.devices import choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -17,15 +19,12 @@ PATIENCE = timedelta(hours=12)
 
 
 def rank() -> int:
-    """This process's number among those that `torchrun` started; 0 where it did not. Imports no torch.
-
-    The leader, 0, writes a run's folder; the others only compute.
-    """
+    """This process's number among those that `torchrun` started. The leader, 0, writes a run's folder."""
     return int(os.environ.get("RANK", "0"))
 
 
 def processes() -> int:
-    """How many processes `torchrun` started; 1 where it did not. Imports no torch."""
+    """How many processes `torchrun` started; 1 where it started none."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -41,22 +40,14 @@ class World:
     def join(cls, device: str) -> World:
         """Find the device, and meet the other processes if there are any.
 
-        device: `auto` (the process's own GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. Raises `TrainingError`.
+        device: `auto` (the process's own GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. Raises `FeatxError`.
         """
         import torch
 
-        size, local = processes(), int(os.environ.get("LOCAL_RANK", "0"))
-        name = device
-        if device in ("auto", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{local}" if size > 1 else "cuda:0"
-        elif device == "auto":
-            name = "cpu"
-        try:
-            place = torch.device(name)
-        except RuntimeError:
-            raise TrainingError(f"device is auto, cpu, cuda or cuda:N, not {device!r}") from None
-        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-            raise TrainingError(f"there is no device {name}: torch finds {torch.cuda.device_count()} GPUs")
+        size = processes()
+        if device == "cuda" or (device == "auto" and size > 1 and torch.cuda.is_available()):
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        place = torch.device(choose_device(device))
         if size > 1:
             import torch.distributed as dist
 
@@ -64,22 +55,30 @@ class World:
                 torch.cuda.set_device(place)
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
-            size = dist.get_world_size()
         return cls(rank(), size, place)
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
 
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Run the body in the leader, then in the others: they find what it stored."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             import torch.distributed as dist
 
             dist.barrier()
 
     def added(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """The sums over all processes."""
+        """Sum the values over all processes."""
         if self.size == 1:
             return values
         import torch
@@ -90,7 +89,7 @@ class World:
         return tuple(total.tolist())
 
     def share(self, tensors: list[torch.Tensor]) -> None:
-        """Give the leader's tensors to all, in place."""
+        """Copy the leader's tensors to all processes, in place."""
         if self.size > 1:
             import torch.distributed as dist
 

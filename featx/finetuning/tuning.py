@@ -1,8 +1,8 @@
-"""Owns fine-tuning from end to end: when it starts again, and what it leaves in a run."""
+"""Fine-tuning from end to end: preparing, training, starting again, and what stays in the run's folder."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from tqdm import tqdm
 
-from featx.backbones.backbone import Backbone
 from featx.backbones.request import BackboneRequest
 from featx.errors import TrainingError
 from featx.extraction.result import Extraction
 from featx.features import Features
 from featx.files import write_atomic
-from featx.finetuning.checkpoints import Progress
+from featx.finetuning.checkpoints import Progress, on_cpu
 from featx.finetuning.memory import keep_freed
 from featx.finetuning.preparing import prepare
 from featx.finetuning.processes import World
@@ -32,10 +32,10 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """What fine-tuning gives. The run's folder holds its `model.safetensors` and `metrics.jsonl`."""
+    """The result of fine-tuning. The run's folder holds `model.safetensors` and `metrics.jsonl` too."""
 
     request: BackboneRequest
-    """The tuned backbone: `load_backbone` and `extract` take it like any other."""
+    """The tuned backbone, for `load_backbone` and `extract`."""
     head: Head
     history: dict[str, Any]
     """JSON values: `epochs` (as in metrics.jsonl), `best_epoch`, `groups`, `select`, counts, seconds."""
@@ -55,51 +55,53 @@ def finetune(
 ) -> Finetuned:
     """Train a backbone's layers and its head; write the run's network, metrics and checkpoints.
 
-    features: of `hold_out`. head: fitted on its `train` rows; None starts from a random one (`init`). config:
-    what the run's folder is started with, by `featx.runs.start`, once all that was asked for is checked; None
-    where it was started before. The same call continues where a killed one stopped, and on the CPU ends with
-    the same bits. What is trained is said on standard error before it starts. torch's random generators are
-    left as they were.
+    features: from `hold_out`. head: fitted on their `train` rows; None starts from a random one (`init`). config:
+    starts the run's folder by `featx.runs.start`, once all settings are checked; None where that was done before.
+    The same call continues where a killed one stopped, and on the CPU ends with the same bits. Prints what is
+    trained on standard error before it starts. Leaves torch's random generators as they were.
 
     When memory runs out, training goes back to the last checkpoint and passes half as many images at a
-    time, adding up their gradients: the same arithmetic, but for batch norm, which sees the smaller parts.
+    time, adding up their gradients: the same arithmetic, except for batch norm, which sees the smaller parts.
 
     Raises `TrainingError`: unknown or frozen groups, a loss that is NaN (the batch is named, the last good
     checkpoint kept), a checkpoint of another configuration, a full disk, one image that does not fit.
     """
     keep_freed()
     world = World.join(device)
-    devices = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         setup = prepare(extraction, features, head, settings, folder, world, workers)
-        try:
+        with contextlib.closing(setup.inputs):
             if config is not None and world.leads:
                 start(folder, config, overwrite=overwrite)
-            begin = time.perf_counter()
-            while True:
-                progress = setup.checkpoints.load(setup.network, setup.optimizer)
-                if progress is None:
-                    progress = Progress(micro=settings.batch_size)
-                elif world.leads:
-                    step = f" and {progress.step} steps of the next" if progress.step else ""
-                    tqdm.write(f"going on from the checkpoint after epoch {progress.epoch}{step}", file=sys.stderr)
-                progress.micro = min(progress.micro, setup.micro)
-                try:
-                    train(setup, progress)
-                    break
-                except RuntimeError as error:
-                    if not _out_of_memory(error):
-                        raise
-                    halve(setup, progress, error)
-            if settings.select != "last":
-                setup.checkpoints.load_best(setup.network, progress)
-            return finish(setup, progress, time.perf_counter() - begin)
-        finally:
-            setup.inputs.close()
+            return tune(setup)
+
+
+def tune(setup: Setup) -> Finetuned:
+    """Train from the last checkpoint, if there is one, to the end; again from there when memory runs out."""
+    begin = time.perf_counter()
+    while True:
+        progress = setup.checkpoints.load(setup.network, setup.optimizer)
+        if progress is None:
+            progress = Progress(micro=setup.micro)
+        elif setup.world.leads:
+            step = f" and {progress.step} steps of the next" if progress.step else ""
+            tqdm.write(f"going on from the checkpoint after epoch {progress.epoch}{step}", file=sys.stderr)
+        progress.micro = min(progress.micro, setup.micro)
+        try:
+            train(setup, progress)
+            break
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            halve(setup, progress, error)
+
+    if setup.settings.select != "last":
+        setup.checkpoints.load_best(setup.network, progress)
+    return finish(setup, progress, time.perf_counter() - begin)
 
 
 def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:
-    """Make ready to go on with half as many images at a time. Raises `TrainingError` where that is none."""
+    """Prepare to go on with half as many images at a time. Raises `TrainingError` where that is impossible."""
     setup.optimizer.zero_grad(set_to_none=True)
     if progress.micro <= 1 or setup.world.size > 1:
         what = "one image does not fit" if progress.micro <= 1 else "several processes cannot go back together"
@@ -107,6 +109,7 @@ def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:
             f"out of memory with {progress.micro} images at a time, and {what} ({str(error).splitlines()[0]}); "
             "use a smaller batch size or more accumulate, freeze more, or bf16"
         ) from error
+
     setup.micro = progress.micro // 2
     if setup.world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -118,35 +121,28 @@ def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:
 
 
 def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
-    """Write the tuned network, and say how it came to be."""
-    settings, backbone, network = setup.settings, setup.backbone, setup.network
-    layer = network.head
-    head = Head(
-        layer.weight.detach().float().cpu().numpy().copy(),
-        layer.bias.detach().float().cpu().numpy().copy(),
-        setup.class_names,
-    )
-    path = setup.folder / MODEL
+    """Write the tuned network, and describe how it was trained."""
+    backbone, info, path = setup.backbone, setup.backbone.info, setup.folder / MODEL
     if setup.world.leads:
-        from safetensors.torch import save
-
-        # the network's own classifier stays as it was: the file fits the architecture, the head lies beside it
-        state = {**backbone.network.state_dict(), **backbone.module.network.state_dict()}
-        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+        # the network's own classifier is unchanged: the file fits the architecture, the new head has its own file
+        tensors = on_cpu({**backbone.network.state_dict(), **backbone.module.network.state_dict()})
         try:
-            write_atomic(path, save(tensors, {"backbone": backbone.info.name}))
+            write_atomic(path, save(tensors, {"backbone": info.name}))
         except OSError as error:
             raise TrainingError(
                 f"{path} could not be saved ({error.strerror or error}); the checkpoints are kept. Make room "
                 "and run the same command again"
             ) from error
     setup.world.wait()
+
+    overrides = tuple(vars(info.preprocess).items())
+    request = BackboneRequest(info.name.removeprefix("custom/"), str(path), info.layer, preprocess=overrides)
     history = {
-        "mode": settings.mode,
-        "select": settings.select,
+        "mode": setup.settings.mode,
+        "select": setup.settings.select,
         "best_epoch": progress.best_epoch,
         "epochs": progress.history,
-        "groups": [{"name": g.name, "parameters": g.size, "lr": g.lr} for g in setup.groups],
+        "groups": [{"name": g.name, "parameters": g.size, "lr": g.lr} for g in setup.network.groups],
         "trained_on": len(setup.targets),
         "selected_on": len(setup.held),
         "micro_batch": progress.micro,
@@ -154,19 +150,6 @@ def finish(setup: Setup, progress: Progress, seconds: float) -> Finetuned:
         "processes": setup.world.size,
         "seconds": round(seconds, 3),
     }
-    return Finetuned(tuned_request(backbone, path), head, history)
-
-
-def tuned_request(backbone: Backbone, path: os.PathLike[str]) -> BackboneRequest:
-    """How a tuned network is loaded: its file, seen through the preprocessing that it was trained with."""
-    overrides = tuple(vars(backbone.info.preprocess).items())
-    return BackboneRequest(
-        name=backbone.info.name.removeprefix("custom/"),
-        weights=os.fspath(path),
-        layer=backbone.info.layer,
-        preprocess=overrides,
-    )
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    layer = on_cpu(setup.network.head.state_dict())
+    head = Head(layer["weight"].float().numpy(), layer["bias"].float().numpy(), setup.class_names)
+    return Finetuned(request, head, history)

@@ -1,4 +1,4 @@
-"""Owns the learning curve: accuracy against the number of training images, and what may be foretold from it."""
+"""The learning curve: accuracy against the number of training images, and a forecast where one can be defended."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from featx.extraction.pipeline import sync
 from featx.features import Features, StoredRows, groups, taken
 from featx.files import write_json
 from featx.measuring.views import scores
+from featx.options import Options
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
 
 RESAMPLES = 1000
-MOST_SIZES = 7
-LEAST_POINTS = 4  # of a curve that anything is foretold from: two are fitted, one checks, one to spare
+MAX_SIZES = 7
+MIN_POINTS = 4  # of a curve that anything is foretold from: two are fitted, one checks, one to spare
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ class Curve:
 
     def text(self) -> str:
         """For a terminal."""
-        lines = ["images  accuracy  95% interval      subsets"]
-        for row in self.rows:
-            between = f"[{row.low:.4f}, {row.high:.4f}]"
-            lines.append(f"{row.images:>6}  {row.accuracy:.4f}    {between:<16}  {row.subsets}")
-        return "\n".join([*lines, self.verdict])
+        lines = [f"{p.images:>6}  {p.accuracy:.4f}    [{p.low:.4f}, {p.high:.4f}]  {p.subsets}" for p in self.rows]
+        return "\n".join(["images  accuracy  95% interval      subsets", *lines, self.verdict])
 
 
 def learning_curve(
@@ -86,7 +84,7 @@ def learning_curve(
 ) -> Curve:
     """Fit a run's head on parts of its training images, and write `curve.json` into its folder.
 
-    sizes: training images, by default N, N / 2, N / 4, ... down to about four a class. repeats: subsets of
+    sizes: training images, by default N, N / 2, N / 4, ... down to about four per class. repeats: subsets of
     each size, stratified, drawn with `seed` (default: the run's), each within the next larger one; duplicates
     stay together. Measured on the run's validation images, which choose nothing: each subset's head chooses
     inside the subset. An interval holds 95 % of 1,000 resamples of both the images and the subsets. memory: as
@@ -99,9 +97,9 @@ def learning_curve(
     if not heads.module(config.head).LEARNS:
         raise HeadError(f"the {config.head} head learns nothing from training images; fit logreg or linear first")
     if config.finetune:
-        raise HeadError("a learning curve of fine-tuning would take a fine-tuning each point; give a run of a head")
+        raise HeadError("a learning curve of fine-tuning would fine-tune once per point; give a run of a head")
     if repeats < 1:
-        raise HeadError(f"a curve needs at least one subset a size, not {repeats}")
+        raise HeadError(f"a curve needs at least one subset per size, not {repeats}")
     features, views = _features(opened, device, memory_for_features() if memory is None else memory)
     train, held = features.split("train"), features.split("val")
     if not len(held):
@@ -119,16 +117,15 @@ def learning_curve(
         for r, order in enumerate(orders if size < len(train) else orders[:1]):
             part = order[:size]
             examples = Examples.of_views([taken(view, part) for view in views], train.y[part], group[part])
-            alike: dict[str, Any] = {"seed": seed + r, "device": device, "settings": config.settings}
+            how: dict[str, Any] = {"seed": seed + r, "device": device, "settings": config.settings}
             try:
-                head = heads.learn(config.head, examples, features.class_names, **alike).head
+                head = heads.learn(config.head, examples, features.class_names, **how).head
             except HeadError as error:
                 raise HeadError(f"with {size} training images: {error}") from error
             each.append(scores(head.aligned(head(held.rows), features.class_names), held.y)[0])
         right.append(np.array(each))
 
-    rows, forecast, verdict = summarise(wanted, right)
-    found = Curve(rows, forecast, verdict, seed, repeats, len(held))
+    found = Curve(*summarise(wanted, right), seed, repeats, len(held))
     write_json(opened.path / "curve.json", found.to_dict())
     return found
 
@@ -136,27 +133,20 @@ def learning_curve(
 def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[np.ndarray | StoredRows]]:
     """A run's features, and its training images' rows in each view. Raises `RunError` where they have changed."""
     config = run.config
-    extraction = sync(
-        config.data,
-        run.request,
-        cache=config.cache,
-        seed=config.seed,
-        precision=config.spec.precision,
-        dtype=config.spec.dtype,
-        views=config.views,
-        device=device,
-    )
+    spec = config.spec
+    asked = Options(seed=config.seed, views=config.views, precision=spec.precision, dtype=spec.dtype, device=device)
+    asked["cache"] = config.cache
+    extraction = sync(config.data, run.request, **asked)
     features = extraction.features(memory=memory)
-    if features.spec != config.spec or features.digest != config.data_digest:
+    if features.spec != spec or features.digest != config.data_digest:
         raise RunError(f"the data or the backbone of {run.path} have changed since; fit again")
     return features, extraction.views(features.keys[features.splits == "train"], memory=memory)
 
 
 def default_sizes(count: int, classes: int) -> list[int]:
-    """`count`, and its halves down to about four images a class, ascending; at most seven."""
-    halves = [round(count / 2**k) for k in range(MOST_SIZES)]
-    least = max(4 * classes, 8)
-    return sorted({n for n in halves if n >= least} | {count})
+    """`count`, and its halves down to about four images per class, ascending; at most seven."""
+    halves = {round(count / 2**k) for k in range(MAX_SIZES)}
+    return sorted({n for n in halves if n >= max(4 * classes, 8)} | {count})
 
 
 def nested_order(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
@@ -190,11 +180,12 @@ def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[P
         subsets = len(hits)
         weights = rng.multinomial(subsets, np.full(subsets, 1 / subsets), RESAMPLES) / subsets
         sample = ((weights @ hits) * drawn).sum(axis=1)
-        low, high = map(float, np.quantile(sample, [0.025, 0.975]))
+        low, accuracy, high = np.quantile(sample, 0.025), hits.mean(), np.quantile(sample, 0.975)
         spread = float(hits.mean(axis=1).std(ddof=1)) if subsets > 1 else None
-        accuracy = float(hits.mean())
-        rows.append(Point(int(size), accuracy, min(low, accuracy), max(high, accuracy), subsets, spread))
+        low, high = float(min(low, accuracy)), float(max(high, accuracy))
+        rows.append(Point(int(size), float(accuracy), low, high, subsets, spread))
         samples.append(sample)
+
     return rows, *foretell(np.array(sizes), np.array([r.accuracy for r in rows]), np.array(samples))
 
 
@@ -207,30 +198,26 @@ def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tu
     such laws over their middle part (Hestness et al. 2017) and flatten later, so that the forecast is
     more likely too high than too low.
     """
-    if len(sizes) < LEAST_POINTS:
-        return None, f"Nothing is foretold from {len(sizes)} sizes; {LEAST_POINTS} are needed."
+    if len(sizes) < MIN_POINTS:
+        return None, f"Nothing is foretold from {len(sizes)} sizes; {MIN_POINTS} are needed."
     if accuracy.max() >= 1.0:
         return None, "Nothing is foretold: at some size there is no error left to see fall."
     error = np.maximum(1 - np.column_stack([accuracy, samples]), 0.5e-3)  # [S, 1 + B]
     x, z = np.log(sizes), np.log(error)
 
-    def law(n: np.ndarray, values: np.ndarray, at: float) -> tuple[np.ndarray, np.ndarray]:
-        centred = n - n.mean()
-        slope = centred @ values / (centred @ centred)
-        return values.mean(axis=0) + slope * (np.log(at) - n.mean()), slope
-
-    before, _ = law(x[:-1], z[:-1], float(sizes[-1]))
-    missed = np.exp(before) - error[-1]
-    low, high = np.quantile(missed[1:], [0.025, 0.975])
+    slope, start = np.polyfit(x[:-1], z[:-1], 1)
+    before = np.exp(start + slope * x[-1])
+    low, high = np.quantile((before - error[-1])[1:], [0.025, 0.975])
     if not low <= 0 <= high:
         return None, (
-            f"Nothing is foretold: a power law through the smaller sizes expects {1 - np.exp(before[0]):.1%} with "
+            f"Nothing is foretold: a power law through the smaller sizes expects {1 - before[0]:.1%} with "
             f"{sizes[-1]:,} images, and {accuracy[-1]:.1%} was measured."
         )
+
     twice = 2 * int(sizes[-1])
-    ahead, slope = law(x, z, float(twice))
-    low, high = np.quantile(1 - np.exp(ahead[1:]), [0.025, 0.975])
-    expected = float(1 - np.exp(ahead[0]))
+    slope, start = np.polyfit(x, z, 1)
+    ahead = 1 - np.exp(start + slope * np.log(twice))
+    expected, (low, high) = float(ahead[0]), np.quantile(ahead[1:], [0.025, 0.975])
     forecast = Forecast(twice, expected, min(float(low), expected), max(float(high), expected), float(-slope[0]))
     steepest, flattest = np.quantile(slope[1:], [0.025, 0.975])
     if steepest <= 0 <= flattest:

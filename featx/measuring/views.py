@@ -1,9 +1,9 @@
-"""Owns what cached augmented views are worth: the gain measured by cross-validation, averaging at test time."""
+"""What cached augmented views are worth: the gain measured by cross-validation, averaging at test time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,13 @@ from featx import heads, metrics
 from featx.errors import HeadError
 from featx.features import Rows, StoredRows, taken
 from featx.head import Head
+from featx.measuring.intervals import bootstrapped, resampled_means
 from featx.solvers.examples import Examples
 from featx.solvers.training import folds as make_folds
 
 RESAMPLES = 2000
+MEASURES = ("accuracy", "log_loss")
+WAYS = ("center", "views", "averaged")  # of learning, the first of which the others are compared with
 
 
 def average(head: Head, views: Sequence[Rows]) -> np.ndarray:
@@ -28,7 +31,7 @@ def average(head: Head, views: Sequence[Rows]) -> np.ndarray:
         raise HeadError("there is no view to average over")
     mean = np.mean([head.probabilities(head(view)).astype(np.float64) for view in views], axis=0)
     mean = np.clip(mean, metrics.SMALLEST, 1 - metrics.SMALLEST if head.activation == "sigmoid" else 1.0)
-    return np.log(mean) - np.log1p(-mean) if head.activation == "sigmoid" else np.log(mean)
+    return np.asarray(np.log(mean) - np.log1p(-mean) if head.activation == "sigmoid" else np.log(mean))
 
 
 def held_out(
@@ -106,25 +109,22 @@ class Gain:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Gain:
-        found = dict(values)
-        found |= {way: Score(**found[way]) for way in ("center", "views", "averaged")}
-        for way in ("views_gain", "averaged_gain"):
-            found[way] = {measure: Difference(**values) for measure, values in found[way].items()}
-        return cls(**found)
+        means = {way: Score(**values[way]) for way in WAYS}
+        gains = {name: {m: Difference(**values[name][m]) for m in MEASURES} for name in ("views_gain", "averaged_gain")}
+        return cls(**values | means | gains)
 
     def text(self) -> str:
         """Two lines for a terminal."""
-        lines = []
+        before, lines = self.center, []
         for what, score, gain in (
             (f"{self.augmented} views", self.views, self.views_gain),
             ("averaged over views", self.averaged, self.averaged_gain),
         ):
-            accuracy, loss = gain["accuracy"], gain["log_loss"]
+            (accuracy, low, high), (loss, least, most) = (astuple(gain[measure]) for measure in MEASURES)
             lines.append(
                 f"{what}, cross-validated on {self.images} training images: accuracy "
-                f"{self.center.accuracy:.4f} -> {score.accuracy:.4f} ({accuracy.value:+.4f}, "
-                f"95 % {accuracy.low:+.4f} to {accuracy.high:+.4f}), log-loss {self.center.log_loss:.4f} -> "
-                f"{score.log_loss:.4f} ({loss.value:+.4f}, {loss.low:+.4f} to {loss.high:+.4f})"
+                f"{before.accuracy:.4f} -> {score.accuracy:.4f} ({accuracy:+.4f}, 95 % {low:+.4f} to {high:+.4f}), "
+                f"log-loss {before.log_loss:.4f} -> {score.log_loss:.4f} ({loss:+.4f}, {least:+.4f} to {most:+.4f})"
             )
         return "\n".join(lines)
 
@@ -157,24 +157,17 @@ def measure_gain(
 
     alike: dict[str, Any] = {"groups": groups, "seed": seed, "device": device, "settings": settings}
     center, _ = held_out(name, views[:1], y, class_names, fold, **alike)
-    several, averaged = held_out(name, views, y, class_names, fold, **alike)
-    ways = {"center": center, "views": several, "averaged": averaged}
-    each = {way: scores(logits[held], y[held]) for way, logits in ways.items()}
+    found = (center, *held_out(name, views, y, class_names, fold, **alike))
+    each = {way: scores(logits[held], y[held]) for way, logits in zip(WAYS, found, strict=True)}
     means = {way: Score(float(right.mean()), float(loss.mean())) for way, (right, loss) in each.items()}
     gains = {
-        way: {measure: paired(each[way][i] - each["center"][i]) for i, measure in enumerate(("accuracy", "log_loss"))}
-        for way in ("views", "averaged")
+        f"{way}_gain": {
+            m: paired(mine - base) for m, mine, base in zip(MEASURES, each[way], each["center"], strict=True)
+        }
+        for way in WAYS[1:]
     }
-    return Gain(
-        folds=int(fold.max()) + 1,
-        images=len(held),
-        augmented=len(views) - 1,
-        **means,
-        views_gain=gains["views"],
-        averaged_gain=gains["averaged"],
-        better=min(means, key=lambda way: means[way].log_loss),
-        notes=notes,
-    )
+    measured: dict[str, Any] = means | gains | {"better": min(WAYS, key=lambda way: means[way].log_loss)}
+    return Gain(folds=int(fold.max()) + 1, images=len(held), augmented=len(views) - 1, notes=notes, **measured)
 
 
 def scores(logits: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,12 +179,5 @@ def scores(logits: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def paired(difference: np.ndarray) -> Difference:
     """The mean of per-image differences `[N]` with its 95 % bootstrap interval, seeded."""
-    rng = np.random.default_rng(0)
-    # resampling images is a multinomial draw over their counts, some images at a time
-    share = max(1, 4_000_000 // len(difference))
-    means = [
-        difference[rng.integers(0, len(difference), (min(share, RESAMPLES - done), len(difference)))].mean(axis=1)
-        for done in range(0, RESAMPLES, share)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Difference(float(difference.mean()), float(low), float(high))
+    found = bootstrapped(float(difference.mean()), resampled_means(difference, RESAMPLES))
+    return Difference(found.value, found.low, found.high)

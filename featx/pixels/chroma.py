@@ -33,4 +33,5 @@ def interpolated(image: Tensor, sampling: tuple[int, int]) -> Tensor:
     )
     colours = pixels.new_tensor(FROM_CHROMA)
     added = torch.tensordot(colours, fine[0], 1).round_() - torch.tensordot(colours, coarse[0], 1).round_()
-    return (pixels + added[:, : image.shape[1], : image.shape[2]]).clamp_(0, 255).to(torch.uint8)
+    mended: Tensor = (pixels + added[:, : image.shape[1], : image.shape[2]]).clamp_(0, 255).to(torch.uint8)
+    return mended

@@ -1,4 +1,4 @@
-"""Owns what a JPEG file's header says, and so which files a GPU decodes as Pillow does."""
+"""Reads JPEG headers: they tell which files a GPU decodes as Pillow does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 from featx.pixels.preprocess import ORIENTATION, UPRIGHT, Box
 
 # Beyond these a file is decoded on the CPU: a group of them has to fit into memory.
-MOST_PIXELS, MOST_BYTES = 1 << 26, 8 << 20
-LEAST_SIDE = 16
+MAX_PIXELS, MAX_BYTES = 1 << 26, 8 << 20
+MIN_SIDE = 16
 # Luma's samples for one of chroma, across and down. Others are rare, and not told apart by tests here.
 SAMPLINGS = ((1, 1), (2, 1), (2, 2))
 # The end of the image is looked for in so many bytes at the end of the file.
@@ -22,7 +22,7 @@ ADOBE_YCC = 1
 
 @dataclass(frozen=True)
 class Header:
-    """Of a baseline JPEG, grey or YCbCr with 8 bits."""
+    """What the header of a baseline JPEG (grey or YCbCr, 8 bits) says."""
 
     width: int
     """As stored, in pixels."""
@@ -54,7 +54,7 @@ def header(data: bytes) -> Header | None:
     Others are progressive, CMYK, RGB by Adobe's mark, oddly subsampled, cut off, very small or very large
     ones, and whatever is not plainly a JPEG. Only the markers are walked: this costs microseconds.
     """
-    if len(data) > MOST_BYTES or data[:2] != b"\xff\xd8":
+    if len(data) > MAX_BYTES or data[:2] != b"\xff\xd8":
         return None
     try:
         return _header(data)
@@ -92,7 +92,7 @@ def _header(data: bytes) -> Header | None:
     bits, components = frame[0], frame[5]
     height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
     sampling = frame[7] >> 4, frame[7] & 15
-    if bits != 8 or min(width, height) < LEAST_SIDE or width * height > MOST_PIXELS:
+    if bits != 8 or min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
         return None
     if components == 3:
         known = sampling in SAMPLINGS and frame[10] == frame[13] == 0x11 and frame[6:15:3] != b"RGB"

@@ -36,7 +36,7 @@ class Gpu:
         self.preprocess = preprocess
         self.device = torch.device(device)
         self.decode, self.at_once = decode or decoded, at_once or PIXELS
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self.stream):  # None changes nothing
             self.repeats = repeats_chroma(self.device, self.decode)
 
@@ -125,7 +125,7 @@ def upright(image: Tensor, orientation: int) -> Tensor:
 
 
 def stacked(images: Sequence[Tensor | np.ndarray]) -> Tensor:
-    """One batch of tensors on a GPU and of arrays, `uint8 [3, H, W]` each, there."""
+    """Stack arrays and GPU tensors, `uint8 [3, H, W]` each, into one batch on the GPU."""
     device = next(image.device for image in images if isinstance(image, Tensor))
     here = [torch.from_numpy(image).to(device) if isinstance(image, np.ndarray) else image for image in images]
     if device.type == "cuda":

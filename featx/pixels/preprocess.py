@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from featx.errors import FeatxError, ImageError
 from featx.identity import Identity
@@ -174,7 +174,7 @@ def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> 
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{error}; scale the image down if you trust it") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         what = "an empty file" if not data else f"no image in a format of {', '.join(FORMATS)}"
         raise ImageError(f"{what}") from None
     except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error ...

@@ -13,9 +13,9 @@ from featx.sweeping import COLUMNS, Point, Sweep
 def _plotted(point: Point) -> dict[str, Any]:
     """A point for the plot: validation accuracy, or where nothing was held for that, cross-validated."""
     values = point.to_dict()
-    if point.accuracy is not None:
-        return values
-    return {**values, **(values["cross_validated"] or {"accuracy": 0.0, "low": 0.0, "high": 1.0})}
+    if point.accuracy is None:
+        values |= values["cross_validated"] or {"accuracy": 0.0, "low": 0.0, "high": 1.0}
+    return values
 
 
 def write(sweep: Sweep) -> None:

@@ -1,20 +1,24 @@
-"""Owns what a report shows of the data itself: photographs, and a map of their features."""
+"""What a report shows of the data itself: photographs, and a map of their features."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from featx.cache.store import FeatureStore
 from featx.errors import FeatxError
+from featx.extraction.keys import KeyTable
+from featx.extraction.report import ExtractionReport
+from featx.extraction.result import Extraction
 from featx.features import Features
-from featx.pixels.preprocess import Preprocess, decode
+from featx.pixels.preprocess import decode
 from featx.pixels.views import CENTER, augmented
 from featx.pixels.views import pixels as view_pixels
 from featx.reporting import plots
@@ -26,7 +30,7 @@ from featx.sources.source import Source
 THUMBNAIL = 300  # pixels, the longer side
 GRID = 8  # photographs in the grids of a batch and of predictions, as in the tutorials
 # t-SNE's time grows faster than the points; 1,000 take about 2 s on one core
-MOST_POINTS = 1000
+MAX_POINTS = 1000
 PERPLEXITY = 30.0
 
 
@@ -35,25 +39,21 @@ class Material:
     """A run and what its report needs beside it; what is no longer at hand is None, and `missing` says so."""
 
     run: Run
-    report: dict[str, Any]
     features: Features | None
     source: Source | None
     missing: list[str]
 
     def clean(self, sentence: str) -> str:
         """`sentence` without this machine's folders: what lies in them keeps its name."""
-        paths = [self.config.data, self.config.cache, self.config.request.weights]
+        config = self.run.config
+        paths = [config.data, config.cache, config.request.weights]
         return strip_paths(sentence, [Path(p).parent for p in paths if os.path.isabs(p)])
 
     def picture(self, id: str) -> Image.Image | None:
         """A photograph, upright; None where it cannot be read any more."""
-        row = self._rows.get(id)
-        if row is None or self.source is None:
-            return None
-        try:
-            return decode(self.source.read(row))
-        except FeatxError:
-            return None
+        with contextlib.suppress(FeatxError, KeyError):
+            return decode(self.source.read(self._numbers[id])) if self.source else None
+        return None
 
     def thumbnail(self, id: str) -> np.ndarray | None:
         """The photograph made small, `uint8 [H, W, 3]`."""
@@ -63,104 +63,84 @@ class Material:
         return None if small is None else np.asarray(small)
 
     @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {id: i for i, id in enumerate(self.source.ids)} if self.source is not None else {}
+    def _numbers(self) -> dict[str, int]:
+        return {id: i for i, id in enumerate(self.source.ids)} if self.source else {}
 
-    @property
-    def config(self) -> RunConfig:
-        return self.run.config
-
-    @property
-    def preprocess(self) -> Preprocess:
-        return self.config.backbone.preprocess
+    def split(self, name: str) -> Features | None:
+        """The features of a split; None where they are not at hand, or none of their photographs."""
+        return self.features.split(name) if self.features and self.source else None
 
 
 def gather(run: Run, features: Features | None = None, source: Source | None = None) -> Material:
     """A finished run with its features and photographs: those given, or as far as they are still there."""
-    config = run.config
     missing = []
     if source is None:
         try:
-            source = open_source(config.data)
+            source = open_source(run.config.data)
         except FeatxError:
             missing.append("The photographs are not where they were: they are not shown.")
     if features is None and source is not None:
-        features = _cached(config, source)
+        features = _cached(run.config, source)
         if features is None:
             missing.append("The cache does not hold the run's features any more: no map and no predictions.")
-        elif features.digest != config.data_digest:
+        elif features.digest != run.config.data_digest:
             features = None
             missing.append("The data have changed since the run: no map and no predictions.")
-    return Material(run, run.report, features, source, missing)
+    return Material(run, features, source, missing)
 
 
 def _cached(config: RunConfig, source: Source) -> Features | None:
     """The run's features as far as its cache has them, in the source's order; None where it has none."""
-    from featx.cache.store import FeatureStore
-    from featx.extraction.keys import KeyTable
-    from featx.extraction.report import ExtractionReport
-    from featx.extraction.result import Extraction
-
     cache = Path(config.cache)
     if not cache.is_dir():
         return None
     table, store = KeyTable(source, cache), FeatureStore(cache, config.spec)
     table.read_missing()
-    rows = np.flatnonzero(table.stored([store]))
-    if not len(rows):
+    numbers = np.flatnonzero(table.stored([store]))
+    if not len(numbers):
         return None
 
-    counts = ExtractionReport(len(source), 0, len(rows), 0, 0, 0)
-    return Extraction(
-        source, config.request, config.backbone, cache, [store], rows, table.keys[rows], counts
-    ).features()
+    counts, keys = ExtractionReport(len(source), 0, len(numbers), 0, 0, 0), table.keys[numbers]
+    return Extraction(source, config.request, config.backbone, cache, [store], numbers, keys, counts).features()
 
 
 def mistakes(material: Material) -> list[Picture]:
     """The wrong answers that were most sure."""
     return [
         Picture(material.thumbnail(m["id"]), m["label"], m["answer"], f"{m['probability']:.1%}", name(m["id"]))
-        for m in material.report.get("mistakes") or []
+        for m in material.run.report.get("mistakes", [])
     ]
 
 
 def predictions(material: Material) -> list[Picture]:
     """Validation images drawn with the run's seed, and what is answered."""
-    features = material.features
-    if features is None or material.source is None:
+    part = material.split("val")
+    if part is None or len(part.rows.shape) != 2:
         return []
-    part = features.split("val")
-    if not len(part) or len(part.rows.shape) != 2:
-        return []
-    rng = np.random.default_rng(material.config.seed)
+    rng = np.random.default_rng(material.run.config.seed)
     part = part.take(np.sort(rng.choice(len(part), min(GRID, len(part)), replace=False)))
-    return [
-        Picture(material.thumbnail(id), label, answer, sure)
-        for id, (label, answer, sure) in zip(part.ids, _answers(material.run, part), strict=True)
-    ]
+    answers = zip(part.ids, _answers(material.run, part), strict=True)
+    return [Picture(material.thumbnail(id), label, answer, sure) for id, (label, answer, sure) in answers]
 
 
 def batch(material: Material) -> list[Picture]:
     """What the backbone sees: centre crops, or for a run with views four images in four views each."""
-    features = material.features
-    if features is None or material.source is None:
+    train, config = material.split("train"), material.run.config
+    if train is None:
         return []
-    train, seed, views = features.split("train"), material.config.seed, material.config.views
-    names = [CENTER, *(augmented(seed, k) for k in range(1, min(views, 3) + 1))]
-    count = min(GRID if views == 0 else 4, len(train))
+    views = {"centre" if config.views else "": CENTER}
+    views |= {f"view {k}": augmented(config.seed, k) for k in range(1, min(config.views, 3) + 1)}
+    count = min(4 if config.views else GRID, len(train))
+    part = train.take(np.random.default_rng(config.seed).choice(len(train), count, replace=False))
 
     shown = []
-    for i in np.random.default_rng(seed).choice(len(train), count, replace=False).tolist():
-        whole = material.picture(train.ids[i])
+    for id, key, y in zip(part.ids, part.keys, part.y, strict=True):
+        whole = material.picture(id)
         if whole is None:
             continue
-        for k, view in enumerate(names):
-            try:
-                seen = view_pixels(material.preprocess, whole, train.keys[i].tobytes(), view).transpose(1, 2, 0)
-            except FeatxError:
-                continue
-            detail = "" if views == 0 else f"view {k}" if k else "centre"
-            shown.append(Picture(seen, _label(train.y[i], train.class_names), detail=detail))
+        for detail, view in views.items():
+            seen = view_pixels(config.backbone.preprocess, whole, key.tobytes(), view)
+            shown.append(Picture(seen.transpose(1, 2, 0), _label(y, part.class_names), detail=detail))
     return shown
 
 
@@ -192,26 +172,26 @@ def feature_map(material: Material, layout: str) -> Drawing | None:
     features = material.features
     if features is None or len(features.rows.shape) != 2:
         return None
-    rows = np.flatnonzero(np.isin(features.splits, ["train", "val"]))
-    every = len(rows)
+    which = np.flatnonzero(np.isin(features.splits, ["train", "val"]))
+    every = len(which)
     if every < 5:
         return None
-    if every > MOST_POINTS:
-        rows = np.sort(np.random.default_rng(0).choice(rows, MOST_POINTS, replace=False))
+    if every > MAX_POINTS:
+        which = np.sort(np.random.default_rng(0).choice(which, MAX_POINTS, replace=False))
 
-    part = features.take(rows)
+    part = features.take(which)
     group = part.y
     if group.ndim == 2:  # an image of several labels, or of none, has no group
         group = np.where(group.sum(axis=1) == 1, group.argmax(axis=1), -1)
     held = part.splits == "val"
     wrong = np.zeros(len(part), bool)
-    wrong[held] = [label != answer for label, answer, _ in _answers(material.run, part.take(np.flatnonzero(held)))]
+    wrong[held] = [label != answer for label, answer, _ in _answers(material.run, part.split("val"))]
 
     method = "t-SNE" if layout == "tsne" else "The first two principal components"
     note = f"{method} of the {features.rows.shape[1]} features: images that are near look alike to the backbone. "
     note += "Distances between groups say little. " if layout == "tsne" else ""
     note += "Strong colours are validation images, soft ones were trained on."
-    note += f" {len(rows):,} of {every:,} images, drawn at random." if every > len(rows) else ""
+    note += f" {len(part):,} of {every:,} images, drawn at random." if every > len(part) else ""
     figure = plots.feature_map(project(part.X, layout), group, part.class_names, ~held, wrong)
     return Drawing(figure, note, 760)
 
@@ -229,21 +209,21 @@ def project(X: np.ndarray, layout: str) -> np.ndarray:
     wide = Z.shape[0] < Z.shape[1]
     values, vectors = np.linalg.eigh(Z @ Z.T if wide else Z.T @ Z)
     values, vectors = np.maximum(values[::-1][:50], 0.0), vectors[:, ::-1][:, :50]
-    components = vectors * np.sqrt(values) if wide else Z @ vectors
+    components: np.ndarray = vectors * np.sqrt(values) if wide else Z @ vectors
     # a sign that does not depend on the library
-    components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(components.shape[1])])
-    if components.shape[1] < 2:
-        components = np.pad(components, ((0, 0), (0, 2 - components.shape[1])))
+    components *= np.sign(components[np.abs(components).argmax(axis=0), np.arange(components.shape[1])])
+    components = np.pad(components, ((0, 0), (0, max(0, 2 - components.shape[1]))))
     if layout == "pca":
         return components[:, :2]
+
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     start = components[:, :2] / max(components[:, 0].std(), 1e-12) * 1e-4
-    perplexity = min(PERPLEXITY, (len(X) - 1) / 3)
+    options = {"perplexity": min(PERPLEXITY, (len(X) - 1) / 3), "init": start.astype(np.float32), "max_iter": 500}
     with threadpool_limits(1):
-        method = TSNE(perplexity=perplexity, init=start.astype(np.float32), random_state=0, max_iter=500)
-        return np.asarray(method.fit_transform(components.astype(np.float32)), np.float64)
+        points = TSNE(**options, random_state=0).fit_transform(components.astype(np.float32))
+    return np.asarray(points, np.float64)
 
 
 def name(id: str) -> str:

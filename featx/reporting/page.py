@@ -10,19 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
 
 from featx.files import write_atomic
 from featx.reporting import plots
 from featx.text import printable, templates
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only, and are aligned right."""
-        return [i > 0 and all(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns))]
+        columns = ([str(_number(row[i])) for row in self.rows] for i in range(len(self.columns)))
+        return [i > 0 and all(cell[:1] in "0123456789–-+" for cell in cells) for i, cells in enumerate(columns)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +48,6 @@ class Drawing:
     width: int = 640
 
     def svg(self, name: str) -> Markup:
-        from markupsafe import Markup
-
         return Markup(plots.svg(self.figure, name, self.note))
 
 
@@ -81,12 +78,12 @@ def write_page(path: Path, drawings: Mapping[str, Drawing], **values: Any) -> Pa
     """Write a page from the template of its name, and `drawings` as `plots/*.png`; those of a former page go."""
     html = _pages().get_template(path.name).render(drawings=drawings, **values)
     folder = path.parent / "plots"
-    for old in folder.glob("*.png"):
-        if old.stem not in drawings:
-            old.unlink()
+    files = {folder / f"{name}.png": drawing.figure for name, drawing in drawings.items()}
+    for old in set(folder.glob("*.png")) - files.keys():
+        old.unlink()
 
-    for name, drawing in drawings.items():
-        plots.png(drawing.figure, folder / f"{name}.png")
+    for file, figure in files.items():
+        plots.png(figure, file)
     write_atomic(path, f"{html}\n".encode())
     return path
 
@@ -97,11 +94,6 @@ def strip_paths(sentence: str, folders: Iterable[str | Path]) -> str:
     for folder in sorted(known - {""}, key=len, reverse=True):
         sentence = sentence.replace(folder + "/", "")
     return re.sub(r"(?<![\w.:/<])/(?:[^\s/'\":]+/)+", "", sentence)
-
-
-def signed(found: Mapping[str, float]) -> str:
-    """A difference with its interval, for a table."""
-    return f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 @cache
@@ -123,13 +115,7 @@ def _jpeg(pixels: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float)) or (isinstance(value, str) and value[:1] in "0123456789–-+")
-
-
 def _number(value: Any) -> Any:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else value

@@ -1,23 +1,26 @@
-"""Owns the figures: plain numbers in, a matplotlib `Figure` out, as SVG for a page or as a PNG file."""
+"""Draws figures: plain numbers in, a matplotlib `Figure` out, which becomes SVG in a page or a PNG file."""
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from featx.files import write_atomic
+from featx.metrics import wilson
 from featx.text import printable
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.figure import Figure
 
 # Drawn as such in PNG files; in a page `svg` makes CSS variables of them, which follow light and dark.
 INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#d0d7de", "#fefefe"
@@ -26,40 +29,30 @@ GOOD, BAD = "#2f7de1", "#d9622b"
 # Told apart by most colour-blind people (after Okabe and Ito 2008) and on white as on black; shapes help.
 COLOURS = ("#2f7de1", "#d9622b", "#1f9e77", "#b5569b", "#c99a06", "#4fb3d9", "#8a6d3b", "#7a7f87", "#c0392b", "#5b5fc7")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+NUMBER = "{x:,.10g}"  # `2,000` and not `2 x 10^3`
 LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names, and numbers
 # Fonts with other scripts, used for names that DejaVu Sans has no letters for, where they are installed.
 FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")
+THERE = {font.name for font in font_manager.fontManager.ttflist}
 STYLE: dict[Any, Any] = {
     "font.size": 10, "text.color": INK, "text.parse_math": False,  # a class may be called `$x$`
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.axisbelow": True, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.6,
     "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
     "legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans", *(font for font in FALLBACKS if font in THERE)],
 }  # fmt: skip
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw with featx's style and leave matplotlib's own settings as they were."""
-
-    @wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Figure:
-        import matplotlib
-        from matplotlib import font_manager
-
-        there = {font.name for font in font_manager.fontManager.ttflist}
-        with matplotlib.rc_context(STYLE | {"font.family": ["DejaVu Sans", *(f for f in FALLBACKS if f in there)]}):
-            return draw(*args, **kwargs)
-
-    return styled
+# as a decorator: a function draws in this style and leaves matplotlib's own settings as they were
+_styled = matplotlib.rc_context(STYLE)
 
 
 def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, layout: str | None = "constrained", **options: Any
+    width: float, height: float, rows: int = 1, columns: int = 1, layout: Any = "constrained", **options: Any
 ) -> tuple[Figure, Any]:
     """A figure of its own, in inches: pyplot, which keeps every figure it made, is never imported."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
+    figure = Figure(figsize=(width, height), layout=layout)
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -68,16 +61,8 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
     The same figure and name give the same bytes. description: what a screen reader says.
     """
-    import html
-
-    import matplotlib
-
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # it stays where it is; a layout takes longer than drawing
-    text = file.getvalue()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        text = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
     def in_page(tag: re.Match[str]) -> str:
@@ -86,19 +71,22 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
     # in tags alone: a class may be called `id="x"`, and in text matplotlib escapes angle brackets, not quotes
     text = re.sub(r"<[^>]*>", in_page, text)
-    label = html.escape(description, quote=True)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).strip()
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1).strip()
 
 
 def png(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a PNG file, whole or not at all; black on white."""
+    options: dict[str, Any] = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
+    write_atomic(path, _saved(figure, format="png", dpi=dpi, facecolor="white", **options))
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
-        fast = {"compress_level": 3}
-        figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}, pil_kwargs=fast)
-    figure.set_layout_engine("none")
-    write_atomic(path, file.getvalue())
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser has it, a PNG file shows a box
+        figure.savefig(file, **options)
+    figure.set_layout_engine("none")  # it stays where it is; a layout takes longer than drawing
+    return file.getvalue()
 
 
 @_styled
@@ -112,9 +100,7 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
     room = 0.9 + 0.075 * min(longest, 24)
     figure, axes = _figure(cell * table.shape[1] + room + 0.3, cell * table.shape[0] + room)
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    colours = np.zeros((*table.shape, 4))
-    colours[...] = _rgba(BAD)
-    np.einsum("iij->ij", colours[:, : len(rows)])[...] = _rgba(GOOD)
+    colours = np.where(np.eye(*table.shape)[..., None] > 0, to_rgba(GOOD), to_rgba(BAD))
     colours[..., 3] = np.where(table > 0, 0.08 + 0.87 * share, 0.0)
     if names:
         axes.pcolormesh(colours, edgecolors=GRID, linewidth=0.5)
@@ -125,42 +111,34 @@ def confusion(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) ->
             colour = "white" if share[i, j] > 0.55 else INK if table[i, j] else MUTED
             at = {"ha": "center", "va": "center", "fontsize": max(6, min(13, cell * 16)), "color": colour}
             axes.text(j + 0.5, i + 0.5, f"{table[i, j]:,}", **at)
+
     axes.grid(False)
-    axes.set(aspect="equal", xlabel="answer", ylabel="true label", ylim=(table.shape[0], 0))
-    for spine in axes.spines.values():
-        spine.set_visible(not names)
+    axes.set(aspect="equal", xlabel="answer", ylabel="true label", ylim=(table.shape[0], 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(not names)
     axes.tick_params(length=0)
-    axes.set_xticks(np.arange(len(columns)) + 0.5 if names else [])
-    axes.set_yticks(np.arange(len(rows)) + 0.5 if names else [])
     if names:
-        turned = longest > 8 * cell + 2
-        axes.set_xticklabels([short(c) for c in columns], rotation=90 if turned else 0, color=INK)
-        axes.set_yticklabels([short(r) for r in rows], color=INK)
-        for tick in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-            tick.set_fontsize(float(np.clip(cell * 20, 5, 10)))
+        style = {"color": INK, "fontsize": float(np.clip(cell * 20, 5, 10))}
+        turned = 90 if longest > 8 * cell + 2 else 0
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [short(c) for c in columns], rotation=turned, **style)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, [short(r) for r in rows], **style)
     return figure
 
 
 @_styled
 def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     """Accuracy against confidence of each bin (`metrics.reliability`), with 95 % Wilson intervals, and counts."""
-    from featx.metrics import wilson
-
     figure, (top, bottom) = _figure(4.6, 4.6, 2, 1, sharex=True, height_ratios=[4, 1])
+    confidence, accuracy, counts = np.array([(b["confidence"], b["accuracy"], b["count"]) for b in bins]).T
+    low, high = np.array([wilson(round(a * n), int(n)) for a, n in zip(accuracy, counts, strict=True)]).T
+    between = np.maximum([accuracy - low, high - accuracy], 0)
+
     top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="perfectly calibrated")
-    confidence = np.array([b["confidence"] for b in bins])
-    accuracy = np.array([b["accuracy"] for b in bins])
-    counts = np.array([int(b["count"]) for b in bins])
-    limits = np.array([wilson(round(a * n), n) for a, n in zip(accuracy, counts, strict=True)]).reshape(-1, 2)
-    below, above = np.maximum(accuracy - limits[:, 0], 0), np.maximum(limits[:, 1] - accuracy, 0)
-    top.errorbar(
-        confidence, accuracy, [below, above], fmt="o-", color=GOOD, markersize=5, linewidth=1.4, elinewidth=0.9
-    )
+    top.errorbar(confidence, accuracy, between, fmt="o-", color=GOOD, markersize=5, linewidth=1.4, elinewidth=0.9)
     top.set(ylabel="share correct", ylim=(-0.02, 1.04), xlim=(0, 1.02))
     top.legend(loc="upper left")
     bottom.bar(confidence, counts, width=0.05, color=GOOD)
     bottom.set(xlabel="confidence", ylabel="images")
-    bottom.yaxis.set_major_locator(_whole_numbers(3))
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
 
 
@@ -171,13 +149,11 @@ def path(
     """Held-out `loss` against the regularisation `name`, on a logarithmic axis, and the one chosen."""
     figure, axes = _figure(6.0, 3.4)
     axes.plot(strengths, losses, color=GOOD, marker="o", markersize=3, linewidth=1.4)
-    best = int(np.argmin(losses))
-    chosen = strengths[best] if chosen is None else chosen
-    near = int(np.argmin(np.abs(np.log(np.asarray(strengths)) - np.log(chosen))))
-    axes.plot([strengths[near]], [losses[near]], "o", color=BAD, markersize=8)
-    axes.annotate(
-        f"{chosen:.3g}", (strengths[near], losses[near]), (0, 10), textcoords="offset points", ha="center", color=INK
-    )
+    chosen = strengths[int(np.argmin(losses))] if chosen is None else chosen
+    near = int(np.argmin(np.abs(np.log(strengths) - np.log(chosen))))
+    at = strengths[near], losses[near]
+    axes.plot(*at, "o", color=BAD, markersize=8)
+    axes.annotate(f"{chosen:.3g}", at, (0, 10), textcoords="offset points", ha="center", color=INK)
     axes.set(xscale="log", xlabel=name, ylabel=f"held-out {loss}")
     finite = np.asarray(losses)[np.isfinite(losses)]
     low, high = finite.min(), min(finite.max(), 4 * finite.min() + 0.2)  # a diverging end would hide the valley
@@ -194,7 +170,7 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
             style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6, "label": short(name)}
             axes.plot(*np.array(line).reshape(-1, 2).T, marker="o" if len(line) < 40 else "", markersize=3, **style)
         axes.set(xlabel="epoch", ylabel=title)
-        axes.xaxis.set_major_locator(_whole_numbers(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(series) > 1:
             axes.legend()
     return figure
@@ -226,8 +202,7 @@ def feature_map(
         axes.scatter(*points[ringed].T, s=90, **style)
     axes.grid(False)
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(True)
+    axes.spines[:].set_visible(True)
     axes.margins(0.04)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
     return figure
@@ -255,32 +230,33 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
 
     points: `name`, `backbone`, `accuracy`, `low`, `high`, and `images_per_second` and `megabytes` (or None).
     """
-    kinds = list(dict.fromkeys(p["backbone"] for p in points))
-    panels = [("images_per_second", "images / s"), ("megabytes", "file size, MB")]
+    styles = {
+        kind: {"marker": SHAPES[i % len(SHAPES)], "color": COLOURS[i % len(COLOURS)], "markersize": 7, "ls": "none"}
+        for i, kind in enumerate(dict.fromkeys(p["backbone"] for p in points))
+    }
     figure, grid = _figure(10.0, 4.4, 1, 2, sharey=True)
-    for axes, (key, label) in zip(grid, panels, strict=True):
-        there = [i for i, p in enumerate(points) if p[key] is not None]
-        seen: dict[tuple[str, float], int] = {}
-        for i in there:
-            p, kind = points[i], kinds.index(points[i]["backbone"])
+    for axes, key, label in zip(grid, ("images_per_second", "megabytes"), ("images / s", "file size, MB"), strict=True):
+        beside: Counter[tuple[str, float]] = Counter()
+        for place, p in enumerate(points):
+            if p[key] is None:
+                continue
             # heads on one backbone have one speed and size: set side by side, so that each interval shows
-            beside = seen[p["backbone"], p[key]] = seen.get((p["backbone"], p[key]), -1) + 1
-            x, y = p[key] * 1.04**beside, p["accuracy"]
-            style = {"fmt": SHAPES[kind % len(SHAPES)], "color": COLOURS[kind % len(COLOURS)], "markersize": 7}
+            x, y = p[key] * 1.04 ** beside[p["backbone"], p[key]], p["accuracy"]
+            beside[p["backbone"], p[key]] += 1
             between = [[max(0.0, y - p["low"])], [max(0.0, p["high"] - y)]]
-            axes.errorbar(x, y, between, elinewidth=1, capsize=2, alpha=0.9, **style)
-            axes.annotate(str(i + 1), (x, p["low"]), (0, -12), textcoords="offset points", ha="center", fontsize=9)
-            if i == winner:
+            axes.errorbar(x, y, between, elinewidth=1, capsize=2, alpha=0.9, **styles[p["backbone"]])
+            axes.annotate(f"{place + 1}", (x, p["low"]), (0, -12), textcoords="offset points", ha="center", fontsize=9)
+            if place == winner:
                 axes.plot(x, y, "o", mfc="none", mec=INK, markersize=15)
         axes.set(xscale="log", xlabel=label)
-        axes.xaxis.set_major_formatter(_plain_numbers())
-        axes.xaxis.set_minor_formatter(_plain_numbers(few=True))
-        _mark_values(axes, sorted(points[i][key] for i in there))
+        axes.xaxis.set_major_formatter(NUMBER)
+        axes.xaxis.set_minor_formatter(lambda x, _: NUMBER.format(x=x) if f"{x:e}"[0] in "25" else "")
+        _mark_values(axes, sorted(value for _, value in beside))
         axes.margins(x=0.15)
+
     grid[0].set_ylabel("accuracy")
-    for number, kind in enumerate(kinds):
-        style = {"color": COLOURS[number % len(COLOURS)], "markersize": 7, "label": short(kind, 28)}
-        grid[1].plot([], [], SHAPES[number % len(SHAPES)], **style)
+    for kind, style in styles.items():
+        grid[1].plot([], [], label=short(kind, 28), **style)
     if winner is not None:
         grid[1].plot([], [], "o", mfc="none", mec=INK, markersize=11, label="winner")
     grid[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -291,21 +267,18 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
 def learning(rows: Sequence[Mapping[str, float]], forecast: Mapping[str, float] | None = None) -> Figure:
     """Accuracy with intervals against training images (`images`, `accuracy`, `low`, `high`), and what is foretold."""
     figure, axes = _figure(6.0, 3.8)
-    n = [r["images"] for r in rows]
-    values = np.array([r["accuracy"] for r in rows])
-    low, high = np.array([r["low"] for r in rows]), np.array([r["high"] for r in rows])
+    n, values, low, high = (np.array([row[key] for row in rows]) for key in ("images", "accuracy", "low", "high"))
     axes.fill_between(n, low, high, color=GOOD, alpha=0.18, linewidth=0)
     axes.plot(n, values, "o-", color=GOOD, markersize=5, linewidth=1.6, label="measured")
     if forecast:
-        ends = [n[-1], forecast["images"]]
-        axes.plot(ends, [values[-1], forecast["accuracy"]], "--", color=BAD, linewidth=1.4)
-        below, above = forecast["accuracy"] - forecast["low"], forecast["high"] - forecast["accuracy"]
-        style = {"fmt": "s", "color": BAD, "capsize": 3, "label": "if it goes on like this"}
-        axes.errorbar([ends[1]], [forecast["accuracy"]], [[below], [above]], **style)
+        end, expected = forecast["images"], forecast["accuracy"]
+        between = [[expected - forecast["low"]], [forecast["high"] - expected]]
+        axes.plot([n[-1], end], [values[-1], expected], "--", color=BAD, linewidth=1.4)
+        axes.errorbar([end], [expected], between, fmt="s", color=BAD, capsize=3, label="if it goes on like this")
         axes.legend(loc="lower right")
     axes.set(xscale="log", xlabel="training images", ylabel="accuracy")
     axes.set_xticks([*n, *([forecast["images"]] if forecast else [])])
-    axes.xaxis.set_major_formatter(_plain_numbers())
+    axes.xaxis.set_major_formatter(NUMBER)
     axes.minorticks_off()
     return figure
 
@@ -316,33 +289,11 @@ def short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
-def _rgba(colour: str) -> tuple[float, ...]:
-    return (*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
-
-
-def _whole_numbers(most: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(most, integer=True)
-
-
-def _mark_values(axes: Any, values: Sequence[float]) -> None:
+def _mark_values(axes: Any, values: list[float]) -> None:
     """Where a logarithmic axis spans less than a decade, which may hold no power of ten: ticks at the values."""
     if values and values[-1] < 10 * values[0]:
-        kept = [values[0]]
+        kept = values[:1]
         for value in values:
-            if value > 1.2 * kept[-1]:  # nearer ones would write over each other
-                kept.append(value)
+            kept += [value] if value > 1.2 * kept[-1] else []  # nearer ones would write over each other
         axes.set_xticks(kept, [f"{v:,.3g}" if v < 1000 else f"{v:,.0f}" for v in kept])
         axes.minorticks_off()
-
-
-def _plain_numbers(few: bool = False) -> Any:
-    """`2,000` and not `2 x 10^3`; on minor ticks only 2 and 5 times a power of ten."""
-    from matplotlib.ticker import FuncFormatter
-
-    def text(value: float, _: int | None) -> str:
-        first = f"{value:e}"[0]
-        return f"{value:,.10g}" if not few or first in "25" else ""
-
-    return FuncFormatter(text)

@@ -1,7 +1,8 @@
-"""Owns a run's `report.html` and `plots/`: what was measured, as people look at it."""
+"""A run's `report.html` and `plots/`: what was measured, as people look at it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 
 from featx.errors import FeatxError
+from featx.extraction.report import COUNTS
 from featx.features import Features
 from featx.metrics import SCORES
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import Material
-from featx.reporting.page import Drawing, Table, signed, write_page
+from featx.reporting.page import Drawing, Table, write_page
 from featx.runs import Run, open_run, own_folder
 from featx.sources.source import Source
 
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling
+WAYS = {"center": "centre crop only", "views": "with views", "averaged": "with views, averaged"}  # of learning
 # the grid that a head chose its regularisation from: the name of the one chosen, and of the axis
 GRIDS = {
     "strengths": ("strength", "C (larger = less regularisation)"),
@@ -42,20 +45,15 @@ def write_report(
     opened = open_run(run)
     own_folder(opened.path, "plots")  # refuses a link
     material = gallery.gather(opened, features, source)
-    config, report, fit = material.config, material.report, material.report.get("fit", {})
-
-    pictures = {
-        "mistakes": gallery.mistakes(material),
-        "predictions": gallery.predictions(material),
-        "batch": gallery.batch(material),
-    }
+    config, report = opened.config, opened.report
+    pictures = {show.__name__: show(material) for show in (gallery.mistakes, gallery.predictions, gallery.batch)}
     drawings = {
         "confusion": _confusion(report),
         "reliability": _reliability(report),
         "map": gallery.feature_map(material, layout),
-        "curves": _curves(material),
-        "path": _path(fit),
-        "learning": _learning(material),
+        "curves": _curves(opened),
+        "path": _path(report["fit"]),
+        "learning": _learning(opened.path / "curve.json"),
     } | {name: gallery.grid(shown) for name, shown in pictures.items()}
 
     return write_page(
@@ -64,18 +62,16 @@ def write_report(
         title=f"{Path(config.data).name} · {_short(config.backbone.name)} · {config.head}",
         config=config,
         report=report,
-        fit=fit,
         scores=SCORES,
         warnings=[*map(material.clean, report.get("notes", [])), *material.missing],
         confused=_confused(report),
         per_class=_per_class(report),
         pictures=pictures,
-        crop=material.preprocess.crop,
-        views=_views(report.get("views")),
-        extraction=_extraction(report.get("extract")),
-        extraction_notes=_extraction_notes(material),
+        views=_views(report),
+        extraction=_extraction(report["extract"]),
+        extraction_notes=[*map(material.clean, _extraction_notes(report["extract"]))],
         configuration=_configuration(material),
-        fit_notes=[material.clean(n) for n in fit.get("notes", [])],
+        fit_notes=[*map(material.clean, report["fit"].get("notes", []))],
     )
 
 
@@ -83,7 +79,7 @@ def _confusion(report: dict[str, Any]) -> Drawing | None:
     if not report.get("confusion"):
         return None
     table = np.array(report["confusion"])
-    right = int(np.trace(table[:, : len(table)]))
+    right = int(np.trace(table))
     note = f"Images by true label (rows) and answer (columns): {right:,} right, {int(table.sum()) - right:,} wrong."
     width = 420 if len(table) <= 4 else 560 if len(table) <= 20 else 900
     return Drawing(plots.confusion(table, report["labels"], report["confusion_columns"]), note, width)
@@ -110,36 +106,31 @@ def _reliability(report: dict[str, Any]) -> Drawing | None:
 
 
 def _per_class(report: dict[str, Any]) -> Table | None:
-    rows = report.get("per_class")
+    rows = sorted(report.get("per_class", []), key=lambda row: (row["support"] == 0, row["f1"]))
     if not rows:
         return None
     columns = {"label": "class", "precision": "precision", "recall": "recall", "f1": "F1", "support": "images"}
-    if "average_precision" in rows[0]:
-        columns["average_precision"] = "average precision"
-    worst = sorted(rows, key=lambda row: (row["support"] == 0, row["f1"]))
+    columns |= {"average_precision": "average precision"} if "average_precision" in rows[0] else {}
     caption = "Lowest F1 first." + (f" Scroll for all {len(rows):,} classes." if len(rows) > LISTED else "")
-    return Table(list(columns.values()), [[row[c] for c in columns] for row in worst], caption)
+    return Table(list(columns.values()), [[row[c] for c in columns] for row in rows], caption)
 
 
-def _curves(material: Material) -> Drawing | None:
+def _curves(run: Run) -> Drawing | None:
     """Loss, accuracy and learning rate by epoch: of fine-tuning's `metrics.jsonl`, else of the head's own SGD."""
-    rows = _epochs(material.run.path / "metrics.jsonl")
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
-        values = {("loss", "training"): row.get("loss"), ("loss", "held out"): row.get("held_loss")}
-        values |= {("accuracy", "training"): row.get("accuracy"), ("accuracy", "held out"): row.get("held_accuracy")}
-        rates = row.get("lr")
-        rates = rates if isinstance(rates, dict) else {"": rates}
-        values |= {("learning rate", str(name)): rate for name, rate in rates.items()}
-        for (panel, line), value in values.items():
-            if isinstance(value, (int, float)):
-                panels.setdefault(panel, {}).setdefault(line, []).append((row["epoch"], value))
+    losses = run.report["fit"].get("training_loss") or []
+    epochs = _epochs(run.path / "metrics.jsonl") or [{"epoch": e, "loss": loss} for e, loss in enumerate(losses, 1)]
+    rates = [{"epoch": row["epoch"], **row.get("lr", {})} for row in epochs]
 
-    for panel, lines in panels.items():  # epoch 0 has only been measured; training comes first all the same
-        panels[panel] = dict(sorted(lines.items(), key=lambda line: line[0] == "held out"))
-    loss = material.report.get("fit", {}).get("training_loss")
-    if loss and not rows:
-        panels = {"loss": {"training": list(enumerate(loss, 1))}}
+    def points(key: str, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        return [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+
+    panels = {
+        "loss": {"training": points("loss", epochs), "held out": points("held_loss", epochs)},
+        "accuracy": {"training": points("accuracy", epochs), "held out": points("held_accuracy", epochs)},
+        "learning rate": {name: points(name, rates) for row in rates[-1:] for name in row if name != "epoch"},
+    }
+    panels = {panel: {name: line for name, line in lines.items() if line} for panel, lines in panels.items()}
+    panels = {panel: lines for panel, lines in panels.items() if lines}
     if not panels:
         return None
     return Drawing(plots.curves(panels), f"{', '.join(panels).capitalize()} by epoch.", 360 * len(panels) + 40)
@@ -147,18 +138,10 @@ def _curves(material: Material) -> Drawing | None:
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`; a torn last line, of a run that was killed, is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
     rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("epoch"), (int, float)):
-            rows.append(row)
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
@@ -170,21 +153,16 @@ def _path(fit: dict[str, Any]) -> Drawing | None:
     grid = next((name for name in lists if name not in LOSSES), None)
     if measure is None or grid is None:
         return None
-
-    losses, loss = lists[measure], LOSSES[measure]
     what, axis = GRIDS.get(grid, (grid.removesuffix("s"), grid.removesuffix("s").replace("_", " ")))
-    chosen = fit.get(what)
     how = f"over {found['folds']} folds of the training images" if "folds" in found else "of training images left out"
-    return Drawing(
-        plots.path(lists[grid], losses, chosen if isinstance(chosen, (int, float)) else None, axis, loss),
-        f"Held-out {loss} {how}; the least is {min(losses):.3f}.",
-    )
+    note = f"Held-out {LOSSES[measure]} {how}; the least is {min(lists[measure]):.3f}."
+    return Drawing(plots.path(lists[grid], lists[measure], fit.get(what), axis, LOSSES[measure]), note)
 
 
-def _learning(material: Material) -> Drawing | None:
+def _learning(path: Path) -> Drawing | None:
     """The learning curve, where `featx.measuring.curve.learning_curve` has left one."""
     try:
-        values = json.loads((material.run.path / "curve.json").read_bytes())
+        values = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
     note = (
@@ -194,48 +172,44 @@ def _learning(material: Material) -> Drawing | None:
     return Drawing(plots.learning(values["rows"], values["forecast"]), note, 620)
 
 
-def _views(found: dict[str, Any] | None) -> Table | None:
+def _views(report: dict[str, Any]) -> Table | None:
     """What views brought, on held-out training images."""
-    if not found:
+    if "views" not in report:
         return None
-    titles = {"center": "centre crop only", "views": "with views", "averaged": "with views, averaged"}
-    rows = []
-    for key in (name for name in titles if name in found):
-        gain = found.get(f"{key}_gain")
-        gains = [signed(gain[name]) if gain else None for name in ("accuracy", "log_loss")]
-        rows.append([titles[key], found[key]["accuracy"], found[key]["log_loss"], *gains])
+    found, rows = report["views"], []
+    for way, title in WAYS.items():
+        gains = found.get(f"{way}_gain", {})
+        differences = ["{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain) for gain in gains.values()]
+        rows.append([title, found[way]["accuracy"], found[way]["log_loss"], *(differences or (None, None))])
     caption = f"Held out over {found['folds']} folds of {found['images']:,} training images. "
     caption += "A gain compares the same images, with its 95% interval."
     return Table(["trained on", "accuracy", "log-loss", "gain in accuracy", "in log-loss"], rows, caption)
 
 
-def _extraction(found: dict[str, Any] | None) -> Table | None:
-    if not found:
-        return None
-    counts = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
-    rows = [[name, found[name]] for name in counts if name in found]
-    if found.get("images_per_second"):
+def _extraction(found: dict[str, Any]) -> Table:
+    rows = [[name, found[name]] for name in COUNTS]
+    if found["images_per_second"]:
         rows.append(["images per second", f"{found['images_per_second']:,.1f}"])
     return Table(["images", "count"], rows)
 
 
-def _extraction_notes(material: Material) -> list[str]:
-    found, name = material.report.get("extract") or {}, gallery.name
-    sentences = [f"skipped {name(i['id'])}: {i['reason']}" for i in found.get("skipped_images", [])]
-    sentences += [f"ignored {name(file)}" for file in found.get("ignored_files", [])]
-    sentences += [" = ".join(map(name, same)) + ": the same bytes" for same in found.get("duplicates", [])]
+def _extraction_notes(found: dict[str, Any]) -> list[str]:
+    name = gallery.name
+    sentences = [f"skipped {name(image['id'])}: {image['reason']}" for image in found["skipped_images"]]
+    sentences += [f"ignored {name(file)}" for file in found["ignored_files"]]
+    sentences += [" = ".join(map(name, same)) + ": the same bytes" for same in found["duplicates"]]
     sentences += [
-        "several labels for the same bytes: " + ", ".join(f"{name(i)} ({label})" for i, label in same.items())
-        for same in found.get("conflicts", [])
+        "several labels for the same bytes: " + ", ".join(f"{name(id)} ({label})" for id, label in same.items())
+        for same in found["conflicts"]
     ]
     if len(sentences) > LISTED:
         sentences[LISTED:] = [f"{len(sentences) - LISTED} more in report.json"]
-    return [material.clean(s) for s in (*sentences, *found.get("notes", []))]
+    return [*sentences, *found["notes"]]
 
 
 def _configuration(material: Material) -> Table:
-    config, report, fit = material.config, material.report, material.report.get("fit", {})
-    backbone, crop = config.backbone, material.preprocess
+    config, report = material.run.config, material.run.report
+    backbone, crop = config.backbone, config.backbone.preprocess
     rows = {
         "data": Path(config.data).name,
         "data digest": config.data_digest[:16],
@@ -249,10 +223,10 @@ def _configuration(material: Material) -> Table:
         "settings": json.dumps(config.settings, ensure_ascii=False),
         "seed": config.seed,
     }
-    for name, value in fit.items():
+    for name, value in report["fit"].items():
         if isinstance(value, (int, float, str)) and name != "epochs":  # the settings have it
             rows[f"fit: {name.replace('_', ' ')}"] = f"{value:.4g}" if isinstance(value, float) else value
-    if report.get("train_accuracy") is not None:
+    if report["train_accuracy"] is not None:
         rows["training accuracy"] = f"{report['train_accuracy']:.3f}"
     return Table(["setting", "value"], [[name, material.clean(str(value))] for name, value in rows.items()])
 

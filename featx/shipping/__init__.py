@@ -1,1 +1,1 @@
-"""Owns the exported file: making it, holding it to the classifier, and running it without torch."""
+"""The exported file: making it, comparing it with the classifier, and running it without torch."""

@@ -1,18 +1,18 @@
-"""Owns the model card, a run folder's `README.md`, with which the folder can be uploaded to a model hub as it is."""
+"""The model card, a run folder's `README.md`, with which the folder can be uploaded to a model hub as it is."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from featx.errors import ExportError
 from featx.files import write_atomic
 from featx.metrics import SCORES
-from featx.runs import CARD, CARD_MARK, Run, RunConfig, open_run
-from featx.text import printable, templates
+from featx.runs import CARD, CARD_MARK, Run
+from featx.text import printable
 
 CLASSES = 30
 """Named one by one, at most; report.json has all."""
@@ -38,72 +38,80 @@ FILES = {
 }
 
 
-def card(run: str | Path | Run) -> str:
-    """The model card of a finished run: YAML for a hub, then Markdown for people. It names no place on this machine."""
+def card(run: Run) -> str:
+    """The model card of a run: YAML for a hub, then Markdown for people. It names no place on this machine."""
     import yaml
-    from markupsafe import Markup
+    from jinja2 import Environment, StrictUndefined
 
-    opened = open_run(run)
-    config, report, head = opened.config, opened.report, opened.head
-    count = report.get("count")
-    measured = {name: float(report[name]) for name in SCORES if count and report.get(name) is not None}
-    front = _front_matter(opened, measured)
-    template = templates("featx.shipping", _escaped, html=False).get_template("card.md")
+    config, report, head = run.config, run.report, run.head
+    names = {
+        "name": run.path.resolve().name or "featx run",
+        "data": re.split(r"[/\\]", config.data.rstrip("/\\"))[-1] or "images",
+        "backbone": config.backbone.name,
+        "weights": config.backbone.weights_note,
+        "license": config.backbone.license,
+    }
+    names = {name: printable(text) for name, text in names.items()}
+    measured = {name: float(report[name]) for name in SCORES if report.get("count") and report.get(name) is not None}
+    front = _front_matter(names, report["split"], measured)
+
+    intervals = {n: f"{i['low']:.4f} to {i['high']:.4f}" for n, i in report.get("intervals", {}).items()}
+    shown = names | {
+        "config": {"head": config.head, "featx": config.featx},
+        "report": {name: report[name] for name in ("count", "split")},
+        "head": {"activation": head.activation, "threshold": head.threshold, "class_names": head.class_names},
+        "classes": [
+            [row[name] for name in ("label", "precision", "recall", "f1", "support")]
+            for row in sorted(report.get("per_class", []), key=lambda row: -row["support"])
+        ],
+        "preprocess": vars(config.spec.preprocess),
+    }
+    text = resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8")
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
     return template.render(
-        front=Markup(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf)),
-        mark=Markup(CARD_MARK),
+        _escaped(shown),
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf),
+        mark=CARD_MARK,
         most=CLASSES,
-        name=_run_name(opened),
-        data=_data_name(config),
-        config=config,
-        report=report,
-        head=head,
-        backbone=config.backbone,
-        preprocess=config.spec.preprocess,
-        measured=[(SCORES[n], value, report.get("intervals", {}).get(n)) for n, value in measured.items()],
-        classes=sorted(report.get("per_class", []), key=lambda row: -row["support"]),
-        parity=_parity(opened),
-        files={file: what for file, what in FILES.items() if (opened.path / file).exists()},
+        measured=[(SCORES[n], value, intervals.get(n, "")) for n, value in measured.items()],
+        parity=_parity(run),
+        exported=(run.path / "model.onnx").exists(),
+        files=[(f"`{file}`", what) for file, what in FILES.items() if (run.path / file).exists()],
     )
 
 
-def write(run: str | Path | Run) -> bool:
-    """Put the card into the run's folder; a README.md of somebody's own stays, and False says so.
+def write(run: Run) -> None:
+    """Put the card into the run's folder; a README.md of somebody's own stays.
 
     Raises `ExportError` where the folder cannot be written.
     """
-    opened = open_run(run)
-    path = opened.path / CARD
+    path = run.path / CARD
     try:
-        if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-            return False
-        write_atomic(path, card(opened).encode())
+        if not path.exists() or CARD_MARK in path.read_text(encoding="utf-8", errors="replace"):
+            write_atomic(path, card(run).encode())
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
-    return True
 
 
-def _front_matter(run: Run, measured: dict[str, float]) -> dict[str, Any]:
+def _front_matter(names: dict[str, str], split: str, measured: dict[str, float]) -> dict[str, Any]:
     """What a hub reads, as plain values."""
-    config, backbone = run.config, run.config.backbone
-    license = backbone.license.lower()
+    backbone, license = names["backbone"], names["license"].lower()
     front: dict[str, Any] = {"library_name": "featx", "pipeline_tag": "image-classification"}
     if license in LICENSES or not license:
         front["license"] = license or "unknown"
     else:
-        front |= {"license": "other", "license_name": printable(backbone.license)}
-    front["tags"] = ["featx", "onnx", "image-classification", printable(backbone.name.rpartition("/")[2])]
-    if backbone.name.startswith("timm/") and backbone.weights_note.startswith("pretrained"):
-        front["base_model"] = printable(backbone.name)
+        front |= {"license": "other", "license_name": names["license"]}
+    front["tags"] = ["featx", "onnx", "image-classification", backbone.rpartition("/")[2]]
+    if backbone.startswith("timm/") and names["weights"].startswith("pretrained"):
+        front["base_model"] = backbone
     if measured:
         front["metrics"] = list(measured)
-        data = {"type": "imagefolder", "name": printable(_data_name(config)), "split": run.report["split"]}
         result = {
             "task": {"type": "image-classification", "name": "Image classification"},
-            "dataset": data,
+            "dataset": {"type": "imagefolder", "name": names["data"], "split": split},
             "metrics": [{"type": n, "name": SCORES[n], "value": round(v, 6)} for n, v in measured.items()],
         }
-        front["model-index"] = [{"name": printable(_run_name(run)), "results": [result]}]
+        front["model-index"] = [{"name": names["name"], "results": [result]}]
     return front
 
 
@@ -117,15 +125,10 @@ def _parity(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def _data_name(config: RunConfig) -> str:
-    """The data's own name, without where it lies."""
-    return re.split(r"[/\\]", config.data.rstrip("/\\"))[-1] or "images"
-
-
-def _run_name(run: Run) -> str:
-    return run.path.resolve().name or "featx run"
-
-
-def _escaped(text: str) -> str:
-    """Any text as Markdown that shows it: class names may hold `|`, `<b>` or a line's end."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", printable(text))
+def _escaped(value: Any) -> Any:
+    """JSON values whose texts are Markdown that shows them: class names may hold `|`, `<b>` or a line's end."""
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", printable(value)) if isinstance(value, str) else value

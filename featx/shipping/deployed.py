@@ -1,4 +1,4 @@
-"""Owns an exported file once it is opened: what it takes and gives, and what its metadata says."""
+"""An exported file, opened: what it takes and gives, and what its metadata says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featx.pixels.preprocess import Preprocess
 from featx.text import near
 
 FORMAT = "1"
-"""Of the metadata; raised when a reader of an older version would misread a file."""
+"""The version of the metadata; raised when a reader of an older version would misread a file."""
 
 
 class Model:
@@ -31,38 +31,34 @@ class Model:
         """Open `path`. Raises `ExportError` for anything that featx did not export.
 
         providers: onnxruntime's execution providers, best first, by their names or short ones (`cuda`,
-        `coreml`, `openvino`, `cpu`); the CPU unless said otherwise. threads: for the model, by default
-        one a core. head: a head exported alone, to apply to the features of `path`.
+        `coreml`, `openvino`, `cpu`); by default the CPU. threads: for the model, by default
+        one per core. head: a head exported alone, to apply to the features of `path`.
         """
         self.path = Path(path)
         self._session = open_session(self.path, providers=providers, threads=threads)
-        self.metadata = read_metadata(self._session, self.path)
-        self.input: str = self.metadata["input"]
+        self._head = None if head is None else open_session(Path(head), providers=providers, threads=1)
+        self.metadata = described = parse_metadata(self._session.get_modelmeta().custom_metadata_map, self.path)
+        self.input: str = described["input"]
         self.outputs = [output.name for output in self._session.get_outputs()]
-        self._head = None
-        described = self.metadata
-        if head is not None:
-            self._head = open_session(Path(head), providers=providers, threads=1)
-            described = self._check_head(Path(head))
-        self.class_names: tuple[str, ...] = tuple(described["class_names"])
-        self.activation: str = described["activation"]
-        self.threshold: float | None = described["threshold"]
-        self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
         if self.input == "features":
             raise ExportError(f"{self.path} is a head alone; give the features model, and this file as its head")
-        if self._head is None and "probabilities" not in self.outputs:
+        if head is not None:
+            described = self._head_metadata(self._head, Path(head))
+        elif "probabilities" not in self.outputs:
             raise ExportError(
                 f"{self.path} gives {', '.join(self.outputs)}; to predict, export with "
                 "probabilities among the outputs, or give a head for its features"
             )
+        self.class_names: tuple[str, ...] = tuple(described["class_names"])
+        self.activation: str = described["activation"]
+        self.threshold: float | None = described["threshold"]
+        self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
 
-    def _check_head(self, path: Path) -> dict[str, Any]:
-        assert self._head is not None
-        metadata = read_metadata(self._head, path)
+    def _head_metadata(self, session: Any, path: Path) -> dict[str, Any]:
+        metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
         if metadata["input"] != "features":
-            raise ExportError(f"{path} is no head alone: it takes {metadata['input']}")
-        if "features" not in self.outputs:
-            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, and no features for a head")
+            raise ExportError(f"{path} takes {metadata['input']}; a head takes features (--input features)")
+        self.require_features()
         if metadata["spec_digest"] != self.metadata["spec_digest"]:
             raise ExportError(
                 f"{path} was fitted on other features than {self.path} gives "
@@ -70,13 +66,17 @@ class Model:
             )
         return metadata
 
+    def require_features(self) -> None:
+        """Raise `ExportError` where the file does not give features."""
+        if "features" not in self.outputs:
+            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, and no features")
+
     def __call__(self, images: np.ndarray, *, features: bool = False) -> dict[str, np.ndarray]:
         """`uint8 [N, H, W, 3]` (or `[N, 3, crop, crop]`) -> `probabilities` `float32 [N, C]` and `features`."""
         names = ["probabilities"] if self._head is None else []
         if features or self._head is not None:
+            self.require_features()
             names.append("features")
-        if features and "features" not in self.outputs:
-            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, and no features")
         try:
             outputs = dict(zip(names, self._session.run(names, {"images": images}), strict=True))
             if self._head is not None:
@@ -86,7 +86,7 @@ class Model:
         return outputs
 
 
-def open_session(path: Path | bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:
+def open_session(model: Path | bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:
     """An onnxruntime session on a file, or on a file's bytes.
 
     Raises `ExportError` for what onnxruntime does not take, and for an unknown provider.
@@ -98,46 +98,36 @@ def open_session(path: Path | bytes, *, providers: list[str] | None = None, thre
     options.intra_op_num_threads = threads or 0
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if isinstance(path, Path) and not path.is_file():
-        inside = path / "model.onnx"
+    if isinstance(model, Path) and not model.is_file():
+        inside = model / "model.onnx"
         if inside.is_file():
-            raise ExportError(f"{path} is a folder; its model is {inside}")
-        raise ExportError(f"there is no file {path}; `featx export RUN` writes one")
-    what = path if isinstance(path, Path) else "the file"
+            raise ExportError(f"{model} is a folder; its model is {inside}")
+        raise ExportError(f"there is no file {model}; `featx export RUN` writes one")
+
+    chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
     try:
         return onnxruntime.InferenceSession(
-            path if isinstance(path, bytes) else os.fspath(path),
-            options,
-            providers=_providers(onnxruntime.get_available_providers(), providers),
+            model if isinstance(model, bytes) else os.fspath(model), options, providers=chosen
         )
-    except ExportError:
-        raise
-    except Exception as error:
+    except Exception as error:  # as above
+        what = "the file" if isinstance(model, bytes) else model
         raise ExportError(f"onnxruntime does not take {what}: {error}") from error
 
 
-def _providers(available: list[str], asked: list[str] | None) -> list[str]:
-    short = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
-    chosen = []
-    for name in asked or ["cpu"]:
-        full = name if name in available else short.get(name.lower())
-        if full is None:
-            raise ExportError(
-                f"no execution provider {name!r} is installed; there are {', '.join(short)}."
-                f"{near(name.lower(), short)} Others come with builds such as onnxruntime-gpu"
-            )
-        chosen.append(full)
+def _providers(available: list[str], asked: list[str]) -> list[str]:
+    known = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
+    chosen = [name if name in available else known.get(name.lower(), "") for name in asked]
+    if "" in chosen:
+        name = asked[chosen.index("")]
+        raise ExportError(
+            f"no execution provider {name!r} is installed; there are {', '.join(known)}."
+            f"{near(name.lower(), known)} Others come with builds such as onnxruntime-gpu"
+        )
     return chosen
 
 
-def read_metadata(session: Any, path: Path) -> dict[str, Any]:
-    """The metadata of a file that featx exported, parsed. Raises `ExportError` for any other file."""
-    raw: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    return parse_metadata(raw, path)
-
-
 def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
-    """The values behind `featx_format` and the others, each of which is JSON."""
+    """The metadata of a file that featx exported, its values parsed. Raises `ExportError` for any other file."""
     version = raw.get("featx_format")
     if version is None:
         raise ExportError(f"{path} was not exported by featx; `featx inspect {path}` shows what it is")
@@ -145,9 +135,8 @@ def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} is of format {version}, this featx reads {FORMAT}; install the featx that wrote it")
     try:
         values = {name: json.loads(text) for name, text in raw.items() if name != "featx_format"}
-        missing = {"input", "class_names", "activation", "threshold", "preprocess", "spec_digest"} - set(values)
     except ValueError as error:
         raise ExportError(f"the metadata of {path} is damaged ({error}); export it again") from error
-    if missing:
+    if missing := {"input", "class_names", "activation", "threshold", "preprocess", "spec_digest"} - set(values):
         raise ExportError(f"the metadata of {path} lacks {', '.join(sorted(missing))}; export it again")
     return values

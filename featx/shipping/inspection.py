@@ -1,4 +1,4 @@
-"""Owns what can be told about an ONNX file without running it, whether featx wrote it or not."""
+"""Describes an ONNX file without running it, whether featx wrote it or not."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ if TYPE_CHECKING:
 def inspect(path: str | Path) -> dict[str, Any]:
     """JSON values that describe an ONNX file; nothing in it is run, and no other file is opened.
 
-    `featx` holds the metadata of a file that featx exported (classes, preprocessing, contract, metrics,
+    `featx` has the metadata of a file that featx exported (classes, preprocessing, contract, metrics,
     ...), None for any other, whose own metadata is under `metadata`. `intact` says whether each part still has the
     digest that was recorded at export. `inputs` and `outputs` map names to dtype and shape, where a
-    symbol or None stands for any size. Raises `ExportError` for what is no ONNX file.
+    symbol or None stands for any size. Raises `ExportError` for anything but an ONNX file.
     """
     path = Path(path)
     model = load(path, external=True)
     raw = {entry.key: entry.value for entry in model.metadata_props}
     initializers = model.graph.initializer
-    outside = sorted({e.value for t in initializers for e in t.external_data if e.key == "location"})
     given = {t.name for t in initializers}  # old files list their weights among the inputs, too
-    operators = sorted(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    operators = sorted(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
     ours = parse_metadata(raw, path) if "featx_format" in raw else None
     data = path.read_bytes()
 
@@ -47,7 +46,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "nodes": len(model.graph.node),
         "operators": dict(Counter(operators).most_common()),
         "parameters": sum(math.prod(t.dims) for t in initializers),
-        "external_data": outside,
+        "external_data": sorted({e.value for t in initializers for e in t.external_data if e.key == "location"}),
         "metadata": {} if ours is not None else raw,
     }
     if ours is not None:

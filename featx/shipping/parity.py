@@ -1,33 +1,40 @@
-"""Owns the parity gate: what an exported file answers for a run's images, held to the torch classifier."""
+"""The parity gate: compares what an exported file answers for a run's images with the torch classifier's answers."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
-import math
 import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from featx.devices import available_threads
+from featx.devices import available_threads, memory_for_features
 from featx.errors import ExportError, ImageError
-from featx.extraction.result import Extraction
-from featx.features import Features, content_key, cosines, difference
+from featx.extraction.pipeline import sync
+from featx.features import FeatureSpec, content_key, cosines, difference, short_keys
 from featx.files import write_atomic
 from featx.head import MULTILABEL, Head
-from featx.head import answers as answered
-from featx.pixels.preprocess import CLOSE, EXACT, GPU, Preprocess
-from featx.shipping.graph import FEATURES_VALUE, PIXELS
+from featx.pixels.preprocess import CLOSE, GPU
+from featx.runs import Run
+from featx.shipping import graph
+from featx.shipping.deployed import open_session
+from featx.sources.source import Source
+from featx.threads import ahead
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 IMAGES = 2000
-"""Images that the gate looks at, at most."""
+"""Images that are compared, at most."""
 # Through the file's own resize, whose pixels are up to 1 level from Pillow's. Features: see
 # `resized_difference`. Measured with SqueezeNet's real weights, the worst image of 397 photographs was 0.004
 # off, of 50 at a twelfth of their brightness 0.013, of 50 thumbnails of 64 x 48 pixels 0.011. Half of the
@@ -43,46 +50,50 @@ SAME_SUM = 1e-6
 # Cached features against torch's, by the precision they were computed in.
 CACHED = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
 BATCH = 32
-NAMES = ["probabilities", "logits", FEATURES_VALUE]
 
 Outputs = dict[str, np.ndarray]
+"""What a session gave, by the names of the values."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a run that the gate looks at."""
+    """Labelled images that a file is compared with torch on: M distinct ones."""
 
-    ids: list[str]
-    labels: list[tuple[str, ...]]
-    """Their true classes: one each, or any number."""
+    source: Source
     keys: np.ndarray
-    """`uint8 [M, 32]`, in the order of their hashes, distinct."""
+    """`uint8 [M, 32]`, ascending."""
     cached: np.ndarray
     """`float32 [M, D]`: the features that the head was fitted and measured on."""
-    precision: str
-    """That these were computed in."""
-    spec_digest: str
-    """Of what they are: two decoders give other pixels to one graph."""
-    read: Callable[[int], bytes]
-    """The bytes of image i."""
-    pixels: str = EXACT
-    """What the cached features were decoded by."""
+    spec: FeatureSpec
+    """The spec of `cached`."""
     split: str | None = None
-    """Which of the run's splits they are; None where its data are others now, whose splits are not the run's."""
+    """Which of the run's splits they are; None where the data have changed since the fit, and with them the splits."""
     unseen: bool = False
     """In that case, whether the head is known to have learned from none of them."""
+
+    @property
+    def known(self) -> bool:
+        """Whether right answers on them mean something: they are a split of the run's, or new to the head."""
+        return self.split is not None or self.unseen
+
+    def right(self, class_names: Sequence[str], answers: np.ndarray) -> np.ndarray:
+        """`bool [M]`: whether answers, `bool [M, C]`, are exactly the labels of each image."""
+        labels, names = self.source.labels, np.array(class_names, object)
+        assert labels is not None
+        truth = [set(label.split("|")) - {""} if self.source.multilabel else {label} for label in labels]
+        return np.array([set(names[row]) == label for row, label in zip(answers, truth, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The features of the same images, three ways. `float32 [M, D]` each."""
+    """The features of the same images, computed three ways. `float32 [M, D]` each."""
 
-    file: np.ndarray | None
-    """By the file, from the decoded image, through its own resize; None where it has none."""
     same: np.ndarray
     """By the file's backbone, from the pixels that the head was trained on."""
     torch: np.ndarray
     """By torch, from these pixels."""
+    resized: np.ndarray | None = None
+    """By the file, from the decoded image, through its own resize; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -100,131 +111,178 @@ class Check:
 
 @dataclass(frozen=True)
 class Parity:
-    """What the gate found; `parity.json`, and the short of it in the file's metadata."""
+    """What was compared, and the result: `parity.json`. The metadata of the file have it in short."""
 
     images: int
     method: str
-    """`file`: every image went through the file and through torch. `head`: the backbone part is the one that
-    was verified on the same images before, and the head alone was run, on the features found then."""
+    """`file`: every image went through the file and through torch. `head`: the backbone was verified on the same
+    images before; only the head was run, on the features found then."""
     accuracy: float | None
-    """Of the file; all of an image's labels right, where it may have several. None where the images are no split
-    of the run's, and the head may have learned from them."""
+    """Of the file; all of an image's labels must be right, where it may have several. None where the head may have
+    learned from these images (`Images.known`)."""
     torch_accuracy: float | None
     equal_labels: int
-    """Images whose answer is the torch classifier's."""
+    """Images for which the file's answer is the torch classifier's."""
     ties: list[str] = field(default_factory=list)
-    """Ids of images with another answer that torch holds as good as equally probable."""
+    """Ids of images with another answer, which torch finds as good as equally probable."""
     differing: list[str] = field(default_factory=list)
     """Ids of images with another answer for no such reason."""
     max_logit_difference: float = 0.0
     checks: list[Check] = field(default_factory=list)
 
     @property
+    def missed(self) -> list[Check]:
+        """Checks that exceed their limits."""
+        return [check for check in self.checks if not check.passed]
+
+    @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
+        return not self.missed
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["checks"] = {c.name: {"value": c.value, "limit": c.limit} for c in self.checks}
-        return {"passed": self.passed, **values}
+        checks = {c.name: {"value": c.value, "limit": c.limit} for c in self.checks}
+        return {"passed": self.passed, **asdict(self), "checks": checks}
 
     def failures(self) -> str:
-        """What exceeds its limit, for a message."""
-        return "; ".join(f"{c.name} {c.value:.3g} (limit {c.limit:.3g})" for c in self.checks if not c.passed)
+        """What exceeds its limit and which answers differ, for a message."""
+        text = "; ".join(f"{c.name} {c.value:.3g} (limit {c.limit:.3g})" for c in self.missed) + "."
+        if self.differing:
+            more = " ..." if len(self.differing) > 3 else ""
+            text += f" Answers differ for {len(self.differing)}: {', '.join(self.differing[:3])}{more}."
+        return text
 
 
-def choose(extraction: Extraction, features: Features, split: str, limit: int) -> Images:
-    """Up to `limit` distinct labelled images of a split, those with the smallest content hashes.
+def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None = None) -> Images:
+    """Up to `limit` distinct images of a split, those with the smallest content hashes.
 
-    Raises `ExportError` where there are none.
+    data: in place of the run's own. Raises `ExportError` where there are none, or the backbone has changed.
     """
-    rows = np.flatnonzero((features.splits == split) & features.labelled)
-    if not len(rows):
-        counts = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
-        there = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if limit < 1:
+        raise ExportError(f"the gate needs at least one image, not {limit}")
+    config, spec = run.config, run.config.spec
+    extraction = sync(data or config.data, run.request, cache=config.cache, precision=spec.precision, dtype=spec.dtype)
+    features = extraction.features(memory=memory_for_features())
+    if features.spec != spec:
         raise ExportError(
-            f"the run has no {split} images to hold the file to ({there}); check against others with "
-            "--split train, or --data FOLDER of other labelled images"
+            f"{config.backbone.name} gives other features now than when {run.path} was fitted "
+            "(its weights or preprocessing changed); fit again"
         )
-    keys = np.ascontiguousarray(features.keys[rows])
-    _, first = np.unique(keys.view("V32").ravel(), return_index=True)
-    order = np.lexsort(keys[first].T[::-1])[:limit]
-    rows = rows[first[order]]
-    names = features.class_names
-    if features.y.ndim == 2:
-        labels = [tuple(names[c] for c in np.flatnonzero(features.y[i])) for i in rows]
-    else:
-        labels = [(names[features.y[i]],) for i in rows]
-    numbers = extraction.numbers[rows].tolist()
+
+    rows = np.flatnonzero(features.splits == split)
+    if not len(rows):
+        there = ", ".join(f"{(features.splits == name).sum()} {name}" for name in ("train", "val", "test"))
+        raise ExportError(
+            f"the run has no {split} images to compare the file on ({there}); use --split train, or --data FOLDER "
+            "of other labelled images"
+        )
+    _, first = np.unique(features.keys[rows].view("V32").ravel(), return_index=True)
+    rows = rows[first[:limit]]
+    chosen = features.take(rows)
+
+    seen, changed = run.trained_on, features.digest != config.data_digest
     return Images(
-        ids=[features.ids[i] for i in rows],
-        labels=labels,
-        keys=features.keys[rows],
-        cached=np.asarray(features.take(rows).X, np.float32),
-        precision=features.spec.precision,
-        spec_digest=features.spec.digest,
-        read=lambda i: extraction.source.read(numbers[i]),
-        pixels=features.spec.preprocess.pixels,
-        split=split,
+        source=extraction.source.take(extraction.numbers[rows]),
+        keys=chosen.keys,
+        cached=np.asarray(chosen.X, np.float32),
+        spec=spec,
+        split=None if changed else split,
+        unseen=changed and seen is not None and not np.isin(short_keys(chosen.keys), seen).any(),
     )
 
 
-def batches(images: Images, preprocess: Preprocess) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Of every image, in order: `uint8 [H, W, 3]` as decoded, and `uint8 [3, crop, crop]` as trained on."""
+def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Every image, in order: `uint8 [H, W, 3]` as decoded, and `uint8 [3, crop, crop]` as trained on."""
+    source, preprocess, threads = images.source, images.spec.preprocess, available_threads()
 
     def load(i: int) -> tuple[np.ndarray, np.ndarray]:
         try:
-            data = images.read(i)
+            data = source.read(i)
             if content_key(data) != images.keys[i].tobytes():
-                raise ImageError("has changed since it was listed")
+                raise ImageError("it has changed since it was listed")
             image = preprocess.decode(data)
             return np.asarray(image), preprocess(image)
         except ImageError as error:
-            raise ExportError(f"{images.ids[i]}, which the file is to be held to: {error}") from error
+            raise ExportError(f"{source.ids[i]}, which the file is to be compared on: {error}") from error
 
-    numbers = range(len(images.ids))
-    with ThreadPoolExecutor(available_threads()) as executor:
-        for start in range(0, len(numbers), BATCH):
-            yield list(executor.map(load, numbers[start : start + BATCH]))
+    numbers = range(len(source))
+    with closing(ahead(load, numbers, threads=threads, window=BATCH + threads, name="featx-parity")) as loaded:
+        while batch := list(islice(loaded, BATCH)):
+            yield batch
 
 
-def run_file(
-    images: Images, preprocess: Preprocess, file: Any, same: Any, torch: Callable[[np.ndarray], np.ndarray]
-) -> tuple[Rows, Outputs, Outputs]:
+def verify(
+    run: Run,
+    model: ModelProto,
+    images: Images,
+    *,
+    tolerance: float = PROBABILITIES,
+    parts: dict[str, str] | None = None,
+) -> Parity:
+    """Compare a file with the torch classifier on these images.
+
+    tolerance: see `compare`. parts: the file's `graph.part_digests`, where its backbone counts as verified if these
+    parts passed on the same images before: then the head alone is run, without torch.
+    """
+    kept = rows_path(run, images, parts) if parts else None
+    if model.graph.input[0].name == "features":
+        rows: Rows | None = Rows(images.cached, images.cached)
+    else:
+        rows = load_rows(kept) if kept else None
+    if rows is not None:
+        file, same = run_head(run.head, rows, images)
+        return compare(images, run.head, rows, file, same, method="head", tolerance=tolerance)
+
+    rows, file, same = run_file(run, model, images)
+    found = compare(images, run.head, rows, file, same, method="file", tolerance=tolerance)
+    if kept and found.passed:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next export a full comparison
+            save_rows(kept, rows)
+    return found
+
+
+def run_file(run: Run, model: ModelProto, images: Images) -> tuple[Rows, Outputs, Outputs]:
     """Every image through the file and through torch.
 
-    file: an onnxruntime session that takes each image in its own size; None for a file that takes pixels
-    already cropped. same: one that enters at `graph.PIXELS`. Both give `NAMES`. torch: `uint8 [B, 3, crop,
-    crop]` -> `float32 [B, D]`. Returns the features, and what the two sessions gave.
+    Returns the features, then what the file gave for each decoded image, and what it gave for its crop. The two are
+    one where the file takes crops.
     """
-    through: list[list[np.ndarray]] = []
-    cropped: list[list[np.ndarray]] = []
+    from featx.classifier import load
+
+    names, classifier = graph.INNER, load(run)
+    by_crop = open_session(graph.opened_up(model, pixels=True))
+    by_image = open_session(graph.opened_up(model)) if graph.resizes(model) else None
+    same: list[list[np.ndarray]] = []
+    file: list[list[np.ndarray]] = []
     reference: list[np.ndarray] = []
-    with tqdm(None, "parity", len(images.ids), unit=" images", disable=None) as progress:
-        for batch in batches(images, preprocess):
+
+    with tqdm(None, "parity", len(images.source), unit=" images", disable=None) as progress:
+        for batch in batches(images):
             crops = np.stack([crop for _, crop in batch])
-            cropped.append(same.run(NAMES, {PIXELS: crops}))
-            reference.append(torch(crops))
-            if file is not None:
-                through += [file.run(NAMES, {"images": image[None]}) for image, _ in batch]
+            same.append(by_crop.run(names, {graph.PIXELS: crops}))
+            reference.append(classifier.features(crops))
+            if by_image is not None:
+                file += [by_image.run(names, {"images": image[None]}) for image, _ in batch]
             progress.update(len(batch))
-    same_outputs = _joined(cropped)
-    outputs = _joined(through) if file is not None else same_outputs
-    resized = outputs[FEATURES_VALUE] if file is not None else None
-    return Rows(resized, same_outputs[FEATURES_VALUE], np.concatenate(reference)), outputs, same_outputs
 
-
-def run_head(rows: Rows, session: Any) -> tuple[Outputs, Outputs]:
-    """What a head alone gives for features found before: through the file's resize, and from the same pixels."""
-    names = NAMES[:2]
-    same = dict(zip(names, session.run(names, {"features": rows.same}), strict=True))
-    if rows.file is None:
-        return same, same
-    return dict(zip(names, session.run(names, {"features": rows.file}), strict=True)), same
+    same_outputs = _joined(same)
+    outputs = _joined(file) if file else same_outputs
+    resized = outputs[graph.FEATURES_VALUE] if file else None
+    return Rows(same_outputs[graph.FEATURES_VALUE], np.concatenate(reference), resized), outputs, same_outputs
 
 
 def _joined(parts: list[list[np.ndarray]]) -> Outputs:
-    return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(NAMES)}
+    return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(graph.INNER)}
+
+
+def run_head(head: Head, rows: Rows, images: Images) -> tuple[Outputs, Outputs]:
+    """What the head alone gives for features found before: through the file's resize, and from the same pixels."""
+    names = ("probabilities", "logits")
+    model = graph.build(None, head, images.spec.preprocess, input="features", outputs=names)
+    session = open_session(model.SerializeToString(), threads=1)
+    same = dict(zip(names, session.run(names, {"features": rows.same}), strict=True))
+    if rows.resized is None:
+        return same, same
+    return dict(zip(names, session.run(names, {"features": rows.resized}), strict=True)), same
 
 
 def compare(
@@ -234,36 +292,33 @@ def compare(
     file: Outputs,
     same: Outputs,
     *,
-    class_names: list[str],
     method: str,
     tolerance: float = PROBABILITIES,
 ) -> Parity:
-    """Hold what a file gave to the torch classifier.
+    """Compare what a file gave with the torch classifier.
 
-    class_names: as the file names its outputs; answers are compared by name. tolerance: on the
-    probabilities through the file's own resize, in [0, 1], and on the features where it is above their limit.
-    An answer may differ only where torch's own two probabilities are nearer to each other than twice the
-    tolerance, so that either of them could win.
+    tolerance: on the probabilities through the file's own resize, in [0, 1], and on the features where it is above
+    their limit. An answer may differ only where torch's own two probabilities are nearer to each other than twice
+    the tolerance, so that either of them could win.
     """
-    logits = head(rows.torch)
+    logits, own = head(rows.torch), head(rows.same)
     probabilities = head.probabilities(logits)
     size = float((np.abs(rows.torch) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
 
     # Features have a limit of their own; what a head with large weights makes of a difference within it is
     # no fault of the file. A sigmoid or softmax is at most half as steep as its logits.
-    own = head(rows.same)
     exact = max(SAME_PROBABILITIES, _far(head.probabilities(own), probabilities) + SAME_SUM * size / 2)
 
-    mine = answers(file["probabilities"], class_names, head.activation)
-    theirs = answers(probabilities, list(head.class_names), head.activation)
-    others = np.flatnonzero([a != b for a, b in zip(mine, theirs, strict=True)]).tolist()
-    gap = 2 * (exact if rows.file is None else tolerance)
-    tied = {i for i in others if _apart(head, probabilities[i], set(mine[i]) ^ set(theirs[i])) <= gap}
+    mine, theirs = head.answers(file["probabilities"]), head.answers(probabilities)
+    differs = mine != theirs
+    others = np.flatnonzero(differs.any(axis=1)).tolist()
+    gap = 2 * (exact if rows.resized is None else tolerance)
+    tied = [i for i in others if _apart(head, probabilities[i, differs[i]]) <= gap]
 
     checks = [Check("labels", float(len(others) - len(tied)), 0.0)]
-    if rows.file is not None:
+    if rows.resized is not None:
         checks += [
-            Check("features", resized_difference(rows.file, rows.torch), max(FEATURES, tolerance)),
+            Check("features", resized_difference(rows.resized, rows.torch), max(FEATURES, tolerance)),
             Check("probabilities", _far(file["probabilities"], probabilities), tolerance),
         ]
     checks += [
@@ -273,17 +328,16 @@ def compare(
         _cached(images, rows),
     ]
 
-    truth = [tuple(sorted(label)) for label in images.labels]
-    right = [float(np.mean([a == b for a, b in zip(given, truth, strict=True)])) for given in (mine, theirs)]
-    known = images.split is not None or images.unseen
+    right = [float(images.right(head.class_names, answers).mean()) for answers in (mine, theirs)]
+    ids = images.source.ids
     return Parity(
-        images=len(images.ids),
+        images=len(ids),
         method=method,
-        accuracy=right[0] if known else None,
-        torch_accuracy=right[1] if known else None,
-        equal_labels=len(images.ids) - len(others),
-        ties=[images.ids[i] for i in others if i in tied],
-        differing=[images.ids[i] for i in others if i not in tied],
+        accuracy=right[0] if images.known else None,
+        torch_accuracy=right[1] if images.known else None,
+        equal_labels=len(ids) - len(others),
+        ties=[ids[i] for i in tied],
+        differing=[ids[i] for i in others if i not in tied],
         max_logit_difference=_far(file["logits"], logits),
         checks=checks,
     )
@@ -293,12 +347,9 @@ def _far(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
-def _apart(head: Head, probabilities: np.ndarray, names: set[str]) -> float:
-    """How far one image's `[C]` lie from giving these classes to either of two answers; infinity for unknown ones."""
-    if not names <= set(head.class_names):
-        return math.inf
-    p = [float(probabilities[head.class_names.index(name)]) for name in names]
-    return max(abs(x - MULTILABEL) * 2 for x in p) if head.activation == "sigmoid" else max(p) - min(p)
+def _apart(head: Head, p: np.ndarray) -> float:
+    """How far the probabilities of the classes that two answers differ in are from either answer."""
+    return float(2 * np.abs(p - MULTILABEL).max() if head.activation == "sigmoid" else np.ptp(p))
 
 
 def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:
@@ -312,50 +363,36 @@ def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _cached(images: Images, rows: Rows) -> Check:
-    """The features that the head was fitted on, held to torch's from Pillow's pixels, which an application has.
+    """The features that the head was fitted on, against torch's from Pillow's pixels, which an application has.
 
-    From a GPU's pixels they are others by as much as the extraction allows, which a cosine says.
+    A GPU's pixels give others, by as much as the extraction allows: a cosine.
     """
-    if images.pixels == GPU:
+    if images.spec.preprocess.pixels == GPU:
         return Check("cached features, 1 - cosine", 1 - float(cosines(images.cached, rows.torch).min()), 1 - CLOSE)
-    return Check("cached features", difference(images.cached, rows.torch), CACHED[images.precision])
+    return Check("cached features", difference(images.cached, rows.torch), CACHED[images.spec.precision])
 
 
-def answers(probabilities: np.ndarray, names: list[str], activation: str) -> list[tuple[str, ...]]:
-    """What each row of probabilities `[N, C]` says: one class, or the sorted classes that are probable enough."""
-    return [tuple(sorted(names[i] for i in np.flatnonzero(row))) for row in answered(probabilities, activation)]
-
-
-def verified_path(cache: Path, images: Images, parts: dict[str, str]) -> Path:
-    """Where the rows of these images and this backbone part are kept once they passed the gate."""
+def rows_path(run: Run, images: Images, parts: dict[str, str]) -> Path:
+    """Where the rows of these images and this backbone are kept once they passed. parts: `graph.part_digests`."""
     import onnxruntime
 
-    identity = [images.spec_digest, parts["preprocess"], parts["backbone"], onnxruntime.__version__]
+    identity = [images.spec.digest, parts["preprocess"], parts["backbone"], onnxruntime.__version__]
     identity.append(images.keys.tobytes().hex())
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return cache / "engines" / f"{digest[:32]}.verified.npz"
+    return Path(run.config.cache) / "engines" / f"{digest[:32]}.verified.npz"
 
 
-def save_rows(path: Path, images: Images, rows: Rows) -> None:
-    """Keep rows that passed, so that the next head is held to them without running the backbone."""
+def save_rows(path: Path, rows: Rows) -> None:
+    """Keep rows that passed, so that the next head is compared without running the backbone."""
     buffer = io.BytesIO()
-    arrays = {"keys": images.keys, "same": rows.same, "torch": rows.torch}
-    if rows.file is not None:
-        arrays["resized"] = rows.file
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    np.savez(buffer, **{name: array for name, array in vars(rows).items() if array is not None})
     write_atomic(path, buffer.getvalue())
 
 
-def load_rows(path: Path, images: Images) -> Rows | None:
-    """The rows that `save_rows` kept for these images; None where there are none, or not these."""
+def load_rows(path: Path) -> Rows | None:
+    """What `save_rows` kept; None where there is nothing, or it is damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return Rows(**file)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    rows = [arrays[name] for name in ("resized", "same", "torch") if name in arrays]
-    if any(a.shape != images.cached.shape or a.dtype != np.float32 for a in rows):
-        return None
-    if not {"keys", "same", "torch"} <= set(arrays) or not np.array_equal(arrays["keys"], images.keys):
-        return None
-    return Rows(arrays.get("resized"), arrays["same"], arrays["torch"])

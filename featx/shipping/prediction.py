@@ -1,4 +1,4 @@
-"""Owns answers from an exported file: onnxruntime, numpy and Pillow alone, for one image or a million."""
+"""Answers from an exported file, for one image or a million; needs onnxruntime, numpy and Pillow alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import glob
 import io
 import json
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from featx.head import answers
 from featx.shipping.deployed import Model
 from featx.sources.source import EXTENSIONS, read_image
 from featx.text import printable
+from featx.threads import ahead
 
 Image = str | Path | bytes | np.ndarray
 
@@ -80,11 +80,11 @@ def predict(
     features: bool = False,
     **options: Any,
 ) -> Iterator[Prediction]:
-    """One `Prediction` an image, in order, as soon as its batch is done.
+    """One `Prediction` per image, in order, as soon as its batch is done.
 
     images: a file, a folder (with the folders in it), a glob (`photos/**/*.jpg`), an image file's bytes,
     `uint8 [H, W, 3]` RGB, or an iterable of these, which is read as it is needed: memory does not grow
-    with it. workers: decoding threads, by default one a core; they decode the next images while
+    with it. workers: decoding threads, by default one per core; they decode the next images while
     onnxruntime computes. options: as for `Model`, where `model` is a path.
 
     An image that cannot be used gives a prediction with an `error`, and the others go on. Raises
@@ -93,60 +93,41 @@ def predict(
     if batch_size < 1 or top_k < 1:
         raise ExportError(f"batch_size and top_k start at 1; got {batch_size} and {top_k}")
     opened = model if isinstance(model, Model) else Model(model, **options)
-    if features and "features" not in opened.outputs:
-        raise ExportError(f"{opened.path} gives {', '.join(opened.outputs)}, and no features")
+    if features:
+        opened.require_features()
     return _predict(opened, images, top_k, batch_size, workers or available_threads(), features)
 
 
 def _predict(
     model: Model, images: Image | Iterable[Image], top_k: int, batch_size: int, workers: int, features: bool
 ) -> Iterator[Prediction]:
-    waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
-    todo = enumerate(expand(images))
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="featx-decode")
-    try:
-        while True:
-            # one batch to compute now, one to decode meanwhile
-            for number, image in islice(todo, 2 * batch_size + workers - len(waiting)):
-                name = os.fspath(image) if isinstance(image, str | Path) else f"image {number}"
-                waiting.append((name, executor.submit(pixels, model, image)))
-            if not waiting:
-                return
-            yield from _batch(model, waiting, top_k, batch_size, features)
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _batch(
-    model: Model, waiting: deque[tuple[str, Future[np.ndarray]]], top_k: int, batch_size: int, features: bool
-) -> list[Prediction]:
-    """Take up to `batch_size` images from the front of the queue and answer them."""
-    names: list[str] = []
-    errors: dict[int, str] = {}
-    arrays: list[np.ndarray] = []
-    while waiting and len(names) < batch_size:
-        name, future = waiting.popleft()
+    def load(numbered: tuple[int, Image]) -> tuple[str, np.ndarray | ImageError]:
+        number, image = numbered
+        name = os.fspath(image) if isinstance(image, str | Path) else f"image {number}"
         try:
-            arrays.append(future.result())
+            return name, pixels(model, image)
         except ImageError as error:
-            errors[len(names)] = str(error)
-        names.append(name)
-    outputs = model(np.stack(arrays), features=features) if arrays else {}
-    rows = iter(range(len(arrays)))
-    predictions = []
-    for i, name in enumerate(names):
-        if i in errors:
-            predictions.append(Prediction(name, error=errors[i]))
-            continue
-        row = next(rows)
-        vector = outputs["features"][row].copy() if features else None
-        # copies: a prediction that is kept does not keep its whole batch
-        predictions.append(answer(model, name, outputs["probabilities"][row].copy(), top_k=top_k, features=vector))
-    return predictions
+            return name, error
+
+    # one batch to compute now, one to decode meanwhile
+    window, todo = batch_size + workers, enumerate(expand(images))
+    with closing(ahead(load, todo, threads=workers, window=window, name="featx-decode")) as loaded:
+        while batch := list(islice(loaded, batch_size)):
+            arrays = [found for _, found in batch if not isinstance(found, ImageError)]
+            outputs = model(np.stack(arrays), features=features) if arrays else {}
+            rows = iter(range(len(arrays)))
+            for name, found in batch:
+                if isinstance(found, ImageError):
+                    yield Prediction(name, error=str(found))
+                    continue
+                row = next(rows)
+                vector = outputs["features"][row].copy() if features else None
+                # copies: a prediction that is kept does not keep its whole batch
+                yield answer(model, name, outputs["probabilities"][row].copy(), top_k=top_k, features=vector)
 
 
 def pixels(model: Model, image: Image) -> np.ndarray:
-    """What the file takes for one image, and so that images of any size share a batch.
+    """What the file takes for one image, in one size for images of any size, so that they can share a batch.
 
     `uint8 [resize, resize, 3]` around the crop, which the graph's own resize leaves as it is; or
     `uint8 [3, crop, crop]` where the file takes that. Raises `ImageError`.
@@ -160,7 +141,7 @@ def pixels(model: Model, image: Image) -> np.ndarray:
 def answer(
     model: Model, id: str, probabilities: np.ndarray, *, top_k: int = 5, features: np.ndarray | None = None
 ) -> Prediction:
-    """What one row of probabilities, `float32 [C]`, says."""
+    """The answer that one row of probabilities, `float32 [C]`, gives."""
     names = model.class_names
     order = np.argsort(-probabilities, kind="stable")
     top = tuple((names[i], float(probabilities[i])) for i in order[:top_k])
@@ -175,36 +156,30 @@ def answer(
 def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
     """Single images out of what `predict` takes: folders are walked in order, globs filled in.
 
-    In a folder, images are told by their names, as in class folders; files named one by one may be anything
+    In a folder, images are recognised by their names, as in class folders; files named one by one may be anything
     that decodes. Raises `SourceError` for a folder or a glob without images.
     """
-    if isinstance(images, str | Path | bytes | np.ndarray):
-        images = [images]
-    for image in images:
-        text = os.fspath(image) if isinstance(image, str | Path) else None
-        if text is None:
+    for image in [images] if isinstance(images, str | Path | bytes | np.ndarray) else images:
+        if not isinstance(image, str | Path):
             yield image
-        elif os.path.isdir(text):
-            yield from _some(_walk(text), f"{printable(text)} has no image in it ({', '.join(EXTENSIONS)})")
+            continue
+        text = os.fspath(image)
+        found = iter([text])
+        if os.path.isdir(text):
+            found, lacking = _walk(text), f"{printable(text)} has no image in it ({', '.join(EXTENSIONS)})"
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = (path for path in sorted(glob.glob(text, recursive=True)) if not os.path.isdir(path))
-            yield from _some(found, f"no file matches {printable(text)}")
-        else:
-            yield text
-
-
-def _some(paths: Iterable[str], otherwise: str) -> Iterator[str]:
-    empty = True
-    for path in paths:
-        empty = False
-        yield path
-    if empty:
-        raise SourceError(otherwise)
+            lacking = f"no file matches {printable(text)}"
+        first = next(found, None)
+        if first is None:
+            raise SourceError(lacking)
+        yield first
+        yield from found
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """The images in a folder and the folders in it, sorted; hidden ones are left out. Each place is walked once,
-    so that links to folders cannot lead round. Raises `SourceError` for a folder that cannot be listed."""
+    """The images in a folder and the folders in it, sorted; hidden ones are left out. Each folder is walked once,
+    so that links cannot go round in circles. Raises `SourceError` for a folder that cannot be listed."""
     places: set[str] = set()
     tops = [folder]
 
@@ -225,7 +200,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:
-    """`--csv`: a header, then a record an image, RFC 4180 but for the line end; every record is as long as the header.
+    """`--csv`: a header, then a record per image, RFC 4180 without the line end; every record is as long as the header.
 
     top_k: as for `predict`, and at most the model's number of classes, or columns stay empty.
     """
@@ -246,7 +221,7 @@ def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:
 
 
 def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """`--json`: a JSON object a line, `error` in those without an answer."""
+    """`--json`: a JSON object per image; those without an answer have an `error`."""
     for p in predictions:
         yield json.dumps(p.to_dict(), ensure_ascii=False)
 

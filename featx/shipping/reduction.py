@@ -1,4 +1,4 @@
-"""Owns int8 and fp16 files: made from a verified fp32 one, and refused where they do not pay on this machine."""
+"""int8 and fp16 files, which are refused where they are no faster than fp32 on this machine or lose answers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError
-from featx.pixels.preprocess import Preprocess
+from featx.head import Head
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import open_session
-from featx.shipping.exporting import DEFAULT, backbone_path, default_outputs, free_path, gate_images, metadata, put
+from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put
 from featx.shipping.parity import Images
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a smaller file costs and gains, against fp32, on this machine and the run's images."""
+    """What a smaller file costs and gains compared with fp32, on this machine and the run's images."""
 
     precision: str
     images: int
@@ -48,7 +49,7 @@ class Reduction:
     equal_labels: int
     max_probability_difference: float
     images_per_second: float
-    """Of the whole graph after the resize, in batches of `batch`; the best of five rounds."""
+    """The whole graph after the resize, in batches of `batch`; the best of five rounds."""
     fp32_images_per_second: float
     batch: int
     cores: int
@@ -86,84 +87,63 @@ def export_reduced(
     max_loss: float = 0.5,
     providers: list[str] | None = None,
     factory: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Reduction:
     """Write a run as an ONNX file in `int8` or `fp16`, by default `model-int8.onnx` in its folder.
 
     The backbone is made smaller, the head stays in float. int8 takes its ranges from up to 128 training
     images. The file is written if it is faster than fp32 on this machine (on `providers`; for fp16 a
-    GPU's), and loses no more right answers than 2 images or `max_loss` points of them. Else it is
-    refused with the figures (`ExportError`). Other arguments as for `export`.
+    GPU's), and loses no more right answers than 2 images or `max_loss` points of them. Otherwise
+    `ExportError` gives the figures. clock: seconds, to measure speed by. Other arguments as for `export`.
     """
     opened = open_run(run, factory)
     if precision not in PRECISIONS:
         raise ExportError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
     if input == "features":
         raise ExportError("a head alone stays in float: there is no backbone to make smaller")
-    name = DEFAULT[input].replace(".onnx", f"-{precision}.onnx")
-    path = free_path(Path(output) if output else opened.path / name)
-    held = gate_images(opened, images, split, data)
-    if held.split is None and not held.unseen and (data is None or opened.trained_on is not None):
+    path = free_path(opened, output, DEFAULT[input].replace(".onnx", f"-{precision}.onnx"))
+    chosen = parity.gate_images(opened, images, split, data)
+    if not chosen.known:
         raise ExportError(
             f"what {precision} loses is counted in right answers on images that the head has not seen, and it may "
             f"have learned from these: the images or labels of {data or opened.config.data} are not those that "
             f"{opened.path} was fitted on; give --data FOLDER of others, or fit again"
         )
+
     head, source = opened.head, backbone_path(opened)
-    outputs = outputs or default_outputs(head, input)
-    preprocess = opened.config.spec.preprocess
     if precision == "int8":
-        backbone = quantized(source, gate_images(opened, CALIBRATION, "train", data), preprocess)
+        small = quantized(source, parity.gate_images(opened, CALIBRATION, "train", data))
     else:
-        backbone = halved(graph.load(source))
-    model = graph.build(backbone, head, preprocess, input=input, outputs=outputs)
-    found = measure(
-        model,
-        graph.build(graph.load(source), head, preprocess, input=input, outputs=outputs),
-        held,
-        preprocess,
-        list(head.class_names),
-        precision=precision,
-        activation=head.activation,
-        max_loss=max_loss,
-        providers=providers,
+        small = halved(graph.load(source))
+    model, fp32 = (
+        graph.build(backbone, head, chosen.spec.preprocess, input=input, outputs=outputs)
+        for backbone in (small, graph.load(source))
     )
+    found = measure(model, fp32, chosen, head, precision=precision, max_loss=max_loss, providers=providers, clock=clock)
     require(found)
-    record = found.to_dict() | {"split": held.split}
-    parts = graph.part_digests(model.graph)
-    entries = metadata(opened, input, outputs, parts, record, precision)
+
+    record = found.to_dict() | {"split": chosen.split}
+    entries = metadata(opened, model, input, graph.part_digests(model.graph), record, precision)
     put(model, path, entries, record)
     return found
 
 
-def quantized(backbone: Path, images: Images, preprocess: Preprocess) -> ModelProto:
+def quantized(backbone: Path, images: Images) -> ModelProto:
     """The backbone in int8: weights per channel, activations by their range over calibration images.
 
     Static QDQ. Activations are unsigned and weights signed, the pair that x86 processors multiply fastest.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches: Iterator[list[tuple[np.ndarray, np.ndarray]]] = parity.batches(images, preprocess)
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": np.stack([crop for _, crop in batch])}
-
+    inputs = ({"images": np.stack([crop for _, crop in batch])} for batch in parity.batches(images))
+    reader = SimpleNamespace(get_next=lambda: next(inputs, None))
     with tempfile.TemporaryDirectory(prefix="featx-int8-") as folder:
         prepared, result = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
         quant_pre_process(str(backbone), prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            result,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, result, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
         return onnx.load(result)
 
 
@@ -171,45 +151,46 @@ def halved(backbone: ModelProto) -> ModelProto:
     """The backbone in fp16, features in float32. Changes `backbone`."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    return convert_float_to_float16(backbone, keep_io_types=True)
+    small: ModelProto = convert_float_to_float16(backbone, keep_io_types=True)
+    return small
 
 
 def measure(
     model: ModelProto,
     fp32: ModelProto,
     images: Images,
-    preprocess: Preprocess,
-    class_names: list[str],
+    head: Head,
     *,
     precision: str,
-    activation: str,
-    max_loss: float,
+    max_loss: float = 0.5,
     providers: list[str] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Reduction:
-    """Run both files on the same images, and on the clock. max_loss: in points, 100 is all images."""
-    resizes = model.graph.input[0].name == "images" and any(n.op_type == "Resize" for n in model.graph.node)
+    """Run both files on the same images, and time both. max_loss: in points; 100 is all images."""
+    resizes = graph.resizes(model)
     files = [open_session(graph.opened_up(m, pixels=not resizes), providers=providers) for m in (model, fp32)]
     found: list[list[np.ndarray]] = [[], []]
-    for batch in parity.batches(images, preprocess):
+    for batch in parity.batches(images):
         for file, rows in zip(files, found, strict=True):
             for image, crop in batch:
                 feed = {"images": image[None]} if resizes else {graph.PIXELS: crop[None]}
                 rows.append(file.run(["probabilities"], feed)[0])
     del files
-    probabilities = [np.concatenate(rows) for rows in found]
-    answers = [parity.answers(rows, class_names, activation) for rows in probabilities]
-    truth = [tuple(sorted(label)) for label in images.labels]
-    right = [np.array([a == b for a, b in zip(given, truth, strict=True)]) for given in answers]
-    speeds = _speeds([graph.opened_up(m, pixels=True) for m in (model, fp32)], preprocess.crop, providers)
+
+    small, large = (np.concatenate(rows) for rows in found)
+    said = [head.answers(probabilities) for probabilities in (small, large)]
+    right = [images.right(head.class_names, answers) for answers in said]
+    sessions = [open_session(graph.opened_up(m, pixels=True), providers=providers) for m in (model, fp32)]
+    speeds = measure_speeds(sessions, images.spec.preprocess.crop, clock)
     return Reduction(
         precision=precision,
-        images=len(images.ids),
+        images=len(small),
         accuracy=float(right[0].mean()),
         fp32_accuracy=float(right[1].mean()),
         lost=int(right[1].sum()) - int(right[0].sum()),
-        allowed=allowed_loss(len(images.ids), max_loss),
-        equal_labels=sum(a == b for a, b in zip(*answers, strict=True)),
-        max_probability_difference=float(np.abs(probabilities[0] - probabilities[1]).max()),
+        allowed=allowed_loss(len(small), max_loss),
+        equal_labels=int((said[0] == said[1]).all(axis=1).sum()),
+        max_probability_difference=float(np.abs(small - large).max()),
         images_per_second=speeds[0],
         fp32_images_per_second=speeds[1],
         batch=BATCH,
@@ -222,26 +203,23 @@ def allowed_loss(images: int, max_loss: float) -> int:
     return max(ALLOWED_IMAGES, math.floor(max_loss * images / 100 + 1e-9))
 
 
-def _speeds(models: list[bytes], crop: int, providers: list[str] | None) -> list[float]:
-    """Images per second of each, run by turns, so that what else the machine does falls on all of them."""
+def measure_speeds(sessions: list[Any], crop: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Images per second of each session, which run by turns, so that what else the machine does slows down all."""
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 3, crop, crop), dtype=np.uint8)
-    sessions = [open_session(model, providers=providers) for model in models]
-    best = [float("inf")] * len(models)
+    best = [float("inf")] * len(sessions)
     for _ in range(ROUNDS):
         for i, session in enumerate(sessions):
-            begin = time.perf_counter()
+            begin = clock()
             session.run(["probabilities"], {graph.PIXELS: pixels})
-            best[i] = min(best[i], time.perf_counter() - begin)
+            best[i] = min(best[i], clock() - begin)
     return [BATCH / seconds for seconds in best]
 
 
 def require(found: Reduction) -> None:
     """Raise `ExportError` with the figures where a smaller file does not pay."""
-    if found.passed:
-        return
-    why = []
-    if found.speedup <= 1:
-        why.append("is no faster here")
-    if found.lost > found.allowed:
-        why.append("loses too many answers (--max-loss allows more)")
-    raise ExportError(f"{found.precision} {' and '.join(why)}: {found.figures()}. Nothing was written; use fp32")
+    faults = {
+        "is no faster here": found.speedup <= 1,
+        "loses too many answers (--max-loss allows more)": found.lost > found.allowed,
+    }
+    if why := [fault for fault, there in faults.items() if there]:
+        raise ExportError(f"{found.precision} {' and '.join(why)}: {found.figures()}. Nothing was written; use fp32")

@@ -1,4 +1,4 @@
-"""Owns the listing of folders: one folder a class, the same inside train, val and test, or no labels."""
+"""Lists a folder: class folders, class folders inside train, val and test, or images without labels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def open_folder(path: str) -> Source:
         if name not in full:
             for below, found in trees[name].items():
                 listing.add(f"{below}/", found, "", "")
-            listing.notes.append(f"folder {printable(name)!r} holds no image and counts for nothing")
+            listing.notes.append(f"folder {printable(name)!r} has no images; ignored")
         elif named:
             _split(listing, name, trees[name])
         else:
@@ -131,7 +131,7 @@ def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:
         listing.notes.append(f"images directly in {name}/ have no label: {some(tree[name].images)}")
     for child in tree[name].folders:
         if child not in full:
-            listing.notes.append(f"folder {printable(f'{name}/{child}')!r} holds no image and counts for nothing")
+            listing.notes.append(f"folder {printable(f'{name}/{child}')!r} has no images; ignored")
     for below, found in tree.items():
         label = "" if below == name else printable(below.split("/")[1])
         listing.add(f"{below}/", found, label, split)

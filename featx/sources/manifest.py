@@ -1,4 +1,4 @@
-"""Owns the reading of manifests: CSV, JSONL and Parquet tables of path, label and split."""
+"""Lists a manifest: a CSV, JSONL or Parquet table of path, label and split."""
 
 from __future__ import annotations
 
@@ -112,15 +112,14 @@ def _identity(name: Any, root: str, where: str) -> str:
         raise SourceError(f"{where}: images inside a manifest are not read; give the path of a file")
     if not isinstance(name, str) or not name.strip():
         raise SourceError(f"{where}: the path is {name!r}; give the path of an image, or leave the row out")
-    if os.sep != "/":
-        name = name.replace(os.sep, "/")
-    if os.path.isabs(name):
+    path: str = name.replace(os.sep, "/")
+    if os.path.isabs(path):
         base = os.path.abspath(root).replace(os.sep, "/").rstrip("/") + "/"
-        if not name.startswith(base):
-            return name
-        name = name[len(base) :]
+        if not path.startswith(base):
+            return path
+        path = path[len(base) :]
     # `..` stays as it is: behind a link it leads elsewhere than it seems
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _label(value: Any, where: str) -> tuple[str, bool]:

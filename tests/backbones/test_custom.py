@@ -49,12 +49,17 @@ class Scaled(Net):
     def forward(self, x):
         return super().forward(x) * 2
 
+class Repeated(Net):
+    def forward(self, x):
+        return super().forward(x).repeat(1, 2)
+
 def encoder(): return Net(), TINY
 def maps(): return Maps(), TINY
 def bare(): return nn.Sequential(nn.Conv2d(3, 5, 32, stride=32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 def classifier(): return Net(), TINY, ["no", "yes"]
 def miscounted(): return Net(), TINY, ["no", "yes", "maybe"]
 def scaled(): return Scaled(), TINY, ["no", "yes"]
+def repeated(): return Repeated(), TINY, ["no", "yes"]
 def wrong(): return "resnet18"
 def string(): return Net(), TINY, "ab"
 """
@@ -145,6 +150,7 @@ def test_a_factorys_source_is_part_of_its_identity_and_nothing_is_remembered(net
         ("mynets:string", r"returned Net, Preprocess, str; expected"),
         ("mynets:miscounted", "3 class names, but its network does not end"),
         ("mynets:scaled", "2 class names, but its network does not end"),
+        ("mynets:repeated", "2 class names, but its network does not end"),
         ("broken:make", r"broken cannot be imported \(ZeroDivisionError"),
         ("needy:make", "needs no_such_package"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from storekit import SPEC, fill, flip, table
 
 from featx.cache import caching, folders, shards
-from featx.cache.shards import Form
+from featx.cache.folders import Form
 from featx.cache.store import FeatureStore
 from featx.errors import NewerError, StoreError
 from featx.features import Features, FeatureSpec
@@ -31,13 +31,13 @@ def filled(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
 
 
 def names(cache: Path) -> list[str]:
-    return [name for name, _ in folders.list_shards(cache / "features" / NAME)]
+    return list(folders.list_shards(cache / "features" / NAME))
 
 
 def test_list_and_info_say_what_is_there(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, _ = filled
     (entry,) = caching.entries(cache)
-    assert (entry.name, entry.spec, entry.engine, entry.row_shape) == (NAME, SPEC, "tiny", (8,))
+    assert (entry.name, entry.form) == (NAME, Form(SPEC, "tiny", (8,)))
     assert entry.shards == len(names(cache)) == 4 and entry.damaged == 0
     assert entry.bytes == sum(p.stat().st_size for p in entry.path.iterdir()) == caching.sizes(cache)["features"]
     about = caching.info(cache, "resnet18", against=np.concatenate([keys[:100], keys[:50], table(7, seed=9)[0]]))
@@ -64,8 +64,8 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
     believed = folders.read_verified(shard.parent)
     with shard.open("rb", buffering=0) as file:
-        inside, _ = shards.inspect(file, None)  # type: ignore[arg-type]
-    flip(shard, inside.rows_at + 100)
+        inside = shards.inspect(file, shard.name, None)
+    flip(shard, inside.shard.rows_at + 100)
     # bit rot changes no stat: what is remembered takes the stat that this change made
     believed[shard.name] = replace(believed[shard.name], stat=stat_row(os.stat(shard)))
     folders.write_verified(shard.parent, believed)
@@ -91,11 +91,11 @@ def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(filled: tuple[
     folders.create(folder, newer)
     shard = shards.write(folder, newer, keys, [rows])
     for form_is_there in (True, False):  # the shard alone says the same
-        found = {entry.name: entry.spec for entry in caching.entries(cache)}
-        assert found == {NAME: SPEC, folder.name: None}
+        found = {entry.name: entry.form for entry in caching.entries(cache)}
+        assert found == {NAME: Form(SPEC, "tiny", (8,)), folder.name: None}
         with pytest.raises(NewerError, match=r"does not know \(tokens\): it was written by a newer one; update featx"):
             caching.info(cache, folder.name)
-        notes = {row["name"]: row["notes"] for row in caching.verify(cache)}
+        notes = {found.name: found.notes for found in caching.verify(cache)}
         assert notes[NAME] == [] and "written by a newer one" in notes[folder.name][0]
         if form_is_there:
             (folder / "spec.json").unlink()
@@ -138,7 +138,7 @@ def test_compact_stores_rows_of_two_writers_once(tmp_path: Path) -> None:
     one.commit()
     two.commit()
     store = FeatureStore(tmp_path, SPEC)
-    assert (store.rows, len(store)) == (200, 100) and np.array_equal(store.read(keys), rows)
+    assert (len(store.stored()), len(store)) == (200, 100) and np.array_equal(store.read(keys), rows)
     assert caching.compact(tmp_path, NAME).rows_after == 100
     assert np.array_equal(FeatureStore(tmp_path, SPEC).read(keys), rows)
 
@@ -160,7 +160,7 @@ def test_remove_takes_the_entry_named_and_no_other(filled: tuple[Path, np.ndarra
     with FeatureStore(cache, other, engine="tiny") as store:
         store.append(keys, rows)
     assert caching.remove(cache, "resnet18").name == NAME
-    assert [e.spec for e in caching.entries(cache)] == [other]
+    assert [e.form for e in caching.entries(cache)] == [Form(other, "tiny", (8,))]
     assert sorted(p.name for p in (cache / "features").iterdir()) == [folders.folder_name(other)]
 
 

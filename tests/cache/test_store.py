@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, leftovers, make_read_only, shard_files, table, tiny_engine
 
-from featx.cache import caching, reading
+from featx.cache import caching
 from featx.cache.index import KeyIndex
 from featx.cache.store import FeatureStore
 from featx.errors import StoreError
@@ -26,22 +26,21 @@ from featx.pixels.views import view_names
 GOLDEN = Path(__file__).parent / "golden" / "cache"
 
 
-@pytest.mark.parametrize("piece_bytes", [8 << 20, 100])
+@pytest.mark.parametrize(("width", "shard_bytes", "shards"), [(8, 2000, 8), (12_000, 10 << 20, 3)])
 def test_rows_come_back_in_the_order_asked_for_with_repeats(
-    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, width: int, shard_bytes: int, shards: int
 ) -> None:
-    """In one thread, and in many pieces by several."""
-    monkeypatch.setattr(reading, "PIECE_BYTES", piece_bytes)
-    keys, rows = table(500)
-    fill(tmp_path, keys, rows, shard_bytes=2000)
+    """In one thread, and in several pieces per shard by several."""
+    keys, rows = table(500, width)
+    fill(tmp_path, keys, rows, shard_bytes=shard_bytes)
     store = FeatureStore(tmp_path, SPEC)
-    assert len(shard_files(tmp_path)) > 5 and len(store) == 500 and np.array_equal(store.keys(), keys)
+    assert len(shard_files(tmp_path)) == shards and len(store) == 500 and np.array_equal(store.keys(), keys)
     assert np.array_equal(store.read(keys), rows)
     order = np.random.default_rng(1).integers(0, 500, 1200)
     assert np.array_equal(store.read(keys[order]), rows[order])
     assert np.array_equal(store.read(keys[::-1]), rows[::-1])
     assert np.array_equal(store.read(keys[3:4]), rows[3:4])
-    assert store.read(keys[:0]).shape == (0, 8)
+    assert store.read(keys[:0]).shape == (0, width)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (512,), (3, 7, 7), (2, 1, 4, 5)])
@@ -54,7 +53,7 @@ def test_rows_of_any_shape_come_back_as_they_were(tmp_path: Path, shape: tuple[i
         for start in range(0, 70, 16):
             store.append(keys[start : start + 16], rows[start : start + 16])
     again = FeatureStore(tmp_path, spec)
-    assert again.row_shape == shape
+    assert again.form and again.form.row_shape == shape
     for order in (np.arange(70), np.arange(70)[::-1], np.arange(10, 20)):
         found = again.read(keys[order])
         assert found.dtype == dtype and np.array_equal(found, rows[order])
@@ -73,7 +72,7 @@ def test_opening_and_asking_create_nothing(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "cache", SPEC, engine="tiny")
     keys, _ = table(3)
     assert len(store) == 0 and not store.contains(keys).any()
-    assert store.row_shape is None and store.engine is None
+    assert store.form is None and store.engine is None
     with store, pytest.raises(StoreError, match="3 of 3 features are not in"):
         store.read(keys)
     assert not (tmp_path / "cache").exists()
@@ -118,7 +117,7 @@ def test_rows_under_keys_that_are_there_are_stored_once(tmp_path: Path) -> None:
         store.commit()
         store.append(keys[:10], rows[10:20])
     again = FeatureStore(tmp_path, SPEC)
-    assert again.rows == 10 and np.array_equal(again.read(keys[:10]), np.concatenate([rows[:5], rows[15:20]]))
+    assert len(again.stored()) == 10 and np.array_equal(again.read(keys[:10]), np.concatenate([rows[:5], rows[15:20]]))
 
 
 def test_another_engine_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -260,14 +259,14 @@ def test_keys_that_share_their_first_bytes_are_told_apart() -> None:
     keys, _ = table(1000)
     keys[:, :8] = keys[0, :8]
     stored = np.concatenate([keys[:600], keys[100:200]])
-    index = KeyIndex([stored[:333], stored[333:]])
+    index = KeyIndex(stored[:333]).plus(stored[333:])
     assert np.array_equal(index.locate(keys), np.where(np.arange(1000) < 600, np.arange(1000), -1))
     assert len(index) == 600 and np.array_equal(index.first(), np.arange(600))
 
 
 def test_looking_up_many_keys_takes_little_memory() -> None:
     keys, _ = table(200_000, width=1)
-    index = KeyIndex([keys[:100_000]])
+    index = KeyIndex(keys[:100_000])
     asked = keys[np.random.default_rng(0).permutation(200_000)]
     tracemalloc.start()
     found = index.locate(asked)

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from storekit import NAME, SPEC, extract, fill, flip, fork, make_read_only, shard_files, table, tiny_engine, wait
+from storekit import NAME, SPEC, extract, fill, flip, fork, make_read_only, table, tiny_engine, wait
 
 from featx.cache import caching, folders, shards
 from featx.cache.store import FeatureStore
@@ -31,17 +31,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digests over 8 rows each, so that a small shard has several."""
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 8 * 64 * 4)
-
-
-def one_shard(cache: Path) -> tuple[Path, shards.Inside]:
-    fill(cache, KEYS, ROWS, batch=64)
-    (path,) = shard_files(cache)
+def one_shard(cache: Path, block_rows: int = 4096) -> tuple[Path, shards.Inside]:
+    """A shard of `KEYS` and `ROWS`, and what is in it. block_rows: rows per digest."""
+    form = folders.Form(SPEC, "tiny", (64,))
+    folders.create(cache / "features" / NAME, form)
+    shard = shards.write(cache / "features" / NAME, form, KEYS, [ROWS], block_rows * form.row_bytes)
+    path = cache / "features" / NAME / shard.name
     with path.open("rb", buffering=0) as file:
-        return path, shards.inspect(file, None)[0]  # type: ignore[arg-type]
+        return path, shards.inspect(file, shard.name, form)
 
 
 def regions(path: Path, inside: shards.Inside) -> dict[str, int]:
@@ -54,22 +51,21 @@ def regions(path: Path, inside: shards.Inside) -> dict[str, int]:
         "spec": data.index(b'{"backbone"') + 20,
         "engine": data.index(b'"tiny"') + 1,
         "link name": data.index(b"digests") + 2,
-        "first key": inside.keys_at,
-        "last key": inside.keys_at + 64 * 32 - 1,
-        "padding": inside.rows_at - 1,
-        "first row": inside.rows_at,
-        "last row": inside.rows_at + 64 * 256 - 1,
+        "first key": inside.shard.keys_at,
+        "last key": inside.shard.keys_at + 64 * 32 - 1,
+        "padding": inside.shard.rows_at - 1,
+        "first row": inside.shard.rows_at,
+        "last row": inside.shard.rows_at + 64 * 256 - 1,
         "digests": inside.digests_at + 3,
         "last byte": len(data) - 1,
     }
 
 
-def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path: Path, blocks: None) -> None:
-    one_shard(tmp_path / "whole")
+def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path: Path) -> None:
     kept = {}
     for region in regions(*one_shard(tmp_path / "whole")):
         cache = tmp_path / region
-        path, inside = one_shard(cache)
+        path, inside = one_shard(cache, block_rows=8)
         flip(path, regions(path, inside)[region])
         store = FeatureStore(cache, SPEC, engine="tiny")
         (note,) = store.notes
@@ -87,12 +83,12 @@ def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path
     assert kept["spec"] == kept["engine"] == kept["superblock"] == 0
 
 
-def test_every_single_flipped_byte_is_noticed_and_no_wrong_row_is_kept(tmp_path: Path, blocks: None) -> None:
-    path, inside = one_shard(tmp_path)
+def test_every_single_flipped_byte_is_noticed_and_no_wrong_row_is_kept(tmp_path: Path) -> None:
+    path, inside = one_shard(tmp_path, block_rows=8)
     folder, data = path.parent, bytearray(path.read_bytes())
     form = folders.read_form(folder / "spec.json")
     expected = {bytes(k): r.tobytes() for k, r in zip(KEYS, ROWS, strict=True)}
-    places = [*range(0, inside.keys_at, 3), *range(inside.keys_at, len(data), 97)]
+    places = [*range(0, inside.shard.keys_at, 3), *range(inside.shard.keys_at, len(data), 97)]
     assert len(places) > 700
 
     def work() -> None:  # in a child, for headers are parsed by C code
@@ -117,12 +113,12 @@ def test_every_flipped_header_byte_under_a_true_hash_is_refused_or_harmless(tmp_
 
     def work() -> None:
         refused = 0
-        for at in range(inside.keys_at):
+        for at in range(inside.shard.keys_at):
             before, data[at] = data[at], data[at] ^ (1, 0x80, 0xFF)[at % 3]
             name = forged_name(bytes(data))
             (folder / name).write_bytes(data)
             try:
-                shard, _ = shards.check(folder, name, form)
+                shard = shards.check(folder, name, form).shard
                 assert shard.rows_at + shard.count * form.row_bytes <= len(data)
             except DamageError:
                 refused += 1
@@ -139,7 +135,7 @@ def test_a_truncated_shard_is_set_aside_and_recomputed(tmp_path: Path, left: flo
     os.truncate(path, int(path.stat().st_size * left))
     store = FeatureStore(tmp_path, SPEC, engine="tiny")
     assert len(store.notes) == 1 and path.name in store.notes[0] and not path.exists()
-    assert extract(store, KEYS) == 64 - 0
+    assert extract(store, KEYS) == 64
     assert np.array_equal(FeatureStore(tmp_path, SPEC).read(KEYS), ROWS)
 
 
@@ -170,7 +166,7 @@ def test_a_shard_of_another_spec_or_engine_is_never_served(tmp_path: Path) -> No
 def test_a_damaged_shard_of_a_read_only_cache_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, inside = one_shard(tmp_path)
     fill(tmp_path, *table(5, width=64, seed=7))
-    flip(path, inside.rows_at)
+    flip(path, inside.shard.rows_at)
     make_read_only(monkeypatch)
     store = FeatureStore(tmp_path, SPEC)
     assert len(store) == 5 and path.exists() and "cannot be set aside" in store.notes[0]
@@ -182,7 +178,7 @@ def test_a_damaged_shard_of_a_read_only_cache_is_left_out(tmp_path: Path, monkey
 def test_a_shard_swapped_or_deleted_behind_an_open_store_is_not_served(tmp_path: Path) -> None:
     path, inside = one_shard(tmp_path)
     store = FeatureStore(tmp_path, SPEC)
-    flip(path, inside.rows_at)
+    flip(path, inside.shard.rows_at)
     with pytest.raises(StoreError, match=r"64 of 64 features|features are not in"):
         store.read(KEYS[::-1])
     path, _ = one_shard(tmp_path / "gone")
@@ -211,7 +207,7 @@ def test_a_lost_spec_json_is_written_anew_from_a_shard(tmp_path: Path, harm: str
     store = FeatureStore(tmp_path, SPEC, engine="tiny")
     assert np.array_equal(store.read(KEYS), ROWS) and len(store.notes) == 1
     assert spec.read_bytes() == before and FeatureStore(tmp_path, SPEC).notes == []
-    assert caching.info(tmp_path, NAME).entry.engine == "tiny"
+    assert caching.info(tmp_path, NAME).entry.form == folders.Form(SPEC, "tiny", (64,))
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b'{"shards": {"x": 1}}', b"[1]", b'"\xff"'])
@@ -230,7 +226,7 @@ def forged_name(data: bytes) -> str:
 
 
 def attributes(file: h5py.File) -> None:
-    for name, value in shards.Form(SPEC, "tiny", (64,)).attributes().items():
+    for name, value in folders.Form(SPEC, "tiny", (64,)).attributes().items():
         file.attrs[name] = np.bytes_(value)
     file.attrs["block"] = np.bytes_(b"64")
 
@@ -313,7 +309,7 @@ def big_endian(file: h5py.File, secret: Path) -> None:
 def vlen_attribute(file: h5py.File, secret: Path) -> None:
     honest(file)
     del file.attrs["spec"]
-    file.attrs["spec"] = shards.Form(SPEC, "tiny", (64,)).attributes()["spec"].decode()
+    file.attrs["spec"] = folders.Form(SPEC, "tiny", (64,)).attributes()["spec"].decode()
 
 
 def array_attribute(file: h5py.File, secret: Path) -> None:
@@ -413,7 +409,7 @@ def a_folder(path: Path, secret: Path) -> None:
 
 @pytest.mark.parametrize("make", [elsewhere, a_pipe, a_folder], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", ["shard", "spec.json", "verified.json"])
-def test_what_is_no_plain_file_is_not_followed(
+def test_what_is_not_a_plain_file_is_not_followed(
     tmp_path: Path, secret: Path, make: Callable[[Path, Path], None], name: str
 ) -> None:
     path, _ = one_shard(tmp_path / "cache")
@@ -422,9 +418,9 @@ def test_what_is_no_plain_file_is_not_followed(
     target.unlink(missing_ok=True)
     make(target, secret)
     store = FeatureStore(tmp_path / "cache", SPEC)
-    assert np.array_equal(store.read(KEYS), ROWS) and store.rows == 64
+    assert np.array_equal(store.read(KEYS), ROWS) and len(store.stored()) == 64
     if name == "shard":
-        assert len(store.notes) == 1 and "no plain file" in store.notes[0]
+        assert len(store.notes) == 1 and "not a plain file" in store.notes[0]
     assert secret.read_bytes() == path.read_bytes()
 
 

@@ -15,8 +15,6 @@ from conftest import ColourEngine, write_images
 
 import featx
 from featx.cli import cli
-from featx.errors import FeatxError
-from featx.runs import Run
 
 
 def run(*arguments: str | Path) -> Result:
@@ -37,14 +35,8 @@ def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, he
     result = run("extract", tiny, "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    assert [report[n] for n in ("found", "ignored", "cached", "extracted", "duplicate", "skipped")] == [
-        12,
-        0,
-        0,
-        12,
-        0,
-        0,
-    ]
+    counts = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
+    assert [report[name] for name in counts] == [12, 0, 0, 12, 0, 0]
     assert (here / "cache").is_dir()
 
 
@@ -96,20 +88,16 @@ def test_fit_makes_a_run_named_after_data_backbone_head_and_configuration(
     assert {p.name for p in path.iterdir()} >= {"config.json", "head.safetensors", "report.json"}
 
 
-def test_people_have_the_answer_before_its_page_is_drawn(
-    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(fitted: Run) -> Path:
-        assert fitted.features is not None and fitted.source is not None  # nothing is read again
-        assert fitted.features.ids == fitted.source.ids
-        raise FeatxError("the disk is full")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("featx.reporting.report.write_report", full)
-        result = run("fit", tiny, "-b", "tiny", "-o", "run", "--report")
-        assert run("fit", tiny, "-b", "tiny", "-o", "other", "--report", "--json").stdout == ""
-    assert result.exit_code == 1 and result.stdout == ""  # what a program reads comes when all is there
-    assert result.stderr.index("accuracy") < result.stderr.index("Error: the disk is full")
+def test_people_have_the_answer_before_its_page_is_drawn(tiny: Path, here: Path, engine: ColourEngine) -> None:
+    run("fit", tiny, "-b", "tiny", "-o", "run")
+    (here / "run" / "plots").symlink_to(here)  # which no page is written into
+    for flags in ([], ["--json"]):
+        (here / "run" / "report.json").unlink()
+        result = run("fit", tiny, "-b", "tiny", "-o", "run", "--report", *flags)
+        assert result.exit_code == 1 and result.stdout == ""  # what a program reads comes when all is there
+        assert "plots is a link" in result.stderr.partition("Error: ")[2]
+        assert ("accuracy" in result.stderr.partition("Error: ")[0]) == (not flags)
+    (here / "run" / "plots").unlink()
     assert run("report", "run").exit_code == 0 and (here / "run" / "report.html").is_file()
 
 
@@ -141,9 +129,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, engine
     assert (here / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_evaluate_measures_a_run_on_other_data(
-    tiny: Path, here: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_measures_a_run_on_other_data(tiny: Path, here: Path, engine: ColourEngine) -> None:
     run("fit", tiny, "-b", "tiny", "-o", "run")
     other = write_images(here / "other", per_class=4, seed=7)
     shutil.copy(next((other / "cold").iterdir()), other / "warm" / "wrong.png")
@@ -285,7 +271,7 @@ cache verify
 """
 NETS = """
 from torch import nn
-from featx.preprocess import Preprocess
+from featx.pixels.preprocess import Preprocess
 
 def tiny():
     return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()), Preprocess(36, 32)

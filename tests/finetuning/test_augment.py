@@ -1,4 +1,4 @@
-"""Augmentation: drawn once an epoch, the same pixels as Pillow's, whatever the batch."""
+"""Augmentation: drawn once per epoch, the same pixels as Pillow's, whatever the batch."""
 
 from __future__ import annotations
 

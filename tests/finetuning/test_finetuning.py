@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,20 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.numpy import load_file
 
-import featx.finetuning.checkpoints
-import featx.finetuning.pixels
-import featx.finetuning.training
 from featx.backbones.loading import load_backbone
 from featx.backbones.request import BackboneRequest
 from featx.classifier import load
 from featx.errors import TrainingError
 from featx.extraction.pipeline import Extraction, sync
 from featx.features import Features
-from featx.finetuning.layers import Tuned
+from featx.files import write_atomic
+from featx.finetuning.augment import Draws
+from featx.finetuning.pixels import Material, Pictures
 from featx.finetuning.preparing import hold_out, prepare
 from featx.finetuning.processes import World
 from featx.finetuning.recipes import FinetuneConfig
-from featx.finetuning.tuning import Finetuned, finetune
+from featx.finetuning.training import Setup
+from featx.finetuning.tuning import Finetuned, finetune, tune
 from featx.fitting import fit
 from featx.head import Head
 from featx.shipping.exporting import export
@@ -75,13 +76,26 @@ class Bench:
         solution = np.linalg.solve(A.T @ A + np.eye(A.shape[1]), A.T @ targets).astype(np.float32)
         return Head(solution[:-1].T.copy(), solution[-1], tuple(features.class_names))
 
-    def tune(self, name: str = "plain", folder: Path | None = None, **settings: Any) -> tuple[Finetuned, Path]:
+    def tune(
+        self,
+        name: str = "plain",
+        folder: Path | None = None,
+        arm: Callable[[Setup], None] | None = None,
+        **settings: Any,
+    ) -> tuple[Finetuned, Path]:
+        """arm: puts what fails, or waits, into the place of what works, before training starts."""
         config = FinetuneConfig(**{**QUICK, **settings})
         extraction = self.extraction(name)
         features = hold_out(extraction.features(), config)
         head = self.head(features) if config.init == "fitted" else None
         folder = folder or self.folder()
-        return finetune(extraction, features, head, config, folder, "cpu"), folder
+        if arm is None:
+            return finetune(extraction, features, head, config, folder, "cpu"), folder
+        with torch.random.fork_rng(devices=[]):
+            setup = prepare(extraction, features, head, config, folder, World(0, 1, torch.device("cpu")), 1)
+            arm(setup)
+            with closing(setup.inputs):
+                return tune(setup), folder
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +261,20 @@ def test_every_augmentation_trains_and_changes_the_result(bench: Bench, augment:
     assert tuned.history["epochs"][1]["loss"] != plain.history["epochs"][1]["loss"]
 
 
-def test_images_that_do_not_fit_into_memory_give_the_same_network(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, kept = bench.tune("plain")
-    monkeypatch.setattr(featx.finetuning.pixels, "SHARE", 0.0)
-    _, streamed = bench.tune("plain")
-    assert (kept / "model.safetensors").read_bytes() == (streamed / "model.safetensors").read_bytes()
+@pytest.mark.parametrize("augment", ["none", "flip", "views", "crop-flip+trivialaugment"])
+def test_images_that_do_not_fit_into_memory_look_the_same(bench: Bench, augment: str) -> None:
+    train, held = np.arange(3, 13), np.array([0, 20, 30])
+    config = FinetuneConfig(augment=augment, views=3)
+    material = Material(bench.extraction(), config, torch.device("cpu"), 2, train, held)
+    draws = Draws.of(len(train), seed=0, epoch=1)
+    batches = [np.array([7, 0, 2]), np.array([9, 1, 3]), np.array([4, 8])]
+    with closing(Pictures(material)) as kept, closing(Pictures(material, room=0.0)) as streamed:
+        assert kept.train_pixels.table is not None and streamed.train_pixels.table is None
+        for rows, then in zip(batches, [batches[1], None, None], strict=True):  # with and without what comes next
+            images = streamed.train(rows, draws, then)
+            assert images.shape == (len(rows), 3, 32, 32) and images.float().std() > 0
+            assert torch.equal(images, kept.train(rows, draws, then))
+        assert torch.equal(streamed.held(np.array([2, 0])), kept.held(np.array([2, 0])))
 
 
 def test_bf16_is_close_to_fp32(bench: Bench) -> None:
@@ -279,15 +300,14 @@ def test_a_cached_prefix_gives_the_uncached_runs_logits(bench: Bench, freeze_unt
     assert np.abs(a - b).max() < 5e-3 * np.abs(a).max()
 
 
-def test_a_filled_prefix_runs_the_frozen_layers_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filled_prefix_runs_the_frozen_layers_no_more(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"mode": "partial", "freeze_until": "layer3", "cache_prefix": True, "views": 2}
     first, _ = bench.tune("plain", **settings)
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("the prefix ran again")
-
-    monkeypatch.setattr("featx.finetuning.prefix.Activations._fill", refuse)
+    assert "cached prefix: " in capsys.readouterr().err
+    stored = {path: path.stat().st_mtime_ns for path in (bench.root / "cache").rglob("*.h5")}
     second, _ = bench.tune("plain", **settings)
+    assert "cached prefix: " not in capsys.readouterr().err
+    assert stored == {path: path.stat().st_mtime_ns for path in (bench.root / "cache").rglob("*.h5")}
     np.testing.assert_array_equal(first.head.weight, second.head.weight)
 
 
@@ -331,88 +351,78 @@ def test_a_nan_loss_stops_names_the_batch_and_keeps_the_last_good_checkpoint(ben
 
 
 def test_out_of_memory_halves_what_is_passed_at_once_and_keeps_the_arithmetic(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def room_for(images: int) -> Callable[[Setup], None]:
+        def refuse(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if network.training and len(inputs[0]) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return lambda setup: setup.network.register_forward_pre_hook(refuse) and None
+
     expected = logits_of(bench.tune("plain", select="last")[0], bench)
-    forward = Tuned.forward
-
-    def small_machine(self: Tuned, inputs: torch.Tensor) -> torch.Tensor:
-        if self.training and len(inputs) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, inputs)
-
-    monkeypatch.setattr(Tuned, "forward", small_machine)
-    tuned, _ = bench.tune("plain", select="last")
+    tuned, _ = bench.tune("plain", None, room_for(3), select="last")
     assert tuned.history["micro_batch"] == 2
     assert "going on from the last checkpoint with 4" in capsys.readouterr().err
     np.testing.assert_allclose(logits_of(tuned, bench), expected, rtol=1e-4, atol=1e-5)
-
-    def tiny_machine(self: Tuned, inputs: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, inputs)
-
-    monkeypatch.setattr(Tuned, "forward", tiny_machine)
     with pytest.raises(TrainingError, match="one image does not fit"):
-        bench.tune("plain", select="last")
+        bench.tune("plain", None, room_for(0), select="last")
 
 
 class Killed(BaseException):
     """What a test raises where a machine would lose power."""
 
 
-def at_step(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    def arm(monkeypatch: pytest.MonkeyPatch) -> None:
-        left = [number]
-        for kind in (torch.optim.SGD, torch.optim.AdamW):
+def at_step(number: int) -> Callable[[Setup], None]:
+    left = [number]
 
-            def step(self: Any, *args: Any, original: Any = kind.step) -> Any:
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Killed
-                return original(self, *args)
+    def step(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
 
-            monkeypatch.setattr(kind, "step", step)
-
-    return arm
+    return lambda setup: setup.optimizer.register_step_pre_hook(step) and None
 
 
-def at_write(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    def arm(monkeypatch: pytest.MonkeyPatch) -> None:
-        original, left = featx.finetuning.checkpoints.write_atomic, [number]
+def at_write(number: int, error: BaseException | None = None) -> Callable[[Setup], None]:
+    left = [number]
 
-        def write(path: Path, data: bytes) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            original(path, data)
+    def write(path: Path, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error or Killed
+        write_atomic(path, data)
 
-        monkeypatch.setattr(featx.finetuning.checkpoints, "write_atomic", write)
+    def arm(setup: Setup) -> None:
+        setup.checkpoints = replace(setup.checkpoints, write=write)
 
     return arm
 
 
 # of the 12 steps; the start is two writes, each step one, and a better epoch one more
-KILLS = [at_write(0), at_write(1), at_step(0), at_write(1), at_step(2), at_write(2), at_step(1), at_write(0)]
+KILLS = [
+    *((at_write, 0), (at_write, 1), (at_step, 0), (at_write, 1)),
+    *((at_step, 2), (at_write, 2), (at_step, 1), (at_write, 0)),
+]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, optimizer: str
-) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bits(bench: Bench, optimizer: str) -> None:
     settings = {"epochs": 3, "optimizer": optimizer, "lr": 0.01, "weight_decay": 0.01, "warmup": 1.0}
     tuned, whole = bench.tune("dropping", **settings)
-    folder = bench.folder()
-    # each save inside an epoch too: the state of its sums, and of half an epoch's data order
-    monkeypatch.setattr(featx.finetuning.training, "SAVE_SECONDS", -1.0)
-    stopped = 0
-    for kill in KILLS:
-        with monkeypatch.context() as armed:
-            kill(armed)
-            try:
-                bench.tune("dropping", folder, **settings)
-            except Killed:
-                stopped += 1
+    folder, stopped = bench.folder(), 0
+    for kind, number in KILLS:
+        kill = kind(number)
+
+        def arm(setup: Setup, kill: Callable[[Setup], None] = kill) -> None:
+            # each step is saved too: the state of the epoch's sums, and of half an epoch's data order
+            setup.save_seconds = -1.0
+            kill(setup)
+
+        try:
+            bench.tune("dropping", folder, arm, **settings)
+        except Killed:
+            stopped += 1
     again, _ = bench.tune("dropping", folder, **settings)
     assert stopped == len(KILLS)
     assert (whole / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -424,22 +434,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert timeless[0] == timeless[1] and len(timeless[0]) == 4
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_can_go_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, original, writes = bench.folder(), featx.finetuning.checkpoints.write_atomic, [0]
-
-    def write(path: Path, data: bytes) -> None:
-        writes[0] += 1
-        if writes[0] > 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(path, data)
-
-    settings = {"epochs": 3, "select": "last"}
-    with monkeypatch.context() as full:
-        full.setattr(featx.finetuning.checkpoints, "write_atomic", write)
-        with pytest.raises(TrainingError, match=r"No space left on device.; the one before is kept"):
-            bench.tune("plain", folder, **settings)
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_can_go_on(bench: Bench) -> None:
+    folder, settings = bench.folder(), {"epochs": 3, "select": "last"}
+    full = at_write(3, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(TrainingError, match=r"No space left on device.; the one before is kept"):
+        bench.tune("plain", folder, full, **settings)
     kept = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert kept["epoch"] == 2
     bench.tune("plain", folder, **settings)

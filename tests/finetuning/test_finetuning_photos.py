@@ -1,4 +1,4 @@
-"""Fine-tuning on the real photographs with real weights: what the issue promises, measured."""
+"""Fine-tuning on the real photographs with real weights: accuracy on the 153 that neither saw."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_tuning_all_layers_from_the_fitted_head_loses_no_more_than_two_photograp
     train, val = features.split("train"), features.split("val")
     head = logreg.fit(Examples(train.X, train.y, groups(train.keys)), features.class_names, seed=0).head
     alone = int((head(val.X).argmax(1) == val.y).sum())
-    rows = extraction.rows[features.splits == "val"]
-    pixels = np.stack([extraction.info.preprocess(extraction.source.read(int(i))) for i in rows])
+    numbers = extraction.numbers[features.splits == "val"]
+    pixels = np.stack([extraction.info.preprocess(extraction.source.read(int(i))) for i in numbers])
     right = []
     for seed in range(3):
         config = FinetuneConfig(epochs=1, warmup=0.5, seed=seed)

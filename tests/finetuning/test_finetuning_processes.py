@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 from test_finetuning import Bench
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,8 @@ def command(bench: Bench, folder: Path, name: str, settings: dict[str, Any]) -> 
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(str(HERE.parents[n]) for n in (0, 1))  # of `small`, and of this featx
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def test_sigkill_then_the_same_command_ends_with_the_same_bits(bench: Bench) -> None:

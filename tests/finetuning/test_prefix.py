@@ -10,8 +10,9 @@ from torchvision import models
 
 from featx.backbones.backbone import Trunk, groups, without
 from featx.errors import BackboneError, TrainingError
-from featx.finetuning.layers import Tuned, linear, plan, train_mode
+from featx.finetuning.layers import Tuned, make_linear, plan
 from featx.finetuning.prefix import Cut, cut
+from featx.finetuning.recipes import FinetuneConfig
 from featx.pixels.preprocess import Preprocess
 
 
@@ -20,9 +21,9 @@ def split(network: nn.Module, head: str, side: int, freeze_until: str | None) ->
     trunk = Trunk(trunk_network, Preprocess(resize=side, crop=side))
     named = groups(trunk_network, head)
     size = network.get_submodule(head).in_features
-    tuned = Tuned(trunk, linear(None, size, 2, seed=0))
-    found = plan(tuned, named, {head}, lr=1.0, lrs={}, layer_decay=1.0, freeze_until=freeze_until, freeze=())
-    return tuned, cut(tuned, lambda: train_mode(tuned, named, found, norms=False), side)
+    tuned = Tuned(trunk, make_linear(None, size, 2, seed=0))
+    plan(tuned, named, {head}, FinetuneConfig(mode="partial" if freeze_until else "full", freeze_until=freeze_until))
+    return tuned, cut(tuned, side)
 
 
 def pixels(side: int, count: int = 3) -> torch.Tensor:

@@ -31,6 +31,7 @@ from featx.finetuning.recipes import FinetuneConfig, configure
         ({"epochs": "many"}, "epochs is int, not 'many'"),
         ({"compile": "yes"}, "compile is bool, not 'yes'"),
         ({"patience": True}, "patience is int | None, not True"),
+        ({"mode": "partial", "freeze": 3}, "freeze is tuple[str, ...], not 3"),
         ({"augment": "mixup"}, "unknown augmentation 'mixup'"),
     ],
 )
@@ -67,7 +68,7 @@ def test_scratch_starts_from_a_random_head() -> None:
 
 def test_a_configuration_survives_json() -> None:
     settings = FinetuneConfig(mode="partial", freeze=("stem",), lrs={"layer1": 0.1}, class_weight={"ants": 2.0})
-    assert FinetuneConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    assert FinetuneConfig(**json.loads(json.dumps(settings.to_dict()))) == settings
 
 
 def test_unknown_recipes_and_settings_are_refused_with_near_matches() -> None:

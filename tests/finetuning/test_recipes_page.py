@@ -14,7 +14,7 @@ from featx.cli import cli
 from featx.runs import open_run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
-# `pretrained` needs labels that the network knows: tests/heads hold it to the real photographs
+# `pretrained` needs labels that the network knows: tests/heads test it on the real photographs
 COMMANDS = [c for c in re.findall(r"`(featx fit photos [^`]+)`", PAGE.read_text()) if "pretrained" not in c]
 
 

@@ -92,7 +92,7 @@ def test_what_is_too_large_for_a_group_is_left_to_pillow() -> None:
     for side, taken in ((1 << 13, True), ((1 << 13) + 1, False)):  # 2**26 pixels, and some more
         said = size[:5] + side.to_bytes(2, "big") * 2
         assert (header(changed(data, size, said)) is not None) == taken
-    filled = data + b"\xff\xd9" * ((jpeg.MOST_BYTES - len(data)) // 2)
+    filled = data + b"\xff\xd9" * ((jpeg.MAX_BYTES - len(data)) // 2)
     assert header(filled) is not None and header(filled + b"\xff\xd9") is None
 
 

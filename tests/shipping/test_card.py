@@ -13,9 +13,8 @@ import yaml
 from conftest import ColourEngine, write_images
 
 import featx
-from featx.errors import RunError
 from featx.files import write_json
-from featx.runs import CARD_MARK, Run, read_config, write_config
+from featx.runs import CARD_MARK, Run, open_run, read_config, write_config
 from featx.shipping import card
 from featx.text import printable
 
@@ -41,11 +40,11 @@ def changed(run: Run, **backbone: Any) -> Run:
     config = read_config(run.path)
     config = replace(config, backbone=replace(config.backbone, **backbone))
     write_config(run.path, config)
-    return run
+    return open_run(run.path)
 
 
 def test_a_hub_reads_what_the_run_is_and_what_was_measured(run: Run) -> None:
-    front = front_matter(card.card(run.path))
+    front = front_matter(card.card(open_run(run.path)))
     assert front["library_name"] == "featx"
     assert front["pipeline_tag"] == "image-classification"
     assert front["license"] == "unknown"
@@ -66,14 +65,14 @@ def test_a_hub_reads_what_the_run_is_and_what_was_measured(run: Run) -> None:
 )
 def test_any_name_comes_through_the_front_matter(run: Run, name: str) -> None:
     write_config(run.path, replace(run.config, data=f"/elsewhere/{name}"))
-    (entry,) = front_matter(card.card(changed(run, license=name).path))["model-index"]
+    (entry,) = front_matter(card.card(changed(run, license=name)))["model-index"]
     assert entry["results"][0]["dataset"]["name"] == printable(name)
-    assert front_matter(card.card(run.path))["license_name"] == printable(name)
+    assert front_matter(card.card(open_run(run.path)))["license_name"] == printable(name)
 
 
 def test_the_hub_s_own_library_reads_the_card(run: Run) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    parsed = hub.ModelCard(card.card(run.path))
+    parsed = hub.ModelCard(card.card(open_run(run.path)))
     accuracy = next(result for result in parsed.data.eval_results if result.metric_type == "accuracy")
     assert accuracy.metric_value == pytest.approx(run.report["accuracy"], abs=1e-6)
     assert accuracy.dataset_name == "my: data | set"
@@ -81,7 +80,7 @@ def test_the_hub_s_own_library_reads_the_card(run: Run) -> None:
 
 
 def test_every_class_name_is_shown_as_it_is_and_breaks_no_table(run: Run) -> None:
-    text = card.card(run.path)
+    text = card.card(open_run(run.path))
     body = text.split(CARD_MARK)[1]
     rows = [line for line in body.splitlines() if line.startswith("| ") and line.count(" | ") >= 4]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
@@ -93,7 +92,7 @@ def test_every_class_name_is_shown_as_it_is_and_breaks_no_table(run: Run) -> Non
 
 
 def test_the_card_names_no_place_on_this_machine(run: Run, tmp_path: Path) -> None:
-    text = card.card(run.path)
+    text = card.card(open_run(run.path))
     assert "run: one" in text
     assert str(tmp_path) not in text and "secret place" not in text
 
@@ -107,7 +106,7 @@ def test_the_card_names_no_place_on_this_machine(run: Run, tmp_path: Path) -> No
     ],
 )
 def test_the_license_of_the_weights_is_passed_on(run: Run, stated: str, expected: dict[str, str]) -> None:
-    text = card.card(changed(run, license=stated).path)
+    text = card.card(changed(run, license=stated))
     front = front_matter(text)
     assert {name: front[name] for name in expected} == expected
     assert f"Backbone weights: {stated}." in text
@@ -116,25 +115,25 @@ def test_the_license_of_the_weights_is_passed_on(run: Run, stated: str, expected
 def test_a_pretrained_timm_network_is_named_as_the_base_model(run: Run) -> None:
     name = "timm/vit_small_patch14_dinov2.lvd142m"
     note = "pretrained lvd142m"
-    assert front_matter(card.card(changed(run, name=name, weights_note=note).path))["base_model"] == name
-    assert "base_model" not in front_matter(card.card(changed(run, name=name, weights_note="random, seed 0").path))
+    assert front_matter(card.card(changed(run, name=name, weights_note=note)))["base_model"] == name
+    assert "base_model" not in front_matter(card.card(changed(run, name=name, weights_note="random, seed 0")))
 
 
 def test_a_run_without_validation_images_claims_nothing(run: Run) -> None:
     write_json(run.path / "report.json", {"accuracy": None, "split": "val", "count": 0, "notes": []})
-    text = card.card(run.path)
+    text = card.card(open_run(run.path))
     front = front_matter(text)
     assert "metrics" not in front and "model-index" not in front
     assert "there were no validation images" in text
 
 
 def test_what_the_gate_found_is_stated_once_there_is_a_file(run: Run) -> None:
-    assert "## Use" not in card.card(run.path)
+    assert "## Use" not in card.card(open_run(run.path))
     (run.path / "model.onnx").write_bytes(b"")
     (run.path / "plots").mkdir()
     checks = {"probabilities": {"value": 2.3e-3}, "same-pixel probabilities": {"value": 1e-6}, "labels": {"value": 0}}
     write_json(run.path / "parity.json", {"equal_labels": 11, "images": 12, "checks": checks})
-    text = card.card(run.path)
+    text = card.card(open_run(run.path))
     assert "11 of 12 images, with probabilities at most 2.3e-03 apart" in text
     assert "short side to 36 pixels" in text and "32 x 32" in text
     listed = re.findall(r"^\| `([\w.-]+)` ", text, re.M)
@@ -143,18 +142,13 @@ def test_what_the_gate_found_is_stated_once_there_is_a_file(run: Run) -> None:
 
 def test_a_card_is_kept_up_to_date_until_somebody_makes_it_their_own(run: Run) -> None:
     path = run.path / "README.md"
-    assert card.write(run.path)
-    assert path.read_text(encoding="utf-8") == card.card(run.path)
-    changed(run, license="mit")
-    assert card.write(run.path) and front_matter(path.read_text(encoding="utf-8"))["license"] == "mit"
+    card.write(run)
+    assert path.read_text(encoding="utf-8") == card.card(run)
+    card.write(changed(run, license="mit"))
+    assert front_matter(path.read_text(encoding="utf-8"))["license"] == "mit"
     path.write_text("my own words", encoding="utf-8")
-    assert not card.write(run.path)
+    card.write(run)
     assert path.read_text(encoding="utf-8") == "my own words"
-
-
-def test_a_folder_that_is_no_run_has_no_card(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is no run"):
-        card.card(tmp_path)
 
 
 def test_many_classes_are_named_up_to_a_number(run: Run) -> None:
@@ -162,7 +156,7 @@ def test_many_classes_are_named_up_to_a_number(run: Run) -> None:
     row = report["per_class"][0]
     report["per_class"] = [row | {"label": f"class-{i}", "support": 100 - i} for i in range(card.CLASSES + 5)]
     write_json(run.path / "report.json", report)
-    text = card.card(run.path)
+    text = card.card(open_run(run.path))
     assert f"class-{card.CLASSES - 1} |" in text and f"class-{card.CLASSES} |" not in text
     assert "The other 5 classes are in report.json." in text
     assert json.loads((run.path / "report.json").read_text())["per_class"]

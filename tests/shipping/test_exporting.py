@@ -1,4 +1,4 @@
-"""Export behind its gate: the file held to torch on the run's images, damage caught, heads swapped without torch."""
+"""Export behind its gate: the file compared with torch on the run's images, damage found, heads swapped."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ from PIL import Image
 import featx
 from featx.cli import cli
 from featx.errors import ExportError, ParityError
+from featx.features import FeatureSpec
 from featx.head import Head
-from featx.shipping import exporting, graph, parity
+from featx.runs import open_run
+from featx.shipping import graph, parity
 from featx.shipping.exporting import check, export
 from featx.shipping.inspection import inspect
+from featx.shipping.parity import gate_images
 from featx.shipping.prediction import predict
 from featx.shipping.reduction import export_reduced
+from featx.sources.source import Source
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +197,6 @@ def test_a_damaged_file_is_caught_and_what_is_damaged_is_named(run: Path, damage
     ("damage", "missed"),
     [
         ("head changed", {"same-feature logits"}),
-        ("class names permuted", {"labels"}),
         ("mean and std dropped", {"features", "probabilities", "same-pixel features"}),
         ("resize without antialiasing", {"features", "probabilities"}),
     ],
@@ -202,12 +205,10 @@ def test_damage_that_no_digest_would_show_is_measured(run: Path, damage: str, mi
     """The gate itself, on the answers alone."""
     model = onnx.load(run / "model.onnx")
     DAMAGE[damage][0](model)
-    names = json.loads(next(e.value for e in model.metadata_props if e.key == "class_names"))
-    opened = exporting.open_run(run)
-    images = exporting.gate_images(opened, 10, "val", None)
-    found, _ = exporting._measure_all(opened, model, images, names, parity.PROBABILITIES)
-    assert missed <= {check.name for check in found.checks if not check.passed}
-    assert not found.passed and all(check.name in found.failures() for check in found.checks if not check.passed)
+    opened = open_run(run)
+    found = parity.verify(opened, model, gate_images(opened, 10, "val"))
+    assert missed <= {check.name for check in found.missed}
+    assert not found.passed and all(check.name in found.failures() for check in found.missed)
 
 
 def test_an_undamaged_file_passes_the_check(run: Path) -> None:
@@ -223,17 +224,6 @@ def test_a_miss_leaves_the_former_file_and_writes_none_where_there_was_none(run:
     assert {name: (run / name).read_bytes() for name in before} == before
     assert not (tmp_path / "new").exists()
     assert not [name for name in os.listdir(run) if "tmp" in name]
-
-
-def test_what_the_tolerance_is_said_to_accept_it_accepts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity, "FEATURES", 1e-4)
-    with pytest.raises(ParityError, match=r"features 0\.00\d+ \(limit 0\.001\); probabilities .*a larger --tolerance"):
-        export(run, tolerance=1e-3)
-    found = export(run, tolerance=0.01)
-    assert {check.name: check.limit for check in found.checks if check.limit == 0.01}.keys() == {
-        "features",
-        "probabilities",
-    }
 
 
 def test_a_full_disk_leaves_the_former_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,28 +260,25 @@ def test_choices_of_input_and_outputs(run: Path, photos: Path) -> None:
 
 
 def test_a_damaged_record_of_a_verified_backbone_is_not_trusted(run: Path, tmp_path: Path) -> None:
-    images = exporting.gate_images(exporting.open_run(run), 153, "val", None)
-    kept = [
-        (p, parity.load_rows(p, images))
-        for p in Path(json.loads((run / "config.json").read_text())["cache"]).glob("engines/*.npz")
-    ]
-    path, rows = next((p, rows) for p, rows in kept if rows is not None and rows.file is not None)
-    np.testing.assert_allclose(rows.same, images.cached, rtol=1e-3, atol=1e-4)
+    opened, parts = open_run(run), graph.part_digests(onnx.load(run / "model.onnx").graph)
+    everything, fewer = (gate_images(opened, count, "val") for count in (153, 152))
+    path = parity.rows_path(opened, everything, parts)
+    rows = parity.load_rows(path)
+    assert rows is not None and rows.resized is not None
+    np.testing.assert_allclose(rows.same, everything.cached, rtol=1e-3, atol=1e-4)
+    assert parity.rows_path(opened, fewer, parts) != path
     data = path.read_bytes()
     for damaged in (data[: len(data) // 2], b"", data[:200] + bytes(100) + data[300:]):
         (tmp_path / "record.npz").write_bytes(damaged)
-        assert parity.load_rows(tmp_path / "record.npz", images) is None
-    fewer = exporting.gate_images(exporting.open_run(run), 152, "val", None)
-    assert parity.load_rows(path, fewer) is None
+        assert parity.load_rows(tmp_path / "record.npz") is None
 
 
 def test_the_images_are_those_with_the_smallest_hashes(run: Path) -> None:
-    opened = exporting.open_run(run)
-    everything, few = (exporting.gate_images(opened, count, "val", None) for count in (2000, 10))
-    assert (len(everything.ids), len(few.ids)) == (153, 10)
+    everything, few = (gate_images(open_run(run), count, "val") for count in (2000, 10))
+    assert (len(everything.source), len(few.source)) == (153, 10)
     hashes = [bytes(key) for key in everything.keys]
     assert hashes == sorted(hashes) and [bytes(key) for key in few.keys] == hashes[:10]
-    assert {label for (label,) in everything.labels} == {"ants", "bees"}
+    assert set(everything.source.labels or []) == {"ants", "bees"}
 
 
 def test_a_split_without_images_says_what_to_do(run: Path) -> None:
@@ -311,31 +298,34 @@ def test_data_that_moved_is_found_again(run: Path, photos: Path, tmp_path: Path)
     assert export(run, data=photos).method == "head"
 
 
+SMALL = "small:backbone_normed"  # code that is not featx's, and so must be named again
+
+
 @pytest.fixture
 def small_run(tmp_path: Path) -> Path:
     """A run on `data/train` and `data/val` that is fast to export in full."""
     for split, seed in (("train", 0), ("val", 1)):
         write_images(tmp_path / "data" / split, per_class=12, seed=seed)
     options = {"weights": "random", "cache": tmp_path / "cache", "output": tmp_path / "run"}
-    return featx.fit(tmp_path / "data", "small:backbone_normed", **options).path
+    return featx.fit(tmp_path / "data", SMALL, **options).path
 
 
-def test_after_the_data_have_changed_the_file_is_held_to_torch_and_no_accuracy_is_claimed(
+def test_after_the_data_have_changed_the_file_is_compared_and_no_accuracy_is_claimed(
     small_run: Path, tmp_path: Path
 ) -> None:
-    found = export(small_run)
+    found = export(small_run, factory=SMALL)
     assert (found.images, found.accuracy) == (24, json.loads((small_run / "report.json").read_text())["accuracy"])
     assert json.loads((small_run / "parity.json").read_text())["split"] == "val"
 
     (tmp_path / "data" / "val").rename(tmp_path / "val")  # validation images are now taken out of the training images
-    found = export(small_run)
+    found = export(small_run, factory=SMALL)
     assert found.passed and 0 < found.images < 24
     assert (found.accuracy, found.torch_accuracy) == (None, None)
-    assert check(small_run / "model.onnx", small_run).accuracy is None
+    assert check(small_run / "model.onnx", small_run, factory=SMALL).accuracy is None
     for record in (json.loads((small_run / "parity.json").read_text()), inspected(small_run)["parity"]):
         assert [record[name] for name in ("split", "accuracy", "torch_accuracy")] == [None] * 3
         assert record["images"] == record["equal_labels"] == found.images
-    shown = CliRunner().invoke(cli, ["export", str(small_run)])
+    shown = CliRunner().invoke(cli, ["export", str(small_run), "--factory", SMALL])
     assert shown.exit_code == 0
     assert (
         "no accuracy: the data have changed since the fit, and the head may have learned from these images"
@@ -343,26 +333,26 @@ def test_after_the_data_have_changed_the_file_is_held_to_torch_and_no_accuracy_i
     )
     refused = r"it may have learned from these: the images or labels of .*data are not those that .*run was fitted on"
     with pytest.raises(ExportError, match=refused):
-        export_reduced(small_run, "int8")
+        export_reduced(small_run, "int8", factory=SMALL)
     with pytest.raises(ExportError, match=refused):  # its training images, by another name
-        export_reduced(small_run, "int8", split="train", data=tmp_path / "data")
+        export_reduced(small_run, "int8", split="train", data=tmp_path / "data", factory=SMALL)
 
     (tmp_path / "val").rename(tmp_path / "data" / "val")
-    assert export(small_run).accuracy is not None
+    assert export(small_run, factory=SMALL).accuracy is not None
 
 
-def test_images_that_the_head_has_not_learned_from_have_an_accuracy_but_are_not_called_the_runs_split(
+def test_images_that_are_new_to_the_head_have_an_accuracy_but_are_not_called_a_split(
     small_run: Path, tmp_path: Path
 ) -> None:
     write_images(tmp_path / "more", per_class=14, seed=2)
     shutil.copy(tmp_path / "more" / "warm" / "013.png", tmp_path / "data" / "train" / "warm")
-    found = export(small_run)
+    found = export(small_run, factory=SMALL)
     assert (found.images, found.accuracy) == (24, json.loads((small_run / "report.json").read_text())["accuracy"])
     assert json.loads((small_run / "parity.json").read_text())["split"] is None
-    assert export(small_run, data=tmp_path / "more").accuracy is not None
-    assert export(small_run, split="train").accuracy is None
+    assert export(small_run, data=tmp_path / "more", factory=SMALL).accuracy is not None
+    assert export(small_run, split="train", factory=SMALL).accuracy is None
     (small_run / "trained-on.npy").unlink()  # as a run of an older featx
-    assert export(small_run).accuracy is None
+    assert export(small_run, factory=SMALL).accuracy is None
 
 
 def inspected(run: Path) -> dict[str, Any]:
@@ -406,28 +396,44 @@ def test_the_features_of_one_image_do_not_set_the_scale_for_the_others() -> None
     assert np.isnan(parity.resized_difference(file, torch))
 
 
+def some_images(X: np.ndarray, labels: dict[str, str]) -> parity.Images:
+    """Images that are not read: ids and labels, and the features `X` that are cached for them."""
+    source = Source("", Path(), list(labels), list(labels.values()), multilabel="|" in "".join(labels.values()))
+    return parity.Images(source, np.zeros((len(X), 32), np.uint8), X, FeatureSpec("b", "00"), split="val")
+
+
 def test_ties_are_told_from_mistakes() -> None:
-    """Two images whose classes torch holds as good as equal, and one where it does not."""
+    """Two images whose classes torch finds as good as equally probable, and one where it does not."""
     head = Head(np.eye(2, dtype=np.float32), np.zeros(2, np.float32), ("a", "b"))
     X = np.array([[0.002, 0.0], [3.0, 0.0], [0.0, 0.001]], np.float32)
-    images = parity.Images(
-        ids=["tie", "wrong", "other tie"],
-        labels=[("a",), ("a",), ("b",)],
-        keys=np.zeros((3, 32), np.uint8),
-        cached=X,
-        precision="fp32",
-        spec_digest="",
-        read=lambda i: b"",
-        split="val",
-    )
+    images = some_images(X, {"tie": "a", "wrong": "a", "other tie": "b"})
     swapped = {"probabilities": head.probabilities(X)[:, ::-1], "logits": X[:, ::-1]}
     same = {"probabilities": head.probabilities(X), "logits": X}
-    found = parity.compare(
-        images, head, parity.Rows(X, X, X), swapped, same, class_names=["a", "b"], method="file", tolerance=5e-3
-    )
+    found = parity.compare(images, head, parity.Rows(X, X, X), swapped, same, method="file", tolerance=5e-3)
     assert (found.ties, found.differing, found.equal_labels) == (["tie", "other tie"], ["wrong"], 0)
     assert not found.passed and found.checks[0].value == 1
     assert (found.accuracy, found.torch_accuracy) == (0.0, 1.0)
+
+
+def test_all_labels_of_an_image_must_be_right_and_only_they() -> None:
+    head = Head(np.eye(3, dtype=np.float32), np.zeros(3, np.float32), ("a", "b", "c"), "sigmoid")
+    X = np.float32([[1, 1, -1], [1, 1, -1], [-1, -1, -1], [1, -1, -1]])
+    images = some_images(X, {"right": "b|a", "one missing": "a", "none": "|", "unknown class": "a|z"})
+    assert images.right(head.class_names, head.answers(head.probabilities(X))).tolist() == [True, False, True, False]
+
+
+def test_the_tolerance_is_the_limit_of_probabilities_and_above_its_own_limit_of_features() -> None:
+    head = Head(np.eye(2, dtype=np.float32), np.zeros(2, np.float32), ("a", "b"))
+    X = np.float32([[1.0, 0.2], [0.3, 0.9]])
+    resized = X * np.float32(1.04)
+    same, file = ({"probabilities": head.probabilities(x), "logits": x} for x in (X, resized))
+    images = some_images(X, {"x": "a", "y": "b"})
+    for tolerance, missed in ((5e-3, ["features", "probabilities"]), (0.035, ["features"]), (0.05, [])):
+        rows = parity.Rows(X, X, resized)
+        found = parity.compare(images, head, rows, file, same, method="file", tolerance=tolerance)
+        assert [check.name for check in found.missed] == missed
+        limits = {check.name: check.limit for check in found.checks}
+        assert (limits["features"], limits["probabilities"]) == (max(3e-2, tolerance), tolerance)
 
 
 def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
@@ -435,23 +441,14 @@ def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
     head = Head(np.float32([[40, 0], [0, 40]]), np.zeros(2, np.float32), ("a", "b"))
     torch = np.float32([[1.0, 0.99], [0.5, 0.8]])
     near = (torch * np.float32([[1 + 5e-6, 1 - 5e-6]])).astype(np.float32)
-    images = parity.Images(
-        ids=["x", "y"],
-        labels=[("a",), ("b",)],
-        keys=np.zeros((2, 32), np.uint8),
-        cached=torch,
-        precision="fp32",
-        spec_digest="",
-        read=lambda i: b"",
-    )
+    images = some_images(torch, {"x": "a", "y": "b"})
     given = {"probabilities": head.probabilities(head(near)), "logits": head(near)}
-    rows = parity.Rows(None, near, torch)
-    found = parity.compare(images, head, rows, given, given, class_names=["a", "b"], method="file")
+    found = parity.compare(images, head, parity.Rows(near, torch), given, given, method="file")
     values = {check.name: check for check in found.checks}
     assert values["same-pixel probabilities"].value > 5e-5 and found.passed
     wrong = given | {"logits": head(near) + np.float32(1e-3)}
-    found = parity.compare(images, head, rows, wrong, wrong, class_names=["a", "b"], method="file")
-    assert [check.name for check in found.checks if not check.passed] == ["same-feature logits"]
+    found = parity.compare(images, head, parity.Rows(near, torch), wrong, wrong, method="file")
+    assert [check.name for check in found.missed] == ["same-feature logits"]
 
 
 def test_nan_never_passes() -> None:
@@ -507,23 +504,21 @@ def large_jpegs(tmp_path: Path) -> Path:
     return tmp_path / "jpegs"
 
 
-def test_runs_of_both_decoders_on_one_cache_are_each_held_to_their_own_pixels(
-    large_jpegs: Path, tmp_path: Path
-) -> None:
+def test_runs_of_both_decoders_on_one_cache_are_compared_on_their_own_pixels(large_jpegs: Path, tmp_path: Path) -> None:
     features = {}
     for decode in ("exact", "fast", "exact"):
         run = featx.fit(
             large_jpegs,
-            "small:backbone_normed",
+            SMALL,
             weights="random",
             decode=decode,
             cache=tmp_path / "cache",
             output=tmp_path / f"run-{decode}",
             overwrite=True,
         )
-        assert export(run.path, images=4).passed
+        assert export(run, images=4).passed
         options = {"weights": "random", "decode": decode, "cache": tmp_path / "cache"}
-        features[decode] = featx.extract(large_jpegs, "small:backbone_normed", **options).X
+        features[decode] = featx.extract(large_jpegs, SMALL, **options).X
     assert np.abs(features["exact"] - features["fast"]).max() > 0
 
 

@@ -227,7 +227,7 @@ def test_an_interrupt_drops_what_is_waiting_and_ends_the_threads(model: Path) ->
     with pytest.raises(KeyboardInterrupt):
         for _ in predict(model, interrupted(), batch_size=8, workers=2):
             answered += 1
-    assert answered == 88  # the others were in the queue, which holds two batches and an image a thread
+    assert answered == 88  # the others were on their way: the next batch, and an image per thread
     assert not any(t.name.startswith("featx-decode") for t in threading.enumerate())
 
 
@@ -266,7 +266,7 @@ def test_a_head_alone_is_applied_to_the_features_of_another_file(tmp_path: Path,
     other = exported_file(tmp_path / "other.onnx", input="features", spec_digest="ff")
     with pytest.raises(ExportError, match="other features"):
         predict(features, arrays, head=other)
-    with pytest.raises(ExportError, match="no head alone"):
+    with pytest.raises(ExportError, match="takes pixels; a head takes features"):
         predict(features, arrays, head=model)
 
 

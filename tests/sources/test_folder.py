@@ -123,7 +123,7 @@ def test_a_folder_without_images_beside_splits_is_only_noted(tmp_path: Path) -> 
     source = open_source(root)
     assert table(source) == [("train/cat/1.jpg", "cat", "train")]
     assert source.ignored == ["docs/readme.txt"]
-    assert source.notes == ["folder 'docs' holds no image and counts for nothing"]
+    assert source.notes == ["folder 'docs' has no images; ignored"]
 
 
 def test_empty_class_folders_are_noted(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_empty_class_folders_are_noted(tmp_path: Path) -> None:
     (root / "train" / "dog").mkdir()
     (root / "val").mkdir()
     assert sorted(open_source(root).notes) == [
-        "folder 'train/dog' holds no image and counts for nothing",
-        "folder 'val' holds no image and counts for nothing",
+        "folder 'train/dog' has no images; ignored",
+        "folder 'val' has no images; ignored",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Owns backbones of your own: `package.module:factory`, a function that makes a network.
+"""Backbones of your own: `package.module:factory`, a function that makes a network.
 
     def factory() -> nn.Module | tuple[nn.Module, Preprocess] | tuple[nn.Module, Preprocess, list[str]]
 
@@ -6,10 +6,10 @@
 - `Preprocess` says how images become such pixels; without one, ImageNet's 256 / 224 and mean / std.
 - With class names the network is a classifier: `features` are the input of its last Linear, whose
   output must be the network's own, and `--head pretrained` can use it. Without them, `features` are
-  what the network returns. Maps are averaged over height and width, sequences over their tokens.
+  the network's output. Maps are averaged over height and width, sequences over their tokens.
 - `--weights FILE` is loaded into the network; `--weights pretrained` keeps what the factory made. The
-  factory runs with torch's generator seeded by `--seed`, and the generator is put back afterwards.
-- Modules are looked for as Python does, and in the current folder.
+  factory runs with torch's generator seeded by `--seed`, and the generator is restored afterwards.
+- Modules are searched for as Python does, and in the current folder.
 
 The weights digest covers the tensors and the source file that holds the factory, so editing that file
 recomputes features. Code that it imports is not covered: rename the factory when that changes.
@@ -27,12 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from featx.backbones.backbone import Backbone, build, without
-from featx.backbones.request import BackboneRequest, tensors_digest
+from featx.backbones.backbone import Backbone, Origin, build, is_affine, tensors_digest, without
+from featx.backbones.request import BackboneRequest
 from featx.backbones.weights import is_file, load_state, read_state
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
@@ -46,42 +45,36 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         torch.manual_seed(request.seed)
         made = factory()
     network, preprocess, class_names = _parts(made, name)
+    preprocess = request.override(preprocess)
+    network.eval()
+
     note = f"as {name} makes them"
     if is_file(request.weights):
         path = Path(request.weights)
         load_state(network, read_state(path)[0], f"{path} as {name}")
         note = f"local file {path.name}"
     elif request.weights == "random":
-        note = f"as {name} makes them, seed {request.seed}"
+        note += f", seed {request.seed}"
     elif request.weights != "pretrained":
         raise WeightsError(
             f"{name} is your own factory, which has no weights {request.weights!r}; "
             "expected pretrained (as it makes them), random, or the path of a .pth or .safetensors file"
         )
-    network.eval()
-    cut = head = None
+
+    cut, head = network, None
     if class_names is not None:
-        head = _classifier(network, name, request.override(preprocess).crop, len(class_names))
+        head = _classifier(network, name, preprocess.crop, len(class_names))
         cut = without(network, head)
     digest = hashlib.sha256(tensors_digest(network.state_dict()).encode() + _source(factory)).hexdigest()
-    return build(
-        request,
-        network,
-        name=f"custom/{name}",
-        preprocess=preprocess,
-        cut=cut,
-        head=head,
-        class_names=class_names,
-        note=note,
-        files=None,
-        digest=digest,
-    )
+    origin = Origin(f"custom/{name}", preprocess, class_names, note, files=None, digest=digest)
+    return build(request, origin, network, cut, head)
 
 
 def _find(name: str) -> Callable[[], Any]:
     path, _, function = name.partition(":")
     if not path or not function.isidentifier():
-        raise BackboneError(f"{name!r} is no factory; expected package.module:function")
+        raise BackboneError(f"{name!r} is not a factory; expected package.module:function")
+
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that a file here hides no installed package
@@ -90,15 +83,15 @@ def _find(name: str) -> Callable[[], Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise BackboneError(f"{path} cannot be imported: it needs {error.name}, which is not installed") from error
-        raise BackboneError(f"there is no module {path!r}; it is looked for as Python does, and in {folder}") from error
+        raise BackboneError(f"there is no module {path!r} on Python's search path or in {folder}") from error
     except Exception as error:
         raise BackboneError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
-    factory = getattr(module, function, None)
+
+    factory: Callable[[], Any] | None = getattr(module, function, None)
     if not callable(factory):
         known = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
         raise BackboneError(f"{path} has no function {function!r}.{near(function, known)}")
-    found: Callable[[], Any] = factory
-    return found
+    return factory
 
 
 def _parts(made: Any, name: str) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
@@ -120,16 +113,13 @@ def _parts(made: Any, name: str) -> tuple[nn.Module, Preprocess, tuple[str, ...]
 
 
 def _classifier(network: nn.Module, name: str, crop: int, classes: int) -> str:
-    """The dotted name of the last Linear, checked to be what the network ends in."""
+    """The dotted name of the last Linear, after a check that the network ends in it."""
     linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear) and path]
     if linears:
-        last = network.get_submodule(linears[-1])
-        pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, crop, crop)).astype(np.float32))
-        with torch.inference_mode():
-            logits, features = network(pixels), without(network, linears[-1])(pixels)
-            same = features.ndim == 2 and torch.allclose(last(features), logits, rtol=1e-4, atol=1e-5)
-        if same and logits.shape[1] == classes:
-            return linears[-1]
+        head: str = linears[-1]
+        as_many = network.get_submodule(head).out_features == classes
+        if as_many and is_affine(network, without(network, head), head, crop):
+            return head
     raise BackboneError(
         f"{name} gives {classes} class names, but its network does not end in a Linear with that many outputs; "
         "return no class names to have its output as the features"
@@ -137,7 +127,7 @@ def _classifier(network: nn.Module, name: str, crop: int, classes: int) -> str:
 
 
 def _source(factory: Callable[[], Any]) -> bytes:
-    """The file that holds the factory."""
+    """The content of the file that holds the factory."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(factory))
         return Path(file).read_bytes() if file else b""

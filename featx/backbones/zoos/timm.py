@@ -1,4 +1,4 @@
-"""Owns timm's networks: `timm/NAME` or `timm/NAME.TAG`, their preprocessing, licences and weights."""
+"""timm's networks: `timm/NAME` or `timm/NAME.TAG`, their preprocessing, licences and weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights
 
-from featx.backbones.backbone import Backbone, build, without
+from featx.backbones.backbone import Backbone, Origin, build, is_affine, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import is_file, load_state, read_state
+from featx.backbones.weights import first_line, is_file, load_state, read_state
 from featx.errors import BackboneError, WeightsError
 from featx.files import file_stats
 from featx.pixels.preprocess import RESAMPLE, Preprocess
@@ -22,7 +22,10 @@ from featx.text import near
 
 def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its timm name. Raises `BackboneError` and `WeightsError`."""
-    timm = _timm()
+    try:
+        import timm
+    except ImportError as error:
+        raise BackboneError(f"timm networks need the extra: pip install featx[timm] ({error})") from error
     bare = name.partition(".")[0]
     if not timm.is_model(bare):
         known = timm.list_models()
@@ -32,13 +35,17 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         raise BackboneError(
             f"timm has no weights {name!r}; there are {', '.join(tagged) or 'none'}.{near(name, tagged)}"
         )
-    config = timm.get_pretrained_cfg(name)
+
+    config: Any = timm.get_pretrained_cfg(name)
     preprocess = request.override(preprocessing(name, config, dict(request.preprocess)))
     options: dict[str, Any] = {}
     if config.fixed_input_size and preprocess.crop != config.input_size[1]:
         options["img_size"] = preprocess.crop
+    class_names = config.label_names or None
+    if class_names is None and config.num_classes == 1000:  # timm's classifiers of this size are ImageNet-1k's
+        class_names = ResNet18_Weights.DEFAULT.meta["categories"]
+
     files: dict[str, list[int]] | None = {}
-    class_names = _class_names(config)
     if request.weights == "pretrained":
         network, files = _pretrained(timm, name, config, options)
         note = f"pretrained {config.tag or 'default'}"
@@ -57,27 +64,20 @@ def load(request: BackboneRequest, name: str) -> Backbone:
             f"timm has no weights {request.weights!r}: it picks them by the name's tag, such as "
             f"{', '.join(f'timm/{t}' for t in tagged[:3]) or 'NAME.TAG'}; --weights takes pretrained, random or a file"
         )
+
     network.eval()
-    head = _head(network)
-    cut = _features_of(network)
-    return build(
-        request,
-        network,
-        name=f"timm/{name}",
-        preprocess=preprocess,
-        cut=cut,
-        head=head if head and _affine(network, cut, head, preprocess.crop) else None,
-        class_names=class_names,
-        note=note,
-        files=files,
-        license=config.license or "",
-    )
+    head, cut = _head(network), _features_of(network)
+    if head and not is_affine(network, cut, head, preprocess.crop):
+        head = None
+    class_names = tuple(class_names) if class_names else None
+    origin = Origin(f"timm/{name}", preprocess, class_names, note, files, license=config.license or "")
+    return build(request, origin, network, cut, head)
 
 
 def preprocessing(name: str, config: Any, overrides: dict[str, Any]) -> Preprocess:
     """The evaluation transform of a `PretrainedCfg`: resize to crop / crop_pct, crop the centre.
 
-    An overridden `interpolation` or `crop` is taken into account, the latter at the same crop_pct.
+    overrides: fields of `Preprocess` that the user sets; another `crop` keeps crop_pct.
     """
     channels, height, width = config.input_size
     if channels != 3 or height != width:
@@ -90,21 +90,9 @@ def preprocessing(name: str, config: Any, overrides: dict[str, Any]) -> Preproce
             f"timm/{name} resizes by {interpolation!r}; featx knows {', '.join(RESAMPLE)}: "
             "override `interpolation` to accept another"
         )
-    return Preprocess(
-        resize=math.floor(crop / (config.crop_pct or 0.875)),
-        crop=crop,
-        interpolation=interpolation,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-    )
 
-
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise BackboneError(f"timm networks need the extra: pip install featx[timm] ({error})") from error
-    return timm
+    resize = math.floor(crop / (config.crop_pct or 0.875))
+    return Preprocess(resize, crop, interpolation, tuple(config.mean), tuple(config.std))
 
 
 def _pre_logits(self: Any, pixels: Tensor) -> Tensor:
@@ -115,7 +103,7 @@ def _pre_logits(self: Any, pixels: Tensor) -> Tensor:
 def _features_of(network: nn.Module) -> nn.Module:
     """The network, its tensors shared, with a forward pass that stops before the classifier."""
     cut = without(network)
-    # a class of its own rather than an attribute: fx and export trace the class's forward
+    # a class of its own and not an attribute: fx and export trace the class's forward
     cut.__class__ = type(f"{type(network).__name__}Features", (type(network),), {"forward": _pre_logits})
     return cut
 
@@ -128,27 +116,8 @@ def _head(network: Any) -> str | None:
     return next((path for path, module in network.named_modules() if module is classifier), None)
 
 
-def _affine(network: nn.Module, cut: nn.Module, head: str, crop: int) -> bool:
-    """Whether the Linear at `head`, on the features, gives the network's logits: asked of the network itself."""
-    noise = np.random.default_rng(0).standard_normal((2, 3, crop, crop)).astype(np.float32)
-    with torch.inference_mode():
-        logits, features = network(torch.from_numpy(noise)), cut(torch.from_numpy(noise))
-        last = network.get_submodule(head)
-        return features.ndim == 2 and torch.allclose(last(features), logits, rtol=1e-4, atol=1e-4)
-
-
-def _class_names(config: Any) -> tuple[str, ...] | None:
-    if config.label_names:
-        return tuple(config.label_names)
-    if config.num_classes == 1000:  # every timm classifier of this size is ImageNet-1k, in its order
-        from torchvision.models import ResNet18_Weights
-
-        return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
-    return None
-
-
 def _pretrained(timm: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The network with timm's weights for it, and the file they came from, where that can be told."""
+    """The network with timm's weights for it, and the `file_stats` of their file, where it can be found."""
     if not (config.hf_hub_id or config.url or config.file):
         raise WeightsError(f"timm has no weights for {name}; --weights takes random or a file")
     file = config.hf_hub_filename or "model.safetensors"
@@ -160,13 +129,13 @@ def _pretrained(timm: Any, name: str, config: Any, options: dict[str, Any]) -> t
             from huggingface_hub import hf_hub_url
 
             address = hf_hub_url(config.hf_hub_id, file)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"the weights file of timm/{name} could not be loaded ({reason}). Fetch {address} where there is a "
-            "network and pass --weights FILE, or pass --weights random"
+            f"the weights file of timm/{name} could not be loaded ({first_line(error)}). Fetch {address} where there "
+            "is a network and pass --weights FILE, or pass --weights random"
         ) from error
+
     files: dict[str, list[int]] | None = None
-    with contextlib.suppress(Exception):  # only costs the next run its head start
+    with contextlib.suppress(Exception):  # without it the next run loads the network again
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(config.hf_hub_id, file)
@@ -178,7 +147,7 @@ def _pretrained(timm: Any, name: str, config: Any, options: dict[str, Any]) -> t
 def _from_file(
     timm: Any, name: str, network: nn.Module, path: Path, options: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, list[int]], str]:
-    """Load a file as timm writes them, or else as its authors did, through timm's own converters."""
+    """Load a file as timm writes them, or else as its authors did, by timm's own converters."""
     state, files = read_state(path)
     try:
         return network, files, load_state(network, state, f"{path} as timm/{name}", _head(network))

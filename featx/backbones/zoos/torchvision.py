@@ -1,4 +1,4 @@
-"""Owns torchvision's classification networks: their weights, preprocessing, class names and last layer."""
+"""torchvision's classification networks: their weights, preprocessing, class names and last layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from featx.backbones.backbone import Backbone, build, without
+from featx.backbones.backbone import Backbone, Origin, build, without
 from featx.backbones.request import BackboneRequest
 from featx.backbones.weights import is_file, load_state, read_state
 from featx.errors import BackboneError, WeightsError
@@ -20,7 +20,7 @@ from featx.pixels.preprocess import Preprocess
 from featx.text import near
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
-# trained with transform_input=True, which torchvision sets only when it loads its own weights
+# Trained with transform_input=True, which torchvision sets only when it loads its own weights.
 _TRANSFORM_INPUT = ("googlenet", "inception_v3")
 
 
@@ -28,14 +28,17 @@ def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its torchvision name. Raises `BackboneError` and `WeightsError`."""
     known = models.list_models(module=models)
     if name not in known:
-        raise unknown(name, known)
-    chosen = first_weights(name)  # what `random` and local files are preprocessed as
+        raise BackboneError(
+            f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
+            f"timm's are called timm/NAME, your own package.module:factory.{near(name, known)}"
+        )
+
+    chosen = first_weights(name)  # whose preprocessing `random` and local files get
     files: dict[str, list[int]] | None = {}
-    state = None
+    state, path = None, Path(request.weights)
     if request.weights == "random":
         note = f"random, seed {request.seed}"
     elif is_file(request.weights):
-        path = Path(request.weights)
         state, files = read_state(path)
         note = f"local file {path.name}"
     else:
@@ -43,6 +46,7 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         path = _download(chosen)
         state, files = read_state(path)
         note = f"pretrained {chosen.name}"
+
     preprocess = request.override(preprocessing(chosen))
     network = create(name, preprocess.crop, seed=request.seed)
     last = last_layer(name, network)
@@ -53,39 +57,23 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         remark = load_state(network, state, f"{path} as {name}", last)
         if remark:
             note, class_names = f"{note}, {remark}", None
+
     layer = network.get_submodule(last)
     if isinstance(layer, nn.Identity) and request.layer == "logits":
         raise BackboneError(f"{path} holds no classifier, so {name} has no logits; use layer features")
-    if isinstance(layer, nn.Conv2d | nn.Identity) and name.startswith("squeezenet"):
-        # its classifier is a convolution, a ReLU and a pool: no affine map of the pooled features
+    if name.startswith("squeezenet"):
+        # its classifier is a convolution, a ReLU and a pool, not an affine map of the pooled features
         cut = without(network, "classifier", nn.AdaptiveAvgPool2d(1))
     else:
         cut = without(network, last)
-    return build(
-        request,
-        network,
-        name=f"torchvision/{name}",
-        preprocess=preprocess,
-        cut=cut,
-        head=last if isinstance(layer, nn.Linear) else None,
-        class_names=tuple(class_names) if class_names else None,
-        note=note,
-        files=files,
-    )
-
-
-def unknown(name: str, known: list[str]) -> BackboneError:
-    """The error for a network that torchvision does not have."""
-    return BackboneError(
-        f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
-        f"timm's are called timm/NAME, your own package.module:factory.{near(name, known)}"
-    )
+    origin = Origin(f"torchvision/{name}", preprocess, tuple(class_names) if class_names else None, note, files)
+    return build(request, origin, network, cut, last if isinstance(layer, nn.Linear) else None)
 
 
 def create(name: str, crop: int, seed: int = 0) -> nn.Module:
-    """Build a network with random weights for `crop` x `crop` pixels, auxiliary classifiers off.
+    """Build a network with random weights for `crop` x `crop` pixels, without auxiliary classifiers.
 
-    The weights follow from `seed` alone; torch's global generator is left as it was.
+    The weights depend on `seed` alone; torch's global generator stays as it was.
     """
     options: dict[str, Any] = {}
     if name in _TRANSFORM_INPUT:
@@ -94,6 +82,7 @@ def create(name: str, crop: int, seed: int = 0) -> nn.Module:
         options = {"image_size": crop}
     elif name.startswith("maxvit"):
         options = {"input_size": (crop, crop)}
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -106,18 +95,14 @@ def create(name: str, crop: int, seed: int = 0) -> nn.Module:
 def last_layer(name: str, network: nn.Module) -> str:
     """The dotted name of the classifier's last Linear, or of SqueezeNet's last convolution."""
     kind = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
-    return [path for path, module in network.named_modules() if isinstance(module, kind)][-1]
+    paths: list[str] = [path for path, module in network.named_modules() if isinstance(module, kind)]
+    return paths[-1]
 
 
 def first_weights(name: str) -> Any:
-    """`IMAGENET1K_V1`, or the first there is: what a local file is taken to be preprocessed as."""
-    members = {member.name: member for member in models.get_model_weights(name)}
+    """`IMAGENET1K_V1`, or the first there is: a local file is preprocessed as these are."""
+    members = models.get_model_weights(name).__members__
     return members.get("IMAGENET1K_V1") or next(iter(members.values()))
-
-
-def default_weights(name: str) -> Any:
-    """What torchvision calls its best weights, and `pretrained` means."""
-    return models.get_model_weights(name).DEFAULT
 
 
 def preprocessing(weights: Any) -> Preprocess:
@@ -133,9 +118,10 @@ def preprocessing(weights: Any) -> Preprocess:
 
 
 def _named(name: str, weights: str) -> Any:
+    known = models.get_model_weights(name)
     if weights == "pretrained":
-        return default_weights(name)
-    members = {member.name: member for member in models.get_model_weights(name)}
+        return known.DEFAULT
+    members = {member.name: member for member in known}
     if weights not in members:
         others = ["pretrained", "random", *members]
         raise WeightsError(
@@ -146,11 +132,12 @@ def _named(name: str, weights: str) -> Any:
 
 
 def _download(weights: Any) -> Path:
-    """The file of a weights enum in torch's hub folder, fetched if it is not there yet."""
+    """The file of a weights enum in torch's hub folder, downloaded where it is missing."""
     file = Path(urlparse(weights.url).path).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if path.exists():
         return path
+
     timeout = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +157,4 @@ def _download(weights: Any) -> Path:
 
 def _renamed(state: dict[str, Any]) -> dict[str, Any]:
     """DenseNet files from before torch 0.4.1 say `norm.1` where the network says `norm1`."""
-    old = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
-    renamed = type(state)({old.sub(r"\1\2", key): tensor for key, tensor in state.items()})
-    return renamed
+    return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", key): t for key, t in state.items()}
