@@ -17,6 +17,8 @@ from featx.solvers.examples import Examples
 
 GRID = np.array(logreg.STRENGTHS)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def classes_apart(
     rows: int, size: int, classes: int, apart: float, mistaken: float = 0.0
