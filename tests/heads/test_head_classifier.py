@@ -30,7 +30,7 @@ def test_it_passes_scikit_learns_checks(head: str) -> None:
 
 
 def test_the_linear_head_passes_them_with_a_short_schedule() -> None:
-    settings = {"epochs": 8, "batch_size": 32, "weight_decay": 1e-3}
+    settings = {"epochs": 20, "batch_size": 32, "weight_decay": 1e-3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = check_estimator(HeadClassifier("linear", settings=settings), on_fail=None)
