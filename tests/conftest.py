@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +115,18 @@ class ColourEngine:
 
     def close(self) -> None:
         pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Peers of scikit-learn run on one thread, as featx's solver does: on small matrices, more wait for each other."""
+    if request.path.parent.name != "heads":
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
 
 
 COLOURS = BackboneInfo(
