@@ -131,4 +131,7 @@ def _escaped(value: Any) -> Any:
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_escaped(item) for item in value]
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", printable(value)) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    shown = value if value.isprintable() else printable(value)
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", shown)

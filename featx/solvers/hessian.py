@@ -24,32 +24,35 @@ class Hessian:
         shape = (*A.shape[:2], design.count)
         self.shares: Array = design.xp.empty(shape, dtype=design.xp.float32, **design.place) if kept else None
         self.known = False  # whether `shares` holds what `_shares` gives
+        self._place()
+
+    def _place(self) -> None:
+        self.flat, self.members = self.design.flat(self.at), self.design.placed(self.member)
 
     def take(self, kept: np.ndarray) -> None:
         """Go on with some of the problems, `bool [P]`."""
         self.member, self.at = self.member[kept], self.at[:, kept]
         if self.shares is not None:
             self.shares = self.shares[:, kept]
+        self._place()
 
     def times(self, V: np.ndarray) -> np.ndarray:
         """The products with V, `float32 [K, P, rank + 1]`."""
         design = self.design
-        turned, at, member = design.flat(design.for_rows(V)), design.flat(self.at), design.placed(self.member)
+        turned = design.flat(design.for_rows(V))
         product = design.spread(
-            lambda rows, total: self._block(rows, at, turned, member, total),
-            lambda: design.xp.zeros_like(turned),
-            len(turned),
+            lambda rows, total: self._block(rows, turned, total), lambda: design.xp.zeros_like(turned), len(turned)
         )
         self.known = self.shares is not None
         return design.from_rows(taken_back(product).reshape(*V.shape[:2], -1))
 
-    def _block(self, rows: slice, at: Array, turned: Array, member: Array, total: Array) -> None:
-        design, xp = self.design, self.design.xp
+    def _block(self, rows: slice, turned: Array, total: Array) -> None:
+        design, xp, member = self.design, self.design.xp, self.members
         Z = design.block(rows, turned)
         if self.known:
             share = self.shares[:, :, rows]
         else:
-            share = self._shares((at @ Z.T).reshape(-1, len(member), len(Z)), rows, member)
+            share = self._shares((self.flat @ Z.T).reshape(-1, len(member), len(Z)), rows, member)
             if self.shares is not None:
                 self.shares[:, :, rows] = share
 
