@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.pixels.preprocess import Preprocess
@@ -64,13 +63,6 @@ def photos() -> Path:
 def groups() -> Path:
     """Features `X` `[N, 1280]` of photographs of twenty groups, their `y`, and which are to `train` on."""
     return _real("faults/00-cross-validated-head-is-not-the-one-shipped/features.npz")
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """scikit-learn's peers on one thread, as featx's solver: on small matrices, more wait for each other."""
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(scope="session")

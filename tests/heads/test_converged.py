@@ -17,8 +17,6 @@ from featx.solvers.examples import Examples
 
 GRID = np.array(logreg.STRENGTHS)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def classes_apart(
     rows: int, size: int, classes: int, apart: float, mistaken: float = 0.0

@@ -16,8 +16,6 @@ from sklearn.utils.estimator_checks import check_estimator
 from featx import HeadClassifier
 from featx.errors import HeadError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("head", ["logreg", "ncm", "ridge"])
 def test_it_passes_scikit_learns_checks(head: str) -> None:

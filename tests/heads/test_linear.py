@@ -10,8 +10,6 @@ from featx.heads import linear, logreg, settings_of
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def clouds(rows: int = 240, classes: int = 3) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rng = np.random.default_rng(0)

@@ -20,8 +20,6 @@ from featx.solvers import path as _solver
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def clouds(
     rows: int, size: int, classes: int, apart: float = 0.35, seed: int = 0

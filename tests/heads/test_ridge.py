@@ -12,8 +12,6 @@ from featx.solvers import design as _design
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def clouds(rows: int, size: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rng = np.random.default_rng(seed)
