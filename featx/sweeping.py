@@ -8,8 +8,6 @@ import hashlib
 import io
 import json
 import re
-import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -23,10 +21,10 @@ from featx.backbones.loading import locate, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.backbones.table import names
 from featx.devices import memory_for_features
-from featx.engines.engine import Engine
+from featx.engines.engine import Engine, measure_speed
 from featx.engines.onnx import backbone_onnx
 from featx.engines.opening import open_engine
-from featx.errors import FeatxError, HeadError, RunError
+from featx.errors import FeatxError, RunError
 from featx.extraction.job import Backbone, Data
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
@@ -34,17 +32,15 @@ from featx.features import Features, groups
 from featx.files import write_array, write_atomic, write_json
 from featx.fitting import fit
 from featx.head import columns
-from featx.heads import check_settings, module
+from featx.heads import head_text, module, parse_head
 from featx.measuring.views import Difference, held_out, paired, scores
 from featx.options import Shared, complete
 from featx.runs import Run, is_finished, open_run
 from featx.solvers.training import folds
 from featx.sources.opening import open_source
 from featx.sources.source import Source
-from featx.text import assigned
 
 FOLDS = 5
-SPEED_SECONDS = 1.0  # that a backbone's throughput is measured for, after one batch that is not counted
 HELD_OUT = "held-out-by-key.npy"
 COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
 COLUMNS += ["images/s", "MB"]
@@ -273,25 +269,6 @@ def _check(path: Path, by: str, views: Sequence[int], *grid: Sequence[object]) -
         raise RunError(f"{path} exists and is no sweep; give another --output")
 
 
-def parse_head(text: str) -> tuple[str, dict[str, Any]]:
-    """`logreg class_weight=balanced folds=10` as a name and settings; a value is JSON where it reads as such.
-
-    Raises `HeadError` for what is not written so, and for a head or a setting that does not exist.
-    """
-    try:
-        name, *pairs = shlex.split(text)
-        settings = assigned(pairs)
-    except ValueError as error:
-        raise HeadError(f"{text!r} is not a head's name with settings after it: {error}") from None
-    check_settings(name, settings)
-    return name, settings
-
-
-def head_text(name: str, settings: dict[str, Any]) -> str:
-    """A head with its settings, as `parse_head` reads it."""
-    return shlex.join([name, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())])
-
-
 def _point(
     place: _Place, backbone: Backbone, head: str, settings: dict[str, Any], views: int
 ) -> tuple[Point, np.ndarray | None]:
@@ -397,17 +374,9 @@ def _compared(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Poi
 
 
 def _speed(request: BackboneRequest, info: BackboneInfo, place: _Place) -> float:
-    """Images per second of the backbone alone, on this machine: decoding depends on the photographs."""
     options = {name: place.options[name] for name in ("device", "precision", "batch_size")}
     engine = place.engine or open_engine(request, info, cache=Path(place.options["cache"]), **options)
-    crop = info.preprocess.crop
-    images = np.random.default_rng(0).integers(0, 256, (engine.batch_size, 3, crop, crop), dtype=np.uint8)
-    engine(images)
-    begin, done = time.perf_counter(), 0
-    while done < 2 or time.perf_counter() - begin < SPEED_SECONDS:
-        engine(images)
-        done += 1
-    return round(done * len(images) / (time.perf_counter() - begin), 1)
+    return measure_speed(engine, info.preprocess.crop)
 
 
 def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Path) -> float:

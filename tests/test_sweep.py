@@ -16,9 +16,10 @@ from PIL import Image
 
 from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, FeatxError, HeadError, RunError
+from featx.heads import head_text, parse_head
 from featx.measuring.evaluation import evaluate
 from featx.reporting.comparison import write
-from featx.sweeping import Sweep, head_text, parse_head, sweep
+from featx.sweeping import Sweep, sweep
 
 
 class CountingEngine(ColourEngine):
@@ -135,7 +136,7 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(grid: dict[str, Any], 
     found = sweep(**grid | {"heads": ["pretrained", "ncm"], "views": [0], "output": tmp_path / "sweep"})
     assert [point.head for point in found.points] == ["ncm"]
     (failed,) = found.failed
-    assert failed["point"] == "custom/colours/features pretrained 0 views" and "no factory" in failed["error"]
+    assert failed["point"] == "custom/colours/features pretrained 0 views" and "is not a factory" in failed["error"]
     assert "failed: custom/colours" in found.text()
     sounds = BackboneRequest("squeezenet1_1", weights="random", preprocess=(("pitch", 440),))
     with pytest.raises(FeatxError, match=r"no point of the sweep could be fitted.*squeezenet1_1.*pitch"):

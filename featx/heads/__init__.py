@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import pkgutil
+import shlex
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -16,7 +18,26 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.kinds import fits
 from featx.solvers.examples import Examples
-from featx.text import near
+from featx.text import assigned, near
+
+
+def parse_head(text: str) -> tuple[str, dict[str, Any]]:
+    """`logreg class_weight=balanced folds=10` as a name and settings; a value is JSON where it reads as such.
+
+    Raises `HeadError` for what is not written so, and for a head or a setting that does not exist.
+    """
+    try:
+        name, *pairs = shlex.split(text)
+        settings = assigned(pairs)
+    except ValueError as error:
+        raise HeadError(f"{text!r} is not a head's name with settings after it: {error}") from None
+    check_settings(name, settings)
+    return name, settings
+
+
+def head_text(name: str, settings: dict[str, Any]) -> str:
+    """A head with its settings, as `parse_head` reads it."""
+    return shlex.join([name, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())])
 
 
 def names() -> list[str]:
