@@ -40,7 +40,7 @@ def features(module: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
 
 
 def repeating(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor | None]:
-    """In the place of nvJPEG, where there is no GPU."""
+    """Decode JPEG files on the CPU and repeat their chroma samples, as nvJPEG does."""
     return [torch.from_numpy(repeated(data)) for data in files]
 
 

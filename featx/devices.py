@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
 from pathlib import Path
 
 from featx.errors import FeatxError
+from featx.options import fields_of
 
 
 def available_threads() -> int:
@@ -47,8 +47,7 @@ def _machine_memory() -> float:
 
 def choose_device(device: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> `cpu`, or a CUDA device that exists. Raises `FeatxError`."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
+    fields_of()["device"].check(device)
     count = 0
     if device != "cpu" and has_cuda():
         import torch

@@ -22,7 +22,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 StoredDtype = Literal["float32", "float16"]
 Decode = Literal["exact", "fast", "gpu"]
 Split = Literal["train", "val", "test"]
-Finetune = Literal["full", "partial", "scratch"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,11 @@ class Option:
     help: str
     least: int | None = None
     """The smallest number allowed."""
+    pattern: str = ""
+    """A regular expression that a text must match, which `help` puts into words."""
 
 
-DEVICE = Option("auto", "auto, cpu, cuda or cuda:N.")
+DEVICE = Option("auto", "auto, cpu, cuda or cuda:N.", pattern=r"auto|cpu|cuda(:\d+)?")
 
 
 class Running(TypedDict, total=False):
@@ -99,8 +100,8 @@ class Field:
         least = self.option.least
         if least is not None and value < least:
             raise FeatxError(f"{self.name} is {least} or more, not {value}")
-        if self.name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise FeatxError(f"device is auto, cpu, cuda or cuda:N, not {value!r}")
+        if self.option.pattern and not re.fullmatch(self.option.pattern, value):
+            raise FeatxError(f"{self.name} is {self.option.help.removesuffix('.')}, not {value!r}")
         if self.type is int and value >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 

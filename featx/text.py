@@ -1,17 +1,14 @@
-"""Text for people and programs: names made printable, lists made short, near matches, JSON, templates."""
+"""Text for people and programs: names made printable, lists made short, near matches, JSON."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from featx.errors import FeatxError
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -63,16 +60,3 @@ def to_json(values: Any) -> str:
     """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
     return encodable(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def templates(package: str, escape: Callable[[str], str], html: bool) -> Environment:
-    """The templates of a package. `escape` goes over each value that is put in, unless it is markup already."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def shown(value: Any) -> str:
-        return value if isinstance(value, Markup) else escape(str(value))
-
-    made = Environment(loader=PackageLoader(package), finalize=shown, undefined=StrictUndefined, autoescape=html)
-    made.trim_blocks = made.lstrip_blocks = True
-    return made

@@ -19,7 +19,7 @@ from featx.features import short_keys
 from featx.head import Head, columns
 from featx.measuring import intervals
 from featx.measuring.intervals import Estimate
-from featx.options import Running, complete
+from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
 from featx.sources.source import Source
 from featx.text import near, some
@@ -114,7 +114,7 @@ def evaluate(
     run: str | Path | Run,
     data: str | Path | Source,
     *,
-    split: str | None = None,
+    split: Split | None = None,
     cache: str | Path | None = None,
     memory: float | None = None,
     factory: str | None = None,

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from featx.files import write_atomic
 from featx.reporting import plots
-from featx.text import printable, templates
+from featx.text import printable
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,13 @@ def strip_paths(sentence: str, folders: Iterable[str | Path]) -> str:
 
 @cache
 def _pages() -> Environment:
-    # names come from files, and may hold what no UTF-8 file takes
-    made = templates("featx.reporting", printable, html=True)
+    def shown(value: Any) -> str:
+        # names come from files, and may hold what no UTF-8 file takes
+        return value if isinstance(value, Markup) else printable(str(value))
+
+    loader = PackageLoader("featx.reporting")
+    made = Environment(loader=loader, finalize=shown, undefined=StrictUndefined, autoescape=True)
+    made.trim_blocks = made.lstrip_blocks = True
     made.filters |= {"jpeg": _jpeg, "number": _number, "percent": _percent}
     return made
 

@@ -13,6 +13,7 @@ from featx import __version__
 from featx.engines.onnx import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.files import write_atomic, write_json
+from featx.options import Split
 from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import card, graph, parity
@@ -35,7 +36,7 @@ def export(
     input: str = "pixels",
     outputs: tuple[str, ...] | None = None,
     images: int = parity.IMAGES,
-    split: str = "val",
+    split: Split = "val",
     data: str | Path | Source | None = None,
     tolerance: float = parity.PROBABILITIES,
     factory: str | None = None,
@@ -84,7 +85,7 @@ def check(
     run: str | Path | Run,
     *,
     images: int = parity.IMAGES,
-    split: str = "val",
+    split: Split = "val",
     factory: str | None = None,
 ) -> Parity:
     """Check that a file is an unmodified export of a run, and still gives the same answers.

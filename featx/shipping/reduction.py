@@ -17,6 +17,7 @@ import numpy as np
 from featx.devices import available_threads
 from featx.errors import ExportError
 from featx.head import Head
+from featx.options import Split
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import open_session
@@ -82,7 +83,7 @@ def export_reduced(
     input: str = "pixels",
     outputs: tuple[str, ...] | None = None,
     images: int = parity.IMAGES,
-    split: str = "val",
+    split: Split = "val",
     data: str | Path | None = None,
     max_loss: float = 0.5,
     providers: list[str] | None = None,
