@@ -28,7 +28,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from featx.cache import caching, folders
+from featx.cache import caching
 from featx.cache.store import FeatureStore
 from featx.extraction.pipeline import extract
 from featx.features import FeatureSpec
@@ -78,7 +78,7 @@ def load(folder: Path, photos: Path | None = None, weights: Path | None = None) 
     rows = np.maximum(dense, 0)
     fill(folder / "shards", keys, rows)
     fill(folder / "one", keys, rows)
-    caching.compact(folder / "one", folders.folder_name(SPEC))
+    caching.compact(folder / "one", SPEC.folder_name)
     np.save(folder / "rows.npy", rows)
     with h5py.File(folder / "lzf.h5", "w") as file:
         file.create_dataset("rows", data=rows, chunks=(256, 1024), compression="lzf")

@@ -30,10 +30,11 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from threadpoolctl import threadpool_info
 
 from featx.cache.store import FeatureStore
+from featx.devices import single_thread
 from featx.features import FeatureSpec
 from featx.heads import logreg, ridge
 from featx.solvers import training as _training
-from featx.solvers.design import Design, single_thread
+from featx.solvers.design import Design
 from featx.solvers.examples import Examples
 from featx.solvers.path import Path, minimise
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from featx.errors import FeatxError
 from featx.options import fields_of
@@ -15,6 +18,19 @@ def available_threads() -> int:
     """The cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
+    """One BLAS thread: more would wait for each other on small matrices, and inside our own threads."""
+    return _libraries().limit(limits=1, user_api="blas") if wanted else nullcontext()
+
+
+@functools.cache
+def _libraries() -> Any:
+    """numpy's; to look for them takes milliseconds."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def free_memory() -> float:

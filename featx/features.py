@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -55,6 +57,17 @@ def taken(X: np.ndarray | StoredRows, which: np.ndarray) -> np.ndarray | StoredR
     return X[which] if isinstance(X, np.ndarray) else X.take(which)
 
 
+def joined(
+    labels: Sequence[str], several: bool, keys: np.ndarray, given: np.ndarray
+) -> tuple[np.ndarray, list[str], np.ndarray, list[str]]:
+    """N labels, content keys and given splits -> `y`, `class_names` and `splits` of `Features`, and
+    `assign_splits`' sentences. several: `cat|indoor` is two classes.
+    """
+    y, class_names = labelled(labels, several)
+    splits, notes = assign_splits(keys, y, given, class_names)
+    return y, class_names, splits, notes
+
+
 def labelled(labels: Sequence[str], several: bool) -> tuple[np.ndarray, list[str]]:
     """Labels -> `y` and `class_names` of `Features`; an empty label is none. several: `cat|indoor` is two classes."""
     if not several:
@@ -98,10 +111,21 @@ class FeatureSpec(Identity):
         if self.precision not in TOLERANCE:
             raise FeatxError(f"precision is fp32, bf16 or fp16, not {self.precision!r}")
 
-    @property
+    @cached_property
+    def canonical(self) -> bytes:
+        """The spec as JSON with sorted keys, ASCII."""
+        return json.dumps(self.to_dict(), sort_keys=True).encode()
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of the spec's canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def folder_name(self) -> str:
+        """`resnet18-0123456789abcdef`: the backbone's own name, for people, and the start of the digest."""
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", self.backbone.rpartition("/")[2])[:60].lstrip(".")
+        return f"{name}-{self.digest[:16]}"
 
     @property
     def tolerance(self) -> float:
@@ -158,6 +182,10 @@ class Features:
         """The rows of one split."""
         return self.take(np.flatnonzero(self.splits == name))
 
+    def parts(self) -> tuple[Features, Features, Features]:
+        """The rows of `train`, `val` and `test`."""
+        return self.split("train"), self.split("val"), self.split("test")
+
     def take(self, rows: np.ndarray) -> Features:
         """The rows with these numbers, `int [M]`."""
         return replace(
@@ -196,8 +224,8 @@ class Features:
             raise FeatxError(f"{len(labels)} labels were given for {len(self)} images")
         given = self.splits if self.given is None else self.given
 
-        y, class_names = labelled([label or "" for label in labels], self.y.ndim == 2)
-        splits, notes = assign_splits(self.keys, y, given, class_names)
+        new_labels = [label or "" for label in labels]
+        y, class_names, splits, notes = joined(new_labels, self.y.ndim == 2, self.keys, given)
         former = assign_splits(self.keys, self.y, given, self.class_names)[1]
         report = self.report
         if report is not None:

@@ -21,7 +21,8 @@ from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
 from featx.features import Features, Rows, StoredRows, groups, repeated, short_keys
 from featx.finetuning.processes import World, processes, rank
-from featx.head import Fitted, Head, columns
+from featx.head import Fitted, Head
+from featx.kinds import plain
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, complete
@@ -75,7 +76,6 @@ def fit_features(
     `fit_features(features.relabel({"7.jpg": "bee"}))` is a fit with one label changed.
     Raises `HeadError` where there is nothing to learn from.
     """
-    heads.check_settings(head, settings or {})
     begin, learns = time.perf_counter(), heads.module(head).LEARNS
     fitted: Fitted
     if learns:
@@ -86,6 +86,7 @@ def fit_features(
     elif classifier is None:
         raise HeadError(f"the {head} head is the network's own classifier, which was not given")
     else:
+        heads.check_settings(head, settings or {})
         fitted = heads.module(head).fit(classifier, features.class_names, **(settings or {}))
     return measured(features, fitted, time.perf_counter() - begin, learned=learns)
 
@@ -107,24 +108,15 @@ def check_learnable(train: Features) -> None:
 def measured(features: Features, fitted: Fitted, seconds: float, *, learned: bool) -> Fit:
     """A head with its reports. learned: from these training images, so that their copies elsewhere are no test."""
     head, notes = fitted.head, repeated(features) if learned else []
-    train, *others = map(features.split, ("train", "val", "test"))
+    train, *others = features.parts()
     val, test = (
         evaluate_logits(head(part.rows), part.y, head, part.class_names, part.ids) if len(part.y) else None
         for part in others
     )
     if val is None:
         notes = ["there are no validation images: nothing was measured on images the head has not seen", *notes]
-    return Fit(head, fitted.info, seconds, val, test, share_right(head, train) if len(train.y) else None, notes)
-
-
-def share_right(head: Head, features: Features) -> float:
-    """The accuracy alone, in [0, 1]: images whose label, or labels, are all answered."""
-    logits, column = head(features.rows), columns(features.class_names, head.class_names)
-    if head.activation == "sigmoid":
-        known = column >= 0
-        said = head.answers(head.probabilities(logits[:, column[known]]))
-        return float((said == features.y[:, known]).all(axis=1).mean())
-    return float((logits.argmax(axis=1) == column[features.y]).mean())
+    right = head.accuracy(train.rows, train.y, train.class_names) if len(train.y) else None
+    return Fit(head, fitted.info, seconds, val, test, right, notes)
 
 
 def fit(
@@ -168,7 +160,7 @@ def fit(
         raise HeadError(f"{uri} has no labels: put the images into one folder a class, or name a manifest")
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
     path = Path(output) if output else runs.default_path("export", config)
-    if rank() == 0:  # of several processes that train together, the leader writes the run
+    if finetune is None or rank() == 0:  # of several processes that train together, the leader writes the run
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
     if finetune is not None:
         return fine_tuned(extracted, features, finetune, asked, limit, path, config, overwrite)
@@ -183,7 +175,7 @@ def fit(
         values |= measured_gain(views, features, head, limit, chosen) if gain else {}
 
     runs.start(path, config, overwrite=overwrite)
-    return finish(path, extracted, features, fitted.head, values, learns)
+    return finished(path, config, extracted, features, fitted.head, values, learns)
 
 
 def extracted_once(
@@ -238,17 +230,25 @@ def fine_tuned(
     values = measured(features, Fitted(tuned.head, info), first.seconds if first else 0.0, learned=True).to_dict()
     if finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
-    return finish(path, extracted, features, tuned.head, values)
+    return finished(path, replace(config, request=tuned.request), extracted, features, tuned.head, values)
 
 
-def finish(
-    path: Path, extracted: Extraction, features: Features, head: Head, values: dict[str, Any], learned: bool = True
+def finished(
+    path: Path,
+    config: runs.RunConfig,
+    extracted: Extraction,
+    features: Features,
+    head: Head,
+    values: dict[str, Any],
+    learned: bool = True,
 ) -> runs.Run:
     """Write what `fit` found; `report.json`, which makes the run a finished one, last."""
     assert features.report is not None
-    trained_on = short_keys(features.keys[(features.splits == "train") & learned])
+    trained_on = np.unique(short_keys(features.keys[(features.splits == "train") & learned]))
     report = values | {"extract": features.report.to_dict()}
-    return runs.finish(path, head, np.unique(trained_on), report, extracted.request.name)
+    run = runs.Run(path, config, report, head, trained_on, factory=extracted.request.name)
+    runs.finish(run)
+    return run
 
 
 def training_views(extracted: Extraction, features: Features, memory: float) -> Sequence[np.ndarray | StoredRows]:
@@ -303,7 +303,7 @@ def configuration(
         spec=features.spec,
         views=len(extracted.stores) - 1,
         head=head,
-        settings=settings,
+        settings=plain(settings),
         finetune=finetune.to_dict() if finetune else None,
         seed=seed,
         class_names=features.class_names,

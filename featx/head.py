@@ -85,6 +85,17 @@ class Head:
         """
         return answers(probabilities, self.activation)
 
+    def accuracy(self, X: Rows, y: np.ndarray, class_names: Sequence[str]) -> float:
+        """The share, in [0, 1], of images whose label, or labels, are all answered. X: `[N, D]`; y: `int [N]`, or 0/1
+        `[N, L]`, of L `class_names`.
+        """
+        logits, column = self(X), columns(class_names, self.class_names)
+        if self.activation == "sigmoid":
+            known = column >= 0
+            said = self.answers(self.probabilities(logits[:, column[known]]))
+            return float((said == y[:, known]).all(axis=1).mean())
+        return float((logits.argmax(axis=1) == column[y]).mean())
+
     def aligned(self, logits: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
         """This head's logits `[N, C]` in columns for L `class_names`, `float64 [N, L]`.
 

@@ -1,4 +1,4 @@
-"""Whether a value that a user gave has the type that a setting is annotated with."""
+"""Values that users give as settings: whether they have the type that is wanted, and how they are kept as JSON."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def fits(value: Any, kind: Any) -> bool:
     if origin in NUMBERS:
         return isinstance(value, NUMBERS[origin]) and not isinstance(value, bool)
     return origin is Any or isinstance(value, origin)
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON gives it back: tuples and arrays are lists, numpy's numbers are Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

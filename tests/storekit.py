@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featx.cache import folders
+from featx.cache import shards
 from featx.cache.store import FeatureStore
 from featx.features import FeatureSpec
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
-NAME = folders.folder_name(SPEC)
+NAME = SPEC.folder_name
 
 
 def table(count: int, width: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +61,7 @@ def fill(cache: Path, keys: np.ndarray, rows: np.ndarray, batch: int = 32, **set
 def shard_files(cache: Path, name: str = NAME) -> list[Path]:
     """The shards of the entry, in the order of their commits."""
     folder = cache / "features" / name
-    return [folder / shard for shard in folders.list_shards(folder)] if folder.is_dir() else []
+    return [folder / shard for shard in shards.list_shards(folder)] if folder.is_dir() else []
 
 
 def leftovers(cache: Path) -> list[str]:

@@ -18,6 +18,7 @@ from featx.fitting import fit, fit_features
 from featx.head import Head
 from featx.heads import logreg
 from featx.measuring.evaluation import evaluate, evaluate_logits
+from featx.runs import open_run
 from featx.solvers.examples import Examples
 
 SPEC = FeatureSpec("custom/none", "00" * 32)
@@ -62,6 +63,18 @@ def test_a_run_is_written_from_it(tmp_path: Path) -> None:
     assert {name: written[name] for name in values if name != "fit"} == {n: v for n, v in values.items() if n != "fit"}
     again = evaluate(run, data, split="val", engine=ColourEngine())
     assert again.to_dict() == found.val.to_dict()
+
+
+def test_the_run_that_fit_returns_is_the_one_that_its_folder_holds(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", per_class=20)
+    settings = {"strengths": np.array([0.1, 1.0]), "folds": np.int64(3)}
+    given: dict[str, Any] = {"engine": ColourEngine(), "cache": tmp_path / "cache", "output": tmp_path / "run"}
+    run = fit(data, COLOURS, settings=settings, **given)
+    held = open_run(tmp_path / "run", factory=COLOURS.name)
+    assert (held.config, held.report) == (run.config, run.report)
+    assert held.config.settings == {"strengths": [0.1, 1.0], "folds": 3}
+    assert (held.path, held.factory, held.request) == (run.path, run.factory, run.request)
+    assert np.array_equal(held.trained_on, run.trained_on) and np.array_equal(held.head.weight, run.head.weight)
 
 
 @pytest.mark.parametrize(

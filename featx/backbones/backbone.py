@@ -56,7 +56,7 @@ class Backbone:
     """Layer groups from the input on, without the classifier: a name, and prefixes of parameter names in
     `module.network` (a parameter belongs to a prefix if its name is the prefix, or goes on with a dot)."""
     files: dict[str, list[int]] | None
-    """Weights files and the `file_stats` they had when they were read; None where `info` must not be remembered."""
+    """Weights files and the `stat_row` they had when they were read; None where `info` must not be remembered."""
 
 
 class Trunk(nn.Module):

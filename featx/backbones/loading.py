@@ -17,7 +17,7 @@ from featx import __version__
 from featx.backbones import zoos
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import BackboneError, WeightsError
-from featx.files import file_stats, unsealed, write_sealed
+from featx.files import stat_row, unsealed, write_sealed
 from featx.text import near
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
     memo = Path(cache) / "resolved" / f"{_memo_key(request, source, name)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
         values = unsealed(memo.read_bytes())
-        if all(file_stats(Path(path)) == stats for path, stats in values["files"].items()):
+        if all(list(stat_row(os.stat(path))) == stats for path, stats in values["files"].items()):
             return BackboneInfo.from_dict(values["info"])
 
     backbone = load_backbone(request)
@@ -99,7 +99,7 @@ def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
 def _memo_key(request: BackboneRequest, source: str, name: str) -> str:
     """A hash of all that the answer depends on and that is known without torch."""
     weights = Path(request.weights)
-    file = [str(weights.absolute()), *file_stats(weights)] if weights.is_file() else None
+    file = [str(weights.absolute()), *stat_row(os.stat(weights))] if weights.is_file() else None
     versions = [_version(package) for package in ("torch", "torchvision", "timm")]
     places = [os.environ.get(k) for k in ("TORCH_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")]
     asked = [source, name, request.to_dict(), file, versions, places, __version__, RESOLVED_VERSION]

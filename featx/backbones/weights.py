@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from featx.backbones.backbone import replace_module
 from featx.backbones.table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
-from featx.files import file_stats
+from featx.files import stat_row
 from featx.text import some
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -33,12 +34,12 @@ def first_line(error: Exception) -> str:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The tensors of a .pth or .safetensors file, and its `file_stats` by path. Runs no code from the file.
+    """The tensors of a .pth or .safetensors file, and its `stat_row` by path. Runs no code from the file.
 
     Removes wrappers such as `{"state_dict": ...}` and prefixes such as `module.`. Raises `WeightsError`.
     """
     try:
-        stats = file_stats(path)
+        stats = list(stat_row(os.stat(path)))
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

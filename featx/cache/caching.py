@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from featx.cache import folders, shards
-from featx.cache.folders import Form, StaleError
+from featx.cache import shards, writing
 from featx.cache.index import distinct
+from featx.cache.shards import Form, StaleError
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import Features
@@ -134,7 +134,7 @@ def info(cache: Path, name: str, against: np.ndarray | None = None) -> Contents:
     """Describe one entry. against: keys of a data set, `uint8 [N, 32]`: which rows does it use?"""
     entry = find(cache, name)
     store = _open(cache, entry)
-    found = Contents(entry, len(store.stored()), len(store), list(folders.list_shards(entry.path)), store.notes)
+    found = Contents(entry, len(store.stored()), len(store), list(shards.list_shards(entry.path)), store.notes)
     if against is None:
         return found
     wanted = against[distinct(against)]
@@ -152,7 +152,7 @@ def verify(cache: Path, name: str | None = None) -> list[Verified]:
         except (StoreError, NewerError) as error:
             done.append(Verified(entry.name, 0, 0, 0, [str(error)]))
             continue
-        stats = folders.list_shards(entry.path).values()
+        stats = shards.list_shards(entry.path).values()
         done.append(Verified(entry.name, len(stats), len(store), sum(size for size, *_ in stats), store.notes))
     return done
 
@@ -196,7 +196,7 @@ def _merge(store: FeatureStore, keys: np.ndarray) -> dict[str, int]:
     step = max(1, COPY_BYTES // form.row_bytes)
     rows = (np.asarray(store.read(keys[start : start + step])) for start in range(0, len(keys), step))
     try:
-        shard = shards.write(store.folder, form, keys, rows)
+        shard = writing.write(store.folder, form, keys, rows)
         shards.check(store.folder, shard.name, form)
     except (OSError, DamageError, StaleError) as error:
         raise StoreError(f"{store.folder} was not compacted and is as it was ({error})") from error
@@ -259,10 +259,10 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
 def _entry(path: Path) -> Entry:
     form = None
     with contextlib.suppress(DamageError, NewerError, StaleError):
-        form = folders.read_form(path / "spec.json")
+        form = shards.read_form(path / "spec.json")
     aside = path / "damaged"
     damaged = len(list(aside.iterdir())) if aside.is_dir() else 0
-    return Entry(path.name, path, form, len(folders.list_shards(path)), _bytes(path), damaged)
+    return Entry(path.name, path, form, len(shards.list_shards(path)), _bytes(path), damaged)
 
 
 def _open(cache: Path, entry: Entry) -> FeatureStore:
@@ -271,11 +271,11 @@ def _open(cache: Path, entry: Entry) -> FeatureStore:
     Raises `StoreError`, and `NewerError` for what a newer featx wrote.
     """
     spec = entry.form.spec if entry.form else None
-    for shard in folders.list_shards(entry.path) if spec is None else []:
+    for shard in shards.list_shards(entry.path) if spec is None else []:
         with contextlib.suppress(DamageError, StaleError):
             spec = shards.check(entry.path, shard, None).form.spec
             break
-    if spec is None or folders.folder_name(spec) != entry.name:
+    if spec is None or spec.folder_name != entry.name:
         raise StoreError(f"{entry.path} holds no intact spec and no intact shard; featx cache remove {entry.name}")
     return FeatureStore(Path(cache), spec)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from featx.cache.folders import Form, Shard
 from featx.cache.index import KeyIndex
+from featx.cache.shards import Form, Shard
 from featx.devices import available_threads
 from featx.threads import ahead
 

@@ -1,4 +1,4 @@
-"""One shard: how keys and rows become an immutable, hashed HDF5 file, and when such a file is valid."""
+"""A spec's folder: its `spec.json`, its shards, and which of them are valid."""
 
 from __future__ import annotations
 
@@ -6,25 +6,90 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator
+import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featx.cache.folders import Form, Shard, StaleError, open_regular, parsing, read_into
 from featx.cache.index import KEY_BYTES
-from featx.errors import DamageError, StoreError
+from featx.errors import DamageError, NewerError
 from featx.features import FeatureSpec
-from featx.files import stat_row, write_chunks
+from featx.files import Stat, aside_name, make_folder, stat_row, sync_folder, unsealed, write_sealed
 
+KIND = "featx features 1"
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")
 # Rows are hashed in blocks of about this size too, so that one flipped byte costs one block, not the shard.
 BLOCK_BYTES = 1 << 20
+
+
+class StaleError(Exception):
+    """The folder is not what it was when it was listed: list it again."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all shards of one folder have in common."""
+
+    spec: FeatureSpec
+    engine: str
+    """What computed the rows; rows of two engines differ in their last bits."""
+    row_shape: tuple[int, ...]
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.spec.dtype).newbyteorder("<")
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        shared = {"spec": self.spec.to_dict(), "engine": self.engine, "tolerance": self.spec.tolerance}
+        return shared | {"row_shape": list(self.row_shape)}
+
+    def attributes(self) -> dict[str, bytes]:
+        """What every shard says of itself, ASCII."""
+        return {"kind": KIND.encode(), "spec": self.spec.canonical, "engine": json.dumps(self.engine).encode()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard whose bytes were verified, and where its arrays are in the file."""
+
+    name: str
+    stat: Stat
+    """As it was when its bytes were verified."""
+    count: int
+    keys_at: int
+    rows_at: int
+
+    def open(self, folder: Path) -> FileIO:
+        """The file, for reading. Raises `StaleError` where it is not the one that was verified."""
+        file = open_regular(folder / self.name)
+        if stat_row(os.fstat(file.fileno())) != self.stat:
+            file.close()
+            raise StaleError(f"{self.name} changed since it was verified")
+        return file
+
+    def read_rows(self, folder: Path, runs: list[tuple[int, np.ndarray]]) -> None:
+        """Fill each array with the rows from the number beside it on. Raises `StaleError`."""
+        with self.open(folder) as file:
+            for first, target in runs:
+                read_into(file, self.rows_at + first * target[:1].nbytes, target.data.cast("B"))
+
+    def map(self, folder: Path, form: Form) -> np.ndarray:
+        """The rows, memory-mapped: `[N, *row_shape]`. Raises `StaleError`."""
+        with self.open(folder) as file:
+            return np.memmap(file, form.dtype, "r", self.rows_at, (self.count, *form.row_shape))
 
 
 @dataclass(frozen=True)
@@ -38,69 +103,69 @@ class Inside:
     """Rows per digest."""
 
 
-def write(
-    folder: Path, form: Form, keys: np.ndarray, rows: Iterable[np.ndarray], block_bytes: int = BLOCK_BYTES
-) -> Shard:
-    """Commit one shard and return it; it is durable when this returns.
+def create(folder: Path, form: Form) -> None:
+    """Make a spec's folder with its `spec.json` in it, in one step; where one exists it stays as it is."""
+    make_folder(folder.parent)
+    aside = folder.parent / aside_name()
+    try:
+        aside.mkdir()
+        write_form(aside / "spec.json", form)
+        os.rename(aside, folder)  # fails where another writer's folder is
+        sync_folder(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError) or not folder.is_dir():
+            raise
+        if not (folder / "spec.json").exists():
+            write_form(folder / "spec.json", form)
 
-    keys: `uint8 [N, 32]`, N > 0; rows: arrays `[n, *row_shape]` of the stored dtype, N rows in all.
-    The name is the time, so that names sort in the order of commits, and the SHA-256 of the file's bytes.
-    Raises `OSError`: nothing is left behind.
+
+def read_form(path: Path, spec: FeatureSpec | None = None) -> Form:
+    """What a `spec.json` says, which must be this `spec`'s if one is given.
+
+    Raises `DamageError`, `NewerError`, `StaleError`, `OSError`.
     """
-    from featx.cache.hdf5 import plan
-
-    keys, block = np.ascontiguousarray(keys), max(1, block_bytes // form.row_bytes)
-    digests: list[bytes] = []
-    arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], Iterable[Any]]] = {
-        "keys": (keys.dtype, keys.shape, [keys]),
-        "rows": (form.dtype, (len(keys), *form.row_shape), _digested(form, keys, rows, block, digests)),
-        "digests": (keys.dtype, (-(-len(keys) // block), KEY_BYTES), digests),
-    }
-    chunks, offsets = plan(arrays, form.attributes() | {"block": str(block).encode()})
-    whole = hashlib.sha256()
-
-    def hashed() -> Iterator[bytes | memoryview]:
-        for chunk in chunks:
-            whole.update(chunk)
-            yield chunk
-
-    path = write_chunks(folder, hashed(), lambda: f"{time.time_ns():016x}-{whole.hexdigest()}.h5")
-    return Shard(path.name, stat_row(os.lstat(path)), len(keys), offsets["keys"], offsets["rows"])
+    values = _unsealed(path)
+    with parsing(f"{path} cannot be used"):
+        if spec is None:
+            spec = FeatureSpec.from_dict(values["spec"])
+        elif json.dumps(values["spec"], sort_keys=True).encode() != spec.canonical:
+            raise DamageError("it is another spec's")
+        form = Form(spec, str(values["engine"]), tuple(int(size) for size in values["row_shape"]))
+    if values.get("kind") != KIND or min(form.row_shape, default=1) < 1:
+        raise DamageError(f"{path} is of another kind ({values.get('kind')})")
+    return form
 
 
-def _digested(
-    form: Form, keys: np.ndarray, rows: Iterable[np.ndarray], block: int, digests: list[bytes]
-) -> Iterator[np.ndarray]:
-    """Pass the rows through, and append the SHA-256 of every block of rows and their keys to `digests`."""
-    done, digest = 0, hashlib.sha256()
-    for part in rows:
-        assert part.dtype == form.dtype and part.shape[1:] == form.row_shape
-        part = np.ascontiguousarray(part)
-        yield part
-        while len(part):
-            piece = part[: block - done % block]
-            digest.update(piece.data)
-            part, done = part[len(piece) :], done + len(piece)
-            if done % block == 0 or done == len(keys):
-                digest.update(keys[(done - 1) // block * block : done].data)
-                digests.append(digest.digest())
-                digest = hashlib.sha256()
+def write_form(path: Path, form: Form) -> None:
+    """Write a `spec.json`. Raises `OSError`."""
+    write_sealed(path, {"kind": KIND, **form.to_dict()})
 
 
-def cast(rows: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """A copy of rows as `dtype`, or a `StoreError` where float16 cannot hold them to 1 part in 1,000."""
-    with np.errstate(over="ignore", under="ignore"):
-        cast = np.array(rows, dtype, order="C")
-    if dtype.itemsize == 2 and rows.dtype.itemsize > 2:
-        finite = np.isfinite(rows)  # NaN and infinity are stored as they are
-        exact, stored = (np.where(finite, x, 0).reshape(len(rows), -1).astype(np.float64) for x in (rows, cast))
-        bad = np.linalg.norm(stored - exact, axis=1) > 1e-3 * np.linalg.norm(exact, axis=1)
-        if bad.any():
-            raise StoreError(
-                f"float16 cannot hold {int(bad.sum())} of {len(rows)} rows (largest value "
-                f"{np.abs(exact[bad]).max():.4g}; float16 holds 65504 and loses small ones); store float32"
-            )
-    return cast
+def list_shards(folder: Path) -> dict[str, Stat]:
+    """Names and stats of the shards in a folder, in the order of their commits."""
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if NAME.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    found[entry.name] = stat_row(os.lstat(entry.path))
+    return dict(sorted(found.items()))
+
+
+def read_verified(folder: Path) -> dict[str, Shard]:
+    """The shards whose bytes were verified before. Empty where that is not known: then they are verified again."""
+    try:
+        values = _unsealed(folder / "verified.json")["shards"]
+        return {name: Shard(name, tuple(v[:4]), v[4], v[5], v[6]) for name, v in values.items()}
+    except (OSError, StaleError, DamageError, KeyError, TypeError, IndexError, AttributeError):
+        return {}
+
+
+def write_verified(folder: Path, verified: dict[str, Shard]) -> None:
+    values = {s.name: [*s.stat, s.count, s.keys_at, s.rows_at] for s in verified.values()}
+    with contextlib.suppress(OSError):  # read-only or full: the next opening verifies the bytes again
+        write_sealed(folder / "verified.json", {"shards": values})
 
 
 def check(folder: Path, name: str, form: Form | None) -> Inside:
@@ -171,6 +236,61 @@ def intact_rows(folder: Path, name: str, form: Form) -> Iterator[tuple[np.ndarra
                     np.frombuffer(keys, np.uint8).reshape(n, KEY_BYTES),
                     np.frombuffer(rows, form.dtype).reshape(n, *form.row_shape),
                 )
+
+
+def read_keys(folder: Path, shards: list[Shard]) -> np.ndarray:
+    """The keys of all rows of these shards, one after the other, `uint8 [N, 32]`. Raises `StaleError`."""
+    keys, start = np.empty((sum(shard.count for shard in shards), KEY_BYTES), np.uint8), 0
+    for shard in shards:
+        with shard.open(folder) as file:
+            read_into(file, shard.keys_at, keys[start : start + shard.count].data.cast("B"))
+        start += shard.count
+    return keys
+
+
+def open_regular(path: Path) -> FileIO:
+    """Open a plain file: no link, no device, no pipe. Raises `DamageError`, `StaleError`."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise StaleError(f"{path.name} is missing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO):
+            raise DamageError(f"it is not a plain file that can be read ({error.strerror})") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DamageError("it is not a plain file")
+    return FileIO(handle)
+
+
+def read_into(file: FileIO, at: int, target: memoryview) -> None:
+    """Fill `target` with the bytes from offset `at`. Raises `StaleError` where the file ends before."""
+    file.seek(at)
+    while target:
+        got = file.readinto(target[: 1 << 30])
+        if not got:
+            raise StaleError("a shard ends early")
+        target = target[got:]
+
+
+@contextlib.contextmanager
+def parsing(trouble: str) -> Iterator[None]:
+    """Raise `DamageError` for whatever parsing raises, but let `NewerError` through."""
+    try:
+        yield
+    except NewerError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamageError(f"{trouble}: {error}") from None
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        data = file.read(1 << 26)
+    with parsing(str(path)):
+        return unsealed(data or b"")
 
 
 def _read(file: FileIO, at: int, size: int) -> bytes:

@@ -8,19 +8,19 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from featx.cache import folders, shards
-from featx.cache.folders import Form, Shard, StaleError
+from featx.cache import shards, writing
 from featx.cache.index import KeyIndex, as_keys, distinct
 from featx.cache.memo import CLOCK_NS, READ_ONLY
 from featx.cache.reading import READERS, Table
+from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
-from featx.threads import ahead
 
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
@@ -52,7 +52,7 @@ class FeatureStore:
         shard_seconds: float = SHARD_SECONDS,
     ) -> None:
         self.spec = spec
-        self.folder = Path(cache) / "features" / folders.folder_name(spec)
+        self.folder = Path(cache) / "features" / spec.folder_name
         self.notes: list[str] = []
         """Sentences about what was found damaged or left behind, for the user."""
         self._asked = engine
@@ -117,7 +117,7 @@ class FeatureStore:
         form = self._claim(rows.shape[1:])
         if not self._buffer:
             self._since = time.monotonic()
-        self._buffer.append((keys.copy(), shards.cast(rows, form.dtype)))
+        self._buffer.append((keys.copy(), writing.cast(rows, form.dtype)))
         self._buffered += rows.size * form.dtype.itemsize
         if self._buffered >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
             self.commit()
@@ -135,7 +135,7 @@ class FeatureStore:
             if len(first) < len(keys):
                 keys, rows = keys[first], [np.concatenate(rows)[first]]
             with self._writing():
-                shard = shards.write(self.folder, self.form, keys, rows)
+                shard = writing.write(self.folder, self.form, keys, rows)
             # one assignment: an interrupt must not leave a shard without its keys
             self._table = self._table.plus(shard, keys)
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
@@ -156,7 +156,7 @@ class FeatureStore:
         """Make the folder, or join it; the first of several writers names the engine and the row shape."""
         if self.form is None:
             with self._writing():
-                folders.create(self.folder, Form(self.spec, self._asked or "unnamed", tuple(row_shape)))
+                shards.create(self.folder, Form(self.spec, self._asked or "unnamed", tuple(row_shape)))
             self.refresh()  # another writer may have been first
             assert self.form is not None
         self._check_engine()
@@ -237,7 +237,7 @@ class FeatureStore:
                 try:
                     form = self._read_form() if self.folder.is_dir() else None
                     found = [] if form is None else self._list(form, trust)
-                    self._table = Table(self.folder, form, found, KeyIndex(folders.read_keys(self.folder, found)))
+                    self._table = Table(self.folder, form, found, KeyIndex(shards.read_keys(self.folder, found)))
                     return
                 except StaleError:
                     continue  # a shard went between listing and reading: another process compacts
@@ -254,12 +254,13 @@ class FeatureStore:
             except DamageError as error:
                 return name, error
 
-        verified, listed = folders.read_verified(self.folder), folders.list_shards(self.folder)
+        verified, listed = shards.read_verified(self.folder), shards.list_shards(self.folder)
         known = {name: shard for name, shard in verified.items() if trust and listed.get(name) == shard.stat}
         unknown, now = [name for name in listed if name not in known], time.time_ns()
         checked: dict[str, Shard | DamageError] = {}
         if unknown:
-            checked |= ahead(check, unknown, threads=READERS, window=2 * READERS, name="featx-check")
+            with ThreadPoolExecutor(READERS, thread_name_prefix="featx-check") as pool:
+                checked |= pool.map(check, unknown)
 
         kept: dict[str, Shard] = {}
         found: list[Shard] = []
@@ -272,7 +273,7 @@ class FeatureStore:
                 kept[name] = shard
             found.append(shard)
         if kept != verified:
-            folders.write_verified(self.folder, kept)
+            shards.write_verified(self.folder, kept)
         return found
 
     def _set_aside(self, name: str, form: Form, reason: str) -> list[Shard]:
@@ -282,7 +283,7 @@ class FeatureStore:
             parts = list(shards.intact_rows(self.folder, name, form))
             if parts:
                 keys = np.concatenate([keys for keys, _ in parts])
-                salvaged = [shards.write(self.folder, form, keys, [rows for _, rows in parts])]
+                salvaged = [writing.write(self.folder, form, keys, [rows for _, rows in parts])]
             make_folder(self.folder / "damaged")
             os.replace(self.folder / name, self.folder / "damaged" / name)
             sync_folder(self.folder)
@@ -297,16 +298,16 @@ class FeatureStore:
         """What `spec.json` says; where it is lost or damaged, what a valid shard says, written anew."""
         path = self.folder / "spec.json"
         try:
-            return folders.read_form(path, self.spec)
+            return shards.read_form(path, self.spec)
         except (DamageError, StaleError) as error:
             reason, there = str(error), not isinstance(error, StaleError)
 
-        for name in folders.list_shards(self.folder):
+        for name in shards.list_shards(self.folder):
             with contextlib.suppress(DamageError, NewerError, StaleError):
                 form = shards.check(self.folder, name, None).form
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
-                        folders.write_form(path, form)
+                        shards.write_form(path, form)
                     self._note(f"{path} was lost ({reason}) and is written anew from a shard")
                     return form
         if there:

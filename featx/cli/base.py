@@ -13,8 +13,9 @@ import click
 
 from featx import __version__
 from featx.errors import FeatxError
+from featx.files import to_json
 from featx.options import fields_of
-from featx.text import assigned, prose, to_json
+from featx.text import assigned, prose
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (

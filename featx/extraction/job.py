@@ -41,13 +41,15 @@ class Job:
     cache: Path
     device: str
     batch_size: int | None
-    workers: int
+    workers: int | None
+    """Decoding threads; None for one per core of the machine that opens the job."""
     seconds: float = 0.0
     """Time spent on listing the images and resolving the backbone."""
 
-    def open_stores(self) -> list[FeatureStore]:
-        """One store for each spec."""
-        return [FeatureStore(self.cache, spec) for spec in self.specs]
+    @property
+    def threads(self) -> int:
+        """How many threads decode here."""
+        return self.workers or available_threads()
 
     def open_engine(self, stores: list[FeatureStore]) -> Engine:
         """What runs the backbone here. Raises `StoreError` or `FeatxError` where others computed the stores' rows."""
@@ -91,9 +93,10 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
         info = resolve(request, cache)
     names = view_names(options["seed"], options["views"])
     specs = tuple(info.spec(view=name, precision=options["precision"], dtype=options["dtype"]) for name in names)
-    workers = options["workers"] or available_threads()
     seconds = time.perf_counter() - begin
-    return Job(source, request, info, specs, cache, options["device"], options["batch_size"], workers, seconds)
+    return Job(
+        source, request, info, specs, cache, options["device"], options["batch_size"], options["workers"], seconds
+    )
 
 
 def request_of(backbone: Backbone, options: dict[str, Any]) -> BackboneRequest:

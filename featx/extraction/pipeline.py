@@ -53,7 +53,8 @@ def sync(
 def run(job: Job, engine: Engine | None = None) -> Extraction:
     """Do a job, here: what `sync` does once it knows the images and the backbone."""
     begin = time.perf_counter() - job.seconds
-    table, stores = KeyTable(job.source, job.cache), job.open_stores()
+    table = KeyTable(job.source, job.cache)
+    stores = [FeatureStore(job.cache, spec) for spec in job.specs]
     stored = table.stored(stores)
     chunk = Chunk(listing=time.perf_counter() - begin)
 
@@ -82,8 +83,8 @@ def compute(
     The unit of work: repeated, or done by several processes at once, it stores each row once. engine: by default
     the job's own, which is not opened for images that turn out to be stored already.
     """
-    timing = chunk.timing = Timing(job.workers, available_threads())
-    loader = Loader(job.source, job.info.preprocess, stores, job.workers)
+    timing = chunk.timing = Timing(job.threads, available_threads())
+    loader = Loader(job.source, job.info.preprocess, stores, job.threads)
 
     with ExitStack() as stack:  # left in reverse: threads end, rows are committed, keys are remembered
         stack.enter_context(warnings.catch_warnings())
@@ -121,7 +122,7 @@ def skip_stored(
     job: Job, table: KeyTable, stores: list[FeatureStore], numbers: np.ndarray, bar: tqdm[NoReturn]
 ) -> np.ndarray:
     """The numbers from the first image on that an engine must see; those before it are read, and stored or useless."""
-    loader = Loader(job.source, job.info.preprocess, stores, job.workers)
+    loader = Loader(job.source, job.info.preprocess, stores, job.threads)
     with closing(loader(numbers)) as images:
         for place, image in enumerate(images):
             if image.views:

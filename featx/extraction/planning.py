@@ -88,7 +88,8 @@ def plan(
     Where no run of this kind is remembered, a sample is measured: that opens, and so may export, the backbone.
     """
     job = prepare(data, backbone, complete(options))
-    table, stores = KeyTable(job.source, job.cache), job.open_stores()
+    table = KeyTable(job.source, job.cache)
+    stores = [FeatureStore(job.cache, spec) for spec in job.specs]
     table.read_missing(READ_BYTES)
 
     stored, first = table.stored(stores), table.first()
@@ -142,7 +143,7 @@ def _measure(
         start = time.perf_counter() - begin
         size = min(len(missing), max(SAMPLE, 2 * engine.batch_size))
         sample = missing[np.linspace(0, len(missing) - 1, size).astype(int)]
-        loader = Loader(job.source, job.info.preprocess, stores, job.workers)
+        loader = Loader(job.source, job.info.preprocess, stores, job.threads)
         begin = time.perf_counter()
         with closing(job.load(loader, sample, engine)) as images:
             for _ in embed(images, engine):
@@ -171,5 +172,5 @@ def recall_rate(job: Job) -> float | None:
 
 
 def _rate_path(job: Job) -> Path:
-    kind = [[spec.digest for spec in job.specs], job.workers, available_threads(), job.device, platform.node()]
+    kind = [[spec.digest for spec in job.specs], job.threads, available_threads(), job.device, platform.node()]
     return job.cache / "rates" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:32]}.json"

@@ -13,7 +13,7 @@ from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
 from featx.extraction.report import ExtractionReport
-from featx.features import Features, assign_splits, labelled
+from featx.features import Features, joined
 from featx.sources.source import Source
 
 
@@ -40,9 +40,8 @@ class Extraction:
         """
         source, store, numbers = self.source, self.stores[view], self.numbers.tolist()
         labels = [source.labels[i] if source.labels else "" for i in numbers]
-        y, class_names = labelled(labels, source.multilabel)
         given = np.array([source.splits[i] if source.splits else "" for i in numbers], dtype="U5")
-        splits, notes = assign_splits(self.keys, y, given, class_names)
+        y, class_names, splits, notes = joined(labels, source.multilabel, self.keys, given)
 
         return Features(
             rows=StoredRows(store, self.keys) if self.exceeds(memory, len(self.keys)) else store.read(self.keys),

@@ -92,9 +92,10 @@ def learn(
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Fit a head to examples. Raises `HeadError` for one that learns nothing, and for a table that is read by
-    slices where the head needs it in memory.
+    """Fit a head to examples. Raises `HeadError` for settings that it does not take, for a head that learns nothing,
+    and for a table that is read by slices where the head needs it in memory.
     """
+    check_settings(name, settings or {})
     chosen = module(name)
     if not chosen.LEARNS:
         raise HeadError(f"the {name} head learns nothing from training images; use linear, logreg, ncm or ridge")

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from featx.devices import choose_device
+from featx.devices import choose_device, single_thread
 from featx.head import Fitted
 from featx.solvers import training as _training
-from featx.solvers.design import Design, single_thread
+from featx.solvers.design import Design
 from featx.solvers.examples import Examples
 from featx.solvers.newton import Solution
 from featx.solvers.path import Path, climb, minimise

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from featx.devices import single_thread
 from featx.head import Fitted
 from featx.solvers import training as _training
-from featx.solvers.design import SCRATCH, Design, single_thread, spread
+from featx.solvers.design import SCRATCH, Design, spread
 from featx.solvers.examples import Examples
 
 LEARNS = STREAMS = True

@@ -17,8 +17,7 @@ from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
 from featx.features import short_keys
 from featx.head import Head, columns
-from featx.measuring import intervals
-from featx.measuring.intervals import Estimate
+from featx.metrics import Estimate
 from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
 from featx.sources.source import Source
@@ -205,12 +204,12 @@ def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str,
     right, known = answers == y, row_of[y] >= 0
 
     table = np.bincount(y * (size + 1) + answers, minlength=size * (size + 1)).reshape(size, size + 1)
-    scores = {"accuracy": intervals.proportion(right)} | intervals.class_averages(table)
+    scores = {"accuracy": metrics.proportion(right)} | metrics.class_averages(table)
     if len(head.class_names) > 5:
         top = np.argpartition(-logits, 5, axis=1)[:, :5]
-        scores["top5_accuracy"] = intervals.proportion((label_of[top] == y[:, None]).any(axis=1))
+        scores["top5_accuracy"] = metrics.proportion((label_of[top] == y[:, None]).any(axis=1))
     if known.any():
-        scores["log_loss"] = intervals.mean_of(metrics.losses(logits[known], row_of[y[known]]))
+        scores["log_loss"] = metrics.mean_of(metrics.losses(logits[known], row_of[y[known]]))
 
     rejection, notes = None, []
     if head.threshold is not None:
@@ -244,18 +243,18 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
     (count, size), right = truth.shape, truth == said
 
     # the images as they are, then resamples of them: how often each is drawn
-    resamples = max(50, min(intervals.RESAMPLES, int(2e8 / logits.size)))
+    resamples = max(50, min(metrics.RESAMPLES, int(2e8 / logits.size)))
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
     weights = np.vstack([np.ones(count), drawn])
     precisions = np.stack([metrics.average_precision(logits[:, i], truth[:, i], weights) for i in range(size)], axis=1)
     hits, answered, support = weights @ np.stack([truth & said, said, truth]).astype(np.float64)
-    scores = {"accuracy": intervals.proportion(right.all(axis=1))}
+    scores = {"accuracy": metrics.proportion(right.all(axis=1))}
     if truth.any():
-        scores["mean_average_precision"] = intervals.over_classes(precisions, support)
-        scores["macro_f1"] = intervals.over_classes(metrics.precision_recall_f1(hits, answered, support)[2], support)
+        scores["mean_average_precision"] = metrics.over_classes(precisions, support)
+        scores["macro_f1"] = metrics.over_classes(metrics.precision_recall_f1(hits, answered, support)[2], support)
     sums = (each.sum(axis=1) for each in (hits, answered, support))
-    scores["micro_f1"] = intervals.average(metrics.precision_recall_f1(*sums)[2], support[0].sum(keepdims=True))
-    scores["log_loss"] = intervals.mean_of(metrics.binary_losses(logits, truth).mean(axis=1))
+    scores["micro_f1"] = metrics.average(metrics.precision_recall_f1(*sums)[2], support[0].sum(keepdims=True))
+    scores["log_loss"] = metrics.mean_of(metrics.binary_losses(logits, truth).mean(axis=1))
 
     confidence, mistakes = np.where(said, probabilities, 1 - probabilities), []
     for i, k in (divmod(i, size) for i in _surest_wrong(right, confidence)):

@@ -12,7 +12,7 @@ from featx import heads, metrics
 from featx.errors import HeadError
 from featx.features import Rows, StoredRows, taken
 from featx.head import Head
-from featx.measuring.intervals import bootstrapped, resampled_means
+from featx.metrics import bootstrapped, resampled_means
 from featx.solvers.examples import Examples
 from featx.solvers.training import folds as make_folds
 

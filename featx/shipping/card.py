@@ -12,7 +12,7 @@ from featx.errors import ExportError
 from featx.files import write_atomic
 from featx.metrics import SCORES
 from featx.runs import CARD, CARD_MARK, Run
-from featx.text import printable
+from featx.text import printable, readable
 
 CLASSES = 30
 """Named one by one, at most; report.json has all."""
@@ -51,7 +51,8 @@ def card(run: Run) -> str:
         "weights": config.backbone.weights_note,
         "license": config.backbone.license,
     }
-    names = {name: printable(text) for name, text in names.items()}
+    written = readable(names.values())
+    names = {name: written[text] for name, text in names.items()}
     measured = {name: float(report[name]) for name in SCORES if report.get("count") and report.get(name) is not None}
     front = _front_matter(names, report["split"], measured)
 

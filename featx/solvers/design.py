@@ -1,4 +1,4 @@
-"""Passes over standardised features: losses, gradients and logits of many logistic problems at once."""
+"""Passes over standardised features: losses, gradients, logits and Hessians of many logistic problems at once."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import functools
 import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from featx.devices import available_threads
+from featx.devices import available_threads, single_thread
 from featx.features import gathered
 from featx.solvers.training import FLOOR, Task
 
+CACHE = 1 << 28  # bytes of probabilities that a Hessian keeps between products
 SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
@@ -46,8 +46,9 @@ class Design:
         held-out loss counts. torch_device: where torch makes the passes, such as `cuda:0`; empty for numpy.
         A memory map, and anything that is not an array, is streamed in blocks.
         """
-        self.several = task.several or len(task.class_names) == 2
-        self.paired = not task.several and self.several  # two classes, one column for both
+        several = task.several
+        self.paired = not several and len(task.class_names) == 2  # one column for both classes
+        self.several = several or self.paired
         self.columns = 1 if self.paired else len(task.class_names)
         # `p (1 - p)`, its mean over classes, where all are as likely
         self.even = 0.25 if self.several else (1 - 1 / self.columns) / self.columns
@@ -76,6 +77,7 @@ class Design:
             with single_thread(len(gram) < 2048):
                 values, self.rotation = np.linalg.eigh(gram)
             self.eigenvalues = np.maximum(values, 0.0)
+        self.size = len(self.eigenvalues) + 1
 
         self.xp: Any = np  # the module of the arrays that passes work on
         self.place: dict[str, str] = {}  # where they lie
@@ -129,10 +131,6 @@ class Design:
     def block(self, rows: slice, like: Array) -> Array:
         """Rows with the bias's ones, where passes are made, in single or double precision as `like` has it."""
         return self.placed((self.rows if like.dtype == self.xp.float64 else self.single)[rows], like)
-
-    @property
-    def size(self) -> int:
-        return len(self.eigenvalues) + 1
 
     def trained(self, rows: slice, member: Array) -> Array:
         """The weight of each row in problems that leave these folds out, `float64 [P, B]`."""
@@ -286,6 +284,74 @@ class Visit:
         return self
 
 
+class Hessian:
+    """The Hessians of P problems' losses at A `[K, P, rank + 1]`, without the penalty.
+
+    Newton's directions need few digits, so single precision is enough, if small probabilities are not
+    rounded away: they are all the curvature that there is where planes part the classes.
+    """
+
+    def __init__(self, design: Design, A: np.ndarray, member: np.ndarray) -> None:
+        self.design, self.member, self.at = design, member, design.for_rows(A.astype(np.float32))
+        kept = not design.streamed and design.count * A[..., 0].size * 4 <= CACHE
+        shape = (*A.shape[:2], design.count)
+        self.shares: Array = design.xp.empty(shape, dtype=design.xp.float32, **design.place) if kept else None
+        self.known = False  # whether `shares` holds what `_shares` gives
+        self._place()
+
+    def take(self, kept: np.ndarray) -> None:
+        """Go on with some of the problems, `bool [P]`."""
+        self.member, self.at = self.member[kept], self.at[:, kept]
+        self.shares = None if self.shares is None else self.shares[:, kept]
+        self._place()
+
+    def _place(self) -> None:
+        self.flat, self.members = self.design.flat(self.at), self.design.placed(self.member)
+
+    def times(self, V: np.ndarray) -> np.ndarray:
+        """The products with V, `float32 [K, P, rank + 1]`."""
+        design = self.design
+        turned = design.flat(design.for_rows(V))
+        product = design.spread(
+            lambda rows, total: self._block(rows, turned, total), lambda: design.xp.zeros_like(turned), len(turned)
+        )
+        self.known = self.shares is not None
+        return design.from_rows(taken_back(product).reshape(*V.shape[:2], -1))
+
+    def _block(self, rows: slice, turned: Array, total: Array) -> None:
+        design, xp, member = self.design, self.design.xp, self.members
+        Z = design.block(rows, turned)
+        if self.known:
+            share = self.shares[:, :, rows]
+        else:
+            share = self._shares((self.flat @ Z.T).reshape(-1, len(member), len(Z)), rows, member)
+            if self.shares is not None:
+                self.shares[:, :, rows] = share
+
+        U = (turned @ Z.T).reshape(share.shape)
+        if not design.several:
+            weight = design.placed(xp.clip(design.weights[rows], 1e-30, None), U)
+            for _ in range(2):  # the second time takes what rounding left: all there is, where one is nearly sure
+                U -= xp.einsum("kpb,kpb->pb", share, U) / weight
+        U *= share
+        total += U.reshape(-1, len(Z)) @ Z
+
+    def _shares(self, L: Array, rows: slice, member: Array) -> Array:
+        """Each row's weight, 0 where it is held out, times its probabilities, or `p (1 - p)` for sigmoids; L:
+        logits `[K, P, B]`.
+        """
+        xp = self.design.xp
+        if self.design.several:
+            xp.exp(xp.clip(-abs(L), FLOOR, None, out=L), out=L)
+            L /= (1 + L) ** 2
+        else:
+            L -= xp.amax(L, 0)
+            xp.exp(xp.clip(L, FLOOR, None, out=L), out=L)
+            L /= L.sum(0)
+        L *= self.design.placed(self.design.trained(rows, member), L)
+        return L
+
+
 def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float) -> list[T]:
     """Run `work` on every block of `step` of `count` rows, in one thread or as many as there are cores;
     returns what each thread has gathered.
@@ -302,19 +368,6 @@ def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Calla
         return [run(empty())]
     with single_thread(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(run, [empty() for _ in range(threads)]))
-
-
-def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
-    """One BLAS thread: more would wait for each other on small matrices, and inside our own threads."""
-    return _libraries().limit(limits=1, user_api="blas") if wanted else nullcontext()
-
-
-@functools.cache
-def _libraries() -> Any:
-    """numpy's; to look for them takes milliseconds."""
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
 
 
 def _turned(A: np.ndarray, rotation: np.ndarray) -> np.ndarray:

@@ -12,8 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from featx.solvers.design import Design
-from featx.solvers.hessian import Hessian
+from featx.solvers.design import Design, Hessian
 
 INEXACT = 0.2  # of the gradient, in the preconditioner's norm: what conjugate gradients leave of it
 PRODUCTS = 500  # with the Hessian, at most, for one of Newton's steps

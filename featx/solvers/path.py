@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from featx.solvers.design import Design
-from featx.solvers.hessian import CACHE
+from featx.solvers.design import CACHE, Design
 from featx.solvers.lbfgs import lbfgs
 from featx.solvers.newton import SETTLED, Solution, newton
 

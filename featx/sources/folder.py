@@ -12,8 +12,8 @@ import numpy as np
 
 from featx.errors import SourceError
 from featx.files import stat_row
-from featx.sources.source import EXTENSIONS, NO_STAT, SPLITS, Source
-from featx.text import printable, some
+from featx.sources.source import EXTENSIONS, INODE, NO_STAT, SPLITS, Source
+from featx.text import printable, readable, some
 
 
 @dataclass
@@ -74,6 +74,7 @@ def open_folder(path: str) -> Source:
             "rename it, or list the images in a manifest"
         )
     listing.add("", top, "", "")
+    labels = readable(top.folders)
     for name in top.folders:
         if name not in full:
             for below, found in trees[name].items():
@@ -83,7 +84,7 @@ def open_folder(path: str) -> Source:
             _split(listing, name, trees[name])
         else:
             for below, found in trees[name].items():
-                listing.add(f"{below}/", found, printable(name), "")
+                listing.add(f"{below}/", found, labels[name], "")
     _remark(listing, path, top, full, named, trees)
     return Source(
         uri=path,
@@ -132,8 +133,9 @@ def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:
     for child in tree[name].folders:
         if child not in full:
             listing.notes.append(f"folder {printable(f'{name}/{child}')!r} has no images; ignored")
+    labels = readable(tree[name].folders)
     for below, found in tree.items():
-        label = "" if below == name else printable(below.split("/")[1])
+        label = "" if below == name else labels[below.split("/")[1]]
         listing.add(f"{below}/", found, label, split)
 
 
@@ -216,7 +218,7 @@ def _scan(path: str) -> _Folder:
                         continue
                     if stat.S_ISREG(status.st_mode):
                         names.append(name)
-                        stats.extend(stat_row(status))
+                        stats.extend((*stat_row(status)[:3], status.st_ino & INODE))
                     else:
                         found.others.append(name)
     except OSError as error:

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from storekit import SPEC, fill, flip, table
 
-from featx.cache import caching, folders, shards
-from featx.cache.folders import Form
+from featx.cache import caching, shards, writing
+from featx.cache.shards import Form
 from featx.cache.store import FeatureStore
 from featx.errors import NewerError, StoreError
 from featx.features import Features, FeatureSpec
 from featx.files import stat_row
 from featx.identity import ADDED
 
-NAME = folders.folder_name(SPEC)
+NAME = SPEC.folder_name
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def filled(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
 
 
 def names(cache: Path) -> list[str]:
-    return list(folders.list_shards(cache / "features" / NAME))
+    return list(shards.list_shards(cache / "features" / NAME))
 
 
 def test_list_and_info_say_what_is_there(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
@@ -62,13 +62,13 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now + 10 * 10**9)
     FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
-    believed = folders.read_verified(shard.parent)
+    believed = shards.read_verified(shard.parent)
     with shard.open("rb", buffering=0) as file:
         inside = shards.inspect(file, shard.name, None)
     flip(shard, inside.shard.rows_at + 100)
     # bit rot changes no stat: what is remembered takes the stat that this change made
     believed[shard.name] = replace(believed[shard.name], stat=stat_row(os.stat(shard)))
-    folders.write_verified(shard.parent, believed)
+    shards.write_verified(shard.parent, believed)
     assert not np.array_equal(FeatureStore(cache, SPEC).read(keys), rows)
     (report,) = caching.verify(cache, NAME)
     assert len(report.notes) == 1 and shard.name in report.notes[0]
@@ -87,9 +87,9 @@ class NewerSpec(FeatureSpec):
 def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     newer = Form(NewerSpec(SPEC.backbone, SPEC.weights, tokens=3), "tiny", (8,))
-    folder = cache / "features" / folders.folder_name(newer.spec)
-    folders.create(folder, newer)
-    shard = shards.write(folder, newer, keys, [rows])
+    folder = cache / "features" / newer.spec.folder_name
+    shards.create(folder, newer)
+    shard = writing.write(folder, newer, keys, [rows])
     for form_is_there in (True, False):  # the shard alone says the same
         found = {entry.name: entry.form for entry in caching.entries(cache)}
         assert found == {NAME: Form(SPEC, "tiny", (8,)), folder.name: None}
@@ -161,7 +161,7 @@ def test_remove_takes_the_entry_named_and_no_other(filled: tuple[Path, np.ndarra
         store.append(keys, rows)
     assert caching.remove(cache, "resnet18").name == NAME
     assert [e.form for e in caching.entries(cache)] == [Form(other, "tiny", (8,))]
-    assert sorted(p.name for p in (cache / "features").iterdir()) == [folders.folder_name(other)]
+    assert sorted(p.name for p in (cache / "features").iterdir()) == [other.folder_name]
 
 
 def test_remove_takes_what_runs_make_again_and_nothing_else_beside_the_features(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from storekit import NAME, SPEC, extract, fill, flip, fork, make_read_only, table, tiny_engine, wait
 
-from featx.cache import caching, folders, shards
+from featx.cache import caching, shards, writing
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
@@ -33,9 +33,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def one_shard(cache: Path, block_rows: int = 4096) -> tuple[Path, shards.Inside]:
     """A shard of `KEYS` and `ROWS`, and what is in it. block_rows: rows per digest."""
-    form = folders.Form(SPEC, "tiny", (64,))
-    folders.create(cache / "features" / NAME, form)
-    shard = shards.write(cache / "features" / NAME, form, KEYS, [ROWS], block_rows * form.row_bytes)
+    form = shards.Form(SPEC, "tiny", (64,))
+    shards.create(cache / "features" / NAME, form)
+    shard = writing.write(cache / "features" / NAME, form, KEYS, [ROWS], block_rows * form.row_bytes)
     path = cache / "features" / NAME / shard.name
     with path.open("rb", buffering=0) as file:
         return path, shards.inspect(file, shard.name, form)
@@ -86,7 +86,7 @@ def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path
 def test_every_single_flipped_byte_is_noticed_and_no_wrong_row_is_kept(tmp_path: Path) -> None:
     path, inside = one_shard(tmp_path, block_rows=8)
     folder, data = path.parent, bytearray(path.read_bytes())
-    form = folders.read_form(folder / "spec.json")
+    form = shards.read_form(folder / "spec.json")
     expected = {bytes(k): r.tobytes() for k, r in zip(KEYS, ROWS, strict=True)}
     places = [*range(0, inside.shard.keys_at, 3), *range(inside.shard.keys_at, len(data), 97)]
     assert len(places) > 700
@@ -109,7 +109,7 @@ def test_every_flipped_header_byte_under_a_true_hash_is_refused_or_harmless(tmp_
     """What someone forges with care: the name is the file's hash, the headers lie."""
     path, inside = one_shard(tmp_path)
     folder, data = path.parent, bytearray(path.read_bytes())
-    form = folders.read_form(folder / "spec.json")
+    form = shards.read_form(folder / "spec.json")
 
     def work() -> None:
         refused = 0
@@ -156,7 +156,7 @@ def test_a_shard_of_another_spec_or_engine_is_never_served(tmp_path: Path) -> No
         cache = tmp_path / f"{engine}-{spec.weights[:2]}"
         with FeatureStore(cache, spec, engine=engine) as store:
             store.append(*table(3, width=64, seed=5))
-        folder = cache / "features" / folders.folder_name(spec)
+        folder = cache / "features" / spec.folder_name
         shutil.copy(path, folder)
         store = FeatureStore(cache, spec)
         assert len(store) == 3 and not store.contains(KEYS).any()
@@ -207,7 +207,7 @@ def test_a_lost_spec_json_is_written_anew_from_a_shard(tmp_path: Path, harm: str
     store = FeatureStore(tmp_path, SPEC, engine="tiny")
     assert np.array_equal(store.read(KEYS), ROWS) and len(store.notes) == 1
     assert spec.read_bytes() == before and FeatureStore(tmp_path, SPEC).notes == []
-    assert caching.info(tmp_path, NAME).entry.form == folders.Form(SPEC, "tiny", (64,))
+    assert caching.info(tmp_path, NAME).entry.form == shards.Form(SPEC, "tiny", (64,))
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b'{"shards": {"x": 1}}', b"[1]", b'"\xff"'])
@@ -226,7 +226,7 @@ def forged_name(data: bytes) -> str:
 
 
 def attributes(file: h5py.File) -> None:
-    for name, value in folders.Form(SPEC, "tiny", (64,)).attributes().items():
+    for name, value in shards.Form(SPEC, "tiny", (64,)).attributes().items():
         file.attrs[name] = np.bytes_(value)
     file.attrs["block"] = np.bytes_(b"64")
 
@@ -309,7 +309,7 @@ def big_endian(file: h5py.File, secret: Path) -> None:
 def vlen_attribute(file: h5py.File, secret: Path) -> None:
     honest(file)
     del file.attrs["spec"]
-    file.attrs["spec"] = folders.Form(SPEC, "tiny", (64,)).attributes()["spec"].decode()
+    file.attrs["spec"] = shards.Form(SPEC, "tiny", (64,)).attributes()["spec"].decode()
 
 
 def array_attribute(file: h5py.File, secret: Path) -> None:

@@ -15,7 +15,6 @@ from featx.devices import has_cuda
 from featx.errors import FeatxError, HeadError
 from featx.heads import logreg
 from featx.solvers import design as _design
-from featx.solvers import hessian as _hessian
 from featx.solvers import path as _solver
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
@@ -269,7 +268,7 @@ def test_torch_makes_the_same_passes_as_numpy(kind: str, dtype: type) -> None:
     assert other.gradient.dtype == dtype and np.abs(one.gradient).max() > 1
     np.testing.assert_allclose(other.gradient, one.gradient, atol=rel * np.abs(one.gradient).max())
     along = rng.normal(size=A.shape)
-    products = [_hessian.Hessian(design, A, member).times(along.astype(np.float32)) for design in (numpy, torch)]
+    products = [_design.Hessian(design, A, member).times(along.astype(np.float32)) for design in (numpy, torch)]
     near, far = (numpy.visit(A.astype(np.float64) + step * along, member).gradient for step in (-1e-5, 1e-5))
     for product in products:
         np.testing.assert_allclose(product, (far - near) / 2e-5, atol=1e-4 * np.abs(product).max())

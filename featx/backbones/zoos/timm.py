@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from featx.backbones.backbone import Backbone, Origin, build, is_affine, without
 from featx.backbones.request import BackboneRequest
 from featx.backbones.weights import first_line, is_file, load_state, read_state
 from featx.errors import BackboneError, WeightsError
-from featx.files import file_stats
+from featx.files import stat_row
 from featx.pixels.preprocess import RESAMPLE, Preprocess
 from featx.text import near
 
@@ -117,7 +118,7 @@ def _head(network: Any) -> str | None:
 
 
 def _pretrained(timm: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The network with timm's weights for it, and the `file_stats` of their file, where it can be found."""
+    """The network with timm's weights for it, and the `stat_row` of their file, where it can be found."""
     if not (config.hf_hub_id or config.url or config.file):
         raise WeightsError(f"timm has no weights for {name}; --weights takes random or a file")
     file = config.hf_hub_filename or "model.safetensors"
@@ -140,7 +141,7 @@ def _pretrained(timm: Any, name: str, config: Any, options: dict[str, Any]) -> t
 
         cached = try_to_load_from_cache(config.hf_hub_id, file)
         if isinstance(cached, str):
-            files = {cached: file_stats(Path(cached))}
+            files = {cached: list(stat_row(os.stat(cached)))}
     return network, files
 
 
