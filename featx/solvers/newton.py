@@ -153,9 +153,8 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
     diagonal = at.metric(design)
     hessian = Hessian(design, at.A, at.member)
     left = np.arange(len(at.f))
-    scale = np.maximum(
-        np.abs(at.g).max(axis=(0, 2)), 1e-300
-    )  # so that small gradients do not underflow in single precision
+    # small gradients would underflow in single precision
+    scale = np.maximum(np.abs(at.g).max(axis=(0, 2)), 1e-300)
     r = (at.g / -scale[:, None]).astype(single)
     x, out = np.zeros_like(r), np.zeros_like(r)
     v = r / diagonal
