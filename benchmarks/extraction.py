@@ -57,8 +57,9 @@ def featx(folder: Path, name: str, cache: Path, **options: Any) -> Run:
         shutil.rmtree(cache / "features", ignore_errors=True)
         shutil.rmtree(cache / "memo", ignore_errors=True)
         report = sync(folder, request, cache=cache, **options).report
-        assert report["cached"] == 0 and report["skipped"] == 0
-        return float(report["extracted"] / report["images_per_second"])
+        assert report.cached == 0 and report.skipped == 0
+        assert report.images_per_second is not None
+        return report.extracted / report.images_per_second
 
     return run
 

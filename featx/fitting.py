@@ -106,7 +106,7 @@ def check_learnable(train: Features) -> None:
 
 
 def measured(features: Features, fitted: Fitted, seconds: float, *, learned: bool) -> Fit:
-    """A head with its reports. learned: whether from these training images, whose copies in `val` and `test` are noted."""
+    """A head with its reports. learned: from these training images; their copies in `val` and `test` are noted."""
     head, notes = fitted.head, repeated(features) if learned else []
     train, *others = features.parts()
     val, test = (

@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, engine
     (here / "mine" / "thesis.txt").write_text("years of work")
     for flags in ([], ["--overwrite"]):
         result = run("fit", tiny, "-o", "mine", *flags)
-        assert result.exit_code == 1 and "no run of featx" in result.stderr
+        assert result.exit_code == 1 and "not a run of featx" in result.stderr
     assert (here / "mine" / "thesis.txt").read_text() == "years of work"
 
 
