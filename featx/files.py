@@ -46,7 +46,7 @@ def write_array(path: Path, values: Any) -> None:
 
 
 def to_json(values: Any) -> str:
-    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are not UTF-8
+    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode()
@@ -81,7 +81,7 @@ def _seal(values: dict[str, Any]) -> str:
 def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:
     """Write `chunks` aside in `folder`, make them durable, then rename them to `name()`.
 
-    `name` is called after the last chunk, so that a file can be called by the hash of its content.
+    `name` is asked after the last chunk, so that a file can be called by the hash of its content.
     """
     aside = folder / aside_name()
     try:

@@ -1,1 +1,1 @@
-"""Measures heads: scores with intervals, learning curves, the gain by views."""
+"""What a head is worth: scores, intervals, learning curves, what views bring."""
