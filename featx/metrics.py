@@ -47,7 +47,7 @@ def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def binary_losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Each row's and label's cross-entropy, `float64 [N, C]`, in nats; logits, 0/1 y `[N, C]`."""
+    """Each row's and label's cross-entropy, `float64 [N, C]`, in nats; logits and 0/1 targets `[N, C]`."""
     z = np.asarray(logits, np.float64)
     return np.asarray(np.minimum(np.logaddexp(0.0, z) - z * y, -np.log(SMALLEST)))
 
