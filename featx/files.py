@@ -14,17 +14,17 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+from featx.text import to_json
 
 # Leftovers of another machine are swept when they are older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
 _ASIDE = re.compile(r"\.~([^~]*)~(\d+)~(\d+)~[^~]*\.tmp")  # host, process, when it started
 
 Stat = tuple[int, int, int, int]
-stat_row: Callable[[os.stat_result], Stat] = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
-"""A file whose size in bytes, mtime and ctime in ns and inode stay the same counts as unchanged."""
+_INT64 = 0x7FFF_FFFF_FFFF_FFFF
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -43,13 +43,6 @@ def write_array(path: Path, values: Any) -> None:
     file = io.BytesIO()
     np.save(file, values, allow_pickle=False)
     write_atomic(path, file.getvalue())
-
-
-def to_json(values: Any) -> str:
-    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
-    (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -186,3 +179,11 @@ def _alive(pid: int, started: int) -> bool:
         pass  # another user's process
     now = _started(pid)
     return now is None or started == 0 or now == started
+
+
+def stat_row(found: os.stat_result) -> Stat:
+    """A file whose size, mtime and ctime (ns) and inode stay the same counts as unchanged.
+
+    Inodes of more than 63 bits (ReFS) are cut to 63.
+    """
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64

@@ -175,7 +175,7 @@ def fit(
         values |= measured_gain(views, features, head, limit, chosen) if gain else {}
 
     runs.start(path, config, overwrite=overwrite)
-    return finished(path, config, extracted, features, fitted.head, values, learns)
+    return finish(path, extracted, features, fitted.head, values, learns)
 
 
 def extracted_once(
@@ -230,25 +230,17 @@ def fine_tuned(
     values = measured(features, Fitted(tuned.head, info), first.seconds if first else 0.0, learned=True).to_dict()
     if finetune.select == "val":
         values["notes"].append("the epoch was chosen on the validation images: expect less of new ones")
-    return finished(path, replace(config, request=tuned.request), extracted, features, tuned.head, values)
+    return finish(path, extracted, features, tuned.head, values)
 
 
-def finished(
-    path: Path,
-    config: runs.RunConfig,
-    extracted: Extraction,
-    features: Features,
-    head: Head,
-    values: dict[str, Any],
-    learned: bool = True,
+def finish(
+    path: Path, extracted: Extraction, features: Features, head: Head, values: dict[str, Any], learned: bool = True
 ) -> runs.Run:
     """Write what `fit` found; `report.json`, which makes the run a finished one, last."""
     assert features.report is not None
     trained_on = np.unique(short_keys(features.keys[(features.splits == "train") & learned]))
     report = values | {"extract": features.report.to_dict()}
-    run = runs.Run(path, config, report, head, trained_on, factory=extracted.request.name)
-    runs.finish(run)
-    return run
+    return runs.finish(path, head, trained_on, report, extracted.request.name)
 
 
 def training_views(extracted: Extraction, features: Features, memory: float) -> Sequence[np.ndarray | StoredRows]:

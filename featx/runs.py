@@ -235,12 +235,12 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
         raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
 
 
-def finish(run: Run) -> None:
-    """Write what a started run lacks, its report last."""
-    run.head.save(run.path / "head.safetensors")
-    if run.trained_on is not None:
-        write_array(run.path / "trained-on.npy", run.trained_on)
-    write_json(run.path / "report.json", run.report)
+def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any], factory: str | None = None) -> Run:
+    """Write what a started run lacks, its report last, and open it. The arguments are as in `Run`."""
+    head.save(path / "head.safetensors")
+    write_array(path / "trained-on.npy", trained_on)
+    write_json(path / "report.json", report)
+    return open_run(path, factory)
 
 
 def _clear(path: Path) -> None:

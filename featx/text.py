@@ -1,4 +1,4 @@
-"""Text for people and programs: names made printable, lists made short, near matches."""
+"""Text for people and programs: names made printable, lists made short, near matches, JSON."""
 
 from __future__ import annotations
 
@@ -37,11 +37,6 @@ def printable(name: str) -> str:
     return re.sub("[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", encodable(name))
 
 
-def readable(names: Iterable[str]) -> dict[str, str]:
-    """Each of these names, and how it is written by `printable`."""
-    return {name: printable(name) for name in names}
-
-
 def some(names: list[str], most: int = 3) -> str:
     """The first few names, for a message: `a, b, c and 7 more`."""
     text = ", ".join(printable(name) for name in names[:most])
@@ -59,3 +54,9 @@ def prose(text: str) -> str:
 def encodable(text: str) -> str:
     """Text for programs, which any UTF-8 stream takes: undecodable bytes of a file's name as `\\udcNN`."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def to_json(values: Any) -> str:
+    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
+    (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
+    return encodable(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))

@@ -14,7 +14,7 @@ from featx.errors import FeatxError, RunError
 from featx.features import FeatureSpec
 from featx.head import Head
 from featx.pixels.preprocess import Preprocess
-from featx.runs import Run, RunConfig, check, default_path, digest, finish, open_run, read_config, start
+from featx.runs import RunConfig, check, default_path, digest, finish, open_run, read_config, start
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 INFO = BackboneInfo(
@@ -65,8 +65,7 @@ def test_a_finished_run_is_what_was_written(tmp_path: Path) -> None:
     start(tmp_path / "run", CONFIG)
     with pytest.raises(RunError, match=r"no report.json: the run is unfinished"):
         open_run(tmp_path / "run")
-    run = Run(tmp_path / "run", CONFIG, report, HEAD, np.array([1, 2], np.uint64))
-    finish(run)
+    run = finish(tmp_path / "run", HEAD, np.array([1, 2], np.uint64), report)
     again = open_run(tmp_path / "run")
     assert open_run(again) is again and repr(again) == repr(run) and len(repr(run)) < 200
     for found in (run, again):

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
+from featx.threads import ahead
 
 # What a killed run loses at most: so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
@@ -259,8 +259,7 @@ class FeatureStore:
         unknown, now = [name for name in listed if name not in known], time.time_ns()
         checked: dict[str, Shard | DamageError] = {}
         if unknown:
-            with ThreadPoolExecutor(READERS, thread_name_prefix="featx-check") as pool:
-                checked |= pool.map(check, unknown)
+            checked |= ahead(check, unknown, threads=READERS, window=2 * READERS, name="featx-check")
 
         kept: dict[str, Shard] = {}
         found: list[Shard] = []

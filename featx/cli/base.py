@@ -13,9 +13,8 @@ import click
 
 from featx import __version__
 from featx.errors import FeatxError
-from featx.files import to_json
 from featx.options import fields_of
-from featx.text import assigned, prose
+from featx.text import assigned, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (

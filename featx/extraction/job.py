@@ -51,6 +51,10 @@ class Job:
         """How many threads decode here."""
         return self.workers or available_threads()
 
+    def open_stores(self) -> list[FeatureStore]:
+        """One store for each spec."""
+        return [FeatureStore(self.cache, spec) for spec in self.specs]
+
     def open_engine(self, stores: list[FeatureStore]) -> Engine:
         """What runs the backbone here. Raises `StoreError` or `FeatxError` where others computed the stores' rows."""
         recorded = next((store.engine for store in stores if store.engine), None)

@@ -53,8 +53,7 @@ def sync(
 def run(job: Job, engine: Engine | None = None) -> Extraction:
     """Do a job, here: what `sync` does once it knows the images and the backbone."""
     begin = time.perf_counter() - job.seconds
-    table = KeyTable(job.source, job.cache)
-    stores = [FeatureStore(job.cache, spec) for spec in job.specs]
+    table, stores = KeyTable(job.source, job.cache), job.open_stores()
     stored = table.stored(stores)
     chunk = Chunk(listing=time.perf_counter() - begin)
 

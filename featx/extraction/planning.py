@@ -88,8 +88,7 @@ def plan(
     Where no run of this kind is remembered, a sample is measured: that opens, and so may export, the backbone.
     """
     job = prepare(data, backbone, complete(options))
-    table = KeyTable(job.source, job.cache)
-    stores = [FeatureStore(job.cache, spec) for spec in job.specs]
+    table, stores = KeyTable(job.source, job.cache), job.open_stores()
     table.read_missing(READ_BYTES)
 
     stored, first = table.stored(stores), table.first()

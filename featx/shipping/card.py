@@ -12,7 +12,7 @@ from featx.errors import ExportError
 from featx.files import write_atomic
 from featx.metrics import SCORES
 from featx.runs import CARD, CARD_MARK, Run
-from featx.text import printable, readable
+from featx.text import printable
 
 CLASSES = 30
 """Named one by one, at most; report.json has all."""
@@ -51,8 +51,7 @@ def card(run: Run) -> str:
         "weights": config.backbone.weights_note,
         "license": config.backbone.license,
     }
-    written = readable(names.values())
-    names = {name: written[text] for name, text in names.items()}
+    names = {name: printable(text) for name, text in names.items()}
     measured = {name: float(report[name]) for name in SCORES if report.get("count") and report.get(name) is not None}
     front = _front_matter(names, report["split"], measured)
 

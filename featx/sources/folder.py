@@ -12,8 +12,8 @@ import numpy as np
 
 from featx.errors import SourceError
 from featx.files import stat_row
-from featx.sources.source import EXTENSIONS, INODE, NO_STAT, SPLITS, Source
-from featx.text import printable, readable, some
+from featx.sources.source import EXTENSIONS, NO_STAT, SPLITS, Source
+from featx.text import printable, some
 
 
 @dataclass
@@ -74,7 +74,6 @@ def open_folder(path: str) -> Source:
             "rename it, or list the images in a manifest"
         )
     listing.add("", top, "", "")
-    labels = readable(top.folders)
     for name in top.folders:
         if name not in full:
             for below, found in trees[name].items():
@@ -83,8 +82,9 @@ def open_folder(path: str) -> Source:
         elif named:
             _split(listing, name, trees[name])
         else:
+            label = printable(name)
             for below, found in trees[name].items():
-                listing.add(f"{below}/", found, labels[name], "")
+                listing.add(f"{below}/", found, label, "")
     _remark(listing, path, top, full, named, trees)
     return Source(
         uri=path,
@@ -133,7 +133,7 @@ def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:
     for child in tree[name].folders:
         if child not in full:
             listing.notes.append(f"folder {printable(f'{name}/{child}')!r} has no images; ignored")
-    labels = readable(tree[name].folders)
+    labels = {child: printable(child) for child in tree[name].folders}
     for below, found in tree.items():
         label = "" if below == name else labels[below.split("/")[1]]
         listing.add(f"{below}/", found, label, split)
@@ -218,7 +218,7 @@ def _scan(path: str) -> _Folder:
                         continue
                     if stat.S_ISREG(status.st_mode):
                         names.append(name)
-                        stats.extend((*stat_row(status)[:3], status.st_ino & INODE))
+                        stats.extend(stat_row(status))
                     else:
                         found.others.append(name)
     except OSError as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 from featx.errors import SourceError
 from featx.files import stat_row
-from featx.sources.source import INODE, NO_STAT, SPLITS, Source
+from featx.sources.source import NO_STAT, SPLITS, Source
 from featx.text import near, printable, some
 
 PATH_COLUMNS = ("path", "file_name", "image")
@@ -64,8 +64,7 @@ def open_manifest(path: str) -> Source:
         numbers.append(number)
         try:
             found = os.stat(os.path.join(root, identity))
-            row = (*stat_row(found)[:3], found.st_ino & INODE)
-            stats.append(row if stat.S_ISREG(found.st_mode) else NO_STAT)
+            stats.append(stat_row(found) if stat.S_ISREG(found.st_mode) else NO_STAT)
         except OSError:
             stats.append(NO_STAT)
         except ValueError as error:

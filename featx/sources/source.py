@@ -29,7 +29,6 @@ SPLITS = {
     "testing": "test",
 }
 NO_STAT = (-1, 0, 0, 0)
-INODE = 2**63 - 1  # ReFS has longer ones than `stats` holds: they are cut
 
 
 @dataclass(frozen=True, eq=False)
