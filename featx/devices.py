@@ -1,4 +1,4 @@
-"""What this process may compute with: cores, memory and GPUs. torch, whose import takes seconds, only to use a GPU."""
+"""The cores, memory and GPUs that this process may use. Imports torch, which takes seconds, only to use a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _libraries() -> Any:
-    """numpy's; to look for them takes milliseconds."""
+    """numpy's BLAS libraries; finding them takes milliseconds."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

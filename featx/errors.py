@@ -20,7 +20,7 @@ class BackboneError(FeatxError):
 
 
 class WeightsError(BackboneError):
-    """Weights that are not at hand, or are another network's."""
+    """Weights that are missing, or are another network's."""
 
 
 class StoreError(FeatxError):
@@ -28,11 +28,11 @@ class StoreError(FeatxError):
 
 
 class DamageError(StoreError):
-    """Bytes in a cache that are not the ones once committed, or never could have been."""
+    """Bytes in a cache that differ from those committed, or that featx would never have committed."""
 
 
 class NewerError(FeatxError):
-    """What a newer featx wrote, with fields that this one does not know: neither damaged nor readable here."""
+    """A newer featx's data, with fields that this one does not know: not damaged, but not readable here."""
 
 
 class HeadError(FeatxError):

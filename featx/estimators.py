@@ -24,7 +24,7 @@ from featx.sources.source import Source
 
 @dataclass(frozen=True, eq=False)
 class _Images(Source):
-    """Images that are no listing of files: an image in memory is read as the PPM file of its pixels."""
+    """Images given one by one: an image in memory is read as the PPM file of its pixels."""
 
     items: Sequence[Any] = ()
 
@@ -104,7 +104,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Any trained head as a scikit-learn classifier: `fit`, `predict`, `predict_proba`, `score`, clone.
 
     head: `logreg`, `linear`, `ridge` or `ncm`; settings: its own keyword arguments, by name (`{"folds": 3}`),
-    else its defaults. After `fit`: `head_` (the affine map), `info_` (how it came to be), `classes_`,
+    else its defaults. After `fit`: `head_` (the affine map), `info_` (how the fit went), `classes_`,
     `n_features_in_`. One label per image; several need the head itself. Features are taken as float32.
     """
 

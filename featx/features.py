@@ -29,7 +29,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 
 
 class Rows(Protocol):
-    """A table that is read by slices: an array, a memory map, an HDF5 data set, or what lies in the cache."""
+    """A table that is read by slices: an array, a memory map, an HDF5 data set, or rows in the cache."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -69,7 +69,10 @@ def joined(
 
 
 def labelled(labels: Sequence[str], several: bool) -> tuple[np.ndarray, list[str]]:
-    """Labels -> `y` and `class_names` of `Features`; an empty label is none. several: `cat|indoor` is two classes."""
+    """Labels -> `y` and `class_names` of `Features`; an empty text is no label. several: `cat|indoor` is two classes.
+
+    Raises `SourceError` where several labels are allowed and none is given.
+    """
     if not several:
         class_names = sorted(set(labels) - {""})
         number = {"": -1} | {name: i for i, name in enumerate(class_names)}
@@ -146,8 +149,8 @@ class Features:
     """
 
     rows: np.ndarray | StoredRows
-    """`float32 | float16 [N, D]`, in the source's order: an array, or, where that was more than was to be
-    held in memory, a table that is read by slices."""
+    """`float32 | float16 [N, D]`, in the source's order: an array, or, where it would exceed the memory
+    limit, a table that is read by slices."""
     y: np.ndarray
     """`int64 [N]`, index into `class_names`; or, where an image may have several labels, 0/1 `int64 [N, C]`.
     -1 where the source gives no label, which is not the same as several labels of which none applies."""
@@ -161,7 +164,7 @@ class Features:
     """`uint8 [N, 32]`: `content_key` of each image."""
     spec: FeatureSpec
     report: ExtractionReport | None = None
-    """How the extraction went that they come from."""
+    """How their extraction went."""
     given: np.ndarray | None = None
     """`str [N]`: the splits that the source gives, empty where it gives none; None where `splits` were all given."""
 
@@ -246,7 +249,7 @@ class Features:
 
 
 def groups(keys: np.ndarray) -> np.ndarray:
-    """`int64 [N]`: rows with equal keys (`uint8 [N, 32]`) share a number: no fold parts duplicates."""
+    """`int64 [N]`: rows with equal keys (`uint8 [N, 32]`) share a number, so that no fold separates duplicates."""
     flat = np.ascontiguousarray(keys).view("V32").ravel()
     return np.unique(flat, return_inverse=True)[1].astype(np.int64)
 
@@ -257,15 +260,15 @@ def short_keys(keys: np.ndarray) -> np.ndarray:
 
 
 def repeated(features: Features) -> list[str]:
-    """One sentence for each split that is measured and holds images that are trained on, byte for byte."""
+    """One sentence each for `val` and `test` where they hold training images, byte for byte."""
     keys, notes = short_keys(features.keys), []
     for name in ("val", "test"):
         mine = keys[features.splits == name]
         seen = int(np.isin(mine, keys[features.splits == "train"]).sum())
         if seen:
             notes.append(
-                f"{seen} of {len(mine)} {name} images are training images too, byte for byte: what is measured "
-                f"on {name} promises too much"
+                f"{seen} of {len(mine)} {name} images are training images too, byte for byte: "
+                f"the scores on {name} are too optimistic"
             )
     return notes
 

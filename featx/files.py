@@ -74,7 +74,7 @@ def _seal(values: dict[str, Any]) -> str:
 def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:
     """Write `chunks` aside in `folder`, make them durable, then rename them to `name()`.
 
-    `name` is asked after the last chunk, so that a file can be called by the hash of its content.
+    `name` is called after the last chunk, so that a file can be called by the hash of its content.
     """
     aside = folder / aside_name()
     try:

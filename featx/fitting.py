@@ -1,4 +1,4 @@
-"""`fit`, which makes a run from a data set, and `fit_features`, its heart, which touches no disk."""
+"""`fit` makes a run from a data set; `fit_features`, the core of it, reads and writes no file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A fitted head, and how well it answers on images that it has not learned from."""
+    """A fitted head, with its reports on images that it has not learned from."""
 
     head: Head
     info: dict[str, Any]
@@ -47,7 +47,7 @@ class Fit:
     train_accuracy: float | None
     """In [0, 1]; with several labels per image, the share of images where all are right."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on what the numbers promise too much, or do not say."""
+    """Sentences on where the numbers are too optimistic, or incomplete."""
 
     def to_dict(self) -> dict[str, Any]:
         """`report.json`: the validation images' report at the top level, then what led to it."""
@@ -106,7 +106,7 @@ def check_learnable(train: Features) -> None:
 
 
 def measured(features: Features, fitted: Fitted, seconds: float, *, learned: bool) -> Fit:
-    """A head with its reports. learned: from these training images, so that their copies elsewhere are no test."""
+    """A head with its reports. learned: from these training images; their copies in `val` and `test` are noted."""
     head, notes = fitted.head, repeated(features) if learned else []
     train, *others = features.parts()
     val, test = (
@@ -160,7 +160,7 @@ def fit(
         raise HeadError(f"{uri} has no labels: put the images into one folder a class, or name a manifest")
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
     path = Path(output) if output else runs.default_path("export", config)
-    if finetune is None or rank() == 0:  # of several processes that train together, the leader writes the run
+    if finetune is None or rank() == 0:  # where processes train together, the leader writes the run
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
     if finetune is not None:
         return fine_tuned(extracted, features, finetune, asked, limit, path, config, overwrite)
@@ -201,10 +201,10 @@ def fine_tuned(
     config: runs.RunConfig,
     overwrite: bool,
 ) -> runs.Run:
-    """`fit` with fine-tuning: a head on the cached features, the backbone trained further from it on, a run.
+    """`fit` with fine-tuning: fit a head on the cached features, train the backbone further from it, write a run.
 
-    options: of the extraction, the tuned features' too. Of several processes the leader alone writes the run; the
-    others give one with an empty report.
+    options: of both extractions, before and after. If several processes train together, only the leader writes the
+    run; the others return one with an empty report.
     """
     from featx.finetuning import preparing, tuning  # and torch with them
 

@@ -15,14 +15,14 @@ from featx.errors import HeadError
 from featx.features import Rows
 from featx.files import write_atomic
 
-BLOCK = 8192  # rows of a table that is read by slices
+BLOCK = 8192  # rows per slice of a table that is read by slices
 MULTILABEL = 0.5
 """A sigmoid head answers with every class whose probability is at least this."""
 
 
 def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
-    """The classes that probabilities `[N, C]` answer with, `bool [N, C]`: the likeliest one with `softmax`, each
-    that is probable enough with `sigmoid`.
+    """The classes that probabilities `[N, C]` answer with, `bool [N, C]`: with `softmax` the likeliest one, with
+    `sigmoid` each of at least `MULTILABEL`.
     """
     if activation == "sigmoid":
         return np.asarray(probabilities >= MULTILABEL)
@@ -63,7 +63,10 @@ class Head:
             raise HeadError("the head holds NaN or infinite weights; its fit did not converge")
 
     def __call__(self, X: Rows) -> np.ndarray:
-        """Features `[N, D]`, an array or a table that is read by slices -> logits `float32 [N, C]`."""
+        """Features `[N, D]`, an array or a table that is read by slices -> logits `float32 [N, C]`.
+
+        Raises `HeadError` for another shape.
+        """
         if len(X.shape) != 2 or X.shape[1] != self.weight.shape[1]:
             raise HeadError(f"expected features [N, {self.weight.shape[1]}], got {list(X.shape)}")
         if isinstance(X, np.ndarray):
@@ -139,7 +142,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What fitting gives: the head, and what is worth knowing about how it came to be."""
+    """A fitted head, and how the fit went."""
 
     head: Head
     info: dict[str, Any] = field(default_factory=dict)

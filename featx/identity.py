@@ -16,7 +16,7 @@ ADDED = {"added": True}
 class Identity:
     """To and from JSON. A field that was `ADDED` is left out at its default; all others are always there.
 
-    JSON's lists become tuples, and the values of a field of such a class become one.
+    JSON's lists become tuples, and the object of a field that is an `Identity` becomes one.
     """
 
     def to_dict(self) -> dict[str, Any]:

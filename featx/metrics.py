@@ -1,4 +1,4 @@
-"""The numbers that say how good answers are, and the 95 % intervals that so many images leave them. numpy only."""
+"""Accuracy and other scores of answers, and their 95 % intervals. numpy only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 RESAMPLES = 1000
 # The bootstrap of a mean is its normal interval long before this many rows.
 MANY_ROWS = 20_000
-# Below this a log-loss would say infinity for one image; scikit-learn clips float64 at its epsilon too.
+# Probabilities are clipped here, or one image could make a log-loss infinite; scikit-learn clips there too.
 SMALLEST = float(np.finfo(np.float64).eps)
 SCORES = {
     "accuracy": "Accuracy",
@@ -39,7 +39,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Each row's cross-entropy, `float64 [N]`, in nats; logits `[N, C]`, y `int [N]` in [0, C)."""
+    """Each row's cross-entropy, `float64 [N]`, in nats, clipped at 36; logits `[N, C]`, y `int [N]` in [0, C)."""
     z = np.asarray(logits, np.float64)
     z = z - z.max(axis=1, keepdims=True)
     picked = z[np.arange(len(y)), y]
@@ -47,14 +47,14 @@ def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def binary_losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Each row's and label's cross-entropy, `float64 [N, C]`, in nats; logits and 0/1 targets `[N, C]`."""
+    """Each row's and label's cross-entropy, `float64 [N, C]`, in nats, 36 at most; logits and targets `[N, C]`."""
     z = np.asarray(logits, np.float64)
     return np.asarray(np.minimum(np.logaddexp(0.0, z) - z * y, -np.log(SMALLEST)))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
-    """What a reliability diagram shows: for each non-empty of 15 equal bins of confidence, its mean
-    `confidence`, its `accuracy` and its `count`. confidence: `[N]` in [0, 1]; right: `bool [N]`.
+    """The points of a reliability diagram: the mean `confidence`, the `accuracy` and the `count` of each of 15
+    equal bins of confidence that is not empty. confidence: `[N]` in [0, 1]; right: `bool [N]`.
     """
     index = np.minimum((np.asarray(confidence, np.float64) * BINS).astype(np.int64), BINS - 1)
     count = np.bincount(index, minlength=BINS)
@@ -78,8 +78,8 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 def precision_recall_f1(
     hits: np.ndarray, answered: np.ndarray, support: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per class, `float64` of the arguments' shape, 0 where undefined: of `answered` answers and `support` images
-    of a class, `hits` are the same.
+    """Per class, `float64` of the arguments' shape, 0 where undefined. hits: right answers; answered: all answers;
+    support: images.
     """
     precision, recall = hits / np.maximum(answered, 1), hits / np.maximum(support, 1)
     return precision, recall, 2 * hits / np.maximum(answered + support, 1)
@@ -128,12 +128,12 @@ def bootstrapped(value: float, drawn: np.ndarray) -> Estimate:
 
 
 def average(found: np.ndarray, sizes: np.ndarray) -> Estimate:
-    """An average over classes of so many images, `[C]`. found: `[1 + R]`, the average itself, then its resamples.
+    """An average over classes. found: `[1 + R]`, the average itself, then its resamples; sizes: `[C]`, images.
 
-    Where all answers are right, so they are in each resample, which would claim certainty. Then the least
-    average recall at which this still happens once in 40 times: 1 - the largest mean of error rates e with
-    sum(n log(1 - e)) >= log(1/40), found by its Lagrange multiplier; for one class it is Clopper and Pearson's
-    limit. The F1's is about the same. Where all are wrong, the same from below.
+    Where all answers are right, they are right in every resample, and the bootstrap would claim certainty. The
+    lower limit is then the least average recall at which this still happens once in 40 times: 1 - the largest
+    mean of error rates e with sum(n log(1 - e)) >= log(1/40), found by its Lagrange multiplier. For one class it
+    is Clopper and Pearson's limit; for F1 it is about the same. Where all are wrong, the upper limit mirrors it.
     """
     value = float(found[0])
     if value not in (0.0, 1.0) or np.ptp(found):
@@ -152,9 +152,9 @@ def average(found: np.ndarray, sizes: np.ndarray) -> Estimate:
 
 
 def over_classes(found: np.ndarray, support: np.ndarray) -> Estimate:
-    """The average over classes of their numbers `[1 + R, C]`, those of the data itself in the first row.
+    """The average over classes of their scores `[1 + R, C]`, those of the data itself in the first row.
 
-    support: images of each class, `[1 + R, C]`; a class that a row leaves out has no number in it.
+    support: images of each class, `[1 + R, C]`; a row's average leaves out classes without images in it.
     """
     there = support.any(axis=1)
     return average(np.nanmean(np.where(support > 0, found, np.nan)[there], axis=1), support[0])
@@ -170,7 +170,7 @@ def mean_of(values: np.ndarray) -> Estimate:
 
 
 def resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
-    """The means of so many seeded resamples of `float [N]`."""
+    """The means of seeded bootstrap resamples of `float [N]`, `float64 [resamples]`."""
     rng, count = np.random.default_rng(0), len(values)
     share = max(1, 2_000_000 // count)  # resamples at a time, so that 16 MB of indices suffice
     return np.concatenate(
@@ -182,10 +182,11 @@ def resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
 
 
 def class_averages(table: np.ndarray) -> dict[str, Estimate]:
-    """Balanced accuracy and macro-F1 over the classes that have images, of a confusion `int [L, L or more]`.
+    """Balanced accuracy and macro-F1 over the classes that have images, of a confusion matrix
+    `int [L, L or more]`.
 
-    Both depend on the confusion alone, and resampling images is a multinomial draw over its cells:
-    the same bootstrap, without touching a row.
+    Both depend on the matrix alone, and resampling images is a multinomial draw over its cells: the same
+    bootstrap, without touching a row.
     """
     cells, (labels, width) = np.flatnonzero(table), table.shape
     (row, column), counts, total = np.divmod(cells, width), table.ravel()[cells], int(table.sum())

@@ -26,7 +26,7 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Option:
-    """What is known about an option beside its name and type."""
+    """An option's default, help and limits."""
 
     default: Any
     help: str
@@ -68,7 +68,7 @@ class Shared(Running, total=False):
 
 
 class Options(Shared, total=False):
-    """All that an extraction can be told."""
+    """All options of an extraction."""
 
     layer: Annotated[str, Option("features", "features, logits, or a module's dotted name.")]
     views: Annotated[int, Option(0, "Augmented views to cache.", least=0)]
@@ -122,8 +122,8 @@ def complete(
 ) -> dict[str, Any]:
     """All options of a kind, those given checked, the others at their defaults.
 
-    Raises `FeatxError` for an option that there is not, and names the near ones; function: that was called, whose own
-    parameters may be meant, too.
+    Raises `FeatxError` for an unknown option, with near matches, and for a value out of range. function: the one that
+    was called; near matches may be its own parameters, too.
     """
     fields = fields_of(kind)
     for name in given:

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, when it counts as finished, and that none is overwritten in silence."""
+"""A run's folder: its files, when it counts as finished, and what may be overwritten."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """What `to_dict` gave; what has a default may lack. Raises `KeyError` or `TypeError` for what else lacks."""
+        """The inverse of `to_dict`; fields with a default may be missing, others raise `KeyError` or `TypeError`."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**known | {name: part.from_dict(values[name]) for name, part in PARTS.items()})
 
@@ -91,7 +91,7 @@ class Run:
     """`report.json`, the evaluation."""
     head: Head = field(repr=False)
     trained_on: np.ndarray | None = field(default=None, repr=False)
-    """`uint64 [M]`: `short_keys` of the training images, sorted; None where that is not known, as of older runs."""
+    """`uint64 [M]`: `short_keys` of the training images, sorted; None where it is unknown, as in older runs."""
     factory: str | None = field(default=None, repr=False)
     """`package.module:function` that the user has named, and which may be imported if the run names it, too."""
 
@@ -160,7 +160,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
             raise ValueError("it holds no object")
         return values
     except (FileNotFoundError, NotADirectoryError):
-        what = "is no run" if name == "config.json" else f"has no {name}: the run is unfinished"
+        what = "is not a run" if name == "config.json" else f"has no {name}: the run is unfinished"
         raise RunError(f"{path} {what}; `featx fit DATA` makes one") from None
     except ValueError as error:
         raise _damaged(path / name, error) from error
@@ -209,7 +209,7 @@ def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
         former = _read(path, "config.json")
 
     if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
-        raise RunError(f"{path} exists and is no run of featx; give another --output")
+        raise RunError(f"{path} exists and is not a run of featx; give another --output")
     if not overwrite and is_finished(path):
         raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
     if not overwrite and former["digest"] != config.digest:
@@ -222,7 +222,7 @@ def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
 def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Make a run's folder and write its configuration, where `check` lets it.
 
-    Of a run that is replaced, what featx wrote goes, `report.json` first; other files in its folder stay.
+    When a run is replaced, the files that featx wrote are removed, `report.json` first; others in its folder stay.
     An unfinished one with the same configuration is continued, unless `overwrite` starts it anew.
     """
     check(path, config, overwrite=overwrite)

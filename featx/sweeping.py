@@ -62,7 +62,7 @@ class CrossValidated:
 
 @dataclass(frozen=True)
 class Point:
-    """One backbone, layer, head and number of views: a run, and what it is worth."""
+    """One backbone, layer, head and number of views: a run, and its scores."""
 
     name: str
     run: str
@@ -206,7 +206,7 @@ def sweep(
     backbones: names, each with weights of its own if written `name=weights`. heads: names, with settings if
     written `logreg class_weight=balanced`; the same head may come several times. by: `accuracy` or `log_loss`
     over five folds of the training images, in which each head chooses its settings anew; the validation
-    images are measured, beside, and choose nothing. memory: as for `featx.fit`. engine, options: as for
+    images are measured, too, and choose nothing. memory: as for `featx.fit`. engine, options: as for
     `featx.extract`; one engine runs one backbone and layer.
 
     Each point is a run in `<output>/runs/`, by default `export/<data>-sweep`. A point that is there already,
@@ -246,7 +246,7 @@ def sweep(
 
 
 def _request(backbone: Backbone, layer: str, options: dict[str, Any]) -> BackboneRequest | BackboneInfo:
-    """What is asked for. Raises `BackboneError` for a mistyped name: that is not one failed point among many."""
+    """A backbone of the grid as a request. Raises `BackboneError` for a mistyped name, which fails the whole grid."""
     if isinstance(backbone, BackboneInfo):
         return backbone
     if isinstance(backbone, BackboneRequest):
@@ -255,7 +255,7 @@ def _request(backbone: Backbone, layer: str, options: dict[str, Any]) -> Backbon
     request = BackboneRequest(name, own or options["weights"], layer, options["seed"])
     kind, network = locate(name)
     if kind == "torchvision" and network not in names():
-        resolve(request, Path(options["cache"]))  # says what it may have meant, unless this torchvision is newer
+        resolve(request, Path(options["cache"]))  # the error names near matches, unless this torchvision is newer
     return request
 
 
@@ -266,13 +266,13 @@ def _check(path: Path, by: str, views: Sequence[int], *grid: Sequence[object]) -
     if not all(grid) or not views or min(views) < 0:
         raise FeatxError("a sweep needs at least one backbone, layer, head and number of views")
     if path.exists() and not (path.is_dir() and ((path / "sweep.json").is_file() or not any(path.iterdir()))):
-        raise RunError(f"{path} exists and is no sweep; give another --output")
+        raise RunError(f"{path} exists and is not a sweep; give another --output")
 
 
 def _point(
     place: _Place, backbone: Backbone, head: str, settings: dict[str, Any], views: int
 ) -> tuple[Point, np.ndarray | None]:
-    """One point's run and figures; and, of each training image, held out, `right` and log-loss `[2, N]`."""
+    """One point's run and figures; and what `_held_out` gives for it."""
     options, engine = place.options, place.engine
     extraction = sync(place.source, backbone, engine=engine, views=views, **options)
     request, features = extraction.request, extraction.features(memory=place.memory)
@@ -355,7 +355,7 @@ def _summary(right: np.ndarray | None) -> CrossValidated | None:
 
 
 def _rank(point: Point, by: str) -> tuple[float, ...]:
-    """Best first; what could not be cross-validated last; of equals the faster."""
+    """A sort key: best first, the faster of equals; points that could not be cross-validated come last."""
     found = point.cross_validated
     if found is None:
         return (1,)

@@ -32,7 +32,7 @@ def assigned(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def printable(name: str) -> str:
-    """`name` as text that any UTF-8 terminal or file takes: bytes that are no UTF-8 and control
+    """`name` as text that any UTF-8 terminal or file takes: bytes that are not UTF-8 and control
     characters are written as escapes, `caf\\udce9.jpg`, `two\\x0alines.jpg`."""
     return re.sub("[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", encodable(name))
 
@@ -44,7 +44,7 @@ def some(names: list[str], most: int = 3) -> str:
 
 
 def prose(text: str) -> str:
-    """Lines for people, which stay lines: within one, control characters and bytes that are no UTF-8 are escaped.
+    """Lines for people, which stay lines: within one, control characters and bytes that are not UTF-8 are escaped.
 
     A name that goes into several lines goes through `printable` first, or its own line ends would count.
     """

@@ -1,4 +1,4 @@
-"""What people do with a cache: list, inspect, verify, compact, remove and export it."""
+"""The work of the `featx cache` commands: list, inspect, verify, compact, remove and export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from featx.features import Features
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
 from featx.text import near
 
-# Rows copied at a time when shards are merged.
+# Bytes of rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20
 # Folders beside the features; the next run makes anew what it needs of them.
 MADE_AGAIN = ("engines", "memo", "rates", "resolved")
@@ -32,7 +32,7 @@ class Entry:
     """One spec's folder in a cache."""
 
     name: str
-    """The folder's name, `resnet18-0123456789abcdef`; its start will do where it is the only one."""
+    """The folder's name, `resnet18-0123456789abcdef`; a unique beginning of it will do, too."""
     path: Path
     form: Form | None
     """None where `spec.json` is lost or damaged (the next run with this spec writes it anew), or a newer featx's."""
@@ -61,7 +61,7 @@ class Contents:
     notes: list[str]
     """Sentences about damage."""
     used: int | None = None
-    """Rows that the data set compared with uses; this and the next two are None where there is none."""
+    """Rows that the given data set uses; this and the next two are None without a data set."""
     unused: int | None = None
     missing: int | None = None
     """Its distinct images without a row."""

@@ -34,9 +34,9 @@ def plan(
     """An HDF5 file as a stream of bytes, first to last, and the offset of each array in it.
 
     HDF5 only lays the file out and writes `attributes` and the arrays in `small`. It leaves `arrays`
-    (name -> dtype, shape, parts) empty, and we fill them in: their parts are asked for in turn, when the stream
-    gets there. So nothing but `write` can fail on a full disk, which HDF5 survives badly, no array has to fit
-    into memory, and equal rows give equal bytes.
+    (name -> dtype, shape, parts) empty, and we fill them in: the stream takes their parts in turn, as it
+    reaches them. So only `write` can fail on a full disk, which HDF5 handles badly, no array has to fit into
+    memory, and equal rows give equal bytes.
     """
     sketch = _Sketch()
     offsets = {}
@@ -77,7 +77,7 @@ def _stream(pieces: list[tuple[int, int, Iterable[Any]]], size: int) -> Iterator
 
 
 class _Sketch(io.RawIOBase):
-    """A file that remembers the few bytes that HDF5 writes and where, and nothing of what lies between."""
+    """A file that keeps the few bytes that HDF5 writes, with their offsets, and not the gaps between them."""
 
     def __init__(self) -> None:
         self.size = 0

@@ -22,7 +22,7 @@ class KeyIndex:
 
     def __init__(self, keys: np.ndarray) -> None:
         self._buffer, self._count = keys, len(keys)
-        self._used = [self._count]  # of the buffer, by this index or one that grew out of it
+        self._used = [self._count]  # rows of the buffer that this index, or one that `plus` made of it, has taken
         self._runs: list[_Run] = []
 
     def plus(self, keys: np.ndarray) -> KeyIndex:
@@ -51,8 +51,8 @@ class KeyIndex:
         return distinct(self.keys)
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
-        """A place of each key, counting through all rows; -1 for none. `int64 [N]`. The first one, unless the keys
-        are asked for as they are stored."""
+        """The place of each key among all rows, `int64 [N]`; -1 for none. It is the first of a repeated key, unless
+        `keys` are the first keys stored, in their order."""
         keys = as_keys(keys)
         if 0 < len(keys) <= self._count and _same(self.keys, keys):
             return np.arange(len(keys))  # a data set in the order it was stored in: nothing to search
@@ -67,7 +67,7 @@ class KeyIndex:
         return found
 
     def _sorted(self) -> list[_Run]:
-        """The runs, over all keys; what was appended since is sorted, and runs grown too alike are joined."""
+        """Runs that cover all keys: sorts what was appended since, together with runs not four times as long."""
         runs = list(self._runs)
         start = runs[-1].stop if runs else 0
         if start < self._count:

@@ -18,7 +18,7 @@ from featx.files import make_folder, write_chunks
 
 MAGIC = b"featx memo 1\n"
 # A file that changed this shortly before it was looked at can change again without another timestamp
-# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): what is in it is not remembered.
+# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
 CLOCK_NS = 2_000_000_000
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 AT_ONCE = 1 << 12  # paths that are encoded at a time
@@ -28,13 +28,13 @@ class KeyMemo:
     """Keys of the files under one root, by path, size, mtime, ctime and inode.
 
     One file, `cache/memo/<hash of the root>`; it can be deleted at any time: files are then read again.
-    A damaged one counts as deleted. Of several writers the last one wins.
+    A damaged one counts as deleted. If several processes write it, the last one wins.
     """
 
     def __init__(self, cache: Path, root: Path) -> None:
         root = Path(os.path.abspath(root))
         self.path = Path(cache) / "memo" / hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
-        # what is recorded may be read from any moment after this
+        # files are read, and their keys recorded, after this moment
         self._opened = time.time_ns()
         self._names = b""
         self._stats = np.zeros((0, 4), np.int64)
@@ -65,7 +65,7 @@ class KeyMemo:
         Files changed within 2 s before this memo was opened, or after, are left out: they could have
         changed again unseen. On a read-only cache nothing is remembered. Raises `StoreError` on a full disk.
         """
-        changed = stats[:, 2] if os.name != "nt" else stats[:, 1:3].max(axis=1)  # there ctime is the birth
+        changed = stats[:, 2] if os.name != "nt" else stats[:, 1:3].max(axis=1)  # on Windows, ctime is creation
         keep = known & (changed < self._opened - CLOCK_NS)
         at = self._find(ids)
         if at is None and keep.all() and np.array_equal(self._stats, stats) and np.array_equal(self._keys, keys):
@@ -77,7 +77,7 @@ class KeyMemo:
         others[slice(len(ids)) if at is None else at[at >= 0]] = False
         other = np.flatnonzero(others)[: 4 * len(ids) + 100_000]
         old = self._names.split(b"\0") if len(other) else []
-        if len(other) or len(names) < len(ids):  # else no copies: with a million images they are what memory peaks at
+        if len(other) or len(names) < len(ids):  # else no copies: with a million images they are the peak of memory
             stats = np.concatenate([stats[keep], self._stats[other]])
             keys = np.concatenate([keys[keep], self._keys[other]])
         arrays = [np.ascontiguousarray(array, dtype).reshape(-1) for array, dtype in ((stats, "<i8"), (keys, "u1"))]

@@ -32,7 +32,7 @@ BLOCK_BYTES = 1 << 20
 
 
 class StaleError(Exception):
-    """The folder is not what it was when it was listed: list it again."""
+    """The folder has changed since it was listed: list it again."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Form:
         return shared | {"row_shape": list(self.row_shape)}
 
     def attributes(self) -> dict[str, bytes]:
-        """What every shard says of itself, ASCII."""
+        """The attributes of every shard, ASCII."""
         return {"kind": KIND.encode(), "spec": self.spec.canonical, "engine": json.dumps(self.engine).encode()}
 
 

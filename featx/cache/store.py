@@ -22,7 +22,7 @@ from featx.features import FeatureSpec
 from featx.files import make_folder, sweep, sync_folder
 from featx.threads import ahead
 
-# What a killed run loses at most: so many bytes of rows, or so many seconds of work.
+# A killed run loses at most so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
 # How often a folder is listed again while other processes change it.
@@ -33,8 +33,8 @@ class FeatureStore:
     """The rows of one `FeatureSpec`, at `cache/features/<name>-<digest>/`.
 
     Any number of processes, on any number of machines, may write to one folder at once: nothing that
-    is there is ever changed, so there are no locks. Killed at any moment, it keeps every committed shard.
-    What is damaged is moved to `damaged/`, said in `notes`, and missing from then on.
+    is there is ever changed, so there are no locks. A kill at any moment leaves every committed shard whole.
+    A damaged shard is moved to `damaged/` and named in `notes`; its intact rows are kept, the others are missing.
 
     cache: the cache's folder. engine: what computes the rows that will be appended; the first writer's
     is recorded. Opening reads, and creates nothing before the first `append`. shard_bytes, shard_seconds:
@@ -77,7 +77,7 @@ class FeatureStore:
         return self.form.engine if self.form else None
 
     def computed_by(self, engine: str) -> None:
-        """Say what computes the rows to come. Raises `StoreError` where those there are another engine's."""
+        """Name the engine of the rows to come. Raises `StoreError` where the stored rows are another engine's."""
         self._asked = engine
         self._check_engine()
 
@@ -167,7 +167,7 @@ class FeatureStore:
             )
         if not self._swept:
             with self._writing():
-                if not os.access(self.folder, os.W_OK):  # said before a batch is computed for nothing
+                if not os.access(self.folder, os.W_OK):  # fail before a batch is computed for nothing
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 sweep(self.folder)
                 sweep(self.folder.parent)

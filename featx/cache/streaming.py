@@ -1,4 +1,4 @@
-"""Features that stay in the cache until a slice of them is asked for: a data set larger than memory."""
+"""Tables that read features from the cache slice by slice, for data sets larger than memory."""
 
 from __future__ import annotations
 

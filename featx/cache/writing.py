@@ -1,4 +1,4 @@
-"""How keys and rows become one shard, an immutable, hashed HDF5 file."""
+"""Writes keys and rows as one shard, an immutable, hashed HDF5 file."""
 
 from __future__ import annotations
 

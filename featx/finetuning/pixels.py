@@ -17,7 +17,6 @@ from featx.extraction.result import Extraction
 from featx.features import content_key
 from featx.finetuning.augment import Draws, apply, crop, mirror
 from featx.finetuning.recipes import FinetuneConfig
-from featx.pixels.preprocess import RESAMPLE
 from featx.pixels.views import CENTER, pixels, view_names
 
 # The share of free memory that decoded images may take; activations and gradients need the rest.
@@ -122,8 +121,8 @@ class Pixels:
         preprocess = self.extraction.info.preprocess
         if view != STRETCHED:
             return pixels(preprocess, image, key, view)
-        square = image.resize((self.side, self.side), RESAMPLE[preprocess.interpolation])
-        return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+        whole = preprocess.render(image, (0, 0, image.width, image.height), self.side)
+        return np.ascontiguousarray(whole.transpose(2, 0, 1))
 
 
 class Pictures:

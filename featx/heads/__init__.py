@@ -24,7 +24,7 @@ from featx.text import assigned, near
 def parse_head(text: str) -> tuple[str, dict[str, Any]]:
     """`logreg class_weight=balanced folds=10` as a name and settings; a value is JSON where it reads as such.
 
-    Raises `HeadError` for what is not written so, and for a head or a setting that does not exist.
+    Raises `HeadError` for any other text, and for a head or a setting that does not exist.
     """
     try:
         name, *pairs = shlex.split(text)
@@ -48,7 +48,7 @@ def names() -> list[str]:
 def settings_of(name: str) -> dict[str, inspect.Parameter]:
     """The settings that a head's `fit` takes, by name. Raises `HeadError` for an unknown head.
 
-    Where a default of None stands for one in the head's `DEFAULTS`, that one is given.
+    A default of None that stands for a value in the head's `DEFAULTS` is replaced by it.
     """
     given = ("seed", "device")  # by featx, not by the user
     found = inspect.signature(module(name).fit).parameters.values()
@@ -61,7 +61,7 @@ def settings_of(name: str) -> dict[str, inspect.Parameter]:
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise `HeadError` for settings that the head does not have, or that are of another kind than it wants."""
+    """Raise `HeadError` for an unknown head, settings that it does not have, and values of another type."""
     known, kinds = settings_of(name), get_type_hints(module(name).fit)
     for key, value in settings.items():
         if key not in known:

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     import torch
 
 LEARNS, STREAMS = True, False
-# Of the mean loss: scikit-learn's C is 1 / (N * decay).
+# Relative to the mean loss: scikit-learn's C is 1 / (N * decay).
 DECAYS = tuple(np.logspace(-4, 1, 11))
-# What holds where neither the caller nor a recipe says otherwise. Without a rate or a decay, the data choose.
+# Used where neither the caller nor a recipe gives a value. The data choose the learning rate and the decay.
 DEFAULTS: dict[str, Any] = {"epochs": 60, "batch_size": 64, "schedule": "cosine", "standardise": True}
-# the schedule of the five write-ups, on features as they come
+# the schedule of the transfer-learning tutorials, on unscaled features
 TUTORIAL = {"epochs": 25, "batch_size": 4, "lr": 0.001, "schedule": "step", "weight_decay": 0.0, "standardise": False}
 RECIPES: dict[str, dict[str, Any]] = {"tutorial": TUTORIAL}
 
 
 @dataclass(frozen=True)
 class _Sgd:
-    """How long, how fast and on what batches."""
+    """The settings of SGD."""
 
     epochs: int
     batch_size: int
@@ -85,13 +85,13 @@ def fit(
 ) -> Fitted:
     """Minimise the mean cross-entropy `+ weight_decay / 2 * ||W||^2` by SGD with momentum.
 
-    lr: None for the largest step that the data's curvature allows with momentum; schedule: `cosine` (to 0
+    lr: None for a quarter of the largest step size that is stable on these data; schedule: `cosine` (to 0
     over all steps), `step` (times `gamma` every `step_size` epochs) or `constant`. weight_decay: None
     chooses among `DECAYS` by the log-loss of scored rows over `folds` stratified folds.
     All folds and decays are trained at once, on the same batches. recipe: `tutorial` is SGD 0.001, momentum
-    0.9, StepLR(7, 0.1), 25 epochs of batches of 4, on unscaled features; what is given beside it wins. None,
-    for a setting in `DEFAULTS`, is the recipe's, or else that one. The same seed gives the same head on the
-    same machine. Raises `HeadError`.
+    0.9, StepLR(7, 0.1), 25 epochs of batches of 4, on unscaled features; settings given beside it win. A
+    setting of `DEFAULTS` that is None takes the recipe's value, or else the default. The same seed gives the
+    same head on the same machine. Raises `HeadError`, also where training diverges.
     """
     if recipe is not None and recipe not in RECIPES:
         raise HeadError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
@@ -131,8 +131,8 @@ def _fitted(
     device: str,
     info: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `counted`, and the logits of these, each
-    by the fold that had not seen it; without such rows with the first decay. Writes its figures to `info`.
+    """Weight `[C, D]` and bias `[C]` with the decay that is best on the rows `counted` (the first decay, if there are
+    none), and the logits of these rows, each by the fold that left it out. Writes its figures to `info`.
     """
     import torch
 
@@ -233,7 +233,7 @@ def _train(
 
 
 def _answered(logits: torch.Tensor, wanted: torch.Tensor, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and, of each class, its part of the cross-entropy to the probabilities `wanted`."""
+    """Probabilities, and each class's part of the cross-entropy with the targets `wanted`."""
     import torch
 
     if several:

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression: standardised features, its strength chosen by cross-validation."""
+"""Multinomial logistic regression on standardised features; cross-validation chooses its regularisation strength."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
 
-# scikit-learn's C, from all prior to almost none; the grid of DINOv3's linear evaluation
+# scikit-learn's C, from very strong regularisation to almost none; the grid of DINOv3's linear evaluation
 STRENGTHS = tuple(float(s) for s in np.logspace(-6, 5, 45))
-# Where nothing can be cross-validated, a middle of what is chosen where it can.
+# The strength where nothing can be cross-validated: a typical choice of cross-validation.
 UNMEASURED = 0.01
-# Of the objective: what the optimum may be above scikit-learn's, and what is asked of the last solve.
+# Relative gaps of the objective: the largest that counts as converged, and the aim of the last solve.
 GAP, ASKED = 1e-4, 1e-7
-# Multiplications of one pass from which on a GPU is asked for by itself: importing torch takes seconds.
+# `auto` takes a GPU from this many multiplications per pass on: importing torch takes seconds.
 GPU_WORTH = 1 << 28
 
 
@@ -46,13 +46,13 @@ def fit(
     A memory map, or anything else with row slices, is read in blocks and never held. Several labels per image
     have one sigmoid each, and one strength for all.
     strengths: scikit-learn's C, the inverse of the regularisation. The one with the least log-loss over
-    `folds` stratified folds of these rows is taken; scored rows count, also for calibration and rejection.
+    `folds` stratified folds of these rows is taken; only scored rows count, also for calibration and rejection.
     With one strength there is no cross-validation, unless calibration or a threshold needs it. Columns are
-    standardised once, over all rows, labels unseen.
-    class_weight: None or `balanced`. calibrate: fold in the temperature that held-out rows ask for.
+    standardised once, over all rows, without their labels.
+    class_weight: None or `balanced`. calibrate: fold in the temperature that is best on held-out rows.
     threshold, reject: see `_training.finish`.
-    device: a GPU, where there is one, makes the passes of a fit that is large enough to gain by it; `cuda`
-    asks for it, `cpu` forgoes it.
+    device: `auto` takes a GPU, where there is one, for a fit that is large enough to gain by it; `cuda`
+    requires one, `cpu` takes none.
     Raises `HeadError`.
     """
     grid = _training.ascending(strengths, "strengths are positive numbers (scikit-learn's C)")
@@ -84,14 +84,14 @@ def fit(
 
 
 def _gpu(task: Task, device: str) -> str:
-    """The GPU to work on, or nothing."""
+    """The GPU to work on, or an empty string."""
     small = task.X.shape[0] * task.X.shape[1] * len(task.class_names) < GPU_WORTH
     place = "cpu" if device == "auto" and small else choose_device(device)
     return "" if place == "cpu" else place
 
 
 def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Logits `[M, C]` of the counted rows, each by the fold that had not seen it."""
+    """Logits `[M, C]` of the counted rows, each by the fold that left it out."""
     logits = [design.logits(found.A[:, k], counted & (fold == k)) for k in range(fold.max() + 1)]
     out = np.empty((int(counted.sum()), logits[0].shape[1]), np.float32)
     for k, part in enumerate(logits):
@@ -131,7 +131,7 @@ def _remarks(path: Path) -> list[str]:
 def _last(
     design: Design, strength: float, start: np.ndarray | None, info: dict[str, Any], most: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The optimum over all rows as `[C, D]` and `[C]`, by at most so many steps; `info` says how near it is."""
+    """The optimum over all rows as `[C, D]` and `[C]`, in at most `most` steps; writes the gap to `info`."""
     whole = np.array([-1])  # no fold is left out
     if start is None:
         start = climb(design, strength, whole)

@@ -27,9 +27,9 @@ def fit(
 ) -> Fitted:
     """`logit_c = -|x - mean_c|^2 / (2 t)` on standardised columns, which is affine up to a common term.
 
-    The rows are read in blocks; of several labels per image, each is told from its absence. Answers do not
-    depend on t; probabilities do: it is the one with the least log-loss over held-out folds, drawn towards
-    sqrt(D) while their rows are few, or, without folds, sqrt(D).
+    The rows are read in blocks. With several labels per image, the mean of each label's rows competes with the
+    mean of all others. Answers do not depend on t; probabilities do: t has the least log-loss over held-out
+    folds, drawn towards sqrt(D) while their rows are few; without folds it is sqrt(D).
     threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
     """
     task, fold, counted = _training.prepared(examples, class_names, folds, seed)

@@ -20,13 +20,13 @@ def fit(
     mapping: Mapping[str, str | int] | None = None,
     restrict: bool = False,
 ) -> Fitted:
-    """The network's classifier, with the class that each label stands for renamed to the label.
+    """The network's classifier, with the class of each label renamed to that label.
 
     classifier: where other heads are given examples, this one is given the network's last Linear, with its K
     classes; over cached logits (`layer=logits`) the identity. class_names: the data's labels.
-    mapping: label -> network class (a name or its number),
-    for labels that do not match by themselves. All K logits are kept, so that the answer is free to be a
-    class no label stands for; with `restrict` only the labels' are, in the order of `class_names`.
+    mapping: label -> network class (a name or its number), for labels that do not match by themselves.
+    All K logits are kept, so that an answer may be a class without a label; with `restrict` only those of the
+    labels are kept, in the order of `class_names`.
     `info["classes"]` maps each label to the network's class. seed, device: unused. Raises `HeadError` for a label
     that matches no class or several (candidates are listed), and for two labels that match one.
     """
@@ -66,8 +66,8 @@ def fit(
 
 
 def match(label: str, names: Sequence[str]) -> int:
-    """The number of the one class that `label` names: exactly, else but for case, `_` and `-`, else but
-    for a plural. Raises `HeadError` with candidates where there is none, or more than one.
+    """The number of the one class that `label` names: exactly, else ignoring case, `_` and `-`, else also
+    ignoring a plural. Raises `HeadError` with candidates where there is none, or more than one.
     """
     for form in (str, _plain, _stem):
         found = [i for i, name in enumerate(names) if form(label) in map(form, _synonyms(name))]

@@ -1,4 +1,4 @@
-"""Ridge regression on class targets: every penalty's exact leave-one-out from one eigendecomposition."""
+"""Ridge regression on class targets: the exact leave-one-out error of every penalty from one eigendecomposition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featx.solvers.examples import Examples
 LEARNS = STREAMS = True
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
 PENALTIES = tuple(float(p) for p in np.logspace(-6, 3, 37))
-# Where nothing can be left out, a middle of what is chosen where it can.
+# The penalty where nothing can be left out: a typical choice where rows can.
 UNMEASURED = 0.5
 # Numbers in X up to which everything is done in double precision.
 EXACT = 1 << 23
@@ -35,12 +35,12 @@ def fit(
     """Minimise `|T - Z W^T - b|^2 + N p |W|^2`, T being +1 for an image's class and -1 for others.
 
     Z: the rows, standardised, read in blocks. The penalty p with the least squared error of rows left out is
-    taken (every fourth is tried, then those around the best). That error is exact and
-    takes no second fit: a left-out residual is `r / (1 - h)`, with h the row's own share of its fit (Allen's
-    PRESS, 1974), and rows of one group are left out together, `(I - H_GG)^-1 r_G`. Rows that count are
-    the scored ones whose class has another group to be learned from; without any,
-    the penalty is `UNMEASURED`. The scores become logits by the temperature with the least log-loss on left-out
-    scores, or as they are. threshold, reject: see `_training.finish`. seed, device: unused. Raises `HeadError`.
+    taken (every fourth is tried, then those around the best). That error is exact and takes no second fit: a
+    left-out residual is `r / (1 - h)`, with h the row's own share of its fit (Allen's PRESS, 1974), and rows of
+    one group are left out together, `(I - H_GG)^-1 r_G`. Rows that count are the scored ones whose class has
+    another group to be learned from; without any, the penalty is `UNMEASURED`. The logits are the scores over
+    the temperature with the least log-loss on left-out rows, or, without such rows, the scores.
+    threshold, reject: see `_training.finish`. seed, device: unused. Raises `HeadError`.
     """
     grid = _training.ascending(penalties, "penalties are positive numbers")
     with single_thread():
@@ -100,7 +100,7 @@ def _choose(left_out: LeftOut, grid: np.ndarray, info: dict[str, Any]) -> float:
 
 
 class LeftOut:
-    """What rows are scored when they are left out, at any penalty on `||W||^2`."""
+    """Leave-one-out scores and errors, at any penalty on `||W||^2`."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class LeftOut:
         dtype: Any = None,
     ) -> None:
         """targets `float32 [N, C]`, groups `int [N]` and the rows that count, `bool [N]`, in `design`'s order,
-        whose rows are rotated here, once. dtype: the arithmetic's; by default double where there are few numbers.
+        whose rows are rotated here, once. dtype: of the arithmetic; by default double precision for small data.
         """
         self.design, self.targets = design, targets
         self.dtype = dtype = dtype or (np.float64 if design.count * design.size < EXACT else np.float32)
@@ -157,7 +157,7 @@ class LeftOut:
         return np.asarray(errors / (self.counted.sum() * C))
 
     def scores(self, penalty: float) -> np.ndarray:
-        """What each row is scored when it is left out, `float32 [N, C]`, in `design`'s order."""
+        """Each row's scores when it is left out, `float32 [N, C]`, in `design`'s order."""
         design, dtype, targets = self.design, self.dtype, self.targets
         values, scores = design.eigenvalues + penalty, np.empty(targets.shape, np.float32)
         solve, shrunk = (self.coefficients / values).T.astype(dtype), (1 / values).astype(dtype)
@@ -175,7 +175,7 @@ class LeftOut:
         return scores
 
     def _fitted(self, rows: slice, solve: np.ndarray, shrunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What rows are scored when they are not left out, and the share of their residuals that is not their own."""
+        """Centred scores of rows that are not left out, and `1 - h`, with h a row's own share of its fit."""
         Q = self.design.rotated(rows, self.dtype)
         return Q @ solve, np.maximum(1 - ((Q * Q) @ shrunk + 1 / self.design.count), 1e-9)
 
@@ -189,8 +189,8 @@ class LeftOut:
 
 
 def _shared_groups(groups: np.ndarray | None, count: int, width: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Which rows are alone in their group, `bool [N]`, and the others as `int [G, k]`, by group size k, cut
-    to four million numbers of the groups' rows, of `width`, and hat matrices.
+    """Which rows are alone in their group, `bool [N]`, and the others in blocks `int [G, k]`, G groups of size k.
+    The rows of a block, `width` numbers each, and its hat matrices take at most four million numbers each.
     """
     if groups is None:
         return np.ones(count, bool), []

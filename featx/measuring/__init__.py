@@ -1,1 +1,1 @@
-"""What a head is worth: scores, intervals, learning curves, what views bring."""
+"""Measures heads: scores with intervals, learning curves, the gain by views."""

@@ -22,7 +22,7 @@ from featx.solvers.examples import Examples
 
 RESAMPLES = 1000
 MAX_SIZES = 7
-MIN_POINTS = 4  # of a curve that anything is foretold from: two are fitted, one checks, one to spare
+MIN_POINTS = 4  # of a curve, for a forecast: two are fitted, one checks, one to spare
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def nested_order(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
 
 
 def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[Point], Forecast | None, str]:
-    """The curve of `right` (0/1 `[subsets, images]` for each size) with intervals, and what it foretells."""
+    """The curve of `right` (0/1 `[subsets, images]` for each size) with intervals, its forecast and a verdict."""
     rng = np.random.default_rng(0)
     images = right[0].shape[1]
     # the same images are drawn for all sizes: that some are hard moves the whole curve, not its slope
@@ -192,16 +192,16 @@ def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[P
 def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[Forecast | None, str]:
     """Accuracy with twice the images, from `error = a * n ** -b` through the curve; or None, and why.
 
-    sizes, accuracy: `[S]`; samples `[S, B]`: resamples of the accuracy. Nothing is foretold from fewer than
+    sizes, accuracy: `[S]`; samples `[S, B]`: resamples of the accuracy. There is no forecast from fewer than
     four sizes, from a curve without errors, or where the same law, fitted without the largest size, misses
     what was measured there by more than the resamples allow. Learning curves of image classifiers follow
     such laws over their middle part (Hestness et al. 2017) and flatten later, so that the forecast is
     more likely too high than too low.
     """
     if len(sizes) < MIN_POINTS:
-        return None, f"Nothing is foretold from {len(sizes)} sizes; {MIN_POINTS} are needed."
+        return None, f"No forecast from {len(sizes)} sizes; {MIN_POINTS} are needed."
     if accuracy.max() >= 1.0:
-        return None, "Nothing is foretold: at some size there is no error left to see fall."
+        return None, "No forecast: at some size there is no error left."
     error = np.maximum(1 - np.column_stack([accuracy, samples]), 0.5e-3)  # [S, 1 + B]
     x, z = np.log(sizes), np.log(error)
 
@@ -210,7 +210,7 @@ def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tu
     low, high = np.quantile((before - error[-1])[1:], [0.025, 0.975])
     if not low <= 0 <= high:
         return None, (
-            f"Nothing is foretold: a power law through the smaller sizes expects {1 - before[0]:.1%} with "
+            f"No forecast: a power law through the smaller sizes expects {1 - before[0]:.1%} with "
             f"{sizes[-1]:,} images, and {accuracy[-1]:.1%} was measured."
         )
 

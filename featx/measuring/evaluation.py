@@ -1,4 +1,4 @@
-"""Measures a head's answers on labelled data: a `Report`, every score in it with its interval."""
+"""Measures a head's answers on labelled data: a `Report`, with an interval for every score."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Report:
     per_class: list[dict[str, Any]]
     """label, precision, recall, f1, support; with several labels per image also average_precision."""
     confusion: np.ndarray | None
-    """`int64 [L, L]`, true label by answer; a column more where answers outside the labels are possible
+    """`int64 [L, L]`, true label by answer; one more column where answers outside the labels are possible
     (`other`). None with several labels per image."""
     reliability: list[dict[str, float]]
     """confidence, accuracy and count of each non-empty bin."""
     mistakes: list[dict[str, Any]]
-    """The wrong answers that were most sure: id, label, answer, probability (0 to 1)."""
+    """The most confident wrong answers: id, label, answer, probability (0 to 1)."""
     rejection: dict[str, float] | None = None
     """At the head's threshold: coverage (share answered), accuracy of the answered, both in [0, 1]."""
     notes: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The confusion's columns: the labels, and `other` where it has one more."""
+        """The confusion's columns: the labels, and `other` where there is one more."""
         extra = self.confusion is not None and self.confusion.shape[1] > len(self.labels)
         return (*self.labels, OTHER) if extra else self.labels
 
@@ -123,9 +123,9 @@ def evaluate(
     """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
 
     split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
-    memory: as for `featx.fit`; factory: as for `featx.load`. engine: what runs the backbone, which is then the one
-    that the run records, and is not loaded. options: `device`, `batch_size` and `workers` of `featx.extract`.
-    Raises `RunError` for what is no finished run, `HeadError` where there is no labelled image.
+    memory: as for `featx.fit`; factory: as for `featx.load`. engine: what runs the backbone that the run records,
+    which is then not loaded. options: `device`, `batch_size` and `workers` of `featx.extract`.
+    Raises `RunError` for a folder without a finished run, `HeadError` where there is no labelled image.
     """
     asked = complete(options, Running, evaluate)
     opened = open_run(run, factory)
@@ -268,7 +268,7 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
 
 
 def _surest_wrong(right: np.ndarray, confidence: np.ndarray) -> list[int]:
-    """Where the answers are wrong that were most sure, as places in the flat arrays."""
+    """The most confident wrong answers, as places in the flat arrays."""
     wrong = np.flatnonzero(~right)
     order = np.argsort(-confidence.ravel()[wrong], kind="stable")
     return [int(i) for i in wrong[order[:MISTAKES]]]

@@ -1,4 +1,4 @@
-"""What cached augmented views are worth: the gain measured by cross-validation, averaging at test time."""
+"""Measures the gain by augmented views, by cross-validation, and averages over views at test time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from featx.solvers.training import folds as make_folds
 
 RESAMPLES = 2000
 MEASURES = ("accuracy", "log_loss")
-WAYS = ("center", "views", "averaged")  # of learning, the first of which the others are compared with
+WAYS = ("center", "views", "averaged")  # of learning; the others are compared with the first
 
 
 def average(head: Head, views: Sequence[Rows]) -> np.ndarray:
-    """Logits `float64 [N, C]` whose probabilities are the mean over views of the head's, `views` of `[N, D]` each.
+    """Logits `float64 [N, C]` of the mean of a head's probabilities over views, features `[N, D]` each.
 
     For `softmax` they are logarithms of the mean, for `sigmoid` its log-odds, so that whatever takes a
-    head's logits (`evaluate_logits`) takes these.
+    head's logits (`evaluate_logits`) takes these. Raises `HeadError` for no view.
     """
     if not views:
         raise HeadError("there is no view to average over")
@@ -46,12 +46,11 @@ def held_out(
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What heads say of training images that they have not seen: logits `float64 [N, C]`, NaN where fold is -1.
+    """Cross-validated logits of training images, twice `float64 [N, C]`: NaN where fold is -1.
 
     name: of the head. views: `[N, D]` each; a head learns from all views of its images. fold: `int [N]`, in
-    which an image is held out. Returns what it says of the first view of the others, and of the mean over
-    their views. Everything a head chooses, it chooses inside its own training images, by what it says of
-    their first view.
+    which an image is held out. Returns the logits of the held-out images' first views, and those of the mean
+    over their views. Each head chooses its settings inside its own training images, by their first views.
     """
     logits = np.full((2, len(y), len(class_names)), np.nan)
     groups = np.arange(len(y)) if groups is None else groups
@@ -84,7 +83,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Gain:
-    """What learning from views brings, measured on held-out training images."""
+    """The gain by learning from views, measured on held-out training images."""
 
     folds: int
     images: int

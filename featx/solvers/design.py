@@ -16,7 +16,7 @@ from featx.features import gathered
 from featx.solvers.training import FLOOR, Task
 
 CACHE = 1 << 28  # bytes of probabilities that a Hessian keeps between products
-SCRATCH = 1 << 20  # numbers per block of logits: they stay near a core between two products
+SCRATCH = 1 << 20  # numbers per block of logits: a block stays in a core's cache between two products
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
 
@@ -43,14 +43,14 @@ class Design:
         torch_device: str = "",
     ) -> None:
         """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, the rows whose
-        held-out loss counts. torch_device: where torch makes the passes, such as `cuda:0`; empty for numpy.
+        held-out loss counts. torch_device: the device on which torch makes the passes, `cuda:0`; empty for numpy.
         A memory map, and anything that is not an array, is streamed in blocks.
         """
         several = task.several
         self.paired = not several and len(task.class_names) == 2  # one column for both classes
         self.several = several or self.paired
         self.columns = 1 if self.paired else len(task.class_names)
-        # `p (1 - p)`, its mean over classes, where all are as likely
+        # the mean of `p (1 - p)` over classes where all are equally likely
         self.even = 0.25 if self.several else (1 - 1 / self.columns) / self.columns
         self.count = len(fold)
         self.passes = 0
@@ -80,7 +80,7 @@ class Design:
         self.size = len(self.eigenvalues) + 1
 
         self.xp: Any = np  # the module of the arrays that passes work on
-        self.place: dict[str, str] = {}  # where they lie
+        self.place: dict[str, str] = {}  # their device, as keyword arguments
         self.scratch = SCRATCH
         if torch_device:
             self._move(torch_device)
@@ -97,7 +97,7 @@ class Design:
         self.single = self.rows.astype(np.float32)
 
     def _gram(self, task: Task) -> np.ndarray:
-        """`X^T X` of standardised features, and the rows themselves where they are kept."""
+        """`X^T X` of standardised features; fills in the rows, too, where they are kept in memory."""
         width = self.rows.shape[1] - 1
 
         def work(rows: slice, gram: np.ndarray) -> None:
@@ -113,7 +113,7 @@ class Design:
         return functools.reduce(np.add, parts)
 
     def _move(self, device: str) -> None:
-        """Let torch make the passes; the rows go to the device where they take less than half of its memory."""
+        """Let torch make the passes; rows that take less than half of the GPU's free memory move to it."""
         import torch
 
         self.xp, self.place, self.scratch = torch, {"device": device}, 1 << 26
@@ -125,11 +125,11 @@ class Design:
             self.single = self.rows.float()
 
     def placed(self, a: Array, like: Array = None) -> Array:
-        """An array where passes are made, of the precision of `like`."""
+        """An array on the device of the passes, in the precision of `like`."""
         return self.xp.asarray(a, dtype=None if like is None else like.dtype, **self.place)
 
     def block(self, rows: slice, like: Array) -> Array:
-        """Rows with the bias's ones, where passes are made, in single or double precision as `like` has it."""
+        """Rows with the bias's column of ones, on the device of the passes, in the precision of `like`."""
         return self.placed((self.rows if like.dtype == self.xp.float64 else self.single)[rows], like)
 
     def trained(self, rows: slice, member: Array) -> Array:
@@ -138,12 +138,12 @@ class Design:
         return ((fold != member[:, None]) | (fold < 0)) * self.weights[rows]
 
     def held_out(self, member: np.ndarray) -> np.ndarray:
-        """The weight of the rows that count when these folds are left out, `float64 [P]`."""
+        """The total weight of the scored rows in each of these folds, `float64 [P]`; 0 for fold -1."""
         counts = self.scored & (self.fold >= 0)
         return np.array([float(self.weights[counts & (self.fold == m)].sum()) for m in member.tolist()])
 
     def rotate(self, dtype: Any) -> None:
-        """Keep the rows in the eigenbasis, in `dtype`, where they are kept at all: for many uses of it."""
+        """Rotate rows that are in memory into the eigenbasis, once, as `dtype`; streamed rows stay as they are."""
         if self.rotation is None or self.streamed:
             return
         kept = self.rows = self.single = self.rows.astype(dtype, copy=False)
@@ -186,16 +186,16 @@ class Design:
         return np.concatenate([-out / 2, out / 2], axis=1) if self.paired else out
 
     def for_rows(self, A: np.ndarray) -> np.ndarray:
-        """Coordinates `[K, P, rank + 1]` -> what multiplies `rows`."""
+        """Coordinates `[K, P, rank + 1]` -> weights that multiply `rows`, `[K, P, width]`."""
         return A if self.rotation is None else _turned(A, self.rotation.T)
 
     def from_rows(self, G: np.ndarray) -> np.ndarray:
-        """The gradient by what multiplies `rows` -> the gradient by coordinates `[K, P, rank + 1]`."""
+        """The gradient by such weights, `[K, P, width]` -> the gradient by coordinates `[K, P, rank + 1]`."""
         return G if self.rotation is None else _turned(G, self.rotation)
 
     def visit(self, A: np.ndarray, member: np.ndarray) -> Visit:
-        """One pass over the features for P problems: coordinates A `[K, P, rank + 1]` (its dtype is the
-        arithmetic's), `member` `int [P]` the fold that each leaves out, -1 for none.
+        """One pass over the features for P problems. A: coordinates `[K, P, rank + 1]`, whose dtype is that of
+        the arithmetic; member: `int [P]`, the fold that each problem leaves out, -1 for none.
         """
         K, P, _ = A.shape
         W, left_out = self.flat(self.for_rows(A)), self.placed(member)
@@ -209,11 +209,11 @@ class Design:
         return Visit(loss, self.from_rows(gradient.reshape(K, P, -1)), curvature / self.count, held)
 
     def flat(self, A: np.ndarray) -> Array:
-        """What multiplies rows, `[K, P, width]`, as `[K * P, width]` where passes are made."""
+        """Weights `[K, P, width]` as `[K * P, width]`, on the device of the passes."""
         return self.placed(np.ascontiguousarray(A.reshape(-1, A.shape[-1])))
 
     def spread(self, work: Callable[[slice, T], None], empty: Callable[[], T], problems: int) -> T:
-        """One pass: `work` on every block of rows, for logits `[problems, B]`; the sum of what it has gathered."""
+        """One pass: the sum of what `work` gathers from every block of B rows, for logits `[problems, B]`."""
         self.passes += 1
         width = self.rows.shape[1]
         step = max(64, min(self.scratch // problems, 2 * self.scratch // width))
@@ -267,7 +267,7 @@ class Design:
 
 @dataclass
 class Visit:
-    """What one pass finds for P problems, without the penalty."""
+    """The results of one pass for P problems, without the penalty."""
 
     loss: Array
     """`float64 [P]`, summed over training rows."""
@@ -288,7 +288,7 @@ class Hessian:
     """The Hessians of P problems' losses at A `[K, P, rank + 1]`, without the penalty.
 
     Newton's directions need few digits, so single precision is enough, if small probabilities are not
-    rounded away: they are all the curvature that there is where planes part the classes.
+    rounded to 0: where the classes are linearly separable, they carry all of the curvature.
     """
 
     def __init__(self, design: Design, A: np.ndarray, member: np.ndarray) -> None:
@@ -296,11 +296,11 @@ class Hessian:
         kept = not design.streamed and design.count * A[..., 0].size * 4 <= CACHE
         shape = (*A.shape[:2], design.count)
         self.shares: Array = design.xp.empty(shape, dtype=design.xp.float32, **design.place) if kept else None
-        self.known = False  # whether `shares` holds what `_shares` gives
+        self.known = False  # whether `shares` has been filled in
         self._place()
 
     def take(self, kept: np.ndarray) -> None:
-        """Go on with some of the problems, `bool [P]`."""
+        """Keep some of the problems, `bool [P]`."""
         self.member, self.at = self.member[kept], self.at[:, kept]
         self.shares = None if self.shares is None else self.shares[:, kept]
         self._place()
@@ -309,7 +309,7 @@ class Hessian:
         self.flat, self.members = self.design.flat(self.at), self.design.placed(self.member)
 
     def times(self, V: np.ndarray) -> np.ndarray:
-        """The products with V, `float32 [K, P, rank + 1]`."""
+        """The Hessians' products with V, `float32 [K, P, rank + 1]`."""
         design = self.design
         turned = design.flat(design.for_rows(V))
         product = design.spread(
@@ -331,7 +331,7 @@ class Hessian:
         U = (turned @ Z.T).reshape(share.shape)
         if not design.several:
             weight = design.placed(xp.clip(design.weights[rows], 1e-30, None), U)
-            for _ in range(2):  # the second time takes what rounding left: all there is, where one is nearly sure
+            for _ in range(2):  # the second time removes what rounding left: all of it, if a class is nearly certain
                 U -= xp.einsum("kpb,kpb->pb", share, U) / weight
         U *= share
         total += U.reshape(-1, len(Z)) @ Z
@@ -360,7 +360,7 @@ def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Calla
     starts = iter(range(0, count, step))
 
     def run(gathered: T) -> T:
-        for start in starts:  # a range's iterator hands out each number once, whoever asks
+        for start in starts:  # the threads share the iterator, which hands out each number once
             work(slice(start, min(start + step, count)), gathered)
         return gathered
 

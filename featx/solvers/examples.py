@@ -1,4 +1,4 @@
-"""`Examples`: what a head learns from, one row or, with augmented views, several rows an image."""
+"""`Examples`: what a head learns from, one row per image or, with augmented views, several."""
 
 from __future__ import annotations
 

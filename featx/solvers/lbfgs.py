@@ -1,8 +1,8 @@
 """L-BFGS for many logistic problems at once: one pass over the features per step, in single precision.
 
 Where the classes overlap it takes a third of the time of Newton's steps. Its metric is diagonal in the
-eigenbasis of `X^T X`, where the Hessian is close to `h * eigenvalue + 1 / C`, with `h` the mean of `p (1 - p)`;
-the surer the answers, the less even that is over rows, and the less its estimate of the gap is worth.
+eigenbasis of `X^T X`, where the Hessian is close to `h * eigenvalue + 1 / C`, with `h` the mean of `p (1 - p)`.
+The more certain the answers, the more `p (1 - p)` varies over rows, and the worse is the metric's estimate of the gap.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from featx.solvers.design import Design
 from featx.solvers.newton import Batch, Problems, Solution, dot
 
 MEMORY = 12  # pairs of steps and gradient changes that each problem keeps
-SURE = 10  # times less curvature than at even probabilities: from here on the estimate is not to be trusted
+SURE = 10  # times less curvature than at equal probabilities: beyond this the estimated gap is not trusted
 
 
 def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, most: int) -> None:
-    """Minimise some problems (their numbers) from where they stand in `found` to relative gaps of `wanted` `[P]`,
-    in `most` passes. Those whose gap cannot be estimated are given up where they stand, not converged.
+    """Minimise the problems numbered `some`, from their coordinates in `found`, to relative gaps of `wanted` `[P]`,
+    in `most` passes. Those whose gap cannot be estimated stop where they are, not converged.
     """
     A = found.A[:, some].astype(np.float32)
     at = Problems.visit(design, some, found.strength[some], found.member[some], A)
-    noise = 4 * float(np.finfo(np.float32).eps)  # a loss cannot be compared more finely than this share of it
+    noise = 4 * float(np.finfo(np.float32).eps)  # rounding: a relative difference of losses below this means nothing
     pairs: list[_Pair] = []  # newest last
     t = np.ones(len(some))
 
@@ -48,7 +48,7 @@ def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray,
         usable = good & (along > 0)
         rho = np.where(usable, 1 / np.where(usable, along, 1), 0).astype(np.float32)
         pairs = [*pairs, _Pair(step, change, rho)][-MEMORY:]
-        # a step refused is halved, or more where the parabola through it says so
+        # a refused step is halved, or cut to a tenth at most, as the parabola through both losses says
         with np.errstate(divide="ignore", invalid="ignore"):
             parabola = -slope * t / (2 * (new.f - at.f - slope * t)) * t
         t = np.where(good, 1.0, np.clip(np.nan_to_num(parabola, nan=0.0), 0.1 * t, 0.5 * t))
@@ -58,7 +58,7 @@ def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray,
 @dataclass(frozen=True)
 class _Pair(Batch):
     """A step and the gradient's change along it, `[K, P, rank + 1]`, and one over their product, `[P]`; 0 where
-    it says nothing.
+    the pair cannot be used.
     """
 
     step: np.ndarray

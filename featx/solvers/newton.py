@@ -1,6 +1,6 @@
 """Newton's method for many logistic problems at once: steps by conjugate gradients on shared passes.
 
-Gradients are in double precision, since single cannot reach the optima where planes part the classes; the
+Gradients are in double precision, since single cannot reach the optima of linearly separable classes; the
 Hessian's products are in single. The preconditioner is diagonal in the eigenbasis of `X^T X`: the Hessian is
 close to `h * eigenvalue + 1 / C` there, with `h` the mean of `p (1 - p)` (Böhning 1992 bounds it by 1/2).
 """
@@ -14,10 +14,10 @@ import numpy as np
 
 from featx.solvers.design import Design, Hessian
 
-INEXACT = 0.2  # of the gradient, in the preconditioner's norm: what conjugate gradients leave of it
-PRODUCTS = 500  # with the Hessian, at most, for one of Newton's steps
-# A step of Newton's that changed the held-out loss per row by less than this was the last: what is left is
-# several times less, since conjugate gradients solve for all but a share of it.
+INEXACT = 0.2  # of the gradient, in the preconditioner's norm: the residual at which conjugate gradients stop
+PRODUCTS = 500  # with the Hessian, at most, per Newton step
+# A Newton step that changes the held-out loss per row by less than this is the last: the distance that remains
+# is several times less, since conjugate gradients leave only a share of it.
 SETTLED = 5e-4
 
 
@@ -29,14 +29,14 @@ class Batch:
         return type(self)(*(a[:, which] if a.ndim > 1 else a[which] for a in vars(self).values()))
 
     def put(self, which: np.ndarray, other: Self) -> None:
-        """Take over other problems as those with these numbers."""
+        """Overwrite the problems with these numbers."""
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             mine[(slice(None), which) if mine.ndim > 1 else which] = theirs
 
 
 @dataclass(frozen=True)
 class Solution(Batch):
-    """P minimised problems: strengths (scikit-learn's C), the folds left out, and what was found."""
+    """P minimised problems: strengths (scikit-learn's C), the folds left out, and the results."""
 
     strength: np.ndarray
     member: np.ndarray
@@ -48,21 +48,21 @@ class Solution(Batch):
     """Loss summed over held-out rows, `float64 [P]`."""
     gap: np.ndarray
     """Half the squared Newton decrement over the objective, `float64 [P]`: about the relative distance to the
-    optimum, after Newton's last step less."""
+    optimum; after Newton's last step the distance is smaller."""
     bound: np.ndarray
-    """What the relative gap cannot exceed by strong convexity, `C / 2 * ||gradient||^2` over the objective,
-    `float64 [P]`: strict but for the bias, and loose where C is large."""
+    """An upper bound of the relative gap by strong convexity, `C / 2 * ||gradient||^2` over the objective,
+    `float64 [P]`: strict except for the bias, and loose where C is large."""
     converged: np.ndarray
     """`bool [P]`."""
 
     @classmethod
     def unsolved(cls, strength: np.ndarray, member: np.ndarray, start: np.ndarray) -> Solution:
-        """P problems of which nothing is known yet."""
+        """P problems that are not solved yet."""
         loss, held, gap, bound = np.full((4, len(member)), np.nan)
         return cls(strength, member, start.astype(np.float64), loss, held, gap, bound, np.zeros(len(member), bool))
 
     def record(self, at: Problems, gap: np.ndarray, converged: np.ndarray) -> None:
-        """Take over where some problems have come to."""
+        """Store the current state of some problems."""
         square = np.square(at.g[..., :-1], dtype=np.float64).sum(axis=(0, 2))
         bound = at.strength / 2 * square / np.maximum(at.f, 1e-300)
         self.put(at.number, Solution(at.strength, at.member, at.A, at.f, at.held, gap, bound, converged))
@@ -70,7 +70,7 @@ class Solution(Batch):
 
 @dataclass
 class Problems(Batch):
-    """Where P problems stand."""
+    """The current state of P problems."""
 
     number: np.ndarray
     strength: np.ndarray
@@ -95,15 +95,15 @@ class Problems(Batch):
         return cls(number, strength, member, A, f, seen.gradient + pulled, seen.held, seen.curvature)
 
     def metric(self, design: Design) -> np.ndarray:
-        """What the Hessians are near to, as diagonals `[K, P, rank + 1]`: exact for a ridge."""
+        """Diagonal approximations of the Hessians, `[K, P, rank + 1]`: exact for ridge regression."""
         diagonal = np.maximum(self.curvature, 1e-12)[:, :, None] * np.append(design.eigenvalues, design.count)
         diagonal[..., :-1] += 1 / self.strength[:, None]
         return np.asarray(diagonal + 1e-12, np.float32)
 
 
 def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, most: int) -> None:
-    """Minimise some problems (their numbers) from where they stand in `found` by at most `most` steps: until one
-    gains less than `tolerance` of the objective, and leaves the held-out loss as it was.
+    """Minimise the problems numbered `some`, from their coordinates in `found`, in at most `most` steps. A problem
+    is done when a step gains less than `tolerance` of the objective and hardly changes the held-out loss.
     """
     at = Problems.visit(design, some, found.strength[some], found.member[some], found.A[:, some])
     rows = np.maximum(design.held_out(at.member), 1e-300)
@@ -125,14 +125,14 @@ def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, 
 
 
 def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Move each problem by `t * d`, with the first t of 1, 2/5, ... that lowers its objective by some of the
-    `gain` foreseen; returns t `[P]`, 0 where none does.
+    """Line search: move each problem by `t * d`, with the first t of 1, 2/5, ... that lowers its objective by
+    some of the predicted `gain`; returns t `[P]`, 0 where none does.
     """
     t, left, old = np.ones(len(gain)), np.arange(len(gain)), at
     while len(left):
         A = old.A + d[:, left] * t[left][:, None]
         new = Problems.visit(design, old.number, old.strength, old.member, A)
-        # a loss cannot be compared more finely than by its rounding
+        # a loss cannot be compared more finely than its rounding
         good = new.f <= old.f - 1e-4 * t[left] * gain[left] + 1e-14 * np.abs(old.f)
         at.put(left[good], new.take(good))
         left = left[~good]
@@ -143,23 +143,24 @@ def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> np.
 
 
 def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Newton's direction `[K, P, rank + 1]` by conjugate gradients (Steihaug 1983): no longer than `radius`
-    `[P]` in the metric's norm, since far from the optimum, where all answers are sure and some wrong, the
-    Hessian says little. And, `[P]` each, by how much the objective would fall were it quadratic, and the
-    direction's length.
+    """Newton's direction `[K, P, rank + 1]` by conjugate gradients in a trust region (Steihaug 1983) of `radius`
+    `[P]` in the metric's norm: far from the optimum, where answers are certain and some wrong, the Hessian
+    says little. Also returns, `[P]` each, the decrease that the quadratic model predicts, and the direction's
+    length.
     """
     single = np.float32
     pull = np.where(np.arange(design.size) < design.size - 1, 1 / at.strength[:, None], 0).astype(single)
     diagonal = at.metric(design)
     hessian = Hessian(design, at.A, at.member)
     left = np.arange(len(at.f))
-    scale = np.maximum(np.abs(at.g).max(axis=(0, 2)), 1e-300)  # single precision has a least number
+    # small gradients would underflow in single precision
+    scale = np.maximum(np.abs(at.g).max(axis=(0, 2)), 1e-300)
     r = (at.g / -scale[:, None]).astype(single)
     x, out = np.zeros_like(r), np.zeros_like(r)
     v = r / diagonal
     size = _dot(r, v)
     enough = INEXACT**2 * size
-    # gain, and the squared length of x, their product with v's metric, the squared length of v
+    # the gain; in the metric, the squared length of x and its product with v (`own`: v's squared length)
     gain, length, along, gains, lengths = np.zeros((5, len(left)))
     own, edge = size, radius / scale
 
@@ -169,7 +170,7 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
         step = size / curvature
         reach = length + 2 * step * along + step**2 * own
         outside = reach >= edge**2
-        if outside.any():  # as far as the edge
+        if outside.any():  # stop at the edge of the trust region
             root = np.sqrt(np.maximum(along**2 + own * (np.minimum(edge, 1e15) ** 2 - length), 0))
             step = np.where(outside, (root - along) / np.maximum(own, 1e-30), step)
             reach = np.where(outside, edge**2, reach)
@@ -202,5 +203,5 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The product of each problem's vectors, `float64 [P]`, summed in double precision."""
+    """The inner product of each problem's vectors, `float64 [P]`, summed in double precision."""
     return np.asarray(np.einsum("kpd,kpd->p", a, b, dtype=np.float64))

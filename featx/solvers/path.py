@@ -1,8 +1,8 @@
 """The logistic optimum: all strengths and folds of a regularisation path in shared passes over the features.
 
 The objective is scikit-learn's, `sum_i w_i * cross_entropy_i + ||W||^2 / (2 C)`, bias not penalised. Every
-problem (a fold with a strength) takes its own steps; what they share is the pass, which reads X once for all
-of them. Where rows outnumber weights by far, L-BFGS in single precision is near enough; the rest is Newton's.
+problem (a fold with a strength) takes its own steps; a pass reads X once for all of them. Where rows far outnumber
+weights, L-BFGS in single precision is accurate enough; Newton's method solves the rest.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from featx.solvers.lbfgs import lbfgs
 from featx.solvers.newton import SETTLED, Solution, newton
 
 STATE = 1 << 29  # bytes of vectors at a time; more problems than fit are solved in turns
-LONG = 60  # passes of L-BFGS; what takes more is Newton's
-SINGLE = 1e-6  # the least relative gap to ask for in single precision
+LONG = 60  # passes of L-BFGS; Newton's method solves what needs more
+SINGLE = 1e-6  # the smallest relative gap to aim at in single precision
 
 
 def minimise(
     design: Design, strengths: np.ndarray, member: np.ndarray, start: np.ndarray, *, tolerance: float, most: int = 100
 ) -> Solution:
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
-    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and to where the held-out loss stays as it is.
+    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and until the held-out loss no longer changes.
     """
     found = Solution.unsolved(strengths, member, start)
     K = design.columns
@@ -39,9 +39,10 @@ def minimise(
 
 
 def climb(design: Design, strength: float, members: np.ndarray) -> np.ndarray:
-    """Where to start with nothing solved, `[K, M, rank + 1]`: zeros, or up a ladder of strengths from about 1.
+    """A start for the first strength, `[K, M, rank + 1]`: zeros up to C = 1, else solutions of smaller C, each from
+    the one before.
 
-    Where the prior is weak and some answers are wrong, a start far off leads Newton's steps astray.
+    Where regularisation is weak and some answers are wrong, a distant start leads Newton's steps astray.
     """
     A = np.zeros((design.columns, len(members), design.size))
     for rung in range(int(np.ceil(np.log(max(strength, 1)) / np.log(100))), 0, -1):
@@ -66,13 +67,13 @@ def _wanted(design: Design, member: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 class Path:
-    """The problems of a path, every strength (`[S]`, ascending) with every member (`int [M]`), solved in
-    whatever order is asked for.
+    """The problems of a path, every strength (`[S]`, ascending) with every member (`int [M]`, the fold
+    left out), solved in any order.
 
-    A new strength starts on a curve through its solved neighbours. What is interpolated, over log C, is
-    `A * (h * eigenvalue + 1 / C)`, which a ridge keeps constant, so most of a path starts next to its
-    optimum. Beyond the weakest prior solved, A itself goes on along a line: where planes part the classes,
-    weights grow with log C.
+    A new strength starts from its solved neighbours: `A * (h * eigenvalue + 1 / C)` is interpolated over log C.
+    Ridge regression keeps this product constant, so most of a path starts next to its optimum. Beyond the
+    largest C solved, A itself is extrapolated linearly: where the classes are linearly separable, weights
+    grow with log C.
     """
 
     def __init__(self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5) -> None:
@@ -80,11 +81,11 @@ class Path:
         self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
-        """By strength: a problem per member."""
+        """By the index of the strength: a problem per member."""
         self.passes = 0
 
     def solve(self, level: list[int]) -> None:
-        """Solve these strengths together; those already solved are skipped."""
+        """Solve the strengths with these indices together; those already solved are skipped."""
         level = [i for i in level if i not in self.solved]
         if not level:
             return
@@ -110,7 +111,7 @@ class Path:
         return np.asarray(np.sum(parts, axis=0) / self._metric[i])
 
     def whole(self) -> None:
-        """Solve all of it, coarse to fine."""
+        """Solve all strengths, coarse to fine."""
         last = len(self.strengths) - 1
         for i in [*range(0, last + 1, 8), last]:
             self.solve([i])
@@ -118,10 +119,10 @@ class Path:
             self.solve([*range(0, last + 1, stride)])
 
     def search(self) -> int:
-        """The strength with the least held-out loss, solving only what it takes to find it.
+        """The index of the strength with the least held-out loss; solves only what it takes to find it.
 
-        Every eighth strength, from the strongest prior, until the loss rises; then half-way around the best,
-        three times. The loss is taken to have one minimum at these distances.
+        Every eighth strength, from the strongest regularisation on, until the loss rises; then those half-way
+        around the best, three times. The loss is assumed to have one minimum at these distances.
         """
         last = len(self.strengths) - 1
         coarse = sorted({*range(0, last + 1, 8), last})
@@ -137,7 +138,7 @@ class Path:
 
     @property
     def best(self) -> int:
-        """The strength solved so far with the least held-out loss, converged ones first."""
+        """The index of the solved strength with the least held-out loss, converged ones first."""
         return min(self.solved, key=lambda i: (not self.solved[i].converged.all(), self.held(i), i))
 
     def held(self, i: int) -> float:
@@ -146,7 +147,7 @@ class Path:
 
 
 def _neighbours(x: np.ndarray, known: list[int], i: int) -> list[tuple[int, float]]:
-    """Lagrange weights at x[i] of its two solved neighbours on each side; past the ends, its nearest's own."""
+    """Lagrange weights at x[i] of its two solved neighbours on each side; beyond the ends, the nearest alone."""
     if not known[0] < i < known[-1]:
         return [(known[0] if i < known[0] else known[-1], 1.0)]
     place = int(np.searchsorted(known, i))

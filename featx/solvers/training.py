@@ -18,8 +18,8 @@ from featx.solvers.examples import Examples
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
 CONSTANT = 1e-6
-# Logits this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would make the
-# products denormal, which costs ten times the time.
+# Logits are clipped this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would
+# make the products denormal, which takes ten times as long.
 FLOOR = -60.0
 
 
@@ -39,7 +39,7 @@ class Task:
     y: np.ndarray
     """`int64 [N]` in [0, C); for several labels per image `float32 [N, C]` of 0 and 1."""
     class_names: tuple[str, ...]
-    """C names; those without a training image are left out and in `notes`."""
+    """C names; those without a training image are left out and named in `notes`."""
     mean: np.ndarray
     """`float64 [D]`."""
     scale: np.ndarray
@@ -49,7 +49,7 @@ class Task:
 
     @property
     def several(self) -> bool:
-        """Whether an image has any number of labels."""
+        """Whether an image may have several labels."""
         return self.y.ndim == 2
 
     def standardise(self, part: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ class Task:
         return np.asarray(np.eye(len(self.class_names), dtype=np.float32)[self.y])
 
     def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
-        """The head for features as they come, of `[C, D]` and `[C]` fitted on standardised ones."""
+        """The head for raw features, from weight `[C, D]` and bias `[C]` fitted on standardised ones."""
         weight = np.asarray(weight, np.float64) / self.scale
         bias = np.asarray(bias, np.float64) - weight @ self.mean
         activation = "sigmoid" if self.several else "softmax"
@@ -83,7 +83,7 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
     """Check training data and measure its columns, in one pass over X.
 
     X: float `[N, D]`; y: `int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image.
-    Raises `HeadError` for shapes that do not fit, NaN or infinite features (the first such row is named),
+    Raises `HeadError` for shapes or labels that do not fit, NaN or infinite features (the first such row is named),
     fewer than two classes with images, and features that are all constant.
     """
     y, names, notes = np.asarray(y), list(class_names), []
@@ -123,7 +123,7 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
 
 
 def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, standard deviation and constancy of each column; sums around the first row, so nothing cancels."""
+    """Mean, standard deviation and constancy of each column; sums are relative to the first row: nothing cancels."""
     first = np.asarray(X[0:1], np.float32)
     total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
     for rows, part in blocks(X):
@@ -149,7 +149,9 @@ def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ascending(values: Sequence[float], says: str) -> np.ndarray:
-    """Values to choose from, `float64 [S]`, each once. Raises `HeadError`, which `says` what they are."""
+    """The distinct values, ascending, `float64 [S]`. Unless all are positive and finite, raises `HeadError` with
+    `says` in front.
+    """
     found = np.unique(np.asarray(values, np.float64))
     if not len(found) or not found[0] > 0 or not np.isfinite(found).all():
         raise HeadError(f"{says}, not {list(values)}")
@@ -159,8 +161,8 @@ def ascending(values: Sequence[float], says: str) -> np.ndarray:
 def prepared(
     examples: Examples, class_names: Sequence[str], count: int, seed: int
 ) -> tuple[Task, np.ndarray, np.ndarray]:
-    """A checked task, whose notes say what is wrong with its folds too; `count` `folds` of it, `int64 [N]`; and
-    which rows are measured when they are held out, `bool [N]`.
+    """A checked task, with notes on its folds, too; its `folds`, `int64 [N]`, `count` of them; and the rows that are
+    measured when they are held out, `bool [N]`.
     """
     task = check(examples.X, examples.y, class_names)
     fold, notes = folds(task.y, count, groups=examples.groups, seed=seed)
@@ -170,7 +172,7 @@ def prepared(
 def folds(
     y: np.ndarray, count: int, *, groups: np.ndarray | None = None, seed: int = 0
 ) -> tuple[np.ndarray, list[str]]:
-    """Stratified cross-validation folds that part no group.
+    """Stratified cross-validation folds that split no group.
 
     y: `int [N]`, or 0/1 `[N, C]` (stratified by each row's rarest label); groups: `int [N]` or None.
     Returns `int64 [N]`, the fold in which a row is held out, -1 for never: a class with a single group is
@@ -208,8 +210,8 @@ def folds(
 
 
 def measurable(y: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
-    """The rows that can be left out, with their group, and still have their class learned: `bool [N]`; and
-    sentences on those that cannot. They are the rows that `folds` would hold out.
+    """`bool [N]`: the rows whose class can still be learned when they are left out with their group, which are
+    those that `folds` would hold out; and sentences on the others.
     """
     unit, _, _, alone, notes = _units(y, groups)
     return ~alone[unit], notes
@@ -243,8 +245,8 @@ def _units(
 
 
 def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
-    """The rows on which a fit measures, `bool [N]`: those that it is able to hold out, where `scored` (`bool [N]`,
-    None for all) has them too. Raises `HeadError` for another kind of `scored`.
+    """The rows on which a fit measures, `bool [N]`: those that can be held out (`able`) and are `scored` (`bool [N]`,
+    None for all). Raises `HeadError` for a `scored` of another dtype or shape.
     """
     if scored is None:
         return able
@@ -256,7 +258,10 @@ def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
 
 
 def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
-    """Row weights `float64 [N]` with mean 1, None for all 1. `balanced`: N / (C * images of the class)."""
+    """Row weights `float64 [N]` with mean 1, None for all 1. `balanced`: N / (C * images of the class).
+
+    Raises `HeadError` for another `class_weight`, and for `balanced` with several labels per image.
+    """
     if class_weight is None:
         return None
     if class_weight != "balanced":
@@ -281,10 +286,10 @@ def finish(
 ) -> Head:
     """Apply what is measured on held-out rows: a calibration temperature, then a reject threshold.
 
-    held_out: logits `[M, C]` that folds gave to the rows `counted`, `bool [N]`, which they had not seen; None
-    without such rows.
-    threshold: a probability to reject below; reject: an accuracy in (0, 1), and the lowest threshold whose
-    answers are that accurate on held-out rows is taken. Writes its figures to `info`.
+    held_out: logits `[M, C]` of the rows `counted`, `bool [N]`, each by the fold that left it out; None without
+    such rows. threshold: the probability below which an answer is rejected; reject: an accuracy in (0, 1), which
+    takes the lowest threshold that reaches it on held-out rows. Writes its figures to `info`. Raises `HeadError`
+    for both at once, numbers out of range, `reject` with several labels per image, and held-out rows that are missing.
     """
     if threshold is not None and reject is not None:
         raise HeadError("give threshold (a probability) or reject (an accuracy to reach), not both")
@@ -344,12 +349,12 @@ def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
     That term is a standard normal prior on log T. Few rows are often all answered right; their log-loss falls
     for ever as T goes to 0, and the first mistake on a new image then costs all that was gained. A weak prior
     is the remedy of Gelman, Jakulin, Pittau and Su (2008, Annals of Applied Statistics 2, 1360-1383) for
-    logistic regression on separable rows. At T = 1/5 or 5 it weighs as much as two rows answered blindly, so
-    hundreds of images with some mistakes among them do not feel it. T = 1 is a natural centre: probabilities
+    logistic regression on linearly separable rows. At T = 1/5 or 5 it weighs as much as two rows answered blindly, so
+    it hardly affects hundreds of images with some mistakes among them. T = 1 is a natural centre: probabilities
     of a logistic fit, ridge's scores of -1 and 1, distances over sqrt(D). Platt's smoothed targets (1999), the
-    other usual remedy, cost new rows more log-loss, but for logistic fits to fewer than a hundred images.
+    other usual remedy, give new rows a higher log-loss, except for logistic fits to fewer than a hundred images.
 
-    Newton over `-log T`; a step that leaves the bracket of slopes seen so far is halved into it.
+    Newton's method over `-log T`; a step out of the bracket is replaced by a bisection.
     """
     z = np.asarray(logits, np.float64)
     low, high, u = -np.log(1e3), np.log(1e3), 0.0

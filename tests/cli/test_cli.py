@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, engine
     (here / "mine" / "thesis.txt").write_text("years of work")
     for flags in ([], ["--overwrite"]):
         result = run("fit", tiny, "-o", "mine", *flags)
-        assert result.exit_code == 1 and "no run of featx" in result.stderr
+        assert result.exit_code == 1 and "not a run of featx" in result.stderr
     assert (here / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -158,7 +158,7 @@ def test_backbones_are_listed_with_their_sizes() -> None:
         (["fit", "data", "--set", "strength"], 2, "NAME=VALUE"),
         (["fit", "one-class"], 1, "at least two classes"),
         (["fit", "flat"], 1, "no labels"),
-        (["evaluate", "no-run", "data"], 1, "is no run"),
+        (["evaluate", "no-run", "data"], 1, "is not a run"),
         (["predict", "no-model.onnx", "x.jpg"], 1, "there is no file no-model.onnx"),
         (["extract"], 2, "Missing argument"),
         (["extract", "data", "--batch-size", "0"], 2, "batch-size"),

@@ -129,7 +129,7 @@ def test_overwrite_replaces_runs_of_featx_and_nothing_else(split: Path, tmp_path
     for config in ('{"model_type": "bert"}', "{}", "[1]", "not json"):
         (other / "config.json").write_text(config)
         (other / "weights.bin").write_bytes(b"precious")
-        with pytest.raises(RunError, match="is no run of featx"):
+        with pytest.raises(RunError, match="is not a run of featx"):
             fitted(split, tmp_path, "model", overwrite=True)
         assert lying(other) == {"config.json": config.encode(), "weights.bin": b"precious"}
     run = fitted(split, tmp_path)

@@ -72,7 +72,7 @@ def test_the_report_shows_it(run: Run):
     learning.learning_curve(run.path, sizes=[12, 72], repeats=2)
     text = write_report(run.path, layout="pca").read_text()
     assert "Would more photographs help?" in text
-    assert "Nothing is foretold from 2 sizes" in text
+    assert "No forecast from 2 sizes" in text
     assert (run.path / "plots" / "learning.png").is_file()
 
 
