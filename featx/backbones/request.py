@@ -1,4 +1,4 @@
-"""What the user asks for (`BackboneRequest`) and what is known of it once loaded (`BackboneInfo`), without torch."""
+"""The backbone that the user wants (`BackboneRequest`), and what is known once it is loaded (`BackboneInfo`)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from featx.text import assigned, prose
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (
-    "Features that were computed stay in the cache, and the same command goes on from there. "
+    "Features that were computed stay in the cache, and the same command continues from there. "
     "A run that has a report.json is finished: featx report RUN writes its page."
 )
 
@@ -39,7 +39,7 @@ class Commands(click.Group):
             code = super().invoke(ctx)
             sys.stdout.flush()
             return code
-        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is no error
+        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
 

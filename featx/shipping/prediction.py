@@ -42,7 +42,7 @@ class Prediction:
     accepted: bool | None = None
     """False where the best probability is below the head's threshold; None where it has none."""
     features: np.ndarray | None = None
-    """`float32 [D]` where they were asked for."""
+    """`float32 [D]` if requested."""
     error: str | None = None
 
     @property
