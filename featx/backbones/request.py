@@ -15,7 +15,7 @@ from featx.text import near
 
 @dataclass(frozen=True)
 class BackboneRequest:
-    """What the user asked for. Nothing here is checked before the network is loaded."""
+    """What the user requested. Nothing here is checked before the network is loaded."""
 
     name: str
     """`resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `package.module:factory`."""

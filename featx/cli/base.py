@@ -45,7 +45,7 @@ class Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; what cannot be read is named by us
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; featx itself names what cannot be read
         try:
             code = super().main(args, **options)
         except FeatxError as error:

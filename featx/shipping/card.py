@@ -30,7 +30,7 @@ FILES = {
     "parity.json": "what was compared to verify model.onnx, and its SHA-256",
     "head.safetensors": "the head: weight `[C, D]`, bias `[C]`, class names",
     "model.safetensors": "the fine-tuned network",
-    "config.json": "what was asked for; it names folders of the computer that the run was made on",
+    "config.json": "the settings of the run; it names folders of the computer that the run was made on",
     "trained-on.npy": "which images it has learned from: 8 bytes of each one's SHA-256",
     "report.json": "the evaluation in full",
     "report.html": "the same as a page; it shows some of the photographs",

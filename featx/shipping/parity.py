@@ -118,7 +118,7 @@ class Parity:
     """`file`: every image went through the file and through torch. `head`: the backbone was verified on the same
     images before; only the head was run, on the features found then."""
     accuracy: float | None
-    """Of the file; all of an image's labels must be right, where it may have several. None where the head may have
+    """The file's; where an image may have several labels, all must be right. None where the head may have
     learned from these images (`Images.known`)."""
     torch_accuracy: float | None
     equal_labels: int

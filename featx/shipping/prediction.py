@@ -52,7 +52,7 @@ class Prediction:
 
     @property
     def probability(self) -> float | None:
-        """Of `label`, in [0, 1]."""
+        """The probability of `label`, in [0, 1]."""
         return self.top[0][1] if self.top else None
 
     def to_dict(self) -> dict[str, Any]:
