@@ -5,7 +5,7 @@
 
 One run, medians, everything in the page cache, in a temporary folder. `warm` needs the whole of featx
 and 100,000 hard links to 1,000 images; the others need the store alone. photos, weights: SqueezeNet
-1.1's features of these images, drawn again and again, are one of the contents that lzf is given.
+1.1's features of these images, repeated, are one of the contents that lzf compresses.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from featx.extraction.pipeline import extract
 from featx.features import FeatureSpec
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
-# images/s of the backbones that featx is likely to meet: ResNet-18 and SqueezeNet 1.1 on two cores
-# (DESIGN section 4), and a GPU that is kept busy
+# images/s that the cache must keep up with: ResNet-18 and SqueezeNet 1.1 on two cores, and a busy GPU
 RATES = {"ResNet-18, 2 cores": 120, "SqueezeNet 1.1, 2 cores": 469, "a GPU at 5,000 images/s": 5000}
 
 

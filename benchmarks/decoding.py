@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py PHOTOS --weights SQUEEZENET.pth --page docs/benchmarks/decoding.md
 
-Without a GPU its decoder is played by Pillow's libjpeg, whose samples of chroma are repeated as nvJPEG
-repeats them; what nvJPEG's own arithmetic adds to that is then not in the figures, and no speed is.
+Without a GPU, Pillow's libjpeg stands in for its decoder, with chroma samples repeated as nvJPEG repeats
+them. The figures then lack what nvJPEG's own arithmetic adds, and say nothing about speed.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def model_alone(pixels: np.ndarray, name: str, cache: Path, **options: Any) -> R
 
 
 def matrix_roof() -> Run:
-    """Seconds of an fp32 product of 2048 x 2048 matrices, held to be fp32: the machine may offer bf16 instead."""
+    """Seconds of an fp32 product of 2048 x 2048 matrices, checked to be fp32: the machine may use bf16 instead."""
     torch.set_float32_matmul_precision("highest")
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     error = float((a @ b - (a.double() @ b.double())).abs().max() / (a.double() @ b.double()).abs().max())
@@ -124,7 +124,7 @@ def operations(name: str) -> float:
 
 
 def repeated_photos(photos: Path, count: int, folder: Path) -> Source:
-    """`count` files in `folder`; a photograph that is taken again gets bytes of its own behind its end."""
+    """`count` files in `folder`; a repeated photograph gets extra bytes at its end, and so another key."""
     source = open_source(photos)
     (folder / "all").mkdir(parents=True)
     for i in range(count):

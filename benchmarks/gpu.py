@@ -1,4 +1,4 @@
-"""Owns the figures of an extraction on a GPU: featx, the usual loop, the backbone alone, decoding alone, the roof.
+"""Extraction on a GPU: featx, the usual loop, the backbone alone, decoding alone, the roof.
 
     python benchmarks/gpu.py PHOTOS [--networks resnet50 resnet18] [--images 20000] [--page docs/benchmarks/gpu.md]
 

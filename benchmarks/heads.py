@@ -2,8 +2,8 @@
 
     env -u OPENBLAS_CORETYPE python benchmarks/heads.py
 
-All minimise the same objective on the same standardised features, which are drawn so that no plane parts
-the classes. featx solves all 45 strengths, and its time includes checking, standardising and the
+All minimise the same objective on the same standardised features, which are drawn so that the classes are
+not linearly separable. featx solves all 45 strengths, and its time includes checking, standardising and the
 eigendecomposition. scikit-learn (float64, features standardised beforehand, its default `tol` of 1e-4) is
 measured at every fifth strength (`--every`), once, and the rest is extrapolated: cold from zero, and warm
 from the optimum one grid step below, as a loop with `warm_start` would have it. Gaps are relative to an
@@ -44,7 +44,7 @@ STRENGTHS = np.array(logreg.STRENGTHS)
 def features(rows: int, size: int, classes: int, apart: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Gaussian classes with a power-law spectrum, as pooled features have, rotated: `float32 [N, D]`, `[N]`.
 
-    A fifth of the labels are drawn at random, so that no planes part the classes.
+    A fifth of the labels are drawn at random, so that the classes are not linearly separable.
     """
     rng = np.random.default_rng(seed)
     turn = np.linalg.qr(rng.normal(size=(size, size)))[0].astype(np.float32)
@@ -166,7 +166,7 @@ def small_fit() -> None:
 
 
 def cross_validated(groups: FilePath | None, every: int) -> None:
-    """`logreg.fit` against cold fits of every strength and fold, on few rows that planes can part."""
+    """`logreg.fit` against cold fits of every strength and fold, on few, linearly separable rows."""
     if groups:
         arrays = np.load(groups)
         X, y = arrays["X"][arrays["train"]], arrays["y"][arrays["train"]]

@@ -1,4 +1,4 @@
-"""Owns the proof that memory does not grow with the data set: peak of an extraction of few and of many tiny images.
+"""Whether memory grows with the data set: the peak of an extraction of few and of many tiny images.
 
     python benchmarks/memory.py 1000 100000
 

@@ -1,4 +1,4 @@
-"""Owns the other ways from photographs to features that featx is timed against: the usual loops, and two packages."""
+"""The other ways from photographs to features that featx is timed against: the usual loops, and two packages."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def thingsvision(paths: list[Path], name: str) -> Run:
 
 
 def stub(*names: str) -> list[str]:
-    """Put empty modules in place of those that are not installed and only imported; returns what was put."""
+    """Put empty modules in place of those that are not installed and only imported; returns their names."""
     missing = [name for name in names if name not in sys.modules and importlib.util.find_spec(name) is None]
     parts = ("keras", "keras.applications", "keras.layers", "compat", "experimental", "io", "transform")
     stubs = [*missing, *(f"{name}.{part}" for name in missing for part in parts)]

@@ -1,4 +1,4 @@
-"""Write `docs/cli.md` from the commands themselves; `make docs`. A test holds the page to it."""
+"""Write `docs/cli.md` from the commands themselves; `make docs`. A test compares the page with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pages(command: click.Command, words: list[str]) -> list[str]:
 
 def settings() -> str:
     """What `--set` takes, head by head, with the defaults."""
-    rows = ["## Settings of the heads", "", "`--set NAME=VALUE`, repeatable; what each does stands in the docstring of"]
+    rows = ["## Settings of the heads", "", "`--set NAME=VALUE`, repeatable; each is explained in the docstring of"]
     rows += ["`featx.heads.<head>.fit`.", "", "| head | settings and defaults |", "|---|---|"]
     for name in heads.names():
         shown = []

@@ -21,7 +21,7 @@ DEMO = Path("demo")
 
 
 def write_digits(root: Path) -> None:
-    """8 x 8 grey PNG files, one folder a digit; files that are there stay as they are."""
+    """8 x 8 grey PNG files, one folder a digit; existing files are kept."""
     digits = load_digits()
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = root / str(label) / f"{number:04d}.png"
@@ -50,7 +50,7 @@ def main() -> None:
         print(f"Backbone: resnet18, {info.weights_note}.")
     except WeightsError as error:
         weights = "random"
-        print(f"Backbone: resnet18 with random weights, seed 0, since the pretrained ones are not to be had:\n{error}")
+        print(f"Backbone: resnet18 with random weights, seed 0, since the pretrained ones cannot be loaded:\n{error}")
     backbone = ["--backbone", "resnet18", "--weights", weights, "--cache", cache]
     featx("extract", data, *backbone)
     featx("fit", data, *backbone, "--head", "logreg", "--output", run, "--overwrite")

@@ -1,1 +1,1 @@
-"""Frozen networks: what is asked for, how it is loaded, where it is cut."""
+"""Frozen networks: the request, loading, and the cut that gives features."""

@@ -29,7 +29,7 @@ class Origin:
     name: str
     """As in `BackboneInfo`."""
     preprocess: Preprocess
-    """With the request's own fields."""
+    """With the fields that the request overrides."""
     class_names: tuple[str, ...] | None
     note: str
     """`BackboneInfo.weights_note`."""
@@ -102,7 +102,7 @@ class Trunk(nn.Module):
 
 
 def build(request: BackboneRequest, origin: Origin, network: nn.Module, cut: nn.Module, head: str | None) -> Backbone:
-    """Cut a loaded network at the layer asked for, and run one image to learn the shape of a row.
+    """Cut a loaded network at the requested layer, and run one image to learn the shape of a row.
 
     cut: the network that gives `features`, sharing its tensors with `network`. head: the dotted name of the
     last Linear, where the classifier consists of it alone.

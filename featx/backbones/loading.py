@@ -1,4 +1,4 @@
-"""Load the backbone asked for, and remember what it resolved to, so that a warm run needs no torch."""
+"""Load a requested backbone, and remember what it resolved to, so that a warm run needs no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def locate(name: str) -> tuple[str, str]:
 
 
 def load_backbone(request: BackboneRequest) -> Backbone:
-    """Load the network asked for, in eval mode on the CPU. Imports torch; its random generators stay as they were.
+    """Load the requested network, in eval mode on the CPU. Imports torch; its random generators stay as they were.
 
     Raises `BackboneError` for an unknown name, layer or factory and `WeightsError` for weights that are
     missing or do not fit.

@@ -1,4 +1,4 @@
-"""What the user asks for (`BackboneRequest`) and what is known of it once loaded (`BackboneInfo`), without torch."""
+"""The backbone that the user wants (`BackboneRequest`), and what is known once it is loaded (`BackboneInfo`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from featx.text import near
 
 @dataclass(frozen=True)
 class BackboneRequest:
-    """What the user asked for. Nothing here is checked before the network is loaded."""
+    """What the user requested. Nothing here is checked before the network is loaded."""
 
     name: str
     """`resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `package.module:factory`."""

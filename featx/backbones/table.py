@@ -21,7 +21,7 @@ def table() -> dict[str, Any]:
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
-    """A name for an architecture: a hash of its tensors' names and shapes, but for its last layer's (`head`)."""
+    """A name for an architecture: a hash of its tensors' names and shapes, except its last layer's (`head`)."""
     kept = {
         name: list(shape)
         for name, shape in shapes.items()

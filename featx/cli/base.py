@@ -18,7 +18,7 @@ from featx.text import assigned, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (
-    "Features that were computed stay in the cache, and the same command goes on from there. "
+    "Features that were computed stay in the cache, and the same command continues from there. "
     "A run that has a report.json is finished: featx report RUN writes its page."
 )
 
@@ -38,13 +38,13 @@ class Commands(click.Group):
             code = super().invoke(ctx)
             sys.stdout.flush()
             return code
-        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is no error
+        except BrokenPipeError:  # `featx ... | head`: nobody reads on, which is not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; what cannot be read is named by us
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; featx itself names what cannot be read
         try:
             code = super().main(args, **options)
         except FeatxError as error:

@@ -1,4 +1,4 @@
-"""The commands about what is there: `backbones`, `completion`, and `cache` with its own."""
+"""The commands `backbones`, `completion`, and `cache` with its subcommands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def backbones(pattern: str, as_json: bool) -> None:
     """List the torchvision backbones; PATTERN keeps the names that contain it.
 
-    timm networks (timm/NAME) and factories of your own (package.module:function) come on top.
+    timm networks (timm/NAME) and factories of your own (package.module:function) work as well.
     """
     from featx.backbones.table import listing
 
@@ -83,7 +83,7 @@ def list_(cache: str, as_json: bool) -> None:
         click.echo(printable(line))
     others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
     if others:
-        say(f"beside the features, made again when `featx cache remove` has taken it: {others}")
+        say(f"beside the features, and made again after `featx cache remove`: {others}")
 
 
 @cache.command()

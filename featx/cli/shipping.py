@@ -30,10 +30,10 @@ parity_options = options_of(
     type=click.Choice(["pixels", "tensor", "features"]),
     help="pixels: any size, resized in the file; tensor: cropped already; features: the head alone.",
 )
-@click.option("--outputs", help="Of probabilities,logits,features,accepted; by default all there are.")
+@click.option("--outputs", help="Some of probabilities,logits,features,accepted; by default all.")
 @parity_options
 @click.option("--data", type=click.Path(), help="Where the run's images lie now, if they moved.")
-@click.option("--tolerance", default=5e-3, help="On probabilities, through the file's resize.")
+@click.option("--tolerance", default=5e-3, help="Limit for probabilities, through the file's resize.")
 @click.option(
     "--precision",
     default="fp32",
@@ -49,7 +49,7 @@ parity_options = options_of(
 def export(run: str, outputs: str | None, precision: str, as_json: bool, **options: Any) -> int:
     """Write RUN as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
-    What was compared lies beside it as parity.json. A file that misses a limit is not written.
+    The comparison is written beside it as parity.json. A file that exceeds a limit is not written.
     """
     from featx.shipping.exporting import DEFAULT, export
 
@@ -75,7 +75,7 @@ def export(run: str, outputs: str | None, precision: str, as_json: bool, **optio
 @factory_option
 @json_option
 def check(model: str, run: str, as_json: bool, **options: Any) -> int:
-    """Compare a MODEL that lies somewhere with its RUN: is it whole and unchanged, and does it answer as measured?"""
+    """Compare a deployed MODEL with its RUN: is it unchanged, and does it still give the same answers?"""
     from featx.shipping.exporting import check
 
     parity = check(model, run, **options)

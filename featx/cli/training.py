@@ -81,7 +81,7 @@ finetune_options = options_of(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head, see docs/cli.md; repeatable."
 )
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="The run's folder.")
-@click.option("--overwrite", is_flag=True, help="Replace a run that lies there, once the new head is fitted.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing run, once the new head is fitted.")
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
 @click.option("--report/--no-report", default=True, help="Write report.html and plots/.")
@@ -113,7 +113,7 @@ def fit(data: str, report: bool, as_json: bool, **options: Any) -> int:
     finetune = finetuning(options)
     run = fit(data, settings=settings, finetune=finetune, **options)
     if rank() != 0:
-        return DONE  # of several processes, one speaks
+        return DONE  # only one of several processes prints
 
     if not as_json:
         say(summary(run.report))
@@ -209,13 +209,13 @@ def report(run: str) -> int:
 @base.factory_option
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
-    """Would more images help? Fit RUN's head on parts of its training images; goes into its report, too."""
+    """Would more images help? Fit RUN's head on parts of its training images; the report then shows it."""
     from featx.measuring.curve import learning_curve
 
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes else None
     except ValueError:
-        raise click.BadParameter(f"{sizes!r} is no list of whole numbers", param_hint="--sizes") from None
+        raise click.BadParameter(f"{sizes!r} is not a list of whole numbers", param_hint="--sizes") from None
     found = learning_curve(run, sizes=wanted, **options)
     if not as_json:
         click.echo(prose(found.text()))

@@ -1,4 +1,4 @@
-"""`Engine`: the interface of what runs a backbone on batches of pixels."""
+"""`Engine`: the interface for running a backbone on batches of pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 CPU_BATCH = 32
 
-SPEED_SECONDS = 1.0  # for which throughput is measured, after one batch that does not count
+SPEED_SECONDS = 1.0  # for which throughput is measured, after a warm-up batch
 
 
 class Engine(Protocol):

@@ -90,8 +90,8 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
 
     Input `images`, `uint8 [N, 3, crop, crop]`; output `features`, `float32 [N, *row_shape]`; opset 18, one
     file, any N. The file is used only while it has the SHA-256 it was written with: a flipped bit would be
-    in every feature. Raises `ExportError` where the network cannot be exported, which is remembered until
-    a library changes.
+    in every feature. Raises `ExportError` where the network cannot be exported; later calls raise it at
+    once, until a library changes.
     """
     graph = {
         "backbone": info.name,
@@ -128,11 +128,11 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
 
 
 def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
-    """The form of an exported backbone that is run: a file beside it with fewer multiplications, where that pays.
+    """The file to run for an exported backbone: one beside it with fewer multiplications, where that pays.
 
     It is made once, like the export, and compared with it on three images of noise. tolerance: how far rows
-    may differ; by default half of what is allowed, since the export may differ from torch as well. The
-    export itself is what ships.
+    may differ; by default half of what is allowed, since the export may differ from torch as well. Only
+    the export itself is shipped.
     """
     path = model.with_name(f"{model.stem}.winograd{WINOGRAD_REVISION}.onnx")
     made_of = {
@@ -173,7 +173,7 @@ def _rewritten(model: Path, tolerance: float) -> bytes:
         return data if difference(rows, reference) <= tolerance else b""
     except MemoryError:
         raise
-    except Exception:  # a kind of graph that the rewriting does not foresee runs as it was exported
+    except Exception:  # a graph that the rewriting does not foresee runs as it was exported
         return b""
 
 
@@ -194,7 +194,7 @@ def _intact(path: Path, known: dict[str, Any]) -> bool:
 
 def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
     """Write a graph, and then its record, without which the graph is made again. Raises `OSError`."""
-    with contextlib.suppress(OSError):  # what a killed run left behind is large
+    with contextlib.suppress(OSError):  # leftovers of a killed run are large
         sweep(path.parent)
     write_atomic(path, data)
     _record(path, known | {"sha256": hashlib.sha256(data).hexdigest()})
@@ -243,7 +243,7 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
             strip(model)
             data: bytes = model.SerializeToString()
             apart = difference(_rows_of_noise(data), reference)
-        except Exception as error:  # the exporters let through what any of their stages raises
+        except Exception as error:  # the exporters let any error of their stages through
             reasons.append(_reason(error))
             continue
         if apart <= TOLERANCE["fp32"]:

@@ -31,8 +31,10 @@ def open_engine(
 
     device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, or
     `fp16` on a GPU. batch_size: 32 on a CPU; on a GPU the largest of 256, 128, ... that fits its memory.
-    engine: the name of the one that filled a store; raises `FeatxError`, before anything is opened, where
-    another would run here. threads: for the arithmetic on a CPU, by default one per core.
+    engine: the name of the one that filled a store. threads: for the arithmetic on a CPU, by default one per core.
+
+    Raises `FeatxError` for an unknown precision, fp16 on a CPU, a device that is not here, and where another
+    engine than `engine` would run.
     """
     if precision not in TOLERANCE:
         raise FeatxError(f"precision is one of {', '.join(TOLERANCE)}, not {precision!r}")

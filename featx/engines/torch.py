@@ -58,7 +58,7 @@ class CpuEngine:
 
 
 class CudaEngine:
-    """torch on one CUDA device: 16-bit weights where asked for, batch norm folded, one CUDA graph of a fixed batch.
+    """torch on one CUDA device: 16-bit weights if requested, batch norm folded, one CUDA graph of a fixed batch.
 
     Copies to the GPU run on a stream of their own from pinned memory, two batches deep, and only the call
     that wants a batch's rows waits for the GPU. fp32 runs without TF32.

@@ -74,7 +74,7 @@ class _Rewriter:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        for node in model.graph.node:  # exporters share equal constants so
+        for node in model.graph.node:  # exporters share equal constants this way
             if node.op_type == "Identity" and node.input[0] in self.constants:
                 self.constants[node.output[0]] = self.constants[node.input[0]]
         inferred = _inferred(model.graph, model.opset_import)
@@ -173,7 +173,7 @@ class _Rewriter:
         return name in self.tiles or name in self.waiting
 
     def _sum(self, one: str, other: str) -> str:
-        """Two tensors' sum in tiles; made with a convolution that nothing else reads."""
+        """The sum of two tensors, in tiles; fused into a convolution that nothing else reads."""
         for name, added in ((one, other), (other, one)):
             if name in self.waiting and self.readers[name] == 1 and name != added:
                 return self._convolved(self.waiting.pop(name), self._in_tiles(added))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class View(NamedTuple):
-    """What one view of an image goes to the engine with."""
+    """One view of an image on its way to the engine."""
 
     number: int
     key: bytes
@@ -52,7 +52,7 @@ class Embedded:
 
 
 def embed(images: Iterable[Loaded], engine: Engine) -> Iterator[Embedded]:
-    """Run the engine on the views of `images`. It works on one batch while the reader has the rows of the last."""
+    """Run the engine on the views of `images`. It computes a batch while the caller has the rows of the one before."""
     views = (
         View(image.number, image.key, view, pixels, last=view == image.views[-1][0])
         for image in images
@@ -79,7 +79,7 @@ def _finish(batch: list[View], result: Callable[[], np.ndarray]) -> Embedded:
 
 
 def stack(pixels: list[Pixels], engine: Engine) -> Any:
-    """One batch for an engine: an array, or, for one on the GPU, a tensor there if some of it was decoded there."""
+    """One batch for an engine: a tensor on the GPU if the engine and some of the images are there, else an array."""
     arrays = [p for p in pixels if isinstance(p, np.ndarray)]
     if len(arrays) == len(pixels):
         return np.stack(arrays)

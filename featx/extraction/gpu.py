@@ -1,4 +1,4 @@
-"""Has JPEGs decoded on a GPU, between the loader and the engine; imports torch for the first one."""
+"""Decodes JPEGs on a GPU, between the loader and the engine; imports torch for the first one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SAMPLE = 16
 
 
 class GpuDecoder:
-    """Takes over from a `Loader` the JPEGs that a GPU can decode; all others have the loader's own pixels.
+    """Decodes those JPEGs of a `Loader` that a GPU can decode; all others have the loader's own pixels.
 
-    One thread of its own waits for the GPU. What it cannot decode after all, Pillow decodes, or says why not.
+    One thread of its own waits for the GPU. Pillow decodes what the GPU cannot decode after all, or gives the error.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GpuDecoder:
         its pixels give other features than Pillow's.
         """
         with closing(self.loader(numbers, encoded=True)) as loaded, warnings.catch_warnings():
-            # torchvision's that its decoders will move, and torch's that a file's bytes cannot be written to
+            # torchvision warns that its decoders will move, and torch that a file's bytes are read-only
             warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             groups = iter(lambda: list(self._grouped(loaded)), [])
@@ -77,7 +77,7 @@ class GpuDecoder:
     def _compare_with_pillow(self) -> None:
         """Compare the features of the run's first images by both decoders; raise `FeatxError` if they are far apart.
 
-        Does nothing before there are such images, and nothing again after.
+        Does nothing before there are such images, nor once they have been compared.
         """
         if not self._sample:
             return
@@ -96,7 +96,7 @@ class GpuDecoder:
             )
 
     def _decode(self, group: list[Loaded]) -> list[Loaded]:
-        """The same with `views` in place of `encoded`."""
+        """The images with `views` in place of `encoded`."""
         encoded = [image.encoded for image in group if image.encoded]
         if not encoded:
             return group
@@ -114,7 +114,7 @@ class GpuDecoder:
         return out
 
     def _finished(self, loaded: Loaded, views: list[Any] | None) -> Loaded:
-        """With the GPU's views, or with Pillow's where it made none."""
+        """The image with the GPU's views, or with Pillow's where the GPU made none."""
         encoded = loaded.encoded
         assert encoded is not None
         try:
@@ -131,7 +131,7 @@ class GpuDecoder:
         """The first view of each image that the GPU decoded, by it and by Pillow."""
         for before, after in zip(group, out, strict=True):
             if before.encoded and after.views and not isinstance(after.views[0][1], np.ndarray):
-                with contextlib.suppress(ImageError):  # the GPU's decoder may take what is damaged
+                with contextlib.suppress(ImageError):  # the GPU may decode a damaged file that Pillow refuses
                     yield after.views[0][1], self._by_pillow(before.key, before.encoded)[0]
 
     def _grouped(self, loaded: Iterator[Loaded]) -> Iterator[Loaded]:

@@ -26,12 +26,12 @@ from featx.sources.source import Source
 Data = str | Path | Source
 """A folder, a manifest, or a source."""
 Backbone = str | BackboneRequest | BackboneInfo
-"""A name, a request, or what one was resolved to before: nothing is loaded then."""
+"""A name, a request, or the `BackboneInfo` of an earlier run, for which nothing is loaded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is to be computed and where it goes. Picklable; opening it twice does nothing twice."""
+    """What to compute, and where to store it. Picklable; running it twice computes nothing twice."""
 
     source: Source
     request: BackboneRequest
@@ -56,7 +56,7 @@ class Job:
         return [FeatureStore(self.cache, spec) for spec in self.specs]
 
     def open_engine(self, stores: list[FeatureStore]) -> Engine:
-        """What runs the backbone here. Raises `StoreError` or `FeatxError` where others computed the stores' rows."""
+        """The engine for this machine. Raises `StoreError` or `FeatxError` if another one computed the stores' rows."""
         recorded = next((store.engine for store in stores if store.engine), None)
         for store in stores:
             if recorded:
@@ -72,7 +72,7 @@ class Job:
         )
 
     def load(self, loader: Loader, numbers: np.ndarray, engine: Engine) -> Generator[Loaded]:
-        """The images `numbers`, `int [M]`, by `loader`; by the GPU as well where the job says so."""
+        """The images `numbers`, `int [M]`, decoded by `loader`, and on the GPU if the job says so."""
         if self.info.preprocess.pixels != GPU:
             return loader(numbers)
         from featx.extraction.gpu import GpuDecoder

@@ -34,7 +34,7 @@ class KeyTable:
             self.keys, self.known = self._memo.lookup(source.ids, source.stats)
 
     def note(self, number: int, key: bytes, error: str = "") -> None:
-        """Take in what reading an image gave: its key, empty where it could not be read, and why it is of no use."""
+        """Record what reading an image gave: its key (empty if it could not be read), and why it cannot be used."""
         if key:
             self.keys[number] = np.frombuffer(key, np.uint8)
         self.known[number] = bool(key)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WAITING_BYTES = 96 << 20
 # Files that may wait where they are not decoded here.
 ENCODED = 64
-# Keys of images on their way that are remembered before the first look at which of them are stored.
+# Keys of images in flight that are remembered before the first check which of them are stored.
 CLAIMS = 1 << 11
 
 
@@ -62,7 +62,7 @@ class Loader:
         waiting_bytes: int = WAITING_BYTES,
         claims: int = CLAIMS,
     ) -> None:
-        """waiting_bytes: of decoded images that may wait. claims: keys on their way that are remembered at first."""
+        """waiting_bytes: the most that decoded images may take while they wait. claims: in place of `CLAIMS`."""
         self.source = source
         self.preprocess = preprocess
         self.stores = stores
@@ -74,11 +74,11 @@ class Loader:
         self.decoded = self.large = 0
         """Images decoded, and how many of them `--decode fast` would decode at a smaller scale."""
         self.decoded_on_gpu = 0
-        """Images that a GPU's decoder took."""
+        """Images that the GPU decoded."""
         self.device_seconds = 0.0
-        """Wall time that it worked, waiting for the GPU included."""
+        """Wall time of decoding on the GPU, waiting for it included."""
         self.cosine: float | None = None
-        """Least cosine between features of its pixels and of Pillow's; None where none were compared."""
+        """Least cosine between features of the GPU's pixels and of Pillow's; None where none were compared."""
         self._claimed: set[bytes] = set()
         self._waiting_bytes, self._claims = waiting_bytes, claims
         self._most_claimed = claims
@@ -142,7 +142,7 @@ class Loader:
                 self.large += bool(large)
 
     def _claim(self, key: bytes) -> list[int]:
-        """The views that are still to be computed for a key; nothing for all but its first asker."""
+        """The views that are still to be computed for a key; empty for all but the first caller."""
         with self._lock:
             if key in self._claimed:
                 return []
@@ -153,7 +153,7 @@ class Loader:
             return [v for v, store in enumerate(self.stores) if not store.contains(one)[0]]
 
     def _forget(self) -> None:
-        """Drop the claims that the stores answer for by now: memory does not grow with the data set."""
+        """Drop the claims on keys that are stored by now: memory does not grow with the data set."""
         keys = np.frombuffer(b"".join(self._claimed), np.uint8).reshape(-1, 32)
         waiting = ~np.logical_and.reduce([store.contains(keys) for store in self.stores])
         self._claimed = {key.tobytes() for key in keys[waiting]}

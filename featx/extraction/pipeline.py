@@ -44,14 +44,14 @@ def sync(
 
     A row's key is the SHA-256 of the image's bytes: a second run computes nothing, nor does one after renaming,
     moving, relabelling or duplicating images. An image that cannot be read or decoded is counted, named and skipped.
-    An interrupted run keeps what it has computed. Raises `FeatxError` for options that cannot be, `SourceError`
+    An interrupted run keeps what it has computed. Raises `FeatxError` for invalid options, `SourceError`
     where no image can be read, `BackboneError`, `StoreError`.
     """
     return run(prepare(data, backbone, complete(options, function=sync)), engine)
 
 
 def run(job: Job, engine: Engine | None = None) -> Extraction:
-    """Do a job, here: what `sync` does once it knows the images and the backbone."""
+    """Run a job in this process: what `sync` does once it knows the images and the backbone."""
     begin = time.perf_counter() - job.seconds
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
     stored = table.stored(stores)
@@ -120,7 +120,7 @@ def compute(
 def skip_stored(
     job: Job, table: KeyTable, stores: list[FeatureStore], numbers: np.ndarray, bar: tqdm[NoReturn]
 ) -> np.ndarray:
-    """The numbers from the first image on that an engine must see; those before it are read, and stored or useless."""
+    """The numbers from the first image on that needs the engine; those before it are read, and stored or unusable."""
     loader = Loader(job.source, job.info.preprocess, stores, job.threads)
     with closing(loader(numbers)) as images:
         for place, image in enumerate(images):
@@ -132,7 +132,7 @@ def skip_stored(
 
 
 def noted(images: Iterable[Loaded], table: KeyTable, bar: tqdm[NoReturn]) -> Iterator[Loaded]:
-    """Pass the images through, taking in their keys and errors."""
+    """Pass the images through, recording their keys and errors."""
     for image in images:
         bar.update()
         table.note(image.number, image.key, image.error)

@@ -28,7 +28,7 @@ from featx.files import write_atomic
 from featx.options import Options, complete
 from featx.pixels.preprocess import GPU
 
-# Files whose content is not known yet are read to know it, up to so many bytes; the rest counts as missing.
+# Files with unknown keys are read, up to so many bytes; the rest count as missing.
 READ_BYTES = 1 << 30
 SAMPLE = 64
 # From so many images on, a run's rate is remembered for the next dry run.
@@ -49,7 +49,7 @@ class Plan:
     """Missing images that were not read: they may be cached or duplicates after all."""
     images_per_second: float | None
     seconds: float | None
-    """For the missing, with opening the backbone."""
+    """For the missing images, opening the backbone included."""
     basis: str
     """Where the rate is from: the last run of this kind here, else a measurement now on a sample."""
     bytes: int
@@ -151,7 +151,7 @@ def _measure(
 
 
 def _engine_bytes(cache: Path) -> int:
-    """What the cache's exported backbones take."""
+    """The size of the cache's exported backbones."""
     return sum(path.stat().st_size for path in (cache / "engines").glob("*.onnx"))
 
 

@@ -65,7 +65,7 @@ class ExtractionReport:
         """For people: the counts, then what is behind them."""
         lines = ["  ".join(f"{name} {getattr(self, name)}" for name in COUNTS)]
         named = {
-            "ignored": [f"{printable(name)} (no image)" for name in self.ignored_files],
+            "ignored": [f"{printable(name)} (not an image)" for name in self.ignored_files],
             "skipped": [f"{printable(image['id'])}: {image['reason']}" for image in self.skipped_images],
             "same bytes, several labels": [
                 ", ".join(f"{printable(name)} ({printable(label)})" for name, label in conflict.items())
@@ -84,7 +84,7 @@ class ExtractionReport:
             lines += [self.advice] if self.advice else []
         if self.decode_cosine is not None:
             lines.append(
-                f"{self.decoded_on_gpu} images decoded on the GPU; features of some by Pillow's pixels: "
+                f"{self.decoded_on_gpu} images decoded on the GPU; features of a sample against Pillow's: "
                 f"cosine {self.decode_cosine:.5f} or more"
             )
         return "\n".join(lines)
@@ -108,7 +108,7 @@ class Chunk:
 def describe(
     job: Job, table: KeyTable, stores: list[FeatureStore], stored: np.ndarray, chunk: Chunk, total: float
 ) -> ExtractionReport:
-    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of it all.
+    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of the whole run.
 
     Raises `SourceError` where no image has features.
     """

@@ -17,7 +17,7 @@ TELLING = 1.0  # seconds that a run must have worked before its shares say what 
 
 @dataclass
 class Timing:
-    """Seconds of work of each stage, and since `begin` the two waits of the thread that runs the loop.
+    """Seconds of work of each stage since `begin`, and the two waits of the thread that runs the loop.
 
     On a CPU the stages share the cores, so that their costs add; on a GPU `embed` runs beside the others.
     Reading and decoding are the loader's threads' processor time; embedding is what remains of the
@@ -94,7 +94,7 @@ class Timing:
     def bound(self) -> tuple[str, float]:
         """The stage that bounds the run, and how busy it is, 0 to 1.
 
-        Where the loop mostly waits for images, the loader's threads are asked what they do: wait for
+        Where the loop mostly waits for images, it depends on what the loader's threads do: wait for
         files, or decode. On a CPU with enough threads all stages share the cores, and the one that
         takes most of the work bounds the run; a GPU bounds it when the loop waits for its rows.
         """

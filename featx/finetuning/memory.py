@@ -1,4 +1,4 @@
-"""The allocator keeps the memory that one training step frees for the next."""
+"""Keeps the memory that a training step frees with the allocator, for the next step."""
 
 from __future__ import annotations
 

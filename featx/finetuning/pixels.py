@@ -1,4 +1,4 @@
-"""The images that training sees again and again: decoded once, and kept as `uint8` while they fit."""
+"""Decodes the images of a training once, and keeps them as `uint8` while they fit into memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Pixels:
     """Some images of a data set in one or several views, `uint8 [3, S, S]` each.
 
     Where all of them fit into memory (the GPU's, if that has room), every image is decoded once.
-    Otherwise threads decode them as they are asked for, the next batch while one is trained on.
+    Otherwise threads decode them when they are requested, the next batch while one is trained on.
     """
 
     def __init__(self, material: Material, rows: np.ndarray, views: list[str], room: float | None = None) -> None:
@@ -62,7 +62,7 @@ class Pixels:
         self._executor = ThreadPoolExecutor(material.workers, thread_name_prefix="featx-pixels")
         self._waiting: dict[int, Future[np.ndarray]] = {}
         self.table: Tensor | None = None
-        """`uint8 [N, views, 3, S, S]`; None where images are decoded as they are asked for."""
+        """`uint8 [N, views, 3, S, S]`; None where images are decoded when they are requested."""
         size = len(rows) * len(views) * 3 * self.side**2
         if size <= (free_memory() * SHARE if room is None else room):
             self.table = self._decode_all()
@@ -70,9 +70,9 @@ class Pixels:
                 self.table = self.table.to(self.device)
 
     def take(self, index: np.ndarray, then: np.ndarray | None = None) -> Tensor:
-        """Images in views, `int [B]` that count the views of the first image, then the second's, ...
+        """Images in views. index: `int [B]`, image * number of views + view.
 
-        then: the index that will be asked for next, decoded meanwhile. Returns `uint8 [B, 3, S, S]` on the device.
+        then: the index of the next call, decoded meanwhile. Returns `uint8 [B, 3, S, S]` on the device.
         """
         if self.table is not None:
             where = torch.from_numpy(index).to(self.table.device)

@@ -109,7 +109,7 @@ def _trace(network: Tuned) -> tuple[fx.Graph, fx.Graph]:
 
 
 def _find_cut(trunk: nn.Module, graph: fx.Graph) -> fx.Node:
-    """The last node that training does not change and that everything after it gets the images through."""
+    """The last node that training does not change and that cuts all paths from the images to the features."""
     modules, moving = dict(trunk.named_modules()), set[fx.Node]()
     for node in graph.nodes:
         if _changes(node, trunk, modules) or any(i in moving for i in node.all_input_nodes):

@@ -35,7 +35,7 @@ def hold_out(features: Features, settings: FinetuneConfig) -> Features:
     """Move the training images that will choose the epoch to the split `holdout`, where `settings.select` wants that.
 
     Fit the head that fine-tuning starts from on the `train` rows of what this returns: epoch 0 is then
-    measured on images it has not seen either. By content hash, with other bits than the validation split:
+    measured on images it has not seen either. Chosen by content hash, with other bits than the validation split:
     duplicates stay together, and the same image is always on the same side. A class keeps at least one
     training image. Raises `TrainingError` where no image is left to measure on, and for several labels.
     """
@@ -67,7 +67,7 @@ def prepare(
     world: World,
     workers: int | None,
 ) -> Setup:
-    """Load the network, decide what is trained, and prepare the images."""
+    """Load the network, decide what is trained, and prepare the images. Raises `TrainingError`."""
     _check_labels(features)
     if settings.precision == "fp16" and world.device.type == "cpu":
         raise TrainingError("fp16 is for GPUs; on a CPU use bf16 or fp32")
@@ -157,7 +157,7 @@ def _load(extraction: Extraction, settings: FinetuneConfig) -> Backbone:
 
 
 def _build(backbone: Backbone, head: Head | None, classes: int, settings: FinetuneConfig) -> layers.Tuned:
-    """The network with its last layer, and what of it is trained."""
+    """The network with its last layer; decides which layers are trained."""
     last = layers.make_linear(head, backbone.info.row_shape[0], classes, settings.seed)
     network = layers.Tuned(backbone.module, last, freeze_norm=settings.freeze_norm)
     network.requires_grad_(True)

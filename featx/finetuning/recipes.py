@@ -11,7 +11,7 @@ from featx.finetuning.augment import Augmentation
 from featx.kinds import fits
 from featx.text import near
 
-# What differs from the defaults. `tutorial`: the schedule of the transfer-learning write-ups.
+# Settings that differ from the defaults. `tutorial`: the schedule of the transfer-learning write-ups.
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {
         "init": "random",

@@ -33,7 +33,7 @@ MEASURE_BATCH = 32
 
 
 class Inputs(Protocol):
-    """Gives the batches: `pixels.Pictures`, or `prefix.Activations` for a cut network. `then` is asked for next."""
+    """Gives the batches: `pixels.Pictures`, or `prefix.Activations` for a cut network. `then`: the next rows."""
 
     def train(self, rows: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor: ...
     def held(self, rows: np.ndarray, then: np.ndarray | None = None) -> Tensor: ...
@@ -66,10 +66,10 @@ class Setup:
     micro: int
     """Most images in one forward pass on this process."""
     save_seconds: float = 600.0
-    """A long epoch is saved so often; every epoch is saved at its end."""
+    """Seconds between checkpoints within an epoch; every epoch is saved at its end."""
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Logits, `float32 [B, C]`, of a forward pass in the precision and memory layout that were asked for."""
+        """Logits, `float32 [B, C]`, of a forward pass in the precision and memory layout of the settings."""
         if self.settings.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
@@ -79,7 +79,7 @@ class Setup:
 
 
 def train(setup: Setup, progress: Progress) -> None:
-    """Train from where `progress` stands to the last epoch, or until no better one comes."""
+    """Train from where `progress` stands to the last epoch, or until `patience` epochs bring no better one."""
     settings, world, count = setup.settings, setup.world, len(setup.targets)
     steps, patience = -(-count // settings.batch_size), settings.patience or settings.epochs
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")

@@ -1,4 +1,4 @@
-"""Fine-tuning from end to end: preparing, training, starting again, and what stays in the run's folder."""
+"""Fine-tuning from end to end: preparing, training, resuming, and saving the result in the run's folder."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def tune(setup: Setup) -> Finetuned:
             progress = Progress(micro=setup.micro)
         elif setup.world.leads:
             step = f" and {progress.step} steps of the next" if progress.step else ""
-            tqdm.write(f"going on from the checkpoint after epoch {progress.epoch}{step}", file=sys.stderr)
+            tqdm.write(f"continuing from the checkpoint after epoch {progress.epoch}{step}", file=sys.stderr)
         progress.micro = min(progress.micro, setup.micro)
         try:
             train(setup, progress)
@@ -114,7 +114,7 @@ def halve(setup: Setup, progress: Progress, error: RuntimeError) -> None:
     if setup.world.device.type == "cuda":
         torch.cuda.empty_cache()
     tqdm.write(
-        f"out of memory with {progress.micro} images at a time: going on from the last checkpoint with "
+        f"out of memory with {progress.micro} images at a time: continuing from the last checkpoint with "
         f"{setup.micro}, the same batch in more parts",
         file=sys.stderr,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-# Cb and Cr out of red, green and blue, and what Cb and Cr add to luma for each of these.
+# Cb and Cr from red, green and blue; and what Cb and Cr add to luma for each of these.
 TO_CHROMA = ((-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 FROM_CHROMA = ((0.0, 1.402), (-0.344136, -0.714136), (1.772, 0.0))
 
@@ -14,14 +14,14 @@ FROM_CHROMA = ((0.0, 1.402), (-0.344136, -0.714136), (1.772, 0.0))
 def interpolated(image: Tensor, sampling: tuple[int, int]) -> Tensor:
     """`uint8 [3, H, W]`, as decoded with repeated chroma -> the same with libjpeg's interpolation, to about 1 level.
 
-    sampling: the pixels that a chroma sample covers, across and down; (1, 1) leaves an image as it is.
-    A block's pixels share one sample, which can be told from their colours again (exactly, but where these
-    were cut off at 0 or 255), and what the interpolation would have added is added.
+    sampling: pixels per chroma sample, across and down; (1, 1) leaves an image as it is.
+    The pixels of a block share one sample. It is computed back from their colours (exactly, unless these were
+    clipped at 0 or 255), and what interpolation would have added is added.
     """
     if sampling == (1, 1):
         return image
     block, pixels = sampling[::-1], image.float()
-    weights = ((image > 0) & (image < 255)).all(0, keepdim=True) + 1e-4  # cut-off colours say little
+    weights = ((image > 0) & (image < 255)).all(0, keepdim=True) + 1e-4  # clipped colours say little
     chroma = torch.tensordot(pixels.new_tensor(TO_CHROMA), pixels, 1)
     sums = avg_pool2d(torch.cat([chroma * weights, weights])[None], block, ceil_mode=True)
     samples = (sums[:, :2] / sums[:, 2:]).round()

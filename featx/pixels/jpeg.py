@@ -13,9 +13,9 @@ from featx.pixels.preprocess import ORIENTATION, UPRIGHT, Box
 # Beyond these a file is decoded on the CPU: a group of them has to fit into memory.
 MAX_PIXELS, MAX_BYTES = 1 << 26, 8 << 20
 MIN_SIDE = 16
-# Luma's samples for one of chroma, across and down. Others are rare, and not told apart by tests here.
+# Luma samples per chroma sample, across and down. Other ratios are rare, and not tested here.
 SAMPLINGS = ((1, 1), (2, 1), (2, 2))
-# The end of the image is looked for in so many bytes at the end of the file.
+# The marker that ends the image must be in the last so many bytes of the file.
 TAIL = 1 << 16
 ADOBE_YCC = 1
 
@@ -40,7 +40,7 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A JPEG file that a GPU can decode, and what is to be seen of it."""
+    """A JPEG file that a GPU can decode, and the views of it to make."""
 
     data: bytes
     header: Header
@@ -49,10 +49,10 @@ class Encoded:
 
 
 def header(data: bytes) -> Header | None:
-    """The header of a JPEG file that a GPU decodes as Pillow does; None for all others, which are Pillow's.
+    """The header of a JPEG file that a GPU decodes as Pillow does; None for all others, which Pillow decodes.
 
     Others are progressive, CMYK, RGB by Adobe's mark, oddly subsampled, cut off, very small or very large
-    ones, and whatever is not plainly a JPEG. Only the markers are walked: this costs microseconds.
+    ones, and whatever is not plainly a JPEG. Only the markers are read: this takes microseconds.
     """
     if len(data) > MAX_BYTES or data[:2] != b"\xff\xd8":
         return None
@@ -102,7 +102,7 @@ def _header(data: bytes) -> Header | None:
 
 
 def _orientation(data: bytes, notes: bytes) -> int:
-    """As Pillow reads it, which is asked only where the tag may be there at all."""
+    """EXIF's orientation as Pillow reads it; Pillow is called only where the tag may be present."""
     if b"\x01\x12" in notes or b"\x12\x01" in notes or b"Orientation" in notes:
         with contextlib.suppress(Exception):  # a broken block says nothing about the pixels
             found = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(ORIENTATION)

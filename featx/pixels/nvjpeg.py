@@ -1,4 +1,4 @@
-"""JPEG decoding on a GPU: files to cropped pixels there, as near to Pillow's as nvJPEG can come."""
+"""JPEG decoding on a GPU: from files to cropped pixels, as close to Pillow's as nvJPEG can come."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from featx.pixels.jpeg import Encoded, Header
 from featx.pixels.preprocess import Preprocess
 from featx.pixels.resample import resized
 
-# Decoded pixels that lie on the device at a time; a group of larger images is decoded in parts.
+# Decoded pixels on the device at a time; a group of larger images is decoded in parts.
 PIXELS = 1 << 27
-# JPEG files, on a device -> `uint8 [3, H, W]` of each as stored; None for those that fail.
+# JPEG files and a device -> `uint8 [3, H, W]` of each, as stored; None for those that fail.
 Decode = Callable[[Sequence[bytes], torch.device], list[Tensor | None]]
 
 
 class Gpu:
-    """Decodes and resizes on one device, by torchvision's decoder and on a stream of its own; for one thread.
+    """Decodes and resizes on one device, with torchvision's decoder and a CUDA stream of its own; for one thread.
 
     The device may be "cpu", for tests: everything but the decoder itself is the same there.
     """
@@ -47,11 +47,11 @@ class Gpu:
             for part in _parts(images, self.at_once):
                 try:
                     out += self._views(part)
-                except torch.cuda.OutOfMemoryError:  # left to Pillow, as all that fails here
+                except torch.cuda.OutOfMemoryError:  # Pillow decodes it, like all that fails here
                     out += [None] * len(part)
                 if self.stream is not None:
-                    # nvJPEG writes on another stream, which does not wait for this one: memory that is given
-                    # out again while this one still reads it would be overwritten
+                    # nvJPEG writes on another stream, which does not wait for this one: it would overwrite
+                    # memory that was freed here while this stream still reads it
                     self.stream.synchronize()
         return out
 
@@ -81,12 +81,12 @@ def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]
     """`uint8 [3, H, W]` of each JPEG file, as stored; None for those that fail.
 
     All in one call, or one by one where that fails: one bad file fails its whole batch. Raises `FeatxError`
-    for a torchvision without the decoder, which has announced its end.
+    where torchvision has no such decoder; it has announced the removal.
     """
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:
-        raise FeatxError("this torchvision has no decode_jpeg, by which GPUs decode; use --decode exact") from None
+        raise FeatxError("this torchvision has no decode_jpeg, which --decode gpu needs; use --decode exact") from None
 
     tensors = [torch.frombuffer(data, dtype=torch.uint8) for data in files]
     try:
@@ -101,7 +101,7 @@ def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]
 def repeats_chroma(device: torch.device, decode: Decode) -> bool:
     """Whether the device's decoder repeats samples of chroma, where Pillow's libjpeg interpolates them.
 
-    nvJPEG under torchvision is said to, and may not always: it is asked, with a small picture of many colours.
+    nvJPEG under torchvision is said to, but may not always: a small picture of many colours is decoded to see.
     Raises `FeatxError` where the decoder does not work at all.
     """
     tints = np.random.default_rng(0).integers(64, 192, (8, 8, 3), dtype=np.uint8)
@@ -119,7 +119,7 @@ def repeats_chroma(device: torch.device, decode: Decode) -> bool:
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
-    """`uint8 [3, H, W]` as stored -> as it is to be seen, by EXIF's orientation."""
+    """`uint8 [3, H, W]` as stored -> upright, by EXIF's orientation."""
     image = image.transpose(1, 2) if orientation >= 5 else image
     return image.flip([axis for axis, by in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in by])
 
@@ -129,7 +129,7 @@ def stacked(images: Sequence[Tensor | np.ndarray]) -> Tensor:
     device = next(image.device for image in images if isinstance(image, Tensor))
     here = [torch.from_numpy(image).to(device) if isinstance(image, np.ndarray) else image for image in images]
     if device.type == "cuda":
-        for image in here:  # made on another stream, which may not use their memory anew before this one is done
+        for image in here:  # made on another stream, which must not reuse their memory before this one is done
             image.record_stream(torch.cuda.current_stream(device))
     return torch.stack(here)
 

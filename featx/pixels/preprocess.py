@@ -11,19 +11,19 @@ from PIL import Image, UnidentifiedImageError
 from featx.errors import FeatxError, ImageError
 from featx.identity import Identity
 
-# What people use for photographs, out of the 40 parsers that Pillow would otherwise sniff for. JPEG
-# finds MPO, the stereo files of some cameras, too.
+# What people use for photographs, instead of the 40 formats that Pillow would otherwise try. JPEG
+# includes MPO, the stereo files of some cameras.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-# Pillow's own limit for an error; checked from the header, before a pixel is allocated.
+# Pillow itself raises beyond this; checked in the header, before a pixel is allocated.
 MAX_PIXELS = 178_956_970
 # Long side over short side. An exported model resizes the whole image, and this bounds its memory.
 MAX_ASPECT = 64
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-REACH = {"bilinear": 1, "bicubic": 2}  # of each kernel at no change of size, in pixels
+REACH = {"bilinear": 1, "bicubic": 2}  # radius of each kernel where the size stays the same, in pixels
 # The decoders, by their names in a spec, and what people call them (`--decode`).
 EXACT, FAST, GPU = "pillow/1", "pillow-draft/1", "nvjpeg/1"
 DECODERS = {"exact": EXACT, "fast": FAST, "gpu": GPU}
-# The least cosine between an image's features by `GPU` and by `EXACT`: a run that finds less ends.
+# The least cosine between an image's features by `GPU` and by `EXACT`: a run that finds less stops.
 CLOSE = 0.999
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 # what turns an image upright, by the value of EXIF's orientation tag
@@ -81,10 +81,10 @@ class Preprocess(Identity):
         return np.ascontiguousarray(self.square(self.decode(data), self.crop).transpose(2, 0, 1))
 
     def decode(self, data: bytes | Image.Image | np.ndarray) -> Image.Image:
-        """`decode` as `pixels` says. Raises `ImageError`, and `FeatxError` for a decoder that is not there."""
+        """`decode` with the decoder that `pixels` names. Raises `ImageError`, and `FeatxError` for an unknown one."""
         if self.pixels not in DECODERS.values():
             raise FeatxError(
-                f"pixels {self.pixels!r} is none of {', '.join(DECODERS.values())}, which this featx knows"
+                f"pixels {self.pixels!r} is not one of {', '.join(DECODERS.values())}, the decoders of this featx"
             )
         return decode(data, 2 * self.resize if self.pixels == FAST else None)
 
@@ -102,7 +102,7 @@ class Preprocess(Identity):
         return self.render(image, self.box(*image.size, side), side)
 
     def box(self, width: int, height: int, side: int) -> Box:
-        """What `square` sees of an upright image of this size, in its pixels.
+        """The box that `square` shows of an upright image of this size, in the image's pixels.
 
         Raises `ImageError` beyond an aspect ratio of 1:64, where the centre crop would show next to
         nothing of the image.
@@ -126,9 +126,9 @@ class Preprocess(Identity):
         """A box of the image as `uint8 [side, side, 3]`: the one place where the pixels of features are resampled.
 
         First across, then down, as Pillow before 13 and onnxruntime do; each pass rounds to 8 bits. Pillow 13
-        takes the cheaper order, which depends on the box: bicubic pixels then differ by up to 13 levels on
-        photographs, and bilinear ones by 1, but 8 times as often, which took probabilities 7e-3 from the
-        exported model's instead of 2e-3 (measured).
+        takes the cheaper order, which depends on the box. Measured on photographs, bicubic pixels then differ by
+        up to 13 levels. Bilinear ones differ by 1, but 8 times as often: probabilities were 7e-3 from the exported
+        model's, instead of 2e-3.
         """
         left, top, right, bottom = box
         resample, reach = RESAMPLE[self.interpolation], REACH[self.interpolation] * max((bottom - top) / side, 1) + 1
@@ -147,11 +147,11 @@ class Preprocess(Identity):
 
 
 def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:
-    """An upright 8-bit RGB Pillow image, the same where it is decoded again. GIF and other films: the first frame.
+    """An upright 8-bit RGB Pillow image, the same when it is decoded again. GIF and other animations: the first frame.
 
     short: decode a JPEG at 1/2, 1/4 or 1/8 of its size, which its cosine transform gives nearly free, as
-    long as the short side keeps this many pixels. Twice what is needed loses little to aliasing, and an
-    augmented view of a quarter of the image is still not enlarged.
+    long as the short side keeps this many pixels. With twice the pixels that are needed, aliasing is small, and
+    an augmented view of a quarter of the image is still not enlarged.
 
     The orientation of EXIF or XMP is applied, alpha is dropped as `Image.convert("RGB")` drops it, 16-bit grey is
     scaled to 8 bits (Pillow alone would clip it). Raises `ImageError`.
@@ -175,12 +175,12 @@ def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> 
     except Image.DecompressionBombError as error:
         raise ImageError(f"{error}; scale the image down if you trust it") from None
     except UnidentifiedImageError:
-        what = "an empty file" if not data else f"no image in a format of {', '.join(FORMATS)}"
+        what = "an empty file" if not data else f"not an image in a format of {', '.join(FORMATS)}"
         raise ImageError(f"{what}") from None
     except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error ...
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
-    if rgb is not data:  # which is its caller's, and upright as it is
-        rgb.info.clear()  # Pillow copies EXIF and XMP to what it turns: decoded again, it would be turned again
+    if rgb is not data:  # `data` itself belongs to the caller, and was upright
+        rgb.info.clear()  # Pillow copies EXIF and XMP to what it turns: decoding that would turn it again
     return rgb
 
 

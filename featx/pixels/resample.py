@@ -9,7 +9,7 @@ from torch import Tensor
 
 from featx.pixels.preprocess import Box
 
-# Boxes whose weights are made together: 230 MB for images of 8,000 pixels, 15 MB for ones of 500.
+# Boxes whose weights are computed together: 230 MB for images of 8,000 pixels, 15 MB for ones of 500.
 TOGETHER = 32
 
 
@@ -34,7 +34,7 @@ def resized(images: Sequence[Tensor], boxes: Sequence[Box], side: int, interpola
 
 
 def _weights(starts: Tensor, stops: Tensor, sizes: list[int], side: int, interpolation: str) -> Tensor:
-    """`float32 [B, side, max(sizes)]`: the part that each pixel of an axis has in each of `side` pixels of a box."""
+    """`float32 [B, side, max(sizes)]`: the weight of each pixel of an axis in each of `side` pixels of a box."""
     pixels = torch.arange(max(sizes), device=starts.device)
     scale = ((stops - starts) / side)[:, None]
     centres = starts[:, None] + (torch.arange(side, device=starts.device) + 0.5) * scale

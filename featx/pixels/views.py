@@ -1,4 +1,4 @@
-"""Augmented views: the named, seeded ways to see one image that each get a cache row of their own."""
+"""Augmented views: named, seeded crops of an image, each with a cache row of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from featx.pixels.preprocess import Box, Preprocess
 
 CENTER = "center"
 # Ends the names of augmented views. Raised when their pixels change, so that no old row is served for a new one;
-# what is drawn is left as it is. Without it: each resized in the order of passes that Pillow happened to choose.
+# the boxes drawn stay the same. Views without it were resized in the order of passes that Pillow happened to choose.
 REVISION = "/pixels=2"
-# Of the image's area. Milder than the 0.08 of ImageNet training from scratch, since a handful of cached
+# Shares of the image's area. Milder than the 0.08 of ImageNet training from scratch, since a handful of cached
 # views replaces hundreds of epochs: a crop that misses the object would stay in the training set for good.
 SCALE = (0.25, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -31,10 +31,10 @@ def view_names(seed: int, views: int) -> list[str]:
 
 
 def look(preprocess: Preprocess, width: int, height: int, key: bytes, view: str) -> tuple[Box, bool]:
-    """What a view shows of an upright image: a box of its pixels, which is resized to the crop, and whether mirrored.
+    """What a view shows of an upright image: a box of its pixels, to be resized to the crop, and whether mirrored.
 
-    What is drawn depends on the image's content key and the view's name, its revision left out: not on the
-    order of the images, on threads or on other views, so that adding images or views later changes no row.
+    The draw depends on the image's content key and on the view's name without its revision, not on the order of
+    the images, on threads or on other views. So adding images or views later changes no row.
     """
     if view == CENTER:
         return preprocess.box(width, height, preprocess.crop), False

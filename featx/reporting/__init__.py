@@ -1,1 +1,1 @@
-"""Owns what people look at: pages, figures, sweeps, learning curves, model cards."""
+"""What people look at: the pages and figures of runs, sweeps and learning curves."""

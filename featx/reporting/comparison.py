@@ -11,7 +11,7 @@ from featx.sweeping import COLUMNS, Point, Sweep
 
 
 def _plotted(point: Point) -> dict[str, Any]:
-    """A point for the plot: validation accuracy, or where nothing was held for that, cross-validated."""
+    """A point for the plot: its validation accuracy or, without validation images, the cross-validated one."""
     values = point.to_dict()
     if point.accuracy is None:
         values |= values["cross_validated"] or {"accuracy": 0.0, "low": 0.0, "high": 1.0}

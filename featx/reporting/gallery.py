@@ -36,7 +36,7 @@ PERPLEXITY = 30.0
 
 @dataclass(eq=False)
 class Material:
-    """A run and what its report needs beside it; what is no longer at hand is None, and `missing` says so."""
+    """A run with its features and photographs; None where they are no longer there, and `missing` says so."""
 
     run: Run
     features: Features | None
@@ -67,12 +67,12 @@ class Material:
         return {id: i for i, id in enumerate(self.source.ids)} if self.source else {}
 
     def split(self, name: str) -> Features | None:
-        """The features of a split; None where they are not at hand, or none of their photographs."""
+        """The features of a split; None where they, or the photographs, are missing."""
         return self.features.split(name) if self.features and self.source else None
 
 
 def gather(run: Run, features: Features | None = None, source: Source | None = None) -> Material:
-    """A finished run with its features and photographs: those given, or as far as they are still there."""
+    """A finished run with its features and photographs: those given, or those that are still there."""
     missing = []
     if source is None:
         try:
@@ -105,7 +105,7 @@ def _cached(config: RunConfig, source: Source) -> Features | None:
 
 
 def mistakes(material: Material) -> list[Picture]:
-    """The wrong answers that were most sure."""
+    """The most confident wrong answers."""
     return [
         Picture(material.thumbnail(m["id"]), m["label"], m["answer"], f"{m['probability']:.1%}", name(m["id"]))
         for m in material.run.report.get("mistakes", [])
@@ -113,7 +113,7 @@ def mistakes(material: Material) -> list[Picture]:
 
 
 def predictions(material: Material) -> list[Picture]:
-    """Validation images drawn with the run's seed, and what is answered."""
+    """Validation images drawn with the run's seed, and the head's answers."""
     part = material.split("val")
     if part is None or len(part.rows.shape) != 2:
         return []
@@ -200,7 +200,7 @@ def project(X: np.ndarray, layout: str) -> np.ndarray:
     """`[N, D]` standardised -> `float64 [N, 2]`; the same on every run: `pca`, or `tsne` of 50 components.
 
     t-SNE (van der Maaten and Hinton 2008) as scikit-learn has it, from the PCA, on one thread: the order in
-    which threads add up would show.
+    which threads add up would change the points.
     """
     Z = np.asarray(X, np.float64)
     spread = Z.std(axis=0)
@@ -227,5 +227,5 @@ def project(X: np.ndarray, layout: str) -> np.ndarray:
 
 
 def name(id: str) -> str:
-    """An image's id for people; of a path from elsewhere on the machine its last part."""
+    """An image's id for people: a path from elsewhere on the machine is cut to its last part."""
     return Path(id).name if os.path.isabs(id) or id.startswith("..") else id

@@ -41,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """A figure, what is said above it and by a screen reader, and its greatest width in pixels."""
+    """A figure, its note (shown above it, and for screen readers), and its greatest width in pixels."""
 
     figure: Figure
     note: str = ""
@@ -53,7 +53,7 @@ class Drawing:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A photograph `uint8 [H, W, 3]` (None: it cannot be read any more), its label, and what was answered, if asked."""
+    """A photograph `uint8 [H, W, 3]` (None: it cannot be read any more), its label, and an answer, if any."""
 
     pixels: np.ndarray | None
     label: str
@@ -75,7 +75,7 @@ class Picture:
 
 
 def write_page(path: Path, drawings: Mapping[str, Drawing], **values: Any) -> Path:
-    """Write a page from the template of its name, and `drawings` as `plots/*.png`; those of a former page go."""
+    """Write a page from the template of its name, and `drawings` as `plots/*.png`; former ones are removed."""
     html = _pages().get_template(path.name).render(drawings=drawings, **values)
     folder = path.parent / "plots"
     files = {folder / f"{name}.png": drawing.figure for name, drawing in drawings.items()}
@@ -99,7 +99,7 @@ def strip_paths(sentence: str, folders: Iterable[str | Path]) -> str:
 @cache
 def _pages() -> Environment:
     def shown(value: Any) -> str:
-        # names come from files, and may hold what no UTF-8 file takes
+        # names come from files, and may hold what UTF-8 cannot encode
         return value if isinstance(value, Markup) else printable(str(value))
 
     loader = PackageLoader("featx.reporting")

@@ -265,7 +265,7 @@ def trade_off(points: Sequence[Mapping[str, Any]], winner: int | None = None) ->
 
 @_styled
 def learning(rows: Sequence[Mapping[str, float]], forecast: Mapping[str, float] | None = None) -> Figure:
-    """Accuracy with intervals against training images (`images`, `accuracy`, `low`, `high`), and what is foretold."""
+    """Accuracy with intervals against training images (`images`, `accuracy`, `low`, `high`), and the forecast."""
     figure, axes = _figure(6.0, 3.8)
     n, values, low, high = (np.array([row[key] for row in rows]) for key in ("images", "accuracy", "low", "high"))
     axes.fill_between(n, low, high, color=GOOD, alpha=0.18, linewidth=0)
@@ -274,7 +274,7 @@ def learning(rows: Sequence[Mapping[str, float]], forecast: Mapping[str, float] 
         end, expected = forecast["images"], forecast["accuracy"]
         between = [[expected - forecast["low"]], [forecast["high"] - expected]]
         axes.plot([n[-1], end], [values[-1], expected], "--", color=BAD, linewidth=1.4)
-        axes.errorbar([end], [expected], between, fmt="s", color=BAD, capsize=3, label="if it goes on like this")
+        axes.errorbar([end], [expected], between, fmt="s", color=BAD, capsize=3, label="forecast")
         axes.legend(loc="lower right")
     axes.set(xscale="log", xlabel="training images", ylabel="accuracy")
     axes.set_xticks([*n, *([forecast["images"]] if forecast else [])])
@@ -294,6 +294,6 @@ def _mark_values(axes: Any, values: list[float]) -> None:
     if values and values[-1] < 10 * values[0]:
         kept = values[:1]
         for value in values:
-            kept += [value] if value > 1.2 * kept[-1] else []  # nearer ones would write over each other
+            kept += [value] if value > 1.2 * kept[-1] else []  # nearer labels would overlap
         axes.set_xticks(kept, [f"{v:,.3g}" if v < 1000 else f"{v:,.0f}" for v in kept])
         axes.minorticks_off()

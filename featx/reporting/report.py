@@ -1,4 +1,4 @@
-"""A run's `report.html` and `plots/`: what was measured, as people look at it."""
+"""A run's `report.html` and `plots/`: its numbers, figures and photographs for people."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def write_report(
 
     features, source: what the run was fitted and measured on. By default they come from its cache and its data,
     without any forward pass; what is not there any more is left out, and the page says so. layout: of the map of
-    features, `tsne` (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` for what is no
-    finished run.
+    features, `tsne` (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` if `run` is not
+    a finished run.
     """
     if layout not in ("tsne", "pca"):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
@@ -94,7 +94,7 @@ def _confused(report: dict[str, Any]) -> Table | None:
     most = np.argsort(-table, axis=None, kind="stable")[:10]
     cells = [divmod(int(i), table.shape[1]) for i in most if table.flat[i]]
     rows = [[report["labels"][i], report["confusion_columns"][j], int(table[i, j])] for i, j in cells]
-    return Table(["true label", "answer", "images"], rows, "What is confused most.") if rows else None
+    return Table(["true label", "answer", "images"], rows, "The most frequent confusions.") if rows else None
 
 
 def _reliability(report: dict[str, Any]) -> Drawing | None:

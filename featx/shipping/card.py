@@ -15,7 +15,7 @@ from featx.runs import CARD, CARD_MARK, Run
 from featx.text import printable
 
 CLASSES = 30
-"""Named one by one, at most; report.json has all."""
+"""The most classes that a card lists; report.json has all."""
 # Identifiers that the Hugging Face Hub takes as a license; anything else is called `other` there.
 LICENSES = {
     "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "cc", "cc-by-2.0",
@@ -30,7 +30,7 @@ FILES = {
     "parity.json": "what was compared to verify model.onnx, and its SHA-256",
     "head.safetensors": "the head: weight `[C, D]`, bias `[C]`, class names",
     "model.safetensors": "the fine-tuned network",
-    "config.json": "what was asked for; it names folders of the computer that the run was made on",
+    "config.json": "the settings of the run; it names folders of the computer that the run was made on",
     "trained-on.npy": "which images it has learned from: 8 bytes of each one's SHA-256",
     "report.json": "the evaluation in full",
     "report.html": "the same as a page; it shows some of the photographs",
@@ -39,7 +39,7 @@ FILES = {
 
 
 def card(run: Run) -> str:
-    """The model card of a run: YAML for a hub, then Markdown for people. It names no place on this machine."""
+    """The model card of a run: YAML for a hub, then Markdown for people. It contains no path of this machine."""
     import yaml
     from jinja2 import Environment, StrictUndefined
 
@@ -81,7 +81,7 @@ def card(run: Run) -> str:
 
 
 def write(run: Run) -> None:
-    """Put the card into the run's folder; a README.md of somebody's own stays.
+    """Put the card into the run's folder; a README.md that featx did not write stays.
 
     Raises `ExportError` where the folder cannot be written.
     """
@@ -126,7 +126,7 @@ def _parity(run: Run) -> dict[str, Any] | None:
 
 
 def _escaped(value: Any) -> Any:
-    """JSON values whose texts are Markdown that shows them: class names may hold `|`, `<b>` or a line's end."""
+    """JSON values with their texts escaped as Markdown: class names may hold `|`, `<b>` or a line's end."""
     if isinstance(value, dict):
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -69,10 +69,13 @@ class Model:
     def require_features(self) -> None:
         """Raise `ExportError` where the file does not give features."""
         if "features" not in self.outputs:
-            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, and no features")
+            raise ExportError(f"{self.path} gives {', '.join(self.outputs)}, not features")
 
     def __call__(self, images: np.ndarray, *, features: bool = False) -> dict[str, np.ndarray]:
-        """`uint8 [N, H, W, 3]` (or `[N, 3, crop, crop]`) -> `probabilities` `float32 [N, C]` and `features`."""
+        """`uint8 [N, H, W, 3]` (or `[N, 3, crop, crop]`) -> `probabilities` `float32 [N, C]`, `features`.
+
+        features: give `float32 [N, D]` as well. Raises `ExportError` where the file cannot be run on these images.
+        """
         names = ["probabilities"] if self._head is None else []
         if features or self._head is not None:
             self.require_features()

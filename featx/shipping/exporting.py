@@ -45,18 +45,17 @@ def export(
 
     output: the file, by default `model.onnx` in the run's folder (`model-tensor.onnx`, `head.onnx`); what
     was compared is written beside it as `parity.json` (`<name>.parity.json`). input: `pixels` (`uint8 [N, H, W,
-    3]` of any size), `tensor` (`uint8 [N, 3, crop, crop]`) or `features` (the head alone). outputs: of
-    probabilities, logits, features and, where the head has a threshold, accepted; by default all.
+    3]` of any size), `tensor` (`uint8 [N, 3, crop, crop]`) or `features` (the head alone). outputs: some
+    of probabilities, logits, features and, where the head has a threshold, accepted; by default all.
     images: how many are compared, at most, of `split` (`val`, `test` or `train`), those with the
     smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
     tolerance: on probabilities through the file's resize, in [0, 1]; above 0.03 on features too.
     factory: as for `featx.load`.
 
-    Where the data are not what the run was fitted on, images, labels and splits, the file is compared on
-    them all the same; an accuracy is stated if the head has learned from none of these images.
-    While this backbone is the one that was verified on these images, only the head is run, without torch.
-    Raises `ParityError` where the file misses a limit; what was at `output` before is then untouched. Anything
-    there but a file that featx exported is an `ExportError`.
+    Where images, labels or splits have changed since the fit, the file is compared all the same, and an accuracy
+    is stated only if the head has learned from none of these images. Where this backbone was verified on these
+    images before, only the head is run, without torch. Raises `ParityError` where the file exceeds a limit, and
+    `ExportError` where something that featx did not export is at `output`; both leave it untouched.
     """
     opened = open_run(run, factory)
     path = free_path(opened, output, DEFAULT.get(input, "model.onnx"))
@@ -121,18 +120,18 @@ def check(
 
 
 def build(run: Run, input: str, outputs: tuple[str, ...] | None) -> ModelProto:
-    """The file of a run, but for its metadata; arguments as for `export`."""
+    """The ONNX model of a run, without its metadata; arguments as for `export`."""
     backbone = None if input == "features" else graph.load(backbone_path(run))
     return graph.build(backbone, run.head, run.config.spec.preprocess, input=input, outputs=outputs)
 
 
 def backbone_path(run: Run) -> Path:
-    """The run's backbone as an ONNX file, made where it is not there yet."""
+    """The run's backbone as an ONNX file, exported where it is missing."""
     return backbone_onnx(run.request, run.config.backbone, Path(run.config.cache))
 
 
 def free_path(run: Run, output: str | Path | None, name: str) -> Path:
-    """`output`, or `name` in the run's folder, if neither the file nor its record replaces anything but featx's own."""
+    """`output`, or `name` in the run's folder. Raises `ExportError` if it or its record would replace others' files."""
     path = Path(output) if output else run.path / name
     for file, ours, what in ((path, _is_export, "an export"), (_beside(path), _is_record, "the record of one")):
         if os.path.exists(file) and not (file.is_file() and ours(file)):

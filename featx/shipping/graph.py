@@ -53,7 +53,7 @@ class Part:
         return self.constant(name, np.array(values, np.int64))
 
     def node(self, operator: str, inputs: list[str], name: str, *, output: str | None = None, **attributes: Any) -> str:
-        """Add one node; its output is called as the node is, or `output`."""
+        """Add one node; its output has the node's name, or `output`."""
         from onnx import helper
 
         full = f"{self.name}/{name}"
@@ -69,12 +69,12 @@ def build(
     input: str = "pixels",
     outputs: tuple[str, ...] | None = None,
 ) -> ModelProto:
-    """The whole file but for its metadata.
+    """The whole ONNX model, without its metadata.
 
     backbone: `images` uint8 `[N, 3, crop, crop]` -> `features` float32 `[N, D]`; None for
     `input="features"`, the head alone. input: `pixels` (`uint8 [N, H, W, 3]` RGB of any size), `tensor`
-    (`uint8 [N, 3, crop, crop]`) or `features` (`float32 [N, D]`). outputs: some of `OUTPUTS`, which are put out in
-    that order; by default all that there can be. Raises `ExportError` for a combination that cannot be.
+    (`uint8 [N, 3, crop, crop]`) or `features` (`float32 [N, D]`). outputs: some of `OUTPUTS`, which are given in
+    that order; by default all that are possible. Raises `ExportError` for an impossible combination.
     """
     from onnx import TensorProto, helper
 
@@ -172,7 +172,7 @@ def _chosen(head: Head, input: str, outputs: tuple[str, ...] | None) -> tuple[st
     if not outputs or not set(outputs) <= set(OUTPUTS) or len(set(outputs)) < len(outputs):
         raise ExportError(f"outputs are one or more of {', '.join(OUTPUTS)}, each once; got {list(outputs)}")
     if "accepted" in missing.intersection(outputs):
-        raise ExportError("the head has no rejection threshold, so there is no `accepted` to put out")
+        raise ExportError("the head has no rejection threshold, so it cannot give `accepted`")
     if missing.intersection(outputs):
         raise ExportError("a head alone takes features in; choose its outputs from the others")
     return tuple(name for name in OUTPUTS if name in outputs)
@@ -255,7 +255,7 @@ def opened_up(model: ModelProto, *, pixels: bool = False) -> bytes:
 
 
 def load(path: Path, *, external: bool = False) -> ModelProto:
-    """Read an ONNX file that is whole in itself. Raises `ExportError` for anything else.
+    """Read an ONNX file that holds its own weights. Raises `ExportError` for anything else.
 
     Weights in other files are refused, since a crafted file could name any file of this machine; with
     `external` such a file is read without them.
@@ -268,9 +268,9 @@ def load(path: Path, *, external: bool = False) -> ModelProto:
     except OSError as error:
         raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
     except DecodeError as error:
-        raise ExportError(f"{path} is no ONNX file ({error})") from error
+        raise ExportError(f"{path} is not an ONNX file ({error})") from error
     if not model.graph.node and not model.graph.initializer:
-        raise ExportError(f"{path} is no ONNX file, or holds no graph")
+        raise ExportError(f"{path} is not an ONNX file, or holds no graph")
     outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if outside and not external:
         raise ExportError(

@@ -37,8 +37,8 @@ IMAGES = 2000
 """Images that are compared, at most."""
 # Through the file's own resize, whose pixels are up to 1 level from Pillow's. Features: see
 # `resized_difference`. Measured with SqueezeNet's real weights, the worst image of 397 photographs was 0.004
-# off, of 50 at a twelfth of their brightness 0.013, of 50 thumbnails of 64 x 48 pixels 0.011. Half of the
-# photographs or more were off by 0.15 without antialiasing, 0.11 with the other interpolation, 0.13 for one
+# off, the worst of 50 dark ones (a twelfth of the brightness) 0.013, of 50 thumbnails of 64 x 48 pixels 0.011. At
+# least half of the photographs were off by 0.15 without antialiasing, 0.11 with the other interpolation, 0.13 for one
 # pixel in the resize to 256, and 0.55 with red and blue exchanged.
 FEATURES = 3e-2
 PROBABILITIES = 5e-3
@@ -73,7 +73,7 @@ class Images:
 
     @property
     def known(self) -> bool:
-        """Whether right answers on them mean something: they are a split of the run's, or new to the head."""
+        """Whether an accuracy on them means something: they are a split of the run's, or new to the head."""
         return self.split is not None or self.unseen
 
     def right(self, class_names: Sequence[str], answers: np.ndarray) -> np.ndarray:
@@ -118,15 +118,15 @@ class Parity:
     """`file`: every image went through the file and through torch. `head`: the backbone was verified on the same
     images before; only the head was run, on the features found then."""
     accuracy: float | None
-    """Of the file; all of an image's labels must be right, where it may have several. None where the head may have
+    """The file's; where an image may have several labels, all must be right. None where the head may have
     learned from these images (`Images.known`)."""
     torch_accuracy: float | None
     equal_labels: int
     """Images for which the file's answer is the torch classifier's."""
     ties: list[str] = field(default_factory=list)
-    """Ids of images with another answer, which torch finds as good as equally probable."""
+    """Ids of images with another answer, where torch gives both answers nearly the same probability."""
     differing: list[str] = field(default_factory=list)
-    """Ids of images with another answer for no such reason."""
+    """Ids of all other images with another answer."""
     max_logit_difference: float = 0.0
     checks: list[Check] = field(default_factory=list)
 
@@ -202,7 +202,7 @@ def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
             image = preprocess.decode(data)
             return np.asarray(image), preprocess(image)
         except ImageError as error:
-            raise ExportError(f"{source.ids[i]}, which the file is to be compared on: {error}") from error
+            raise ExportError(f"{source.ids[i]}, an image to compare the file on: {error}") from error
 
     numbers = range(len(source))
     with closing(ahead(load, numbers, threads=threads, window=BATCH + threads, name="featx-parity")) as loaded:
@@ -305,8 +305,8 @@ def compare(
     probabilities = head.probabilities(logits)
     size = float((np.abs(rows.torch) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
 
-    # Features have a limit of their own; what a head with large weights makes of a difference within it is
-    # no fault of the file. A sigmoid or softmax is at most half as steep as its logits.
+    # Features have a limit of their own; if a head with large weights magnifies a difference within it, that is
+    # not the file's fault. A sigmoid or softmax is at most half as steep as its logits.
     exact = max(SAME_PROBABILITIES, _far(head.probabilities(own), probabilities) + SAME_SUM * size / 2)
 
     mine, theirs = head.answers(file["probabilities"]), head.answers(probabilities)
@@ -355,7 +355,7 @@ def _apart(head: Head, p: np.ndarray) -> float:
 def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:
     """The worst image's distance between its two rows, `[N, D]` each, relative to the length of its reference.
 
-    A row that is shorter than half of all are (an almost black image's, say) counts as long as the median one.
+    A reference shorter than the median one (an almost black image's, say) counts as long as that.
     """
     lengths = np.linalg.norm(reference, axis=1)
     scale = np.maximum(np.maximum(lengths, np.median(lengths)), np.finfo(np.float32).tiny)
@@ -365,7 +365,7 @@ def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:
 def _cached(images: Images, rows: Rows) -> Check:
     """The features that the head was fitted on, against torch's from Pillow's pixels, which an application has.
 
-    A GPU's pixels give others, by as much as the extraction allows: a cosine.
+    Features of GPU-decoded pixels differ by as much as the extraction allows, so their cosine is compared.
     """
     if images.spec.preprocess.pixels == GPU:
         return Check("cached features, 1 - cosine", 1 - float(cosines(images.cached, rows.torch).min()), 1 - CLOSE)

@@ -42,7 +42,7 @@ class Prediction:
     accepted: bool | None = None
     """False where the best probability is below the head's threshold; None where it has none."""
     features: np.ndarray | None = None
-    """`float32 [D]` where they were asked for."""
+    """`float32 [D]` if requested."""
     error: str | None = None
 
     @property
@@ -52,7 +52,7 @@ class Prediction:
 
     @property
     def probability(self) -> float | None:
-        """Of `label`, in [0, 1]."""
+        """The probability of `label`, in [0, 1]."""
         return self.top[0][1] if self.top else None
 
     def to_dict(self) -> dict[str, Any]:

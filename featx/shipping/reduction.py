@@ -106,7 +106,7 @@ def export_reduced(
     chosen = parity.gate_images(opened, images, split, data)
     if not chosen.known:
         raise ExportError(
-            f"what {precision} loses is counted in right answers on images that the head has not seen, and it may "
+            f"an {precision} file is judged by right answers on images that the head has not seen, and it may "
             f"have learned from these: the images or labels of {data or opened.config.data} are not those that "
             f"{opened.path} was fitted on; give --data FOLDER of others, or fit again"
         )
@@ -205,7 +205,7 @@ def allowed_loss(images: int, max_loss: float) -> int:
 
 
 def measure_speeds(sessions: list[Any], crop: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Images per second of each session, which run by turns, so that what else the machine does slows down all."""
+    """Images per second of each session, which take turns, so that other work on the machine slows down all."""
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 3, crop, crop), dtype=np.uint8)
     best = [float("inf")] * len(sessions)
     for _ in range(ROUNDS):

@@ -48,16 +48,16 @@ class _Listing:
             self.splits += [split] * len(found.images)
         self.stats.append(found.stats)
         self.ignored += [prefix + name for name in found.others]
-        del found.images[1:]  # only whether there are any is asked from now on
+        del found.images[1:]  # from now on it only matters whether there are any
 
 
 def open_folder(path: str) -> Source:
     """List the folder at `path`; its kind is found by looking.
 
     Images directly in it: a flat folder, without labels. Images below sub-folders that are all called
-    train, val, valid, test or alike: splits, each with class folders or flat. Any other sub-folders:
+    train, val, valid, test or the like: splits, each with class folders or flat. Any other sub-folders:
     classes; whatever lies deeper belongs to the class, as in torchvision's `ImageFolder`, and the
-    order is `ImageFolder`'s too. Raises `SourceError` where two of these would do, or none.
+    order is `ImageFolder`'s too. Raises `SourceError` where two of these fit, or none.
     """
     top = _scan(path)
     listing = _Listing(path)

@@ -28,8 +28,8 @@ def open_manifest(path: str) -> Source:
     """List the images that a manifest names, in its order.
 
     Columns: `path` (or `file_name`, or `image`), relative to the manifest's folder or absolute;
-    `label`, which may be empty; `split`, optional. A file that is not there is kept, noted, and
-    skipped when it is read. Raises `SourceError` for a manifest that is not as described, naming rows.
+    `label`, which may be empty; `split`, optional. A missing file is listed, noted, and
+    skipped when it is read. Raises `SourceError`, which names the row, for a manifest in another form.
     """
     root = os.path.dirname(path)
     shown = printable(path)
@@ -68,7 +68,7 @@ def open_manifest(path: str) -> Source:
         except OSError:
             stats.append(NO_STAT)
         except ValueError as error:
-            raise SourceError(f"{where}: {name!r} can be no path ({error})") from error
+            raise SourceError(f"{where}: {name!r} cannot be a path ({error})") from error
         if stats[-1] is NO_STAT:
             missing.append(f"{identity} (row {number})")
     notes = _remarks(path, ids, labels if multilabel else [], missing, repeated)
@@ -85,7 +85,7 @@ def open_manifest(path: str) -> Source:
 
 
 def _remarks(path: str, ids: list[str], several: list[str], missing: list[str], repeated: list[str]) -> list[str]:
-    """What is to be said of a manifest. Raises `SourceError` where none of its files is there."""
+    """Notes on a manifest, for the user. Raises `SourceError` where none of its files exists."""
     shown, root = printable(path), os.path.dirname(path)
     if not ids:
         raise SourceError(f"{shown} has no rows; give one row per image: path, label, and split if you like")
@@ -102,7 +102,7 @@ def _remarks(path: str, ids: list[str], several: list[str], missing: list[str], 
         notes.append(f"rows that repeat another count once: {some(repeated)}")
     if several:
         example = max(several, key=lambda text: text.count(SEPARATOR))
-        notes.append(f"images may have several labels each, parted by {SEPARATOR!r}, as in {example!r}")
+        notes.append(f"images may have several labels each, separated by {SEPARATOR!r}, as in {example!r}")
     return notes
 
 
@@ -149,12 +149,12 @@ def _split(value: Any, where: str) -> str:
         return ""
     text = str(value).strip().lower()
     if text and text not in SPLITS:
-        raise SourceError(f"{where}: the split {value!r} is none of {', '.join(SPLITS)}.{near(text, SPLITS)}")
+        raise SourceError(f"{where}: the split {value!r} is not one of {', '.join(SPLITS)}.{near(text, SPLITS)}")
     return SPLITS.get(text, "")
 
 
 def _columns(found: list[str], path: str) -> tuple[str, str, str | None]:
-    """The columns of path, label and split among those found, which may be written in any case."""
+    """The names of the path, label and split columns among those found; upper and lower case are the same."""
     by_name: dict[str, str] = {}
     for name in found:
         by_name.setdefault(str(name).strip().lower(), name)

@@ -1,4 +1,4 @@
-"""Finds what lists a data set: the folder, or the manifest by its suffix."""
+"""Opens a data set: a folder, or a manifest by its suffix."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from featx.text import near, printable
 
 
 def open_source(uri: str | Path | Source) -> Source:
-    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest; a `Source` is one already.
+    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest; a `Source` is returned.
 
     Folders: `root/class/**/*.jpg`, `root/{train,val,test}/class/**/*.jpg`, or images without labels
-    directly in `root`. docs/data.md shows each. Raises `SourceError` for what is none of these.
+    directly in `root`. docs/data.md shows each. Raises `SourceError` for anything else.
     """
     if isinstance(uri, Source):
         return uri

@@ -13,7 +13,7 @@ from featx.errors import ImageError
 if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
     import numpy as np
 
-# What is an image in a folder: the names that torchvision.datasets.ImageFolder takes, in any case.
+# The suffixes of images in a folder, in any case: those of torchvision.datasets.ImageFolder.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # more than any image within `preprocess.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
 MAX_BYTES = 2**31
@@ -35,7 +35,7 @@ NO_STAT = (-1, 0, 0, 0)
 class Source:
     """A data set as columns, not as an object per image: a million images must list fast.
 
-    Listing reads no image. One that has vanished or cannot be read since shows when it is read.
+    Listing reads no image, so an image that cannot be read is found only when `read` is called.
     """
 
     uri: str
@@ -43,7 +43,7 @@ class Source:
     root: Path
     """The folder that `ids` are relative to; a manifest's own folder."""
     ids: list[str]
-    """Paths under `root`, with `/`, unique. Bytes that are no UTF-8 are kept as lone surrogates: show
+    """Paths under `root`, with `/`, unique. Bytes that are not UTF-8 are kept as lone surrogates: show
     ids to people through `printable`. A manifest may name files elsewhere: `../x.jpg`, `/data/x.jpg`."""
     labels: list[str] | None = None
     """One per image, empty for an image without one; None where no image has one."""
@@ -62,8 +62,8 @@ class Source:
         return len(self.ids)
 
     def take(self, rows: np.ndarray) -> Source:
-        """The images with these numbers, `int [M]`, as a source of its own. A subclass with a column of its own
-        takes these rows of it, too.
+        """The images with these numbers, `int [M]`, as a source of its own. A subclass with further columns
+        overrides this to take their rows too.
         """
         return replace(
             self,
@@ -78,12 +78,12 @@ class Source:
         return self.root / self.ids[i]
 
     def read(self, i: int) -> bytes:
-        """The bytes of image `i`. Raises `ImageError`, which leaves naming the image to the caller."""
+        """The bytes of image `i`. Raises `ImageError`, whose text does not name the image."""
         return read_image(os.path.join(self.root, self.ids[i]))
 
 
 def read_image(path: str | Path) -> bytes:
-    """The bytes of an image file. Raises `ImageError`, which leaves naming the image to the caller."""
+    """The bytes of an image file. Raises `ImageError`, whose text does not name the image."""
     try:
         # looked at before it is opened: opening a pipe would wait for ever
         found = os.stat(path)

@@ -210,7 +210,7 @@ def test_control_characters_in_a_name_reach_the_terminal_as_escapes(
         (tiny / "cold" / name).write_bytes(data)
     words = run("extract", tiny).stderr
     assert "skipped: cold/title\\x1b]0;x\\x07.png: an empty file" in words
-    assert "ignored: cold/two\\x0alines.txt (no image)\n" in words
+    assert "ignored: cold/two\\x0alines.txt (not an image)\n" in words
     assert not set(words) & set("\x1b\x07")
     report = json.loads(run("extract", tiny, "--json").stdout)
     assert report["skipped_images"][0]["id"] == "cold/title\x1b]0;x\x07.png"

@@ -363,7 +363,7 @@ def test_out_of_memory_halves_what_is_passed_at_once_and_keeps_the_arithmetic(
     expected = logits_of(bench.tune("plain", select="last")[0], bench)
     tuned, _ = bench.tune("plain", None, room_for(3), select="last")
     assert tuned.history["micro_batch"] == 2
-    assert "going on from the last checkpoint with 4" in capsys.readouterr().err
+    assert "continuing from the last checkpoint with 4" in capsys.readouterr().err
     np.testing.assert_allclose(logits_of(tuned, bench), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(TrainingError, match="one image does not fit"):
         bench.tune("plain", None, room_for(0), select="last")

@@ -458,7 +458,11 @@ def test_nan_never_passes() -> None:
 def test_files_that_are_not_ours_or_not_whole_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     (tmp_path / "empty.onnx").write_bytes(b"")
-    for name, message in (("text.onnx", "no ONNX file"), ("empty.onnx", "no ONNX file"), ("absent.onnx", "No such")):
+    for name, message in (
+        ("text.onnx", "not an ONNX file"),
+        ("empty.onnx", "not an ONNX file"),
+        ("absent.onnx", "No such"),
+    ):
         with pytest.raises(ExportError, match=message):
             check(tmp_path / name, run)
     model = onnx.load(run / "model.onnx")

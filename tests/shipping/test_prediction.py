@@ -121,7 +121,7 @@ def test_one_bad_image_is_named_and_the_others_go_on(model: Path, tmp_path: Path
     thin = np.zeros((1, 100, 3), np.uint8)
     bad = {
         str(tmp_path / "empty.jpg"): "empty file",
-        str(tmp_path / "text.jpg"): "no image in a format",
+        str(tmp_path / "text.jpg"): "not an image in a format",
         str(tmp_path / "cut.png"): "cannot be decoded",
         str(tmp_path / "absent.jpg"): "the file is not there",
         str(tmp_path / "pipe.png"): "a pipe, socket or device, not a file",

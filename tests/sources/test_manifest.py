@@ -77,7 +77,7 @@ def test_splits_go_by_the_usual_names(root: Path, written: str, split: str | Non
 
 
 def test_an_unknown_split_is_an_error_that_names_row_and_choices(root: Path) -> None:
-    with pytest.raises(SourceError, match=r"row 3: the split 'trian' is none of train, .*Did you mean train"):
+    with pytest.raises(SourceError, match=r"row 3: the split 'trian' is not one of train, .*Did you mean train"):
         opened(root, "path,label,split\na.jpg,x,train\nb.jpg,x,trian\n")
 
 
@@ -178,7 +178,7 @@ def test_a_manifest_without_any_label_is_a_source_without_labels(root: Path) -> 
 def test_several_labels_are_joined_and_flagged(root: Path) -> None:
     source = opened(root, "path,label\na.jpg,cat|indoor\nb.jpg,cat\nsub/c.gif, dog | dog |\n")
     assert source.multilabel and source.labels == ["cat|indoor", "cat", "dog"]
-    assert source.notes == ["images may have several labels each, parted by '|', as in 'cat|indoor'"]
+    assert source.notes == ["images may have several labels each, separated by '|', as in 'cat|indoor'"]
     rows = [
         {"path": "a.jpg", "label": ["cat", "indoor", "cat"]},
         {"path": "b.jpg", "label": []},
@@ -230,9 +230,9 @@ def test_broken_tables_are_source_errors(root: Path) -> None:
 
 
 def test_a_path_that_no_system_takes_is_refused_with_its_row(root: Path) -> None:
-    with pytest.raises(SourceError, match=r"row 1: 'a\\x00b' can be no path"):
+    with pytest.raises(SourceError, match=r"row 1: 'a\\x00b' cannot be a path"):
         opened(root, jsonl({"path": "a\0b", "label": "x"}), "list.jsonl")
-    with pytest.raises(SourceError, match=r"row 1: .* can be no path"):
+    with pytest.raises(SourceError, match=r"row 1: .* cannot be a path"):
         opened(root, jsonl({"path": "\ud800.jpg", "label": "x"}), "list.jsonl")
 
 
