@@ -127,15 +127,15 @@ def load(folder: Path, photos: Path | None = None, weights: Path | None = None) 
     seconds = median(work, 7)
     seconds["h5py, chunked lzf, row by row, shuffled"] = median({"": per_row}, 3)[""] * len(rows) / len(some)
     rate = {name: rows.nbytes / 1e6 / value for name, value in seconds.items()}
-    real = {}
+    shares = {}
     if photos:
-        real["shards / lzf whole, real features"] = (
+        shares["shards / lzf whole, real features"] = (
             rate["featx, shards"] / rate["h5py, chunked lzf, whole, real features"]
         )
     return {
         "MB": rows.nbytes / 1e6,
         "MB/s": rate,
-        "ratios": real
+        "ratios": shares
         | {
             "shards / numpy.load (>= 0.5)": rate["featx, shards"] / rate["numpy.load"],
             "compact / numpy.load (>= 0.95)": rate["featx, after compact"] / rate["numpy.load"],
@@ -217,10 +217,11 @@ def warm(folder: Path, files: int = 100_000, images: int = 1000) -> dict[str, An
 
     def run(command: list[str]) -> dict[str, Any]:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return json.loads(done.stdout) if command is extract else {}
+        values: dict[str, Any] = json.loads(done.stdout) if command is extract else {}
+        return values
 
-    first = run(extract)
-    print(f"  first run: {json.dumps({k: first[k] for k in ('found', 'extracted', 'duplicate')})}")
+    report = run(extract)
+    print(f"  first run: {json.dumps({k: report[k] for k in ('found', 'extracted', 'duplicate')})}")
     time.sleep(2.5)
     run(extract)  # hashes the shard once more and believes it from then on
     assert run(extract)["extracted"] == 0

@@ -29,7 +29,8 @@ from featx.pixels.preprocess import CLOSE, Preprocess
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
 
 from extraction import machine  # noqa: E402
-from jpegs import asked, encoded, repeated  # noqa: E402
+from jpegs import asked as asked  # noqa: E402
+from jpegs import encoded, repeated  # noqa: E402
 
 warnings.filterwarnings("ignore")
 
@@ -134,7 +135,7 @@ def main() -> None:
         "squeezenet1_1": BackboneRequest("squeezenet1_1", weights=str(options.weights)),
         "resnet18": BackboneRequest("resnet18", weights="random"),
     }
-    networks = {name: load_backbone(request).module for name, request in requests.items()}
+    networks: dict[str, torch.nn.Module] = {name: load_backbone(request).module for name, request in requests.items()}
     rows = [row for way in ("bilinear", "bicubic") for row in compared(files, way, device, networks)]
     text = page(rows, rates(files, device), device)
     print(text)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,12 @@ def engines(name: str, run: Path, rounds: int) -> Iterator[dict[str, Any]]:
     for batch in BATCHES:
         pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, crop, crop), dtype=np.uint8)
         tensor = torch.from_numpy(pixels)
-        work: dict[str, Callable[[], object]] = {"torch eager": lambda tensor=tensor: eager(tensor)}
+        work: dict[str, Callable[[], object]] = {"torch eager": partial(eager, tensor)}
         for label, session in sessions.items():
-            work[label] = lambda session=session, pixels=pixels: session.run(None, {"images": pixels})
+            work[label] = partial(session.run, None, {"images": pixels})
         vino = compiled["LATENCY"]
         if vino is not None:
-            work["OpenVINO fp32"] = lambda vino=vino, pixels=pixels: vino({"images": pixels})
+            work["OpenVINO fp32"] = partial(vino, {"images": pixels})
         seconds = best(work, 1 if rounds < 2 else rounds * (4 if batch == 1 else 1))
         for label, value in seconds.items():
             yield {
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
-    photos = [Path(path) for path in prediction.expand(arguments.photos)]
+    photos = [Path(str(path)) for path in prediction.expand(arguments.photos)]
     results: dict[str, Any] = {"environment": environment(), "engines": [], "predict": [], "graft": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.networks:

@@ -240,7 +240,7 @@ def fast_decoding(photos: Path, cache: Path) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    names = {}
+    names: dict[str, str] = {}
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
 from featx.backbones.request import BackboneRequest
-from featx.extraction.pipeline import Extraction, sync
+from featx.extraction.pipeline import sync
+from featx.extraction.result import Extraction
 from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.tuning import finetune
 
@@ -100,7 +101,7 @@ def featx_epoch(extraction: Extraction, **settings: Any) -> float:
     config = FinetuneConfig(epochs=4, init="random", select="val", warmup=0.0, **settings)
     with tempfile.TemporaryDirectory() as folder:
         tuned = finetune(extraction, extraction.features(), None, config, Path(folder))
-    return statistics.median(row["seconds"] for row in tuned.history["epochs"][2:])
+    return statistics.median(float(row["seconds"]) for row in tuned.history["epochs"][2:])
 
 
 def main() -> None:

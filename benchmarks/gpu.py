@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ BATCH = 256
 def usual(paths: list[Path], name: str, device: str, workers: int) -> Run:
     """DataLoader, autocast to bf16, channels-last, torch.compile: what a careful user writes."""
     transform = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
-    network = trunk(name).to(device, memory_format=torch.channels_last)
+    network = trunk(name).to(device).to(memory_format=torch.channels_last)
     forward = torch.compile(lambda images: _forward(network, images, device), dynamic=False)
 
     def work() -> None:
@@ -51,12 +52,12 @@ def usual(paths: list[Path], name: str, device: str, workers: int) -> Run:
 
 def eager(pixels: np.ndarray, name: str, device: str) -> Run:
     """The network alone on pixels that are there: eager, autocast to bf16, channels-last."""
-    network = trunk(name).to(device, memory_format=torch.channels_last)
+    network = trunk(name).to(device).to(memory_format=torch.channels_last)
     images = torch.from_numpy(pixels).to(device)
 
     def work() -> None:
         with torch.inference_mode():
-            for part in images.split(BATCH):
+            for part in torch.split(images, BATCH):
                 rows = _forward(network, part, device)
             rows.float().cpu()
 
@@ -95,7 +96,8 @@ def _forward(network: torch.nn.Module, images: torch.Tensor, device: str) -> tor
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.autocast(device.partition(":")[0], torch.bfloat16):
         pixels = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        return network(pixels).flatten(1)
+        features: torch.Tensor = network(pixels)
+        return features.flatten(1)
 
 
 def compare(name: str, photos: Path, count: int, rounds: int, device: str, folder: Path) -> str:
@@ -107,8 +109,8 @@ def compare(name: str, photos: Path, count: int, rounds: int, device: str, folde
     precisions = ("bf16",) if device == "cpu" else ("bf16", "fp16", "fp32")
     ways = ("exact",) if device == "cpu" else ("exact", "gpu")
     makers: dict[str, Callable[[], Run]] = {
-        f"featx {p}, --decode {way}": lambda p=p, way=way: featx(
-            folder / "data", name, cache / p / way, device=device, precision=p, decode=way
+        f"featx {p}, --decode {way}": partial(
+            featx, folder / "data", name, cache / p / way, device=device, precision=p, decode=way
         )
         for p in precisions
         for way in ways
@@ -117,9 +119,7 @@ def compare(name: str, photos: Path, count: int, rounds: int, device: str, folde
         f"DataLoader({cores}) + AMP + compile": lambda: usual(paths, name, device, cores),
         "backbone alone, eager AMP channels-last": lambda: eager(many, name, device),
         **{
-            f"backbone alone, featx {p}": lambda p=p: model_alone(
-                many, name, cache / "alone", device=device, precision=p
-            )
+            f"backbone alone, featx {p}": partial(model_alone, many, name, cache / "alone", device=device, precision=p)
             for p in precisions
         },
         "decoding alone, all cores": lambda: decode_alone(paths),

@@ -78,7 +78,9 @@ def compare_paths(rows: int, size: int, classes: int, apart: float, every: int) 
     with single_thread():
         optimum = minimise(path.design, STRENGTHS[measured], none, start, tolerance=1e-9, most=100).loss
     Z = _training.check(X, y, names).standard().astype(np.float64)
-    cold, warm, gaps = [], [], []
+    cold: list[np.ndarray] = []
+    warm: list[np.ndarray] = []
+    gaps = []
     for i, best in zip(measured, optimum, strict=True):
         for times, before in ((cold, None), (warm, i - 1)):
             model = LogisticRegression(C=STRENGTHS[i], max_iter=10_000, warm_start=True)
@@ -129,9 +131,9 @@ def compare_ridge(rows: int, size: int, classes: int, apart: float) -> None:
             started = np.array([time.perf_counter(), time.process_time()])
             call()
             spent.append(np.array([time.perf_counter(), time.process_time()]) - started)
-        return np.min(spent, axis=0)
+        return np.asarray(np.min(spent, axis=0))
 
-    ours = best(lambda: ridge.fit(Examples(X, y), names, penalties=np.logspace(-6, 5, 45)))
+    ours = best(lambda: ridge.fit(Examples(X, y), names, penalties=np.logspace(-6, 5, 45).tolist()))
     print(f"\nRidge, N={rows:,} D={size} C={classes}, best of 4")
     print(
         f"  featx.fit, 45 penalties with leave-one-out, checked, standardised, calibrated  {ours[0]:.3f} s, "

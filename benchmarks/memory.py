@@ -27,8 +27,11 @@ class Colour:
     name = "colour"
     batch_size = 64
 
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(images.mean(axis=(2, 3), dtype=np.float32))
+
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        rows = images.mean(axis=(2, 3), dtype=np.float32)
+        rows = self(images)
         return lambda: rows
 
     def close(self) -> None:

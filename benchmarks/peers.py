@@ -44,7 +44,7 @@ class Files(Dataset):  # type: ignore[type-arg]
 
 def trunk(name: str) -> torch.nn.Module:
     """The torchvision network without its last layer, in eval mode."""
-    network = torchvision.models.get_model(name, weights=None).eval()
+    network: torch.nn.Module = torchvision.models.get_model(name, weights=None).eval()
     if hasattr(network, "fc"):
         network.fc = torch.nn.Identity()
     else:
@@ -89,7 +89,8 @@ def tuned(paths: list[Path], name: str) -> Run:
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         pixels = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        return network(pixels).flatten(1)
+        features: torch.Tensor = network(pixels)
+        return features.flatten(1)
 
     compiled = torch.compile(forward, dynamic=False)
 
@@ -104,9 +105,11 @@ def tuned(paths: list[Path], name: str) -> Run:
 def timm_loop(paths: list[Path], name: str) -> Run:
     """timm's own transform and network behind 4 workers."""
     import timm
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
 
     network = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
+    transform = create_transform(**resolve_data_config({}, model=network))  # type: ignore[no-untyped-call]
 
     def work() -> None:
         with torch.inference_mode():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def row(name: str, rounds: int, folder: Path) -> str:
         return np.concatenate([piece() for piece in pieces])
 
     apart = difference(through(engines[1]), through(engines[0]))
-    runs = [timed(lambda engine=engine: through(engine)) for engine in engines]
+    runs = [timed(partial(through, engine)) for engine in engines]
     seconds = [[run() for run in runs] for _ in range(rounds)]
     before, after = (len(images) / statistics.median(times) for times in zip(*seconds, strict=True))
     gain = statistics.median(a / b for a, b in seconds)

@@ -58,7 +58,7 @@ class RunConfig:
     """Augmented views of each training image that were learned from."""
     head: str
     settings: dict[str, Any]
-    """Of the head."""
+    """The head's settings."""
     finetune: dict[str, Any] | None = None
     """`FinetuneConfig.to_dict()`; None where the backbone is as it was."""
     seed: int = 0

@@ -80,9 +80,9 @@ class Point:
     high: float | None
     log_loss: float | None
     images_per_second: float
-    """Of the backbone alone."""
+    """The backbone alone."""
     megabytes: float
-    """Of the exported backbone and the head, 10**6 bytes."""
+    """The exported backbone and the head, 10**6 bytes."""
     parameters: int
     fit_seconds: float
     behind: Difference | None = None
@@ -380,7 +380,7 @@ def _speed(request: BackboneRequest, info: BackboneInfo, place: _Place) -> float
 
 
 def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Path) -> float:
-    """Of the exported backbone and the head, 10**6 bytes; where it cannot be exported, four bytes a parameter."""
+    """The exported backbone and the head, 10**6 bytes; where it cannot be exported, four bytes a parameter."""
     try:
         size = backbone_onnx(request, info, cache).stat().st_size
     except FeatxError:

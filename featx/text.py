@@ -57,6 +57,6 @@ def encodable(text: str) -> str:
 
 
 def to_json(values: Any) -> str:
-    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are no UTF-8
+    """JSON that any reader takes: names in their own letters, but bytes of a file's name that are not UTF-8
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
     return encodable(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,4 +1,4 @@
-"""The structure of the code, held to numbers: its size, its longest functions, what tests replace in it."""
+"""Limits on the structure of the code: its size, its longest functions, what tests replace in it."""
 
 from __future__ import annotations
 

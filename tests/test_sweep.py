@@ -158,7 +158,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(grid: dict[str, Any], tmp_
         sweep(**grid | {"views": []})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not overwrite")
-    with pytest.raises(RunError, match="no sweep"):
+    with pytest.raises(RunError, match="not a sweep"):
         sweep(**grid | {"output": tmp_path / "mine"})
     assert engine.images == 0 and not (tmp_path / "new").exists()
 

@@ -1,4 +1,4 @@
-"""int8 and fp16 files, which are refused where they are no faster than fp32 on this machine or lose answers."""
+"""int8 and fp16 files, refused if they are not faster than fp32 on this machine, or lose right answers."""
 
 from __future__ import annotations
 

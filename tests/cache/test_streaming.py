@@ -35,7 +35,7 @@ def test_stored_rows_are_those_of_the_store_whatever_slice_is_asked_for(tmp_path
 
 
 def test_threads_read_the_right_rows_while_the_cache_is_compacted(tmp_path: Path) -> None:
-    """Before a read was held to one listing, rows of another order came back, and nobody noticed."""
+    """A read keeps to one listing. When it did not, rows came back in another order, without an error."""
     keys, rows = table(1000, 16)
     fill(tmp_path, keys, rows, batch=50, shard_bytes=3200)
     stored = StoredRows(FeatureStore(tmp_path, SPEC), keys)

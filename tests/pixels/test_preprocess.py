@@ -287,7 +287,7 @@ def test_threads_that_decode_leave_pythons_warnings_as_they_were() -> None:
     assert warnings.filters == before
 
 
-# --- what is no image -----------------------------------------------------------------------------
+# --- files that are not images --------------------------------------------------------------------
 
 
 def png_file(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 2) -> bytes:

@@ -390,7 +390,7 @@ def test_the_features_of_one_image_do_not_set_the_scale_for_the_others() -> None
     for factor in (100, 0):  # a glaring image, and a black one
         torch[0], file[0] = torch[0] * factor, file[0] * factor
         assert parity.resized_difference(file, torch) == pytest.approx(1e-3, rel=1e-2)
-    file[0] += 0.5  # the black one as far from what it was as half of another's length is no error of rounding
+    file[0] += 0.5  # the black one as far from what it was as half of another's length is not a rounding error
     assert parity.resized_difference(file, torch) == pytest.approx(1 / 3, rel=0.05)
     file[0, 0] = np.nan
     assert np.isnan(parity.resized_difference(file, torch))

@@ -45,7 +45,7 @@ def picture(seed: int, width: int = 60, height: int = 45) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Seven PNG files of seven sizes in two folders with awkward names, and a file that is no image."""
+    """Seven PNG files of seven sizes in two folders with awkward names, and a file that is not an image."""
     root = tmp_path / "photos"
     for i in range(7):
         path = root / ("a b" if i % 2 else "ünï [1]") / f"{i}.png"
