@@ -33,7 +33,7 @@ from featx.runs import open_run
 from featx.shipping import graph, prediction, reduction
 from featx.shipping.deployed import Model, open_session
 from featx.shipping.exporting import export
-from featx.shipping.parity import gate_images
+from featx.shipping.gate import gate_images
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1")
 BATCHES = (1, 32)

@@ -33,6 +33,7 @@ from featx.cache.store import FeatureStore
 from featx.devices import single_thread
 from featx.features import FeatureSpec
 from featx.heads import logreg, ridge
+from featx.options import Options
 from featx.solvers import training as _training
 from featx.solvers.design import Design
 from featx.solvers.examples import Examples
@@ -213,11 +214,11 @@ def whole_fit(photos: FilePath, weights: FilePath) -> None:
     import featx
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"weights": str(weights), "cache": f"{folder}/cache", "output": f"{folder}/run"}
+        options: Options = {"weights": str(weights), "cache": f"{folder}/cache"}
         spent = []
         for _ in range(21):
             started = time.perf_counter()
-            run = featx.fit(photos, "squeezenet1_1", overwrite=True, **options)
+            run = featx.fit(photos, "squeezenet1_1", output=f"{folder}/run", overwrite=True, **options)
             spent.append(time.perf_counter() - started)
         accuracy = run.report["accuracy"]
     print(

@@ -160,6 +160,14 @@ def test_the_public_names_are_there() -> None:
         featx.extrct  # noqa: B018
 
 
+def test_type_checkers_see_the_public_names() -> None:
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    names = {
+        alias.asname: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert names == {name: getattr(featx, name).__module__ for name in featx.__all__}
+
+
 def test_modules_say_what_they_own() -> None:
     for name, path in modules().items():
         doc = ast.get_docstring(ast.parse(path.read_text()))

@@ -84,9 +84,9 @@ def say(text: str) -> None:
     click.echo(prose(text), err=True)
 
 
-def show(found: Any, text: str, as_json: bool) -> None:
-    """A result: its `to_dict` for programs, or `text` for people."""
-    emit(found.to_dict()) if as_json else say(text)
+def show(found: Any, as_json: bool) -> None:
+    """A result: its `to_dict` for programs, or its `text` for people."""
+    emit(found.to_dict()) if as_json else say(found.text())
 
 
 Command = Callable[..., Any]

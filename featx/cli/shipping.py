@@ -12,7 +12,7 @@ from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, opt
 from featx.text import encodable, printable, prose
 
 if TYPE_CHECKING:
-    from featx.shipping.parity import Parity
+    pass
 
 
 parity_options = options_of(
@@ -59,10 +59,10 @@ def export(run: str, outputs: str | None, precision: str, as_json: bool, **optio
         from featx.shipping.reduction import export_reduced
 
         reduced = export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options)
-        show(reduced, reduced.figures(), as_json)
+        show(reduced, as_json)
         return DONE
     parity = export(run, tolerance=tolerance, **options)
-    show(parity, parity_text(parity), as_json)
+    show(parity, as_json)
     if not as_json:
         click.echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE
@@ -79,24 +79,8 @@ def check(model: str, run: str, as_json: bool, **options: Any) -> int:
     from featx.shipping.exporting import check
 
     parity = check(model, run, **options)
-    show(parity, parity_text(parity), as_json)
+    show(parity, as_json)
     return DONE
-
-
-def parity_text(parity: Parity) -> str:
-    """What the gate found, for people."""
-    how = "the head alone, its backbone being verified" if parity.method == "head" else "from file to label"
-    lines = [f"compared with the torch classifier on {parity.images} images, {how}"]
-    if parity.accuracy is not None and parity.torch_accuracy is not None:
-        lines.append(f"accuracy of the file {parity.accuracy:.4f}, of the torch classifier {parity.torch_accuracy:.4f}")
-    else:
-        lines.append(
-            "no accuracy: the data have changed since the fit, and the head may have learned from these images"
-        )
-    lines.append(f"equal answers {parity.equal_labels} of {parity.images}")
-    width = max(len(check.name) for check in parity.checks)
-    lines += [f"  {check.name:<{width}}  {check.value:.2e}  (limit {check.limit:.0e})" for check in parity.checks]
-    return "\n".join(lines)
 
 
 @click.command()
@@ -152,11 +136,11 @@ def predict(model: str, images: tuple[str, ...], as_csv: bool, as_json: bool, **
 @json_option
 def inspect(file: str, as_json: bool) -> int:
     """Show what an ONNX FILE is: classes, input contract, metrics, parts; any other file's inputs and outputs."""
-    from featx.shipping import inspection
+    from featx.shipping.inspection import inspect
 
-    values = inspection.inspect(file)
+    found = inspect(file)
     if as_json:
-        emit(values)
+        emit(found.to_dict())
     else:
-        click.echo(prose(inspection.text(values)))
+        click.echo(prose(found.text()))
     return DONE

@@ -34,7 +34,7 @@ def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
         from featx.extraction.planning import plan
 
         planned = plan(data, **options)
-        base.show(planned, planned.text(), as_json)
+        base.show(planned, as_json)
         return DONE
     from featx.extraction.pipeline import sync
 
@@ -147,7 +147,7 @@ def summary(report: dict[str, Any]) -> str:
     from featx.measuring.views import Gain
 
     lines = [ExtractionReport(**report["extract"]).text()]
-    lines += [Report.from_dict(report).table()] if report["count"] else report["notes"]
+    lines += [Report.from_dict(report).text()] if report["count"] else report["notes"]
     notes = [*report["fit"].get("notes", []), *filter(None, [report.get("views_note")])]
     lines += [f"note: {note}" for note in notes]
     lines += [Gain.from_dict(report["views"]).text()] if "views" in report else []
@@ -189,7 +189,7 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
     from featx.measuring.evaluation import evaluate
 
     report = evaluate(run, data, **options)
-    base.show(report, report.table(), as_json)
+    base.show(report, as_json)
     return SKIPPED if report.skipped else DONE
 
 

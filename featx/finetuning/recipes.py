@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, Protocol, get_args, get_origin, get_type_hints
 
 from featx.errors import TrainingError
 from featx.finetuning.augment import Augmentation
 from featx.kinds import fits
 from featx.text import near
+
+P = ParamSpec("P")
 
 # Settings that differ from the defaults. `tutorial`: the schedule of the transfer-learning write-ups.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -26,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """How a network is trained further: all settings that decide the result, none that depends on the machine."""
 
@@ -169,14 +172,26 @@ class FinetuneConfig:
         return asdict(self) | {"freeze": list(self.freeze)}
 
 
-def configure(recipe: str | None = None, **chosen: Any) -> FinetuneConfig:
-    """A configuration from a recipe's name and what differs from it. Raises `TrainingError`."""
-    if recipe is not None and recipe not in RECIPES:
-        raise TrainingError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
+class Configure(Protocol[P]):
+    def __call__(self, recipe: str | None = None, /, *unnamed: P.args, **chosen: P.kwargs) -> FinetuneConfig: ...
 
-    known = [f.name for f in fields(FinetuneConfig)]
-    for name in chosen:
-        if name not in known:
-            raise TrainingError(f"unknown setting {name!r}; there are {', '.join(known)}.{near(name, known)}")
 
-    return FinetuneConfig(**{**(RECIPES[recipe] if recipe else {}), **chosen})
+def _from_recipes(make: Callable[P, FinetuneConfig]) -> Configure[P]:
+    """`make` with a recipe before its own settings, which mypy and editors know by their types."""
+
+    def configure(recipe: str | None = None, /, *unnamed: P.args, **chosen: P.kwargs) -> FinetuneConfig:
+        """A `FinetuneConfig` from a recipe's name and the settings that differ from it. Raises `TrainingError`."""
+        if recipe is not None and recipe not in RECIPES:
+            raise TrainingError(f"unknown recipe {recipe!r}; there is {', '.join(RECIPES)}.{near(recipe, RECIPES)}")
+
+        known = [f.name for f in fields(FinetuneConfig)]
+        for name in chosen:
+            if name not in known:
+                raise TrainingError(f"unknown setting {name!r}; there are {', '.join(known)}.{near(name, known)}")
+
+        return make(*unnamed, **{**(RECIPES[recipe] if recipe else {}), **chosen})
+
+    return configure
+
+
+configure = _from_recipes(FinetuneConfig)

@@ -27,9 +27,34 @@ OTHER = "other"
 MISTAKES = 20
 
 
+@dataclass(frozen=True)
+class ClassScores:
+    """How well one label is answered."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    """Images that have it."""
+    average_precision: float | None = None
+    """With several labels per image; None for a label without images."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer."""
+
+    id: str
+    label: str
+    answer: str
+    probability: float
+    """The answer's, in [0, 1]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What `evaluate_logits` measured. `to_dict` is what `report.json` holds, `table` what people read."""
+    """What `evaluate_logits` measured. `to_dict` is what `report.json` holds, `text` what people read."""
 
     labels: tuple[str, ...]
     count: int
@@ -40,15 +65,14 @@ class Report:
     `micro_f1`, `macro_f1`, `log_loss`."""
     calibration_error: float
     """Expected calibration error over 15 bins of the highest probability, in [0, 1]."""
-    per_class: list[dict[str, Any]]
-    """label, precision, recall, f1, support; with several labels per image also average_precision."""
+    per_class: list[ClassScores]
     confusion: np.ndarray | None
     """`int64 [L, L]`, true label by answer; one more column where answers outside the labels are possible
     (`other`). None with several labels per image."""
     reliability: list[dict[str, float]]
     """confidence, accuracy and count of each non-empty bin."""
-    mistakes: list[dict[str, Any]]
-    """The most confident wrong answers: id, label, answer, probability (0 to 1)."""
+    mistakes: list[Mistake]
+    """The most confident wrong answers."""
     rejection: dict[str, float] | None = None
     """At the head's threshold: coverage (share answered), accuracy of the answered, both in [0, 1]."""
     notes: list[str] = field(default_factory=list)
@@ -70,6 +94,9 @@ class Report:
         """JSON values; each score at the top level by name, its interval under `intervals`."""
         values = asdict(self)
         intervals, labels, table = (values.pop(name) for name in ("scores", "labels", "confusion"))
+        if table is not None:  # one label per image
+            for row in values["per_class"]:
+                del row["average_precision"]
         return {
             **{name: interval.pop("value") for name, interval in intervals.items()},
             "intervals": intervals,
@@ -84,11 +111,13 @@ class Report:
         """The report that `to_dict` gave these values of; other values, such as a run's, are left out."""
         kept = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         table = kept["confusion"]
+        kept["per_class"] = [ClassScores(**row) for row in kept["per_class"]]
+        kept["mistakes"] = [Mistake(**row) for row in kept["mistakes"]]
         kept["scores"] = {name: Estimate(values[name], **interval) for name, interval in values["intervals"].items()}
         kept["confusion"] = None if table is None else np.array(table, np.int64)
         return cls(**kept | {"labels": tuple(kept["labels"])})
 
-    def table(self, most: int = 30) -> str:
+    def text(self, most: int = 30) -> str:
         """Plain text: scores with intervals, then classes and confusion for up to `most` labels."""
         shown = {**self.scores, "calibration_error": f"{self.calibration_error:.4f}"}
         width, wide = max(map(len, shown)), max(5, *map(len, self.columns))
@@ -100,7 +129,7 @@ class Report:
 
         lines += ["", f"  {'label':<{wide}}  precision  recall  f1      images"]
         line = "  {label:<{wide}}  {precision:<9.4f}  {recall:<6.4f}  {f1:<6.4f}  {support}"
-        lines += [line.format(wide=wide, **row) for row in self.per_class[:most]]
+        lines += [line.format(wide=wide, **vars(row)) for row in self.per_class[:most]]
         if len(self.labels) > most:
             lines.append(f"  ... and {len(self.labels) - most} more labels in report.json")
         elif self.confusion is not None and len(self.columns) <= 12:
@@ -222,7 +251,7 @@ def _one_label(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple[str,
             "answered wrongly, and the log-loss leaves them out"
         )
     surest = _surest_wrong(right, confidence)
-    mistakes = [_mistake(ids[i], labels[y[i]], head.class_names[best[i]], confidence[i]) for i in surest]
+    mistakes = [Mistake(ids[i], labels[y[i]], head.class_names[best[i]], float(confidence[i])) for i in surest]
     outcomes = np.diagonal(table), table.sum(axis=0)[:size], table.sum(axis=1)
     report = _report(labels, scores, outcomes, confidence, right, mistakes, notes)
     confusion = table if (label_of == size).any() else table[:, :size]
@@ -260,11 +289,13 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
     for i, k in (divmod(i, size) for i in _surest_wrong(right, confidence)):
         yes, no = labels[k], f"not {labels[k]}"
         label, answer = (no, yes) if said[i, k] else (yes, no)
-        mistakes.append(_mistake(ids[i], label, answer, confidence[i, k]))
+        mistakes.append(Mistake(ids[i], label, answer, float(confidence[i, k])))
     report = _report(labels, scores, (hits[0], answered[0], support[0]), confidence, right, mistakes, notes)
-    for row, found in zip(report.per_class, precisions[0], strict=True):
-        row["average_precision"] = float(found) if row["support"] else None
-    return report
+    rows = [
+        replace(row, average_precision=float(found) if row.support else None)
+        for row, found in zip(report.per_class, precisions[0], strict=True)
+    ]
+    return replace(report, per_class=rows)
 
 
 def _surest_wrong(right: np.ndarray, confidence: np.ndarray) -> list[int]:
@@ -274,17 +305,13 @@ def _surest_wrong(right: np.ndarray, confidence: np.ndarray) -> list[int]:
     return [int(i) for i in wrong[order[:MISTAKES]]]
 
 
-def _mistake(id: str, label: str, answer: str, probability: float) -> dict[str, Any]:
-    return {"id": id, "label": label, "answer": answer, "probability": float(probability)}
-
-
 def _report(
     labels: tuple[str, ...],
     scores: dict[str, Estimate],
     outcomes: tuple[np.ndarray, ...],
     confidence: np.ndarray,
     right: np.ndarray,
-    mistakes: list[dict[str, Any]],
+    mistakes: list[Mistake],
     notes: list[str],
 ) -> Report:
     """outcomes: hits, answers and images of each label; confidence and right: `[N]`, or `[N, L]` for several labels."""
@@ -292,7 +319,7 @@ def _report(
     if not support.all():
         notes.append(f"no image of {_named(labels, support == 0)} is here: averages over classes leave them out")
     per_class = [
-        {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        ClassScores(name, float(p), float(r), float(f), int(n))
         for name, p, r, f, n in zip(labels, *metrics.precision_recall_f1(*outcomes), support, strict=True)
     ]
     return Report(

@@ -18,6 +18,7 @@ from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import card, graph, parity
 from featx.shipping.deployed import FORMAT, parse_metadata
+from featx.shipping.gate import IMAGES, gate_images
 from featx.shipping.parity import Parity
 from featx.sources.source import Source
 
@@ -35,7 +36,7 @@ def export(
     output: str | Path | None = None,
     input: str = "pixels",
     outputs: tuple[str, ...] | None = None,
-    images: int = parity.IMAGES,
+    images: int = IMAGES,
     split: Split = "val",
     data: str | Path | Source | None = None,
     tolerance: float = parity.PROBABILITIES,
@@ -62,7 +63,7 @@ def export(
     model = build(opened, input, outputs)
     parts = graph.part_digests(model.graph)
 
-    chosen = parity.gate_images(opened, images, split, data)
+    chosen = gate_images(opened, images, split, data)
     found = parity.verify(opened, model, chosen, tolerance=tolerance, parts=parts)
     if not found.passed:
         raise ParityError(
@@ -80,12 +81,7 @@ def export(
 
 
 def check(
-    model: str | Path,
-    run: str | Path | Run,
-    *,
-    images: int = parity.IMAGES,
-    split: Split = "val",
-    factory: str | None = None,
+    model: str | Path, run: str | Path | Run, *, images: int = IMAGES, split: Split = "val", factory: str | None = None
 ) -> Parity:
     """Check that a file is an unmodified export of a run, and still gives the same answers.
 
@@ -113,7 +109,7 @@ def check(
     if wrong := [what for what, found in differs.items() if found]:
         raise ParityError(f"{path}: {'; '.join(wrong)}; export it again")
 
-    found = parity.verify(opened, proto, parity.gate_images(opened, images, split))
+    found = parity.verify(opened, proto, gate_images(opened, images, split))
     if not found.passed:
         raise ParityError(f"{path} does not answer as the run's classifier does: {found.failures()}")
     return found

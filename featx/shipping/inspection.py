@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,74 @@ if TYPE_CHECKING:
     from onnx import ValueInfoProto
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """JSON values that describe an ONNX file; nothing in it is run, and no other file is opened.
+@dataclass(frozen=True)
+class Inspection:
+    """What an ONNX file is, whether featx wrote it or not."""
 
-    `featx` has the metadata of a file that featx exported (classes, preprocessing, contract, metrics,
-    ...), None for any other, whose own metadata is under `metadata`. `intact` says whether each part still has the
-    digest that was recorded at export. `inputs` and `outputs` map names to dtype and shape, where a
-    symbol or None stands for any size. Raises `ExportError` for anything but an ONNX file.
+    file: str
+    bytes: int
+    sha256: str
+    featx: dict[str, Any] | None
+    """The metadata of a file that featx exported (classes, preprocessing, contract, metrics, ...); None for others."""
+    inputs: dict[str, dict[str, Any]]
+    """Name -> `dtype` and `shape`, in which a symbol or None stands for any size."""
+    outputs: dict[str, dict[str, Any]]
+    opsets: dict[str, int]
+    ir_version: int
+    producer: str
+    nodes: int
+    operators: dict[str, int]
+    """How many nodes there are of each, the most frequent first."""
+    parameters: int
+    external_data: list[str]
+    """Other files that hold weights."""
+    metadata: dict[str, str]
+    """The metadata of a file that featx did not export."""
+    intact: dict[str, bool] | None
+    """Has each part still the digest that was recorded at export? None where featx did not export the file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return values if self.intact is not None else {name: values[name] for name in values if name != "intact"}
+
+    def text(self, most: int = 10) -> str:
+        """For people, with up to `most` classes and operators."""
+        lines = [f"{self.file}  {self.bytes:,} bytes, {self.parameters:,} parameters"]
+
+        def add(name: str, value: object) -> None:
+            lines.append(f"  {name:<14}{value}")
+
+        if self.featx is None:
+            add("exported by", f"{self.producer or 'an unknown program'}, not featx")
+        else:
+            ours, names = self.featx, self.featx["class_names"]
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            add("exported by", f"featx {ours.get('versions', {}).get('featx', '')}")
+            add("takes", ours.get("contract", ours["input"]))
+            add("classes", f"{len(names)}: {', '.join(names[:most])}{more}")
+            add("answer", f"{ours['activation']}, threshold {ours['threshold']}")
+            for name in ("backbone", "weights", "license", "head"):
+                if name in ours:
+                    add(name, ours[name])
+            for name in ("metrics", "parity"):
+                add(name, ", ".join(f"{k} {_short(v)}" for k, v in ours.get(name, {}).items()))
+            changed = [name for name, same in (self.intact or {}).items() if not same]
+            add("parts", f"CHANGED since export: {', '.join(changed)}" if changed else "as exported")
+        for way, values in (("input", self.inputs), ("output", self.outputs)):
+            for name, value in values.items():
+                add(way, f"{name}  {value['dtype']} {value['shape']}")
+        add("opset", ", ".join(f"{name} {version}" for name, version in self.opsets.items()))
+        add("operators", ", ".join(f"{name} {count}" for name, count in list(self.operators.items())[:most]))
+        if self.external_data:
+            add("weights in", ", ".join(self.external_data))
+        lines += [f"  {name:<14}{value[:200]}" for name, value in self.metadata.items()]
+        return "\n".join(lines)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Describe an ONNX file; nothing in it is run, and no other file is opened.
+
+    Raises `ExportError` for anything but an ONNX file.
     """
     path = Path(path)
     model = load(path, external=True)
@@ -30,64 +92,29 @@ def inspect(path: str | Path) -> dict[str, Any]:
     initializers = model.graph.initializer
     given = {t.name for t in initializers}  # old files list their weights among the inputs, too
     operators = sorted(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
-    ours = parse_metadata(raw, path) if "featx_format" in raw else None
-    data = path.read_bytes()
+    data, ours, intact = path.read_bytes(), None, None
+    if "featx_format" in raw:
+        ours, found = parse_metadata(raw, path), part_digests(model.graph)
+        recorded = ours.get("parts", {})
+        intact = {name: found[name] == recorded.get(name) for name in (*PARTS, "other")}
 
-    values: dict[str, Any] = {
-        "file": path.name,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "featx": ours,
-        "inputs": {v.name: _type(v) for v in model.graph.input if v.name not in given},
-        "outputs": {v.name: _type(v) for v in model.graph.output},
-        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-        "ir_version": model.ir_version,
-        "producer": f"{model.producer_name} {model.producer_version}".strip(),
-        "nodes": len(model.graph.node),
-        "operators": dict(Counter(operators).most_common()),
-        "parameters": sum(math.prod(t.dims) for t in initializers),
-        "external_data": sorted({e.value for t in initializers for e in t.external_data if e.key == "location"}),
-        "metadata": {} if ours is not None else raw,
-    }
-    if ours is not None:
-        found, recorded = part_digests(model.graph), ours.get("parts", {})
-        values["intact"] = {name: found[name] == recorded.get(name) for name in (*PARTS, "other")}
-    return values
-
-
-def text(values: dict[str, Any], most: int = 10) -> str:
-    """What `inspect` found, for people."""
-    ours = values["featx"]
-    lines = [f"{values['file']}  {values['bytes']:,} bytes, {values['parameters']:,} parameters"]
-
-    def add(name: str, value: object) -> None:
-        lines.append(f"  {name:<14}{value}")
-
-    if ours is None:
-        add("exported by", f"{values['producer'] or 'an unknown program'}, not featx")
-    else:
-        names = ours["class_names"]
-        more = f" and {len(names) - most} more" if len(names) > most else ""
-        add("exported by", f"featx {ours.get('versions', {}).get('featx', '')}")
-        add("takes", ours.get("contract", ours["input"]))
-        add("classes", f"{len(names)}: {', '.join(names[:most])}{more}")
-        add("answer", f"{ours['activation']}, threshold {ours['threshold']}")
-        for name in ("backbone", "weights", "license", "head"):
-            if name in ours:
-                add(name, ours[name])
-        for name in ("metrics", "parity"):
-            add(name, ", ".join(f"{k} {_short(v)}" for k, v in ours.get(name, {}).items()))
-        changed = [name for name, same in values["intact"].items() if not same]
-        add("parts", f"CHANGED since export: {', '.join(changed)}" if changed else "as exported")
-    for way in ("inputs", "outputs"):
-        for name, value in values[way].items():
-            add(way.removesuffix("s"), f"{name}  {value['dtype']} {value['shape']}")
-    add("opset", ", ".join(f"{name} {version}" for name, version in values["opsets"].items()))
-    add("operators", ", ".join(f"{name} {count}" for name, count in list(values["operators"].items())[:most]))
-    if values["external_data"]:
-        add("weights in", ", ".join(values["external_data"]))
-    lines += [f"  {name:<14}{value[:200]}" for name, value in values["metadata"].items()]
-    return "\n".join(lines)
+    return Inspection(
+        file=path.name,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        featx=ours,
+        inputs={v.name: _type(v) for v in model.graph.input if v.name not in given},
+        outputs={v.name: _type(v) for v in model.graph.output},
+        opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        ir_version=model.ir_version,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        nodes=len(model.graph.node),
+        operators=dict(Counter(operators).most_common()),
+        parameters=sum(math.prod(t.dims) for t in initializers),
+        external_data=sorted({e.value for t in initializers for e in t.external_data if e.key == "location"}),
+        metadata={} if ours is not None else raw,
+        intact=intact,
+    )
 
 
 def _short(value: object) -> str:

@@ -7,34 +7,25 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from featx.devices import available_threads, memory_for_features
-from featx.errors import ExportError, ImageError
-from featx.extraction.pipeline import sync
-from featx.features import FeatureSpec, content_key, cosines, difference, short_keys
+from featx.features import cosines, difference
 from featx.files import write_atomic
 from featx.head import MULTILABEL, Head
 from featx.pixels.preprocess import CLOSE, GPU
 from featx.runs import Run
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
-from featx.sources.source import Source
-from featx.threads import ahead
+from featx.shipping.gate import Images, batches
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-IMAGES = 2000
-"""Images that are compared, at most."""
 # Through the file's own resize, whose pixels are up to 1 level from Pillow's. Features: see
 # `resized_difference`. Measured with SqueezeNet's real weights, the worst image of 397 photographs was 0.004
 # off, the worst of 50 dark ones (a twelfth of the brightness) 0.013, of 50 thumbnails of 64 x 48 pixels 0.011. At
@@ -49,39 +40,9 @@ SAME_PROBABILITIES = 1e-5
 SAME_SUM = 1e-6
 # Cached features against torch's, by the precision they were computed in.
 CACHED = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
-BATCH = 32
 
 Outputs = dict[str, np.ndarray]
 """What a session gave, by the names of the values."""
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Labelled images that a file is compared with torch on: M distinct ones."""
-
-    source: Source
-    keys: np.ndarray
-    """`uint8 [M, 32]`, ascending."""
-    cached: np.ndarray
-    """`float32 [M, D]`: the features that the head was fitted and measured on."""
-    spec: FeatureSpec
-    """The spec of `cached`."""
-    split: str | None = None
-    """Which of the run's splits they are; None where the data have changed since the fit, and with them the splits."""
-    unseen: bool = False
-    """In that case, whether the head is known to have learned from none of them."""
-
-    @property
-    def known(self) -> bool:
-        """Whether an accuracy on them means something: they are a split of the run's, or new to the head."""
-        return self.split is not None or self.unseen
-
-    def right(self, class_names: Sequence[str], answers: np.ndarray) -> np.ndarray:
-        """`bool [M]`: whether answers, `bool [M, C]`, are exactly the labels of each image."""
-        labels, names = self.source.labels, np.array(class_names, object)
-        assert labels is not None
-        truth = [set(label.split("|")) - {""} if self.source.multilabel else {label} for label in labels]
-        return np.array([set(names[row]) == label for row, label in zip(answers, truth, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +104,18 @@ class Parity:
         checks = {c.name: {"value": c.value, "limit": c.limit} for c in self.checks}
         return {"passed": self.passed, **asdict(self), "checks": checks}
 
+    def text(self) -> str:
+        """For people."""
+        how = "the head alone, its backbone being verified" if self.method == "head" else "from file to label"
+        scores = "no accuracy: the data have changed since the fit, and the head may have learned from these images"
+        if self.accuracy is not None:
+            scores = f"accuracy of the file {self.accuracy:.4f}, of the torch classifier {self.torch_accuracy:.4f}"
+        lines = [f"compared with the torch classifier on {self.images} images, {how}", scores]
+        lines.append(f"equal answers {self.equal_labels} of {self.images}")
+        width = max(len(check.name) for check in self.checks)
+        lines += [f"  {check.name:<{width}}  {check.value:.2e}  (limit {check.limit:.0e})" for check in self.checks]
+        return "\n".join(lines)
+
     def failures(self) -> str:
         """What exceeds its limit and which answers differ, for a message."""
         text = "; ".join(f"{c.name} {c.value:.3g} (limit {c.limit:.3g})" for c in self.missed) + "."
@@ -150,64 +123,6 @@ class Parity:
             more = " ..." if len(self.differing) > 3 else ""
             text += f" Answers differ for {len(self.differing)}: {', '.join(self.differing[:3])}{more}."
         return text
-
-
-def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None = None) -> Images:
-    """Up to `limit` distinct images of a split, those with the smallest content hashes.
-
-    data: in place of the run's own. Raises `ExportError` where there are none, or the backbone has changed.
-    """
-    if limit < 1:
-        raise ExportError(f"the gate needs at least one image, not {limit}")
-    config, spec = run.config, run.config.spec
-    extraction = sync(data or config.data, run.request, cache=config.cache, precision=spec.precision, dtype=spec.dtype)
-    features = extraction.features(memory=memory_for_features())
-    if features.spec != spec:
-        raise ExportError(
-            f"{config.backbone.name} gives other features now than when {run.path} was fitted "
-            "(its weights or preprocessing changed); fit again"
-        )
-
-    rows = np.flatnonzero(features.splits == split)
-    if not len(rows):
-        there = ", ".join(f"{(features.splits == name).sum()} {name}" for name in ("train", "val", "test"))
-        raise ExportError(
-            f"the run has no {split} images to compare the file on ({there}); use --split train, or --data FOLDER "
-            "of other labelled images"
-        )
-    _, first = np.unique(features.keys[rows].view("V32").ravel(), return_index=True)
-    rows = rows[first[:limit]]
-    chosen = features.take(rows)
-
-    seen, changed = run.trained_on, features.digest != config.data_digest
-    return Images(
-        source=extraction.source.take(extraction.numbers[rows]),
-        keys=chosen.keys,
-        cached=np.asarray(chosen.X, np.float32),
-        spec=spec,
-        split=None if changed else split,
-        unseen=changed and seen is not None and not np.isin(short_keys(chosen.keys), seen).any(),
-    )
-
-
-def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Every image, in order: `uint8 [H, W, 3]` as decoded, and `uint8 [3, crop, crop]` as trained on."""
-    source, preprocess, threads = images.source, images.spec.preprocess, available_threads()
-
-    def load(i: int) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            data = source.read(i)
-            if content_key(data) != images.keys[i].tobytes():
-                raise ImageError("it has changed since it was listed")
-            image = preprocess.decode(data)
-            return np.asarray(image), preprocess(image)
-        except ImageError as error:
-            raise ExportError(f"{source.ids[i]}, an image to compare the file on: {error}") from error
-
-    numbers = range(len(source))
-    with closing(ahead(load, numbers, threads=threads, window=BATCH + threads, name="featx-parity")) as loaded:
-        while batch := list(islice(loaded, BATCH)):
-            yield batch
 
 
 def verify(

@@ -78,21 +78,20 @@ def predict(
     batch_size: int = 32,
     workers: int | None = None,
     features: bool = False,
-    **options: Any,
 ) -> Iterator[Prediction]:
     """One `Prediction` per image, in order, as soon as its batch is done.
 
     images: a file, a folder (with the folders in it), a glob (`photos/**/*.jpg`), an image file's bytes,
     `uint8 [H, W, 3]` RGB, or an iterable of these, which is read as it is needed: memory does not grow
     with it. workers: decoding threads, by default one per core; they decode the next images while
-    onnxruntime computes. options: as for `Model`, where `model` is a path.
+    onnxruntime computes. model: a path, or a `Model` with threads, providers or a head of your choice.
 
     An image that cannot be used gives a prediction with an `error`, and the others go on. Raises
     `ExportError` for a file that featx did not export, `SourceError` for a folder without images.
     """
     if batch_size < 1 or top_k < 1:
         raise ExportError(f"batch_size and top_k start at 1; got {batch_size} and {top_k}")
-    opened = model if isinstance(model, Model) else Model(model, **options)
+    opened = model if isinstance(model, Model) else Model(model)
     if features:
         opened.require_features()
     return _predict(opened, images, top_k, batch_size, workers or available_threads(), features)

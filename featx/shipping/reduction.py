@@ -19,10 +19,10 @@ from featx.errors import ExportError
 from featx.head import Head
 from featx.options import Split
 from featx.runs import Run, open_run
-from featx.shipping import graph, parity
+from featx.shipping import graph
 from featx.shipping.deployed import open_session
 from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put
-from featx.shipping.parity import Images
+from featx.shipping.gate import BATCH, IMAGES, Images, batches, gate_images
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -32,7 +32,6 @@ CALIBRATION = 128
 """Training images that int8 ranges are taken from."""
 ALLOWED_IMAGES = 2
 """Right answers that a file may lose on any number of images: chance alone moves one or two."""
-BATCH = 32
 ROUNDS = 5
 
 
@@ -66,7 +65,7 @@ class Reduction:
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, "speedup": self.speedup, **asdict(self)}
 
-    def figures(self) -> str:
+    def text(self) -> str:
         """The measurement in a sentence."""
         return (
             f"{self.precision} runs {self.images_per_second:.1f} images/s, fp32 {self.fp32_images_per_second:.1f} "
@@ -82,7 +81,7 @@ def export_reduced(
     output: str | Path | None = None,
     input: str = "pixels",
     outputs: tuple[str, ...] | None = None,
-    images: int = parity.IMAGES,
+    images: int = IMAGES,
     split: Split = "val",
     data: str | Path | None = None,
     max_loss: float = 0.5,
@@ -103,7 +102,7 @@ def export_reduced(
     if input == "features":
         raise ExportError("a head alone stays in float: there is no backbone to make smaller")
     path = free_path(opened, output, DEFAULT[input].replace(".onnx", f"-{precision}.onnx"))
-    chosen = parity.gate_images(opened, images, split, data)
+    chosen = gate_images(opened, images, split, data)
     if not chosen.known:
         raise ExportError(
             f"an {precision} file is judged by right answers on images that the head has not seen, and it may "
@@ -113,7 +112,7 @@ def export_reduced(
 
     head, source = opened.head, backbone_path(opened)
     if precision == "int8":
-        small = quantized(source, parity.gate_images(opened, CALIBRATION, "train", data))
+        small = quantized(source, gate_images(opened, CALIBRATION, "train", data))
     else:
         small = halved(graph.load(source))
     model, fp32 = (
@@ -138,7 +137,7 @@ def quantized(backbone: Path, images: Images) -> ModelProto:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    inputs = ({"images": np.stack([crop for _, crop in batch])} for batch in parity.batches(images))
+    inputs = ({"images": np.stack([crop for _, crop in batch])} for batch in batches(images))
     reader = SimpleNamespace(get_next=lambda: next(inputs, None))
     with tempfile.TemporaryDirectory(prefix="featx-int8-") as folder:
         prepared, result = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
@@ -171,7 +170,7 @@ def measure(
     resizes = graph.resizes(model)
     files = [open_session(graph.opened_up(m, pixels=not resizes), providers=providers) for m in (model, fp32)]
     found: list[list[np.ndarray]] = [[], []]
-    for batch in parity.batches(images):
+    for batch in batches(images):
         for file, rows in zip(files, found, strict=True):
             for image, crop in batch:
                 feed = {"images": image[None]} if resizes else {graph.PIXELS: crop[None]}
@@ -223,4 +222,4 @@ def require(found: Reduction) -> None:
         "loses too many answers (--max-loss allows more)": found.lost > found.allowed,
     }
     if why := [fault for fault, there in faults.items() if there]:
-        raise ExportError(f"{found.precision} {' and '.join(why)}: {found.figures()}. Nothing was written; use fp32")
+        raise ExportError(f"{found.precision} {' and '.join(why)}: {found.text()}. Nothing was written; use fp32")

@@ -45,7 +45,7 @@ def test_every_metric_is_scikit_learns() -> None:
     assert (report.confusion == reference.confusion_matrix(y, answers)).all()
     for column, name in enumerate(("precision", "recall", "f1", "support")):
         want = reference.precision_recall_fscore_support(y, answers)[column]
-        assert [row[name] for row in report.per_class] == pytest.approx(want.tolist())
+        assert [getattr(row, name) for row in report.per_class] == pytest.approx(want.tolist())
     assert report.to_dict()["accuracy"] == expected["accuracy"] == report.accuracy
 
 
@@ -101,8 +101,8 @@ def test_answers_outside_the_labels_are_wrong_and_shown_as_other() -> None:
     assert report.columns == ("ant", "bee", "other")
     assert report.confusion is not None and report.confusion.tolist() == [[1, 0, 1], [1, 1, 0]]
     assert report.accuracy == 0.5
-    assert {(m["id"], m["label"], m["answer"]) for m in report.mistakes} == {("b", "ant", "x"), ("d", "bee", "ant")}
-    assert "other" in report.table()
+    assert {(m.id, m.label, m.answer) for m in report.mistakes} == {("b", "ant", "x"), ("d", "bee", "ant")}
+    assert "other" in report.text()
 
 
 def test_a_label_the_head_never_learned_is_wrong_and_said() -> None:
@@ -127,7 +127,7 @@ def test_a_class_without_images_is_left_out_of_averages_and_said() -> None:
         reference.f1_score(y, answers, labels=[0, 1], average="macro")
     )
     assert any("no image of 'c2'" in note for note in report.notes)
-    assert report.per_class[2]["support"] == 0
+    assert report.per_class[2].support == 0
 
 
 def test_mistakes_are_the_surest_wrong_answers_first() -> None:
@@ -138,8 +138,8 @@ def test_mistakes_are_the_surest_wrong_answers_first() -> None:
     wrong = np.flatnonzero(p.argmax(axis=1) != y)
     expected = wrong[np.argsort(-p[wrong].max(axis=1))][:20]
     assert len(expected) == 20
-    assert [m["id"] for m in report.mistakes] == [ids[i] for i in expected]
-    assert report.mistakes[0]["probability"] == pytest.approx(p[expected[0]].max())
+    assert [m.id for m in report.mistakes] == [ids[i] for i in expected]
+    assert report.mistakes[0].probability == pytest.approx(p[expected[0]].max())
 
 
 def test_the_threshold_reports_coverage_and_accuracy() -> None:
@@ -173,7 +173,7 @@ def test_metrics_for_several_labels_are_scikit_learns() -> None:
     }
     assert {k: s.value for k, s in report.scores.items()} == pytest.approx(expected, abs=1e-9)
     assert all(s.low <= s.value <= s.high for s in report.scores.values())
-    assert [row["average_precision"] for row in report.per_class] == pytest.approx(
+    assert [row.average_precision for row in report.per_class] == pytest.approx(
         [reference.average_precision_score(y[:, i], logits[:, i]) for i in range(4)]
     )
     assert report.confusion is None and json.dumps(report.to_dict())
@@ -207,4 +207,4 @@ def test_a_report_of_many_labels_stays_short() -> None:
     logits, y, names = noisy(60, rows=600)
     report = evaluate_logits(logits, y, passing(names), names)
     assert isinstance(report, Report)
-    assert "and 30 more labels" in report.table() and len(report.table().splitlines()) < 60
+    assert "and 30 more labels" in report.text() and len(report.text().splitlines()) < 60

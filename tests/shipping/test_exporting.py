@@ -29,9 +29,10 @@ from featx.features import FeatureSpec
 from featx.head import Head
 from featx.runs import open_run
 from featx.shipping import graph, parity
+from featx.shipping.deployed import Model
 from featx.shipping.exporting import check, export
+from featx.shipping.gate import Images, gate_images
 from featx.shipping.inspection import inspect
-from featx.shipping.parity import gate_images
 from featx.shipping.prediction import predict
 from featx.shipping.reduction import export_reduced
 from featx.sources.source import Source
@@ -87,9 +88,9 @@ def test_differences_are_within_the_limits_that_were_set(record: dict[str, Any])
 def test_what_was_compared_is_in_parity_json_and_in_the_file(photo_run: Path, record: dict[str, Any]) -> None:
     described = inspect(photo_run / "model.onnx")
     assert record["passed"] is True and record["split"] == "val"
-    assert described["sha256"] == record["sha256"]
-    assert described["bytes"] == record["bytes"] == (photo_run / "model.onnx").stat().st_size
-    ours = described["featx"]
+    assert described.sha256 == record["sha256"]
+    assert described.bytes == record["bytes"] == (photo_run / "model.onnx").stat().st_size
+    ours = described.featx
     assert ours["class_names"] == ["ants", "bees"]
     assert ours["parity"]["equal_labels"] == 153
     assert ours["parity"]["probabilities"] == record["checks"]["probabilities"]["value"]
@@ -99,10 +100,10 @@ def test_what_was_compared_is_in_parity_json_and_in_the_file(photo_run: Path, re
     assert ours["weights_digest"] == config["backbone"]["weights_digest"]
     assert ours["preprocess"]["resize"] == 256
     assert "256 pixels" in ours["contract"] and "224 x 224" in ours["contract"]
-    assert set(described["intact"].values()) == {True}
-    assert described["inputs"] == {"images": {"dtype": "uint8", "shape": ["N", "H", "W", 3]}}
-    assert described["outputs"]["probabilities"] == {"dtype": "float32", "shape": ["N", 2]}
-    assert described["opsets"] == {"ai.onnx": 18}
+    assert set(described.intact.values()) == {True}
+    assert described.inputs == {"images": {"dtype": "uint8", "shape": ["N", "H", "W", 3]}}
+    assert described.outputs["probabilities"] == {"dtype": "float32", "shape": ["N", 2]}
+    assert described.opsets == {"ai.onnx": 18}
 
 
 def test_the_file_names_no_place_on_this_machine(photo_run: Path, photos: Path) -> None:
@@ -246,14 +247,14 @@ def test_choices_of_input_and_outputs(run: Path, photos: Path) -> None:
     found = export(run, input="tensor", outputs=("probabilities",), images=24)
     assert "probabilities" not in {check.name for check in found.checks}  # there is no resize in the file
     described = inspect(run / "model-tensor.onnx")
-    assert described["inputs"] == {"images": {"dtype": "uint8", "shape": ["N", 3, 224, 224]}}
-    assert list(described["outputs"]) == ["probabilities"]
+    assert described.inputs == {"images": {"dtype": "uint8", "shape": ["N", 3, 224, 224]}}
+    assert list(described.outputs) == ["probabilities"]
     np.testing.assert_allclose([p.probabilities for p in predict(run / "model-tensor.onnx", files)], whole, atol=5e-3)
 
     alone = export(run, input="features")
     assert alone.method == "head" and alone.images == 153 and (run / "head.onnx").stat().st_size < 30_000
     export(run, outputs=("features",), output=run / "features model é.onnx", images=24)
-    swapped = predict(run / "features model é.onnx", files, head=run / "head.onnx")
+    swapped = predict(Model(run / "features model é.onnx", head=run / "head.onnx"), files)
     np.testing.assert_allclose([p.probabilities for p in swapped], whole, atol=1e-6)
     with pytest.raises(ExportError, match="no rejection threshold"):
         export(run, outputs=("accepted",))
@@ -356,7 +357,7 @@ def test_images_that_are_new_to_the_head_have_an_accuracy_but_are_not_called_a_s
 
 
 def inspected(run: Path) -> dict[str, Any]:
-    values: dict[str, Any] = inspect(run / "model.onnx")["featx"]
+    values: dict[str, Any] = inspect(run / "model.onnx").featx
     return values
 
 
@@ -396,10 +397,10 @@ def test_the_features_of_one_image_do_not_set_the_scale_for_the_others() -> None
     assert np.isnan(parity.resized_difference(file, torch))
 
 
-def some_images(X: np.ndarray, labels: dict[str, str]) -> parity.Images:
+def some_images(X: np.ndarray, labels: dict[str, str]) -> Images:
     """Images that are not read: ids and labels, and the features `X` that are cached for them."""
     source = Source("", Path(), list(labels), list(labels.values()), multilabel="|" in "".join(labels.values()))
-    return parity.Images(source, np.zeros((len(X), 32), np.uint8), X, FeatureSpec("b", "00"), split="val")
+    return Images(source, np.zeros((len(X), 32), np.uint8), X, FeatureSpec("b", "00"), split="val")
 
 
 def test_ties_are_told_from_mistakes() -> None:
@@ -473,7 +474,7 @@ def test_files_that_are_not_ours_or_not_whole_are_refused(run: Path, tmp_path: P
     onnx.save_model(model, tmp_path / "parts.onnx", save_as_external_data=True, location="weights.bin")
     with pytest.raises(ExportError, match=r"weights in other files"):
         check(tmp_path / "parts.onnx", run)
-    assert inspect(tmp_path / "parts.onnx")["external_data"] == ["weights.bin"]
+    assert inspect(tmp_path / "parts.onnx").external_data == ["weights.bin"]
 
 
 @pytest.mark.parametrize("name", THIRTEEN)

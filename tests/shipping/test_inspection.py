@@ -14,7 +14,7 @@ from onnx_files import WIDTH, average_backbone, exported_file, some_head
 
 from featx.errors import ExportError
 from featx.shipping.graph import part_digests
-from featx.shipping.inspection import inspect, text
+from featx.shipping.inspection import inspect
 
 
 def test_our_file_says_what_it_is(tmp_path: Path) -> None:
@@ -22,14 +22,15 @@ def test_our_file_says_what_it_is(tmp_path: Path) -> None:
     parts = part_digests(onnx.load(path).graph)
     exported_file(path, some_head(classes=12), outputs=("probabilities", "logits"), parts=parts)
     values = inspect(path)
-    assert json.loads(json.dumps(values)) == values
-    assert values["featx"]["class_names"] == [f"class {i}" for i in range(12)]
-    assert values["bytes"] == path.stat().st_size and values["metadata"] == {}
-    assert values["inputs"] == {"images": {"dtype": "uint8", "shape": ["N", "H", "W", 3]}}
-    assert values["outputs"]["logits"] == {"dtype": "float32", "shape": ["N", 12]}
-    assert values["parameters"] >= 48 * WIDTH + 12 * WIDTH + 12
-    assert values["operators"]["Resize"] == 1 and set(values["intact"].values()) == {True}
-    shown = text(values)
+    described = values.to_dict()
+    assert json.loads(json.dumps(described)) == described and described["intact"] == values.intact
+    assert (values.featx or {})["class_names"] == [f"class {i}" for i in range(12)]
+    assert values.bytes == path.stat().st_size and values.metadata == {}
+    assert values.inputs == {"images": {"dtype": "uint8", "shape": ["N", "H", "W", 3]}}
+    assert values.outputs["logits"] == {"dtype": "float32", "shape": ["N", 12]}
+    assert values.parameters >= 48 * WIDTH + 12 * WIDTH + 12
+    assert values.operators["Resize"] == 1 and set((values.intact or {}).values()) == {True}
+    shown = values.text()
     assert "12: class 0, class 1" in shown and "and 2 more" in shown and "as exported" in shown
 
 
@@ -41,8 +42,8 @@ def test_a_part_that_changed_since_is_named(tmp_path: Path) -> None:
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 1, bias.name))
     path.write_bytes(model.SerializeToString())
     values = inspect(path)
-    assert values["intact"] == {"preprocess": True, "backbone": True, "head": False, "other": True}
-    assert "CHANGED since export: head" in text(values)
+    assert values.intact == {"preprocess": True, "backbone": True, "head": False, "other": True}
+    assert "CHANGED since export: head" in values.text()
 
 
 def test_anothers_file_is_described_too(tmp_path: Path) -> None:
@@ -52,9 +53,9 @@ def test_anothers_file_is_described_too(tmp_path: Path) -> None:
     model.graph.input.append(helper.make_tensor_value_info("mix", TensorProto.FLOAT, [48, WIDTH]))  # as old files do
     (tmp_path / "other.onnx").write_bytes(model.SerializeToString())
     values = inspect(tmp_path / "other.onnx")
-    assert values["featx"] is None and "intact" not in values
-    assert list(values["inputs"]) == ["images"] and values["metadata"] == {"author": "someone"}
-    assert "another, not featx" in text(values) and "someone" in text(values)
+    assert values.featx is None and "intact" not in values.to_dict()
+    assert list(values.inputs) == ["images"] and values.metadata == {"author": "someone"}
+    assert "another, not featx" in values.text() and "someone" in values.text()
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x07" * 40])

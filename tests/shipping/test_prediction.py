@@ -258,16 +258,16 @@ def test_a_head_alone_is_applied_to_the_features_of_another_file(tmp_path: Path,
     assert head.stat().st_size < 5000
     arrays = [picture(i) for i in range(3)]
     whole = [p.probabilities for p in predict(model, arrays)]
-    np.testing.assert_allclose([p.probabilities for p in predict(features, arrays, head=head)], whole, atol=1e-6)
+    np.testing.assert_allclose([p.probabilities for p in predict(Model(features, head=head), arrays)], whole, atol=1e-6)
     with pytest.raises(ExportError, match="give a head for its features"):
         predict(features, arrays)
     with pytest.raises(ExportError, match="is a head alone"):
         predict(head, arrays)
     other = exported_file(tmp_path / "other.onnx", input="features", spec_digest="ff")
     with pytest.raises(ExportError, match="other features"):
-        predict(features, arrays, head=other)
+        predict(Model(features, head=other), arrays)
     with pytest.raises(ExportError, match="takes pixels; a head takes features"):
-        predict(features, arrays, head=model)
+        predict(Model(features, head=model), arrays)
 
 
 def test_features_come_along_when_asked_for(model: Path) -> None:
@@ -326,8 +326,8 @@ def test_weights_in_files_elsewhere_are_not_read(tmp_path: Path, model: Path, wh
 
 def test_an_unknown_provider_is_an_error_that_lists_the_others(model: Path) -> None:
     with pytest.raises(ExportError, match=r"'cdua'.*there are .*cpu"):
-        predict(model, [], providers=["cdua"])
-    assert list(predict(model, [], providers=["CPUExecutionProvider"])) == []
+        Model(model, providers=["cdua"])
+    assert list(predict(Model(model, providers=["CPUExecutionProvider"]), [])) == []
 
 
 def test_lines_can_be_read_back(model: Path, folder: Path) -> None:

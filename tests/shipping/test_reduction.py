@@ -43,12 +43,12 @@ def test_int8_keeps_the_answers_in_a_third_of_the_size(run: Path, photos: Path) 
     assert file.stat().st_size < (run / "model.onnx").stat().st_size / 3
     onnx.checker.check_model(str(file), full_check=True)
     described = inspect(file)
-    assert described["featx"]["precision"] == "int8" and described["featx"]["parity"]["speedup"] == found.speedup
-    assert described["operators"]["QuantizeLinear"] > 25
+    assert described.featx["precision"] == "int8" and described.featx["parity"]["speedup"] == found.speedup
+    assert described.operators["QuantizeLinear"] > 25
     digests = [graph.part_digests(onnx.load(run / name).graph) for name in ("model.onnx", "model-int8.onnx")]
     assert {part for part in digests[0] if digests[0][part] != digests[1][part]} == {"backbone"}  # the head is float
     record = json.loads((run / "model-int8.parity.json").read_text())
-    assert record["passed"] and record["lost"] == found.lost and record["sha256"] == described["sha256"]
+    assert record["passed"] and record["lost"] == found.lost and record["sha256"] == described.sha256
     files = sorted((photos / "val" / "bees").glob("*.jpg"))[:12]
     labels = [[p.label for p in predict(run / name, files)] for name in ("model.onnx", "model-int8.onnx")]
     assert np.mean([a == b for a, b in zip(*labels, strict=True)]) >= 10 / 12  # 10 on a CPU without VNNI
@@ -59,8 +59,8 @@ def test_int8_keeps_the_answers_in_a_third_of_the_size(run: Path, photos: Path) 
 def test_fp16_keeps_float_at_both_ends(run: Path) -> None:
     found = export_reduced(run, "fp16", images=12, outputs=("probabilities", "features"), clock=clock(250, 100))
     described = inspect(run / "model-fp16.onnx")
-    assert {value["dtype"] for value in described["outputs"].values()} == {"float32"}
-    assert described["bytes"] < (run / "model.onnx").stat().st_size * 0.55
+    assert {value["dtype"] for value in described.outputs.values()} == {"float32"}
+    assert described.bytes < (run / "model.onnx").stat().st_size * 0.55
     assert found.equal_labels == 12 and found.max_probability_difference < 1e-2
 
 
