@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from featx import heads
+from featx import learning
 from featx.cli import cli
 from featx.cli.base import SHOWN
 
@@ -26,9 +26,9 @@ def settings() -> str:
     """What `--set` takes, head by head, with the defaults."""
     rows = ["## Settings of the heads", "", "`--set NAME=VALUE`, repeatable; each is explained in the docstring of"]
     rows += ["`featx.heads.<head>.fit`.", "", "| head | settings and defaults |", "|---|---|"]
-    for name in heads.names():
+    for name in learning.names():
         shown = []
-        for key, parameter in heads.settings_of(name).items():
+        for key, parameter in learning.settings_of(name).items():
             default = parameter.default
             some = f"{len(default)} values" if isinstance(default, tuple) and len(default) > 4 else repr(default)
             shown.append(f"`{key}` ({some})")

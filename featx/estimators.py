@@ -14,7 +14,7 @@ from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from featx import heads
+from featx import learning
 from featx.errors import HeadError, ImageError, SourceError
 from featx.extraction.pipeline import sync
 from featx.pixels.preprocess import decode
@@ -128,8 +128,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise HeadError(f"classifier cannot be fitted: y holds one class, {self.classes_[0]!r}")
-        heads.check_settings(self.head, self.settings or {})
-        fitted = heads.learn(
+        learning.check_settings(self.head, self.settings or {})
+        fitted = learning.learn(
             self.head,
             Examples(X, numbers.astype(np.int64), groups),
             [str(i) for i in range(len(self.classes_))],

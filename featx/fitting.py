@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from featx import __version__, heads, runs
+from featx import __version__, learning, runs
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
 from featx.devices import memory_for_features
@@ -76,18 +76,18 @@ def fit_features(
     `fit_features(features.relabel({"7.jpg": "bee"}))` is a fit with one label changed.
     Raises `HeadError` where there is nothing to learn from.
     """
-    begin, learns = time.perf_counter(), heads.module(head).LEARNS
+    begin, learns = time.perf_counter(), learning.module(head).LEARNS
     fitted: Fitted
     if learns:
         train = features.split("train")
         check_learnable(train)
         examples = Examples.of_views(views or [train.rows], train.y, groups(train.keys))
-        fitted = heads.learn(head, examples, features.class_names, seed=seed, device=device, settings=settings)
+        fitted = learning.learn(head, examples, features.class_names, seed=seed, device=device, settings=settings)
     elif classifier is None:
         raise HeadError(f"the {head} head is the network's own classifier, which was not given")
     else:
-        heads.check_settings(head, settings or {})
-        fitted = heads.module(head).fit(classifier, features.class_names, **(settings or {}))
+        learning.check_settings(head, settings or {})
+        fitted = learning.module(head).fit(classifier, features.class_names, **(settings or {}))
     return measured(features, fitted, time.perf_counter() - begin, learned=learns)
 
 
@@ -140,7 +140,7 @@ def fit(
     `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
     cross-validation what they bring, which costs two fits per fold. memory: bytes that a table of features may
     take, by default a fifth of what is free, since a fit holds up to four copies; a larger one stays in the cache
-    and is read by slices, pass by pass (heads logreg, ridge and ncm). engine, options: as for `featx.extract`; a head
+    and is read by slices, pass by pass (heads with `STREAMS`). engine, options: as for `featx.extract`; a head
     learns from the augmented `views` of an image, too.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
@@ -148,8 +148,8 @@ def fit(
     """
     asked = complete(options, function=fit)
     settings, limit = settings or {}, memory_for_features() if memory is None else memory
-    heads.check_settings(head, settings)
-    learns = heads.module(head).LEARNS
+    learning.check_settings(head, settings)
+    learns = learning.module(head).LEARNS
     if not learns:
         backbone = own_classifier_request(request_of(backbone, asked), Path(asked["cache"]), finetune)
 
@@ -254,9 +254,11 @@ def own_classifier_request(request: BackboneRequest, cache: Path, finetune: Fine
     """The request whose features the network's own classifier is affine in: SqueezeNet's are its logits."""
     info = resolve(request, cache)
     if finetune is not None:
-        raise HeadError("--head pretrained is the network as it is; fine-tune from --head logreg or linear")
+        raise HeadError(f"--head pretrained is the network as it is; fine-tune from another: {learning.able('LEARNS')}")
     if info.class_names is None:
-        raise HeadError(f"{info.name} ({info.weights_note}) names no classes; use --head logreg or linear")
+        raise HeadError(
+            f"{info.name} ({info.weights_note}) names no classes; use another head: {learning.able('LEARNS')}"
+        )
     if info.affine and request.layer != "features":
         raise HeadError(f"--head pretrained works on --layer features, not {request.layer!r}")
     return request if info.affine else replace(request, layer="logits")

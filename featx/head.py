@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,22 @@ def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
     return np.asarray(np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None])
 
 
+def probabilities(logits: np.ndarray, activation: str) -> np.ndarray:
+    """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
+    z = np.asarray(logits, np.float64)
+    if activation == "sigmoid":
+        return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)), np.float32)
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
+
+
+def right(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether logits `[N, C]` answer with the label, `int [N]`, or exactly the labels, 0/1 `[N, C]`: `bool [N]`."""
+    if y.ndim == 2:
+        return np.asarray((answers(probabilities(logits, "sigmoid"), "sigmoid") == (y > 0)).all(axis=1))
+    return np.asarray(logits.argmax(axis=1) == y)
+
+
 def columns(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
     """`int64 [L]`: where each of L `names` stands among `known`, -1 for one that is not there."""
     place = {name: i for i, name in enumerate(known)}
@@ -45,7 +61,7 @@ class Head:
     """`float32 [C]`."""
     class_names: tuple[str, ...]
     """C names, in the order of the rows."""
-    activation: str = "softmax"
+    activation: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax` (one class per image) or `sigmoid` (any number of classes per image)."""
     threshold: float | None = None
     """An answer whose highest probability is below this is rejected; None accepts all. In [0, 1]."""
@@ -76,11 +92,7 @@ class Head:
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
-        z = np.asarray(logits, np.float64)
-        if self.activation == "sigmoid":
-            return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)), np.float32)
-        e = np.exp(z - z.max(axis=1, keepdims=True))
-        return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
+        return probabilities(logits, self.activation)
 
     def answers(self, probabilities: np.ndarray) -> np.ndarray:
         """The classes that probabilities `[N, C]` answer with, `bool [N, C]`: one per image, or any number with
@@ -95,9 +107,8 @@ class Head:
         logits, column = self(X), columns(class_names, self.class_names)
         if self.activation == "sigmoid":
             known = column >= 0
-            said = self.answers(self.probabilities(logits[:, column[known]]))
-            return float((said == y[:, known]).all(axis=1).mean())
-        return float((logits.argmax(axis=1) == column[y]).mean())
+            return float(right(logits[:, column[known]], y[:, known]).mean())
+        return float(right(logits, column[y]).mean())
 
     def aligned(self, logits: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
         """This head's logits `[N, C]` in columns for L `class_names`, `float64 [N, L]`.

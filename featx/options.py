@@ -9,19 +9,23 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from featx.errors import FeatxError
+from featx.kinds import fits
 from featx.text import near
 
 Precision = Literal["fp32", "bf16", "fp16"]
 StoredDtype = Literal["float32", "float16"]
 Decode = Literal["exact", "fast", "gpu"]
 Split = Literal["train", "val", "test"]
+Input = Literal["pixels", "tensor", "features"]
+Reduced = Literal["int8", "fp16"]
+Criterion = Literal["accuracy", "log_loss"]
 
 
 @dataclass(frozen=True)
@@ -79,42 +83,38 @@ class Field:
     """An option as its annotation describes it."""
 
     name: str
-    type: Any
-    """`str`, `int`, `Path` or a `Literal`; None is allowed where `optional`."""
-    optional: bool
+    hint: Any
+    """Its type, as in `Options`."""
     option: Option
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The values of a closed set; empty for an open one."""
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
+        return get_args(self.hint) if get_origin(self.hint) is Literal else ()
 
     def check(self, value: Any) -> None:
         """Raise `FeatxError` for a value that the option does not take."""
-        if value is None and self.optional:
-            return
         if self.choices and value not in self.choices:
             raise FeatxError(
                 f"{self.name} is one of {', '.join(self.choices)}, not {value!r}.{near(str(value), self.choices)}"
             )
-        least = self.option.least
-        if least is not None and value < least:
-            raise FeatxError(f"{self.name} is {least} or more, not {value}")
+        if not fits(value, self.hint):
+            raise FeatxError(f"{self.name} is {inspect.formatannotation(self.hint)}, not {value!r}")
+        if value is None:
+            return
+        if self.option.least is not None and value < self.option.least:
+            raise FeatxError(f"{self.name} is {self.option.least} or more, not {value}")
         if self.option.pattern and not re.fullmatch(self.option.pattern, value):
             raise FeatxError(f"{self.name} is {self.option.help.removesuffix('.')}, not {value!r}")
-        if self.type is int and value >= 2**63:  # what numpy and torch both take
+        if isinstance(value, Integral) and int(value) >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 
 @functools.cache
 def fields_of(kind: Any = Options) -> dict[str, Field]:
     """The options of `Options`, `Shared` or `Running`, by name."""
-    found = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        kinds, option = get_args(hint)[0], get_args(hint)[1]
-        parts = get_args(kinds) if get_origin(kinds) in (Union, types.UnionType) else (kinds,)
-        found[name] = Field(name, parts[-1] if parts[-1] is not type(None) else parts[0], type(None) in parts, option)
-    return found
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: Field(name, *get_args(hint)) for name, hint in hints.items()}
 
 
 def complete(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import numpy as np
 
@@ -32,19 +32,18 @@ from featx.features import Features, groups
 from featx.files import write_array, write_atomic, write_json
 from featx.fitting import fit
 from featx.head import columns
-from featx.heads import head_text, module, parse_head
-from featx.measuring.views import Difference, held_out, paired, scores
-from featx.options import Shared, complete
+from featx.learning import head_text, module, parse_head
+from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
+from featx.options import Criterion, Shared, complete
 from featx.runs import Run, is_finished, open_run
 from featx.solvers.training import folds
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 
-FOLDS = 5
 HELD_OUT = "held-out-by-key.npy"
 COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
 COLUMNS += ["images/s", "MB"]
-CRITERIA = ("accuracy", "log_loss")
+CRITERIA = get_args(Criterion)
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def sweep(
     *,
     layers: Sequence[str] = ("features",),
     views: Sequence[int] = (0,),
-    by: str = "accuracy",
+    by: Criterion = "accuracy",
     output: str | Path | None = None,
     memory: float | None = None,
     engine: Engine | None = None,
@@ -375,8 +374,10 @@ def _compared(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Poi
 
 def _speed(request: BackboneRequest, info: BackboneInfo, place: _Place) -> float:
     options = {name: place.options[name] for name in ("device", "precision", "batch_size")}
-    engine = place.engine or open_engine(request, info, cache=Path(place.options["cache"]), **options)
-    return measure_speed(engine, info.preprocess.crop)
+    if place.engine:
+        return measure_speed(place.engine, info.preprocess.crop)
+    with contextlib.closing(open_engine(request, info, cache=Path(place.options["cache"]), **options)) as engine:
+        return measure_speed(engine, info.preprocess.crop)
 
 
 def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Path) -> float:

@@ -144,8 +144,14 @@ COLOURS = BackboneInfo(
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
-    """A `ColourEngine`; for the command line and whole fits, it also runs whatever backbone is asked for by name."""
+def engine() -> ColourEngine:
+    """A new `ColourEngine`, to be given to `sync` and its like."""
+    return ColourEngine()
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
+    """A `ColourEngine` that runs any backbone by name, for commands, which cannot be given an engine."""
     made = ColourEngine()
 
     def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:

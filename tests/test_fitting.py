@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from conftest import COLOURS, ColourEngine, write_images
 import featx
 from featx.errors import FeatxError, HeadError
 from featx.extraction.pipeline import sync
+from featx.extraction.planning import plan
 from featx.features import Features, FeatureSpec, groups
 from featx.fitting import fit, fit_features
 from featx.head import Head
 from featx.heads import logreg
 from featx.measuring.evaluation import evaluate, evaluate_logits
+from featx.options import complete
 from featx.runs import open_run
 from featx.solvers.examples import Examples
 
@@ -82,6 +85,7 @@ def test_the_run_that_fit_returns_is_the_one_that_its_folder_holds(tmp_path: Pat
     [
         ("extract", {"C": 1}, ""),
         ("extract", {"prescision": "fp32"}, "precision"),
+        ("plan", {"enigne": None}, "engine"),
         ("fit", {"bacth_size": 8}, "batch_size"),
         ("fit", {"bakcbone": "resnet18"}, "backbone"),
         ("fit", {"setings": {}}, "settings"),
@@ -94,9 +98,27 @@ def test_a_misspelt_option_is_named_with_the_near_one(name: str, words: dict[str
     with pytest.raises(
         featx.FeatxError, match=rf"there is no option '{next(iter(words))}'; there are .*{near}"
     ) as raised:
-        getattr(featx, name)(*given, **words)
+        (plan if name == "plan" else getattr(featx, name))(*given, **words)
     assert str(raised.value).partition("Did you mean ")[2].startswith(near)
     assert " options" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("batch_size", "8", "int | None"),
+        ("workers", 2.5, "int | None"),
+        ("views", True, "int"),
+        ("seed", None, "int"),
+        ("device", None, "str"),
+        ("layer", 3, "str"),
+        ("cache", None, "str | pathlib.Path"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(name: str, value: object, kind: str) -> None:
+    with pytest.raises(featx.FeatxError, match=re.escape(f"{name} is {kind}, not {value!r}")):
+        complete({name: value})
+    assert complete({"seed": np.int64(3), "cache": Path("c"), "workers": None})["seed"] == 3
 
 
 def test_relabelling_and_fitting_again_reads_no_disk() -> None:

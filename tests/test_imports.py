@@ -71,7 +71,7 @@ ROOMS = (
         "features",
         "head",
     ),
-    *("sources", "cache", "backbones", "engines", "solvers", "heads", "extraction", "runs", "classifier"),
+    *("sources", "cache", "backbones", "engines", "solvers", "heads", "learning", "extraction", "runs", "classifier"),
     *("measuring", "finetuning", "fitting", "sweeping", "estimators", "shipping", "reporting", "cli"),
 )
 
@@ -144,6 +144,16 @@ except SystemExit as done:
     loaded = loaded_by(code)
     assert "click" in loaded
     assert not loaded & (HEAVY | {"jinja2", "yaml"})
+
+
+def test_only_the_package_and_the_command_line_have_code_in_their_init() -> None:
+    inits = [
+        path for path in modules().values() if path.name == "__init__.py" and len(path.relative_to(PACKAGE).parts) > 1
+    ]
+    assert len(inits) > 10
+    for path in inits:
+        allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.For) if path.parent.name == "cli" else ast.Expr
+        assert all(isinstance(node, allowed) for node in ast.parse(path.read_text()).body), path
 
 
 def test_predicting_loads_no_templates() -> None:

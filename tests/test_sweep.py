@@ -16,7 +16,7 @@ from PIL import Image
 
 from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, FeatxError, HeadError, RunError
-from featx.heads import head_text, parse_head
+from featx.learning import head_text, parse_head
 from featx.measuring.evaluation import evaluate
 from featx.reporting.comparison import write
 from featx.sweeping import Sweep, sweep

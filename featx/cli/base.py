@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from featx import __version__
 from featx.errors import FeatxError
-from featx.options import fields_of
+from featx.kinds import fits
+from featx.options import Split, fields_of
 from featx.text import assigned, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
@@ -112,15 +113,23 @@ def option(name: str) -> Callable[[Command], Command]:
     kind: click.ParamType[Any] | None = None
     if field.choices:
         kind = click.Choice(field.choices)
-    elif field.type is int:
+    elif fits(1, field.hint):
         kind = click.IntRange(field.option.least)
-    elif field.type is Path:
+    elif fits(Path(), field.hint):
         kind = click.Path(file_okay=False)
     flag = f"--{name.replace('_', '-')}"
     return click.option(flag, default=field.option.default, type=kind, help=field.option.help)
 
 
 cache_option = option("cache")
+memory_option = click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    callback=lambda context, parameter, value: value and value * 1e9,
+    help="Larger features are read from the cache pass by pass; by default a fifth of the free memory.",
+)
+splits = click.Choice(get_args(Split))
 factory_option = click.option(
     "--factory",
     metavar="PACKAGE.MODULE:FUNCTION",

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, options_of, say, show
-from featx.text import encodable, printable, prose
-
-if TYPE_CHECKING:
-    pass
-
+from featx.cli.base import DONE, SKIPPED, factory_option, json_option, options_of, say, show, splits
+from featx.options import Input, Reduced
+from featx.text import encodable, printable, prose, to_json
 
 parity_options = options_of(
     click.option("--parity-images", "images", default=2000, type=click.IntRange(1), help="Images compared, at most."),
-    click.option("--split", default="val", help="The split these come from: val, test or train."),
+    click.option("--split", default="val", type=splits, help="The split these come from."),
 )
 
 
@@ -27,7 +24,7 @@ parity_options = options_of(
 @click.option(
     "--input",
     default="pixels",
-    type=click.Choice(["pixels", "tensor", "features"]),
+    type=click.Choice(get_args(Input)),
     help="pixels: any size, resized in the file; tensor: cropped already; features: the head alone.",
 )
 @click.option("--outputs", help="Some of probabilities,logits,features,accepted; by default all.")
@@ -37,7 +34,7 @@ parity_options = options_of(
 @click.option(
     "--precision",
     default="fp32",
-    type=click.Choice(["fp32", "int8", "fp16"]),
+    type=click.Choice(["fp32", *get_args(Reduced)]),
     help="int8 and fp16 (for GPUs) are written only if they are faster here and lose few right answers.",
 )
 @click.option("--max-loss", default=0.5, help="int8, fp16: points of accuracy that may be lost.")
@@ -46,7 +43,7 @@ parity_options = options_of(
 )
 @factory_option
 @json_option
-def export(run: str, outputs: str | None, precision: str, as_json: bool, **options: Any) -> int:
+def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, as_json: bool, **options: Any) -> int:
     """Write RUN as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
     The comparison is written beside it as parity.json. A file that exceeds a limit is not written.
@@ -58,11 +55,9 @@ def export(run: str, outputs: str | None, precision: str, as_json: bool, **optio
     if precision != "fp32":
         from featx.shipping.reduction import export_reduced
 
-        reduced = export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options)
-        show(reduced, as_json)
+        show(export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options), as_json)
         return DONE
-    parity = export(run, tolerance=tolerance, **options)
-    show(parity, as_json)
+    show(export(run, tolerance=tolerance, **options), as_json)
     if not as_json:
         click.echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE
@@ -78,8 +73,7 @@ def check(model: str, run: str, as_json: bool, **options: Any) -> int:
     """Compare a deployed MODEL with its RUN: is it unchanged, and does it still give the same answers?"""
     from featx.shipping.exporting import check
 
-    parity = check(model, run, **options)
-    show(parity, as_json)
+    show(check(model, run, **options), as_json)
     return DONE
 
 
@@ -139,8 +133,5 @@ def inspect(file: str, as_json: bool) -> int:
     from featx.shipping.inspection import inspect
 
     found = inspect(file)
-    if as_json:
-        emit(found.to_dict())
-    else:
-        click.echo(prose(found.text()))
+    click.echo(to_json(found.to_dict()) if as_json else prose(found.text()))
     return DONE

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 import featx.cli.base as base
 from featx.cli.base import DONE, SKIPPED, json_option, option, options_of, say
 from featx.finetuning.processes import rank
+from featx.options import Criterion
 from featx.text import printable, prose
 
 if TYPE_CHECKING:
@@ -86,12 +87,7 @@ finetune_options = options_of(
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
 @click.option("--report/--no-report", default=True, help="Write report.html and plots/.")
 @click.option("--gain/--no-gain", default=True, help="Cross-validate what views bring.")
-@click.option(
-    "--memory",
-    type=click.FloatRange(0, min_open=True),
-    metavar="GB",
-    help="Larger features are read from the cache pass by pass; by default a fifth of the free memory.",
-)
+@base.memory_option
 @finetune_options
 @base.backbone_options
 @base.extraction_options
@@ -108,8 +104,6 @@ def fit(data: str, report: bool, as_json: bool, **options: Any) -> int:
         settings["restrict"] = True
     if mapping := options.pop("mapping"):
         settings["mapping"] = base.assignments(mapping, "--map")
-    if options["memory"]:
-        options["memory"] *= 1e9
     finetune = finetuning(options)
     run = fit(data, settings=settings, finetune=finetune, **options)
     if rank() != 0:
@@ -179,7 +173,8 @@ def rates(text: str) -> dict[str, Any]:
 @click.command()
 @click.argument("run", type=click.Path(file_okay=False))
 @click.argument("data", type=click.Path())
-@click.option("--split", help="Rows of this split only; by default all of them.")
+@click.option("--split", type=base.splits, help="Images of this split only; by default all of them.")
+@base.memory_option
 @option("device")
 @option("workers")
 @base.factory_option
@@ -205,6 +200,7 @@ def report(run: str) -> int:
 @click.argument("run", type=click.Path(file_okay=False))
 @click.option("--sizes", help="Numbers of training images: 20,50,100.")
 @click.option("--repeats", default=5, type=click.IntRange(1), help="Subsets of each size.")
+@base.memory_option
 @option("device")
 @base.factory_option
 @json_option
@@ -231,7 +227,8 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @click.option("--head", "-H", "heads", multiple=True, help="Repeatable; with settings: 'logreg class_weight=balanced'.")
 @click.option("--layer", "layers", multiple=True, help="Repeatable; by default features.")
 @click.option("--views", multiple=True, type=click.IntRange(0), help="Repeatable: numbers of augmented views.")
-@click.option("--by", default="accuracy", type=click.Choice(["accuracy", "log_loss"]))
+@click.option("--by", default="accuracy", type=click.Choice(get_args(Criterion)))
+@base.memory_option
 @option("weights")
 @option("seed")
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="By default export/<data>-sweep.")

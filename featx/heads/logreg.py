@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from featx.devices import choose_device, single_thread
-from featx.head import Fitted
+from featx.head import Fitted, right
 from featx.solvers import training as _training
 from featx.solvers.design import Design
 from featx.solvers.examples import Examples
@@ -104,14 +104,12 @@ def _measured(
 ) -> dict[str, Any]:
     total = float(counted.sum() if weights is None else weights[counted].sum())
     solved = sorted(i for i, found in path.solved.items() if found.converged.all() or i == path.best)
-    y = task.y[counted]
-    right = ((held_out >= 0) == (y > 0)).all(axis=1) if task.several else held_out.argmax(axis=1) == y
     return {
         "folds": int(fold.max()) + 1,
         "strengths": [float(path.strengths[i]) for i in solved],
         "log_loss": [path.held(i) / total for i in solved],
         "best_log_loss": path.held(path.best) / total,
-        "accuracy": float(right.mean()),
+        "accuracy": float(right(held_out, task.y[counted]).mean()),
         "passes": path.passes,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featx import heads
+from featx import learning
 from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
@@ -94,8 +94,10 @@ def learning_curve(
     """
     opened = open_run(run, factory)
     config = opened.config
-    if not heads.module(config.head).LEARNS:
-        raise HeadError(f"the {config.head} head learns nothing from training images; fit logreg or linear first")
+    if not learning.module(config.head).LEARNS:
+        raise HeadError(
+            f"the {config.head} head learns nothing from training images; fit another first: {learning.able('LEARNS')}"
+        )
     if config.finetune:
         raise HeadError("a learning curve of fine-tuning would fine-tune once per point; give a run of a head")
     if repeats < 1:
@@ -119,7 +121,7 @@ def learning_curve(
             examples = Examples.of_views([taken(view, part) for view in views], train.y[part], group[part])
             how: dict[str, Any] = {"seed": seed + r, "device": device, "settings": config.settings}
             try:
-                head = heads.learn(config.head, examples, features.class_names, **how).head
+                head = learning.learn(config.head, examples, features.class_names, **how).head
             except HeadError as error:
                 raise HeadError(f"with {size} training images: {error}") from error
             each.append(scores(head.aligned(head(held.rows), features.class_names), held.y)[0])

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from featx import heads, metrics
+from featx import learning, metrics
 from featx.errors import HeadError
 from featx.features import Rows, StoredRows, taken
-from featx.head import Head
+from featx.head import Head, right
 from featx.metrics import bootstrapped, resampled_means
 from featx.solvers.examples import Examples
 from featx.solvers.training import folds as make_folds
 
 RESAMPLES = 2000
 MEASURES = ("accuracy", "log_loss")
+FOLDS = 5
 WAYS = ("center", "views", "averaged")  # of learning; the others are compared with the first
 
 
@@ -57,7 +58,7 @@ def held_out(
     for k in range(fold.max() + 1):
         train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
         examples = Examples.of_views([taken(view, train) for view in views], y[train], groups[train])
-        head = heads.learn(name, examples, list(class_names), seed=seed, device=device, settings=settings).head
+        head = learning.learn(name, examples, list(class_names), seed=seed, device=device, settings=settings).head
         unseen = [taken(view, test) for view in views]
         logits[0, test] = head.aligned(head(unseen[0]), class_names)
         logits[1, test] = head.aligned(average(head, unseen), class_names)
@@ -137,19 +138,18 @@ def measure_gain(
     groups: np.ndarray | None = None,
     seed: int = 0,
     device: str = "auto",
-    outer_folds: int = 5,
     settings: Mapping[str, Any] | None = None,
 ) -> Gain:
     """Whether learning from views beats the centre crop alone, on held-out training images.
 
     views: features of the training images, `[N, D]` each, the centre crop first, then the augmented views.
-    settings: the head's own, its `folds` among them. All ways share `outer_folds`; intervals are those of
+    settings: the head's own, its `folds` among them. All ways share the folds; intervals are those of
     2,000 paired resamples of the images.
     Raises `HeadError` where there are too few images to hold any out.
     """
     if len(views) < 2:
         raise HeadError("there is no augmented view; extract with --views 1 or more")
-    fold, notes = make_folds(np.asarray(y), outer_folds, groups=groups, seed=seed)
+    fold, notes = make_folds(np.asarray(y), FOLDS, groups=groups, seed=seed)
     held = np.flatnonzero(fold >= 0)
     if not len(held):
         raise HeadError("there are too few training images to measure what views bring")
@@ -171,9 +171,8 @@ def measure_gain(
 
 def scores(logits: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each image's `right` (0 or 1; with several labels: all of them) and log-loss, `float64 [N]` each."""
-    if y.ndim == 2:
-        return ((logits >= 0) == (y > 0)).all(axis=1) * 1.0, metrics.binary_losses(logits, y).mean(axis=1)
-    return (logits.argmax(axis=1) == y) * 1.0, metrics.losses(logits, y)
+    loss = metrics.binary_losses(logits, y).mean(axis=1) if y.ndim == 2 else metrics.losses(logits, y)
+    return right(logits, y) * 1.0, loss
 
 
 def paired(difference: np.ndarray) -> Difference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from featx.sources.source import Source
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling
 WAYS = {"center": "centre crop only", "views": "with views", "averaged": "with views, averaged"}  # of learning
 # the grid that a head chose its regularisation from: the name of the one chosen, and of the axis
+Layout = Literal["tsne", "pca"]
 GRIDS = {
     "strengths": ("strength", "C (larger = less regularisation)"),
     "weight_decays": ("weight_decay", "weight decay"),
@@ -31,7 +32,7 @@ LOSSES = {"log_loss": "log-loss", "mean_squared_error": "mean squared error"}  #
 
 
 def write_report(
-    run: str | Path | Run, *, layout: str = "tsne", features: Features | None = None, source: Source | None = None
+    run: str | Path | Run, *, layout: Layout = "tsne", features: Features | None = None, source: Source | None = None
 ) -> Path:
     """Write `report.html`, one file that needs nothing else, and the same figures as `plots/*.png`.
 
@@ -40,7 +41,7 @@ def write_report(
     features, `tsne` (seeded, from a PCA) or `pca`. Returns the page's path. Raises `RunError` if `run` is not
     a finished run.
     """
-    if layout not in ("tsne", "pca"):
+    if layout not in get_args(Layout):
         raise FeatxError(f"layout is tsne or pca, not {layout!r}")
     opened = open_run(run)
     own_folder(opened.path, "plots")  # refuses a link

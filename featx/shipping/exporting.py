@@ -13,7 +13,7 @@ from featx import __version__
 from featx.engines.onnx import backbone_onnx
 from featx.errors import ExportError, ParityError
 from featx.files import write_atomic, write_json
-from featx.options import Split
+from featx.options import Input, Split
 from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
 from featx.shipping import card, graph, parity
@@ -34,7 +34,7 @@ def export(
     run: str | Path | Run,
     *,
     output: str | Path | None = None,
-    input: str = "pixels",
+    input: Input = "pixels",
     outputs: tuple[str, ...] | None = None,
     images: int = IMAGES,
     split: Split = "val",
@@ -115,7 +115,7 @@ def check(
     return found
 
 
-def build(run: Run, input: str, outputs: tuple[str, ...] | None) -> ModelProto:
+def build(run: Run, input: Input, outputs: tuple[str, ...] | None) -> ModelProto:
     """The ONNX model of a run, without its metadata; arguments as for `export`."""
     backbone = None if input == "features" else graph.load(backbone_path(run))
     return graph.build(backbone, run.head, run.config.spec.preprocess, input=input, outputs=outputs)

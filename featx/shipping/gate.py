@@ -14,6 +14,7 @@ from featx.devices import available_threads, memory_for_features
 from featx.errors import ExportError, ImageError
 from featx.extraction.pipeline import sync
 from featx.features import FeatureSpec, content_key, short_keys
+from featx.options import Split
 from featx.runs import Run
 from featx.sources.source import Source
 from featx.threads import ahead
@@ -52,7 +53,7 @@ class Images:
         return np.array([set(names[row]) == label for row, label in zip(answers, truth, strict=True)])
 
 
-def gate_images(run: Run, limit: int, split: str, data: str | Path | Source | None = None) -> Images:
+def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | None = None) -> Images:
     """Up to `limit` distinct images of a split, those with the smallest content hashes.
 
     data: in place of the run's own. Raises `ExportError` where there are none, or the backbone has changed.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from featx.errors import ExportError
 from featx.head import Head
+from featx.options import Input
 from featx.pixels.preprocess import MAX_ASPECT, Preprocess
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 """The oldest operator set with an antialiased Resize, and so the one that most runtimes have."""
-INPUTS = ("pixels", "tensor", "features")
+INPUTS = get_args(Input)
 OUTPUTS = ("probabilities", "logits", "features", "accepted")
 PARTS = ("preprocess", "backbone", "head")
 GUARD = f"preprocess/refuse_empty_or_beyond_1_to_{MAX_ASPECT}"
@@ -66,7 +67,7 @@ def build(
     head: Head,
     preprocess: Preprocess,
     *,
-    input: str = "pixels",
+    input: Input = "pixels",
     outputs: tuple[str, ...] | None = None,
 ) -> ModelProto:
     """The whole ONNX model, without its metadata.

@@ -110,8 +110,8 @@ class Parity:
         scores = "no accuracy: the data have changed since the fit, and the head may have learned from these images"
         if self.accuracy is not None:
             scores = f"accuracy of the file {self.accuracy:.4f}, of the torch classifier {self.torch_accuracy:.4f}"
-        lines = [f"compared with the torch classifier on {self.images} images, {how}", scores]
-        lines.append(f"equal answers {self.equal_labels} of {self.images}")
+        equal = f"equal answers {self.equal_labels} of {self.images}"
+        lines = [f"compared with the torch classifier on {self.images} images, {how}", scores, equal]
         width = max(len(check.name) for check in self.checks)
         lines += [f"  {check.name:<{width}}  {check.value:.2e}  (limit {check.limit:.0e})" for check in self.checks]
         return "\n".join(lines)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError
 from featx.head import Head
-from featx.options import Split
+from featx.options import Input, Reduced, Split
 from featx.runs import Run, open_run
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
@@ -27,7 +27,7 @@ from featx.shipping.gate import BATCH, IMAGES, Images, batches, gate_images
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-PRECISIONS = ("int8", "fp16")
+PRECISIONS = get_args(Reduced)
 CALIBRATION = 128
 """Training images that int8 ranges are taken from."""
 ALLOWED_IMAGES = 2
@@ -76,10 +76,10 @@ class Reduction:
 
 def export_reduced(
     run: str | Path | Run,
-    precision: str,
+    precision: Reduced,
     *,
     output: str | Path | None = None,
-    input: str = "pixels",
+    input: Input = "pixels",
     outputs: tuple[str, ...] | None = None,
     images: int = IMAGES,
     split: Split = "val",

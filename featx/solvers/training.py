@@ -67,16 +67,14 @@ class Task:
 
     def one_hot(self) -> np.ndarray:
         """Targets, `float32 [N, C]`."""
-        if self.several:
-            return self.y.astype(np.float32)
-        return np.asarray(np.eye(len(self.class_names), dtype=np.float32)[self.y])
+        return np.asarray(self.y if self.several else np.eye(len(self.class_names))[self.y], np.float32)
 
     def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
         """The head for raw features, from weight `[C, D]` and bias `[C]` fitted on standardised ones."""
         weight = np.asarray(weight, np.float64) / self.scale
         bias = np.asarray(bias, np.float64) - weight @ self.mean
-        activation = "sigmoid" if self.several else "softmax"
-        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, activation)
+        rows, shift = weight.astype(np.float32), bias.astype(np.float32)
+        return Head(rows, shift, self.class_names, "sigmoid" if self.several else "softmax")
 
 
 def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:

@@ -42,7 +42,7 @@ def open_manifest(path: str) -> Source:
     missing: list[str] = []
     repeated: list[str] = []
     multilabel = False
-    for number, name, label, split in READERS[os.path.splitext(path)[1].lower()](path):
+    for number, name, label, split in _rows(path):
         where = f"{shown}, row {number}"
         identity = _identity(name, root, where)
         text, joined = _label(label, where)
@@ -190,33 +190,24 @@ def _read_csv(path: str) -> Iterator[Row]:
                 yield reader.line_num, cells[at[0]], cells[at[1]], cells[at[2]] if at[2] is not None else None
     except csv.Error as error:
         raise SourceError(f"{printable(path)}, row {reader.line_num}: not a CSV table ({error})") from error
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def _read_jsonl(path: str) -> Iterator[Row]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise SourceError(
-                        f"{printable(path)}, row {number}: not JSON ({error}); each line is one object, "
-                        '{"path": "a.jpg", "label": "ant"}'
-                    ) from error
-                if not isinstance(row, dict):
-                    raise SourceError(f"{printable(path)}, row {number}: {line.strip()[:40]} is not a JSON object")
-                name, label, split = _columns(list(row), f"{path}, row {number}")
-                yield number, row[name], row[label], row[split] if split else None
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SourceError(
+                    f"{printable(path)}, row {number}: not JSON ({error}); each line is one object, "
+                    '{"path": "a.jpg", "label": "ant"}'
+                ) from error
+            if not isinstance(row, dict):
+                raise SourceError(f"{printable(path)}, row {number}: {line.strip()[:40]} is not a JSON object")
+            name, label, split = _columns(list(row), f"{path}, row {number}")
+            yield number, row[name], row[label], row[split] if split else None
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
@@ -236,19 +227,19 @@ def _read_parquet(path: str) -> Iterator[Row]:
                     yield number, *cells
     except pa.ArrowException as error:
         raise SourceError(f"{printable(path)} is not a Parquet file that can be read ({error})") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _not_utf8(path: str, error: UnicodeDecodeError) -> SourceError:
-    return SourceError(
-        f"{printable(path)} is not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8. File "
-        'names that are not UTF-8 themselves can be written in a .jsonl as escapes, "caf\\udce9.jpg"'
-    )
-
-
-def _unreadable(path: str, error: OSError) -> SourceError:
-    return SourceError(f"{printable(path)} cannot be read ({error.strerror or error})")
 
 
 READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _rows(path: str) -> Iterator[Row]:
+    """A manifest's rows, by its suffix. Raises `SourceError` for a file that cannot be read."""
+    try:
+        yield from READERS[os.path.splitext(path)[1].lower()](path)
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{printable(path)} is not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8. File "
+            'names that are not UTF-8 themselves can be written in a .jsonl as escapes, "caf\\udce9.jpg"'
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{printable(path)} cannot be read ({error.strerror or error})") from error

@@ -76,7 +76,7 @@ def test_stacked_tables_are_sliced_across_their_borders() -> None:
 
 @pytest.mark.parametrize("head", ["logreg", "ridge", "ncm"])
 @pytest.mark.parametrize("views", [0, 2])
-def test_a_fit_by_slices_is_the_fit_in_memory(head: str, views: int, tmp_path: Path, engine: ColourEngine) -> None:
+def test_a_fit_by_slices_is_the_fit_in_memory(head: str, views: int, tmp_path: Path, everywhere: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
     options = {"cache": tmp_path / "cache", "views": views, "gain": False}
     usual = fit(data, "tiny", head, output=tmp_path / "usual", **options)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def test_a_fit_by_slices_is_the_fit_in_memory(head: str, views: int, tmp_path: P
         assert sliced.report[name] == pytest.approx(usual.report[name], abs=2e-3), name
 
 
-def test_features_over_the_limit_are_not_read_before_they_are_sliced(tmp_path: Path, engine: ColourEngine) -> None:
+def test_features_over_the_limit_are_not_read_before_they_are_sliced(tmp_path: Path, everywhere: ColourEngine) -> None:
     extraction = sync(write_images(tmp_path / "data"), "tiny", cache=tmp_path / "cache")
     stored, held = extraction.features(memory=12 * 48 * 4 - 1), extraction.features(memory=12 * 48 * 4)
     assert isinstance(stored.rows, StoredRows) and isinstance(held.rows, np.ndarray)
@@ -94,7 +94,7 @@ def test_features_over_the_limit_are_not_read_before_they_are_sliced(tmp_path: P
     assert np.array_equal(stored.X, held.X) and np.array_equal(stored.split("val").X, held.split("val").X)
 
 
-def test_what_views_bring_is_not_measured_beyond_the_memory_given(tmp_path: Path, engine: ColourEngine) -> None:
+def test_what_views_bring_is_not_measured_beyond_the_memory_given(tmp_path: Path, everywhere: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
     options = {"cache": tmp_path / "cache", "views": 2}
     run = fit(data, "tiny", "ncm", output=tmp_path / "run", memory=100.0, **options)  # type: ignore[arg-type]
@@ -103,13 +103,13 @@ def test_what_views_bring_is_not_measured_beyond_the_memory_given(tmp_path: Path
     assert "views" in fit(data, "tiny", "ncm", output=tmp_path / "other", **options).report  # type: ignore[arg-type]
 
 
-def test_the_linear_head_says_that_it_needs_the_features_in_memory(tmp_path: Path, engine: ColourEngine) -> None:
+def test_the_linear_head_says_that_it_needs_the_features_in_memory(tmp_path: Path, everywhere: ColourEngine) -> None:
     data = write_images(tmp_path / "data")
     with pytest.raises(HeadError, match=r"--head linear holds the features in memory.*logreg.*--memory"):
         fit(data, "tiny", "linear", cache=tmp_path / "cache", output=tmp_path / "run", memory=100.0)
 
 
-def test_what_measures_a_run_reads_by_slices_too(tmp_path: Path, engine: ColourEngine) -> None:
+def test_what_measures_a_run_reads_by_slices_too(tmp_path: Path, everywhere: ColourEngine) -> None:
     data = write_images(tmp_path / "data", per_class=40)
     options = {"cache": tmp_path / "cache", "views": 2, "gain": False}
     run = fit(data, "tiny", "ncm", output=tmp_path / "run", **options)  # type: ignore[arg-type]

@@ -31,7 +31,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_extract_reports_json_on_standard_output_and_nothing_else(
+    tiny: Path, here: Path, everywhere: ColourEngine
+) -> None:
     result = run("extract", tiny, "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
@@ -40,7 +42,7 @@ def test_extract_reports_json_on_standard_output_and_nothing_else(tiny: Path, he
     assert (here / "cache").is_dir()
 
 
-def test_a_dry_run_counts_and_writes_no_feature(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_a_dry_run_counts_and_writes_no_feature(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     shutil.copy(tiny / "cold" / "000.png", tiny / "cold" / "copy.png")
     planned = json.loads(run("extract", tiny, "--dry-run", "--json").stdout)
     assert [planned[name] for name in ("found", "cached", "missing", "duplicate")] == [13, 0, 12, 1]
@@ -51,14 +53,14 @@ def test_a_dry_run_counts_and_writes_no_feature(tiny: Path, here: Path, engine: 
     assert after.exit_code == 0 and "found 13  ignored 0  cached 12  missing 0  duplicate 1" in after.stderr
 
 
-def test_prose_goes_to_standard_error(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_prose_goes_to_standard_error(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     result = run("extract", tiny)
     assert result.exit_code == 0
     assert result.stdout == ""
     assert "found 12  ignored 0  cached 0  extracted 12" in result.stderr
 
 
-def test_skipped_images_are_named_and_end_in_exit_code_3(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_skipped_images_are_named_and_end_in_exit_code_3(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     (tiny / "cold" / "broken.png").write_bytes(b"broken")
     for command in (["extract", tiny], ["fit", tiny, "-o", "run"]):
         result = run(*command)
@@ -67,7 +69,7 @@ def test_skipped_images_are_named_and_end_in_exit_code_3(tiny: Path, here: Path,
     assert json.loads((here / "run" / "report.json").read_text())["extract"]["skipped"] == 1
 
 
-def test_ignored_files_leave_the_exit_code_0(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_ignored_files_leave_the_exit_code_0(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     (tiny / "cold" / "animation.gif").write_bytes(b"GIF89a")
     result = run("extract", tiny)
     assert result.exit_code == 0
@@ -75,7 +77,7 @@ def test_ignored_files_leave_the_exit_code_0(tiny: Path, here: Path, engine: Col
 
 
 def test_fit_makes_a_run_named_after_data_backbone_head_and_configuration(
-    tiny: Path, here: Path, engine: ColourEngine
+    tiny: Path, here: Path, everywhere: ColourEngine
 ) -> None:
     result = run("fit", tiny, "--backbone", "tiny", "--json")
     assert result.exit_code == 0
@@ -88,7 +90,7 @@ def test_fit_makes_a_run_named_after_data_backbone_head_and_configuration(
     assert {p.name for p in path.iterdir()} >= {"config.json", "head.safetensors", "report.json"}
 
 
-def test_people_have_the_answer_before_its_page_is_drawn(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_people_have_the_answer_before_its_page_is_drawn(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     run("fit", tiny, "-b", "tiny", "-o", "run")
     (here / "run" / "plots").symlink_to(here)  # which no page is written into
     for flags in ([], ["--json"]):
@@ -101,7 +103,7 @@ def test_people_have_the_answer_before_its_page_is_drawn(tiny: Path, here: Path,
     assert run("report", "run").exit_code == 0 and (here / "run" / "report.html").is_file()
 
 
-def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     assert run("fit", tiny, "-o", "run").exit_code == 0
     before = {p.name: p.read_bytes() for p in (here / "run").iterdir() if p.is_file()}
     second = run("fit", tiny, "-o", "run")
@@ -111,7 +113,9 @@ def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, 
     assert run("fit", tiny, "-o", "run", "--overwrite").exit_code == 0
 
 
-def test_an_unfinished_run_is_continued_and_another_one_is_not(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_an_unfinished_run_is_continued_and_another_one_is_not(
+    tiny: Path, here: Path, everywhere: ColourEngine
+) -> None:
     run("fit", tiny, "-o", "run")
     (here / "run" / "report.json").unlink()
     other = run("fit", tiny, "-o", "run", "--seed", "1")
@@ -120,7 +124,7 @@ def test_an_unfinished_run_is_continued_and_another_one_is_not(tiny: Path, here:
     assert (here / "run" / "report.json").exists()
 
 
-def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("years of work")
     for flags in ([], ["--overwrite"]):
@@ -129,7 +133,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, engine
     assert (here / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_evaluate_measures_a_run_on_other_data(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_evaluate_measures_a_run_on_other_data(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     run("fit", tiny, "-b", "tiny", "-o", "run")
     other = write_images(here / "other", per_class=4, seed=7)
     shutil.copy(next((other / "cold").iterdir()), other / "warm" / "wrong.png")
@@ -169,7 +173,7 @@ def test_mistakes_get_a_message_and_an_exit_code(
     arguments: list[str], code: int, words: str, here: Path, request: pytest.FixtureRequest
 ) -> None:
     if not any("resnet19" in argument for argument in arguments):
-        request.getfixturevalue("engine")
+        request.getfixturevalue("everywhere")
     write_images(here / "data")
     write_images(here / "one-class", classes=("only",))
     shutil.copytree(here / "one-class" / "only", here / "flat")
@@ -180,16 +184,18 @@ def test_mistakes_get_a_message_and_an_exit_code(
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
-def test_an_interrupt_ends_with_130_and_a_usable_cache(tiny: Path, here: Path, engine: ColourEngine) -> None:
-    engine.interrupt_at = 8
+def test_an_interrupt_ends_with_130_and_a_usable_cache(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
+    everywhere.interrupt_at = 8
     result = run("extract", tiny)
     assert result.exit_code == 130 and "Interrupted" in result.stderr
-    engine.interrupt_at = None
+    everywhere.interrupt_at = None
     report = json.loads(run("extract", tiny, "--json").stdout)
     assert report["cached"] == 4 and report["extracted"] == 8
 
 
-def test_a_name_that_is_no_utf8_survives_the_way_to_the_terminal(tiny: Path, here: Path, engine: ColourEngine) -> None:
+def test_a_name_that_is_no_utf8_survives_the_way_to_the_terminal(
+    tiny: Path, here: Path, everywhere: ColourEngine
+) -> None:
     try:
         os.rename(tiny / "cold" / "000.png", os.fsencode(tiny / "cold") + b"/caf\xe9.png")
         (tiny / "cold" / "bad.png").write_bytes(b"")
@@ -204,7 +210,7 @@ def test_a_name_that_is_no_utf8_survives_the_way_to_the_terminal(tiny: Path, her
 
 
 def test_control_characters_in_a_name_reach_the_terminal_as_escapes(
-    tiny: Path, here: Path, engine: ColourEngine
+    tiny: Path, here: Path, everywhere: ColourEngine
 ) -> None:
     for name, data in (("title\x1b]0;x\x07.png", b""), ("two\nlines.txt", b"no image")):
         (tiny / "cold" / name).write_bytes(data)

@@ -145,7 +145,7 @@ def test_a_copy_of_a_bad_image_is_skipped_too(tiny: Path, tmp_path: Path, engine
     assert len({image["reason"] for image in report.skipped_images}) == 1
 
 
-def test_no_readable_image_is_an_error_that_says_why(tmp_path: Path, engine: ColourEngine) -> None:
+def test_no_readable_image_is_an_error_that_says_why(tmp_path: Path, everywhere: ColourEngine) -> None:
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "data" / "a" / "x.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match=r"none of the 1 images .* could be read .*a/x\.jpg.*empty"):
@@ -219,7 +219,7 @@ def test_a_float16_cache_is_another_spec(tiny: Path, tmp_path: Path, engine: Col
 
 
 def test_the_scikit_learn_transformer_takes_paths_images_and_arrays(
-    tiny: Path, tmp_path: Path, engine: ColourEngine
+    tiny: Path, tmp_path: Path, everywhere: ColourEngine
 ) -> None:
     from featx import ImageFeatures
 
@@ -227,11 +227,11 @@ def test_the_scikit_learn_transformer_takes_paths_images_and_arrays(
     transformer = ImageFeatures("tiny", cache=tmp_path / "cache")
     X = transformer.fit_transform(paths)
     np.testing.assert_array_equal(X, transformer.transform([str(path) for path in paths]))
-    assert engine.images == 12
+    assert everywhere.images == 12
     arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
     np.testing.assert_array_equal(X, transformer.transform(arrays))
     np.testing.assert_array_equal(X, transformer.transform([Image.open(path) for path in paths]))
-    assert engine.images == 24  # pixels are not the files' bytes, but a Pillow image is its array
+    assert everywhere.images == 24  # pixels are not the files' bytes, but a Pillow image is its array
     with pytest.raises(ImageError, match=r"missing\.png"):
         transformer.transform([*paths, tiny / "missing.png"])
     with pytest.raises(SourceError, match="sequence"):
@@ -246,7 +246,9 @@ def test_the_transformer_takes_what_extract_takes_but_views() -> None:
     assert ImageFeatures().get_params() == {"backbone": "resnet18"} | defaults
 
 
-def test_the_transformer_works_in_a_grid_search_and_clones(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+def test_the_transformer_works_in_a_grid_search_and_clones(
+    tiny: Path, tmp_path: Path, everywhere: ColourEngine
+) -> None:
     from sklearn.base import clone
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
@@ -260,7 +262,7 @@ def test_the_transformer_works_in_a_grid_search_and_clones(tiny: Path, tmp_path:
     pipeline = make_pipeline(ImageFeatures("tiny", cache=str(tmp_path / "cache")), LogisticRegression())
     search = GridSearchCV(clone(pipeline), {"logisticregression__C": [0.1, 10.0]}, cv=2).fit(paths, y)
     assert search.best_score_ == 1.0
-    assert engine.images == 20
+    assert everywhere.images == 20
 
 
 def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
@@ -271,7 +273,7 @@ def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
         sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache", device="gpu")
 
 
-def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Path, everywhere: ColourEngine) -> None:
     from featx.fitting import fit
     from featx.runs import is_finished
 
@@ -288,7 +290,7 @@ def test_a_fit_that_is_refused_leaves_no_run_in_the_way(tiny: Path, tmp_path: Pa
 
 
 def test_a_split_that_is_not_there_and_other_kinds_of_labels_are_named(
-    tiny: Path, tmp_path: Path, engine: ColourEngine
+    tiny: Path, tmp_path: Path, everywhere: ColourEngine
 ) -> None:
     from featx.fitting import fit
     from featx.measuring.evaluation import evaluate

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from featx.errors import FeatxError
-from featx.heads import linear, logreg, settings_of
+from featx.heads import linear, logreg
+from featx.learning import settings_of
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 

@@ -24,7 +24,7 @@ from featx.sources.opening import open_source
 
 
 @pytest.fixture
-def split(tmp_path: Path, engine: ColourEngine) -> Path:
+def split(tmp_path: Path, everywhere: ColourEngine) -> Path:
     """`train` and `valid` with class folders, `test` without; 12, 6 and 4 images."""
     root = tmp_path / "split"
     write_images(root / "train", per_class=6)

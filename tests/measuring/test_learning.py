@@ -23,7 +23,7 @@ from featx.solvers.examples import Examples
 
 
 @pytest.fixture
-def run(tmp_path: Path, engine: ColourEngine) -> Run:
+def run(tmp_path: Path, everywhere: ColourEngine) -> Run:
     data = tmp_path / "data"
     write_images(data / "train", 24, ("cold", "mild", "warm"))
     write_images(data / "val", 10, ("cold", "mild", "warm"), seed=1)
@@ -33,10 +33,10 @@ def run(tmp_path: Path, engine: ColourEngine) -> Run:
     return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
 
 
-def test_the_last_point_is_the_run_itself(run: Run, engine: ColourEngine):
-    before = engine.images
+def test_the_last_point_is_the_run_itself(run: Run, everywhere: ColourEngine):
+    before = everywhere.images
     found = learning.learning_curve(run.path, repeats=3)
-    assert engine.images == before
+    assert everywhere.images == before
     assert [r.images for r in found.rows] == [18, 36, 72]
     assert [r.subsets for r in found.rows] == [3, 3, 1]
     assert found.rows[-1].accuracy == run.report["accuracy"]
@@ -46,7 +46,7 @@ def test_the_last_point_is_the_run_itself(run: Run, engine: ColourEngine):
     assert found.verdict in found.text()
 
 
-def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(tmp_path: Path, engine: ColourEngine):
+def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(tmp_path: Path, everywhere: ColourEngine):
     # what tells the classes lies in the middle, so that most views show nothing of it
     rng, data = np.random.default_rng(3), tmp_path / "data"
     for split, count in (("train", 16), ("val", 40)):

@@ -89,7 +89,7 @@ def photographs(root: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, engine: ColourEngine) -> Run:
+def run(tmp_path: Path, everywhere: ColourEngine) -> Run:
     data = photographs(tmp_path / "insects")
     return fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run")
 
@@ -161,10 +161,10 @@ def test_the_same_run_gives_the_same_page(run: Run):
     assert write_report(run.path).read_bytes() == first
 
 
-def test_a_report_makes_no_forward_pass_and_finds_the_features_the_run_had(run: Run, engine: ColourEngine):
-    before = engine.images
+def test_a_report_makes_no_forward_pass_and_finds_the_features_the_run_had(run: Run, everywhere: ColourEngine):
+    before = everywhere.images
     material = gallery.gather(open_run(run.path))
-    assert engine.images == before
+    assert everywhere.images == before
     assert material.missing == []
     wanted = extract(run.config.data, "colours", cache=run.config.cache)
     assert gallery.gather(run, wanted).features is wanted
@@ -227,7 +227,7 @@ def test_an_unknown_layout_is_refused(run: Run):
         write_report(run.path, layout="umap")
 
 
-def test_several_labels_per_image(tmp_path: Path, engine: ColourEngine):
+def test_several_labels_per_image(tmp_path: Path, everywhere: ColourEngine):
     rng = np.random.default_rng(0)
     lines = ["path,label,split"]
     for i in range(48):
@@ -302,7 +302,7 @@ def test_folders_of_this_machine_go_from_any_sentence():
     )
 
 
-def test_ridge_shows_how_it_chose_its_penalty(tmp_path: Path, engine: ColourEngine):
+def test_ridge_shows_how_it_chose_its_penalty(tmp_path: Path, everywhere: ColourEngine):
     data = photographs(tmp_path / "insects")
     run = fit(data, "colours", "ridge", cache=tmp_path / "cache", output=tmp_path / "run")
     seen = Page(write_report(run.path, layout="pca"))

@@ -22,7 +22,7 @@ ODD = ("a|b <b>x", 'he said "yes": #1', "yes", "0x10", "naïve 🐝\u202e", "[li
 
 
 @pytest.fixture
-def run(tmp_path: Path, engine: ColourEngine) -> Run:
+def run(tmp_path: Path, everywhere: ColourEngine) -> Run:
     """A run whose class folders and data have every name that Markdown or YAML could stumble over."""
     data = write_images(tmp_path / "secret place" / "my: data | set", classes=ODD, per_class=8)
     output = tmp_path / "secret place" / "run: one #1"
