@@ -22,10 +22,9 @@ from featx.extraction.result import Extraction
 from featx.features import Features, Rows, StoredRows, groups, repeated, short_keys
 from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
-from featx.kinds import plain
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete
+from featx.options import Options, complete, plain
 from featx.solvers.examples import Examples
 
 if TYPE_CHECKING:

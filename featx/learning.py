@@ -17,7 +17,7 @@ import numpy as np
 from featx import heads
 from featx.errors import HeadError
 from featx.head import Fitted
-from featx.kinds import fits
+from featx.options import fits
 from featx.solvers.examples import Examples
 from featx.text import assigned, near
 

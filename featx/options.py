@@ -1,4 +1,4 @@
-"""The options of an extraction, once: names, types, defaults, checks, and the help of the command line.
+"""The options of an extraction, once: names, types, defaults, checks, help; and the types of settings.
 
 Public functions take them as `**options: Unpack[Options]` (PEP 692), so that mypy and editors know them; `complete`
 fills in the defaults and refuses what is misspelt or out of range, whoever calls.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from featx.errors import FeatxError
-from featx.kinds import fits
 from featx.text import near
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -106,7 +105,7 @@ class Field:
             raise FeatxError(f"{self.name} is {self.option.least} or more, not {value}")
         if self.option.pattern and not re.fullmatch(self.option.pattern, value):
             raise FeatxError(f"{self.name} is {self.option.help.removesuffix('.')}, not {value!r}")
-        if isinstance(value, Integral) and int(value) >= 2**63:  # what numpy and torch both take
+        if isinstance(value, int) and value >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 
@@ -115,6 +114,33 @@ def fields_of(kind: Any = Options) -> dict[str, Field]:
     """The options of `Options`, `Shared` or `Running`, by name."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: Field(name, *get_args(hint)) for name, hint in hints.items()}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` has the type `hint`, as `typing.get_type_hints` gives it; items of containers are not checked.
+
+    A whole number counts as a float, True and False do not count as numbers, and anything but text counts as a
+    sequence, so that one number may stand for a sequence of one.
+    """
+    origin, value = get_origin(hint) or hint, plain(value)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is Sequence:
+        return not isinstance(value, str)
+    if origin in (int, float):
+        return isinstance(value, int | origin) and not isinstance(value, bool)
+    return origin is Any or isinstance(value, origin)
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON gives it back: tuples and arrays are lists, numpy's numbers are Python's."""
+    if hasattr(value, "tolist"):  # numpy is not imported, which takes longer than `--help`
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def complete(
@@ -133,6 +159,6 @@ def complete(
             raise FeatxError(f"there is no option {name!r}; there are {', '.join(known)}.{near(name, known)}")
     values = {name: field.option.default for name, field in fields.items()} | dict(given)
 
-    for name, field in fields.items():
-        field.check(values[name])
+    for name in given:
+        fields[name].check(values[name])
     return values

@@ -13,8 +13,7 @@ import click
 
 from featx import __version__
 from featx.errors import FeatxError
-from featx.kinds import fits
-from featx.options import Split, fields_of
+from featx.options import Split, fields_of, fits
 from featx.text import assigned, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130

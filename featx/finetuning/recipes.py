@@ -9,7 +9,7 @@ from typing import Any, Literal, ParamSpec, Protocol, get_args, get_origin, get_
 
 from featx.errors import TrainingError
 from featx.finetuning.augment import Augmentation
-from featx.kinds import fits
+from featx.options import fits
 from featx.text import near
 
 P = ParamSpec("P")
