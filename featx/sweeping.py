@@ -326,8 +326,8 @@ def _held_out(
     file, seed = run.path / HELD_OUT, place.options["seed"]
     with contextlib.suppress(OSError, ValueError):
         return np.asarray(np.load(file, allow_pickle=False))
-    rows = np.flatnonzero(features.splits == "train")
-    train = features.take(rows[np.lexsort(features.keys[rows].T[::-1])])
+    numbers = np.flatnonzero(features.splits == "train")
+    train = features.take(numbers[np.lexsort(features.keys[numbers].T[::-1])])
     group = groups(train.keys)
     fold, _ = folds(train.y, FOLDS, groups=group, seed=seed)
     measured = np.flatnonzero(fold >= 0)

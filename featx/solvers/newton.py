@@ -106,14 +106,14 @@ def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, 
     is done when a step gains less than `tolerance` of the objective and hardly changes the held-out loss.
     """
     at = Problems.visit(design, some, found.strength[some], found.member[some], found.A[:, some])
-    rows = np.maximum(design.held_out(at.member), 1e-300)
+    count = np.maximum(design.held_out(at.member), 1e-300)
     radius = np.full(len(some), np.inf)
 
     for step in range(most):
         d, gain, length = _direction(design, at, radius)
         gap, before = gain / at.f, at.held.copy()
         t = _along(design, at, d, gain)
-        change = np.abs(at.held - before) / rows
+        change = np.abs(at.held - before) / count
         done = (gap <= tolerance) & (change <= SETTLED) & (t == 1) & (length < radius)
         over = done | (step + 1 == most)
         radius = np.where(t < 1, 2 * np.maximum(t, 1e-6) * length, np.where(length < radius, radius, 4 * radius))
@@ -121,7 +121,7 @@ def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, 
             found.record(at.take(over), gap[over], done[over])
             if over.all():
                 break
-            at, radius, rows = at.take(~over), radius[~over], rows[~over]
+            at, radius, count = at.take(~over), radius[~over], count[~over]
 
 
 def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> np.ndarray:

@@ -37,10 +37,10 @@ def test_the_last_point_is_the_run_itself(run: Run, engine: ColourEngine):
     before = engine.images
     found = learning.learning_curve(run.path, repeats=3)
     assert engine.images == before
-    assert [r.images for r in found.rows] == [18, 36, 72]
-    assert [r.subsets for r in found.rows] == [3, 3, 1]
-    assert found.rows[-1].accuracy == run.report["accuracy"]
-    assert all(r.low <= r.accuracy <= r.high for r in found.rows)
+    assert [r.images for r in found.points] == [18, 36, 72]
+    assert [r.subsets for r in found.points] == [3, 3, 1]
+    assert found.points[-1].accuracy == run.report["accuracy"]
+    assert all(r.low <= r.accuracy <= r.high for r in found.points)
     assert json.loads((run.path / "curve.json").read_text()) == found.to_dict()
     assert learning.learning_curve(run.path, repeats=3) == found
     assert found.verdict in found.text()
@@ -57,7 +57,7 @@ def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(tmp_path: Path, en
                 pixels[14:26, 18:30] += np.uint8(12 * number)
                 Image.fromarray(pixels).save(data / split / name / f"{i}.png")
     run = fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", views=3, gain=False)
-    (row,) = learning.learning_curve(run, sizes=[48], repeats=1).rows
+    (row,) = learning.learning_curve(run, sizes=[48], repeats=1).points
     assert row.accuracy == run.report["accuracy"]
 
     extraction = sync(data, "colours", cache=tmp_path / "cache", views=3)
