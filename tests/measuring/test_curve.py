@@ -93,7 +93,7 @@ def test_what_cannot_be_curved_is_refused(run: Run, tmp_path: Path):
 def test_sizes_halve_down_to_four_a_class():
     assert curve.default_sizes(244, 2) == [8, 15, 30, 61, 122, 244]
     assert curve.default_sizes(10, 5) == [10]
-    assert len(curve.default_sizes(10**6, 10)) == learning.MAX_SIZES
+    assert len(curve.default_sizes(10**6, 10)) == curve.MAX_SIZES
 
 
 def test_every_beginning_is_stratified_and_keeps_duplicates_together():
