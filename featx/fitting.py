@@ -40,7 +40,7 @@ class Fit:
     info: dict[str, Any]
     """JSON values: what the head chose, see `featx.head.Fitted`."""
     seconds: float
-    """Of fitting alone."""
+    """What fitting alone took."""
     val: Report | None
     """On the validation images; None where there are none."""
     test: Report | None

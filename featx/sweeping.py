@@ -182,7 +182,7 @@ class _Place:
     memory: float
     engine: Engine | None
     options: dict[str, Any]
-    """Of `fit` and `sync`: seed, cache, device and the others of `Shared`."""
+    """What `fit` and `sync` take: seed, cache, device and the others of `Shared`."""
     speeds: dict[str, float]
     """Images per second, by the name of a former sweep's point and by the digest of the features' spec: heads on one
     backbone share its speed, which is measured once."""
@@ -205,7 +205,7 @@ def sweep(
 
     backbones: names, each with weights of its own if written `name=weights`. heads: names, with settings if
     written `logreg class_weight=balanced`; the same head may come several times. by: `accuracy` or `log_loss`
-    over five folds of the training images, in which each head chooses its settings anew; the validation
+    over five folds of the training images, in which each head chooses its settings again; the validation
     images are measured, too, and choose nothing. memory: as for `featx.fit`. engine, options: as for
     `featx.extract`; one engine runs one backbone and layer.
 

@@ -294,7 +294,7 @@ class FeatureStore:
         return salvaged
 
     def _read_form(self) -> Form | None:
-        """What `spec.json` says; where it is lost or damaged, what a valid shard says, written anew."""
+        """What `spec.json` says; where it is lost or damaged, what a valid shard says, written again."""
         path = self.folder / "spec.json"
         try:
             return shards.read_form(path, self.spec)
@@ -307,7 +307,7 @@ class FeatureStore:
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
                         shards.write_form(path, form)
-                    self._note(f"{path} was lost ({reason}) and is written anew from a shard")
+                    self._note(f"{path} was lost ({reason}) and is written again from a shard")
                     return form
         if there:
             with contextlib.suppress(OSError):  # no row depends on it; the next writer makes a new one

@@ -24,7 +24,7 @@ POLICIES = {
     "autoaugment": "torchvision.transforms.v2:AutoAugment",
     "augmix": "torchvision.transforms.v2:AugMix",
 }
-_ATTEMPTS = 10  # of drawing a box that fits, as in RandomResizedCrop
+_ATTEMPTS = 10  # a box that fits is drawn so often at most, as in RandomResizedCrop
 
 
 @dataclass(frozen=True)

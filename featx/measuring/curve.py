@@ -22,7 +22,7 @@ from featx.solvers.examples import Examples
 
 RESAMPLES = 1000
 MAX_SIZES = 7
-MIN_POINTS = 4  # of a curve, for a forecast: two are fitted, one checks, one to spare
+MIN_POINTS = 4  # a forecast fits two points and checks one more; one is to spare
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[C
         points.append(CurvePoint(int(size), float(accuracy), low, high, subsets, spread))
         samples.append(sample)
 
-    return points, *foretell(np.array(sizes), np.array([p.accuracy for p in points]), np.array(samples))
+    return points, *extrapolate(np.array(sizes), np.array([p.accuracy for p in points]), np.array(samples))
 
 
-def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[Forecast | None, str]:
+def extrapolate(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[Forecast | None, str]:
     """Accuracy with twice the images, from `error = a * n ** -b` through the curve; or None, and why.
 
     sizes, accuracy: `[S]`; samples `[S, B]`: resamples of the accuracy. There is no forecast from fewer than

@@ -14,8 +14,8 @@ import numpy as np
 
 from featx.solvers.design import Design, Hessian
 
-INEXACT = 0.2  # of the gradient, in the preconditioner's norm: the residual at which conjugate gradients stop
-PRODUCTS = 500  # with the Hessian, at most, per Newton step
+INEXACT = 0.2  # conjugate gradients stop at this share of the gradient, in the preconditioner's norm
+PRODUCTS = 500  # a Newton step multiplies by the Hessian at most so often
 # A Newton step that changes the held-out loss per row by less than this is the last: the distance that remains
 # is several times less, since conjugate gradients leave only a share of it.
 SETTLED = 5e-4

@@ -76,7 +76,7 @@ def test_the_report_shows_it(run: Run):
     assert (run.path / "plots" / "learning.png").is_file()
 
 
-def test_what_cannot_be_curved_is_refused(run: Run, tmp_path: Path):
+def test_sizes_and_runs_that_give_no_curve_are_refused(run: Run, tmp_path: Path):
     with pytest.raises(HeadError, match="72 training images"):
         curve.learning_curve(run.path, sizes=[10, 100])
     with pytest.raises(HeadError, match="at least one subset"):
@@ -118,10 +118,10 @@ def samples(accuracy: np.ndarray, noise: float) -> np.ndarray:
     return accuracy[:, None] + noise * rng.normal(size=(len(accuracy), 1000))
 
 
-def test_a_power_law_is_foretold():
+def test_a_power_law_is_forecast():
     n = np.array([25, 50, 100, 200, 400])
     accuracy = 1 - 1.2 * n**-0.4
-    forecast, verdict = curve.foretell(n, accuracy, samples(accuracy, 0.005))
+    forecast, verdict = curve.extrapolate(n, accuracy, samples(accuracy, 0.005))
     assert forecast is not None
     assert forecast.images == 800
     assert forecast.accuracy == pytest.approx(1 - 1.2 * 800**-0.4, abs=1e-9)
@@ -130,23 +130,23 @@ def test_a_power_law_is_foretold():
     assert "800 training images would give" in verdict
 
 
-def test_a_curve_that_has_flattened_is_not_foretold_or_said_to_be_flat():
+def test_a_curve_that_flattens_gets_no_forecast_or_a_flat_one():
     n = np.array([25, 50, 100, 200, 400])
     bent = 0.9 - 3.0 * n**-1.2
-    forecast, verdict = curve.foretell(n, bent, samples(bent, 0.002))
+    forecast, verdict = curve.extrapolate(n, bent, samples(bent, 0.002))
     assert forecast is None
     assert "power law through the smaller sizes" in verdict
     flat = np.full(5, 0.8)
-    forecast, verdict = curve.foretell(n, flat, samples(flat, 0.01))
+    forecast, verdict = curve.extrapolate(n, flat, samples(flat, 0.01))
     assert forecast is not None
     assert "flat within its error" in verdict
 
 
-def test_nothing_is_foretold_from_little_or_without_errors():
+def test_few_sizes_or_no_errors_give_no_forecast():
     n = np.array([25, 50, 100, 200])
-    assert curve.foretell(n[:3], n[:3] / 300, samples(n[:3] / 300, 0.01))[0] is None
+    assert curve.extrapolate(n[:3], n[:3] / 300, samples(n[:3] / 300, 0.01))[0] is None
     perfect = np.array([0.9, 0.95, 1.0, 1.0])
-    forecast, verdict = curve.foretell(n, perfect, samples(perfect, 0.01))
+    forecast, verdict = curve.extrapolate(n, perfect, samples(perfect, 0.01))
     assert forecast is None
     assert "no error left" in verdict
 

@@ -437,7 +437,7 @@ def test_the_tolerance_is_the_limit_of_probabilities_and_above_its_own_limit_of_
         assert (limits["features"], limits["probabilities"]) == (max(3e-2, tolerance), tolerance)
 
 
-def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
+def test_a_head_that_magnifies_what_features_may_differ_by_passes() -> None:
     """As for a deep network with random weights: features 5e-6 apart, a head with large weights."""
     head = Head(np.float32([[40, 0], [0, 40]]), np.zeros(2, np.float32), ("a", "b"))
     torch = np.float32([[1.0, 0.99], [0.5, 0.8]])
