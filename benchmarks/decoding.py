@@ -71,7 +71,7 @@ TEXT = """\
 # `--decode gpu`: how near its pixels and features are to Pillow's
 
 {how}
-The photographs were saved anew as 4:2:0, quality 90; features of squeezenet1_1 (ImageNet weights) and of a resnet18
+The photographs were saved again as 4:2:0, quality 90; features of squeezenet1_1 (ImageNet weights) and of a resnet18
 (random weights, which tell images apart less), fp32; pixels in levels of 255, resized and cropped to 224 pixels.
 
 {told}

@@ -28,8 +28,8 @@ class _Images(Source):
 
     items: Sequence[Any] = ()
 
-    def take(self, rows: np.ndarray) -> Source:
-        return replace(super().take(rows), items=[self.items[i] for i in rows])  # type: ignore[call-arg]
+    def take(self, numbers: np.ndarray) -> Source:
+        return replace(super().take(numbers), items=[self.items[i] for i in numbers])  # type: ignore[call-arg]
 
     def read(self, i: int) -> bytes:
         item = self.items[i]

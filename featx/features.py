@@ -37,10 +37,10 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> Any: ...
 
 
-class StoredRows(Rows, Protocol):
+class LazyRows(Rows, Protocol):
     """A table that can be narrowed down without reading it."""
 
-    def take(self, which: np.ndarray, /) -> StoredRows: ...
+    def take(self, which: np.ndarray, /) -> LazyRows: ...
 
 
 def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def gathered(X: Rows, which: np.ndarray) -> np.ndarray:
     return np.concatenate([X[i : i + 1] for i in which.tolist()])
 
 
-def taken(X: np.ndarray | StoredRows, which: np.ndarray) -> np.ndarray | StoredRows:
+def taken(X: np.ndarray | LazyRows, which: np.ndarray) -> np.ndarray | LazyRows:
     """The rows with these numbers, `int [M]`: of an array a copy, of a stored table one that is read later."""
     return X[which] if isinstance(X, np.ndarray) else X.take(which)
 
@@ -148,7 +148,7 @@ class Features:
     Only images with a feature are in it; `report` names the others.
     """
 
-    rows: np.ndarray | StoredRows
+    rows: np.ndarray | LazyRows
     """`float32 | float16 [N, D]`, in the source's order: an array, or, where it would exceed the memory
     limit, a table that is read by slices."""
     y: np.ndarray
@@ -189,16 +189,16 @@ class Features:
         """The rows of `train`, `val` and `test`."""
         return self.split("train"), self.split("val"), self.split("test")
 
-    def take(self, rows: np.ndarray) -> Features:
+    def take(self, numbers: np.ndarray) -> Features:
         """The rows with these numbers, `int [M]`."""
         return replace(
             self,
-            rows=taken(self.rows, rows),
-            y=self.y[rows],
-            ids=[self.ids[i] for i in rows],
-            splits=self.splits[rows],
-            keys=self.keys[rows],
-            given=None if self.given is None else self.given[rows],
+            rows=taken(self.rows, numbers),
+            y=self.y[numbers],
+            ids=[self.ids[i] for i in numbers],
+            splits=self.splits[numbers],
+            keys=self.keys[numbers],
+            given=None if self.given is None else self.given[numbers],
         )
 
     @property
@@ -242,9 +242,9 @@ class Features:
         labels = self.y[:, None] if self.y.ndim == 1 else self.y
         order = np.lexsort([self.splits, *labels.T[::-1], *self.keys.T[::-1]])
         for start in range(0, len(order), 1 << 16):  # a million images are not a million tuples at once
-            rows = order[start : start + (1 << 16)]
-            values = self.keys[rows].tobytes(), np.ascontiguousarray(labels[rows], "<i8").tobytes()
-            digest.update(b"".join(values) + "\0".join(self.splits[rows].tolist()).encode())
+            numbers = order[start : start + (1 << 16)]
+            values = self.keys[numbers].tobytes(), np.ascontiguousarray(labels[numbers], "<i8").tobytes()
+            digest.update(b"".join(values) + "\0".join(self.splits[numbers].tolist()).encode())
         return digest.hexdigest()
 
 

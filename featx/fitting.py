@@ -19,7 +19,7 @@ from featx.errors import HeadError
 from featx.extraction.job import Backbone, Data, request_of
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
-from featx.features import Features, Rows, StoredRows, groups, repeated, short_keys
+from featx.features import Features, LazyRows, Rows, groups, repeated, short_keys
 from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.measuring.evaluation import Report, evaluate_logits
@@ -39,7 +39,7 @@ class Fit:
     info: dict[str, Any]
     """JSON values: what the head chose, see `featx.head.Fitted`."""
     seconds: float
-    """Of fitting alone."""
+    """What fitting alone took."""
     val: Report | None
     """On the validation images; None where there are none."""
     test: Report | None
@@ -242,7 +242,7 @@ def finish(
     return runs.finish(path, head, trained_on, report, extracted.request.name)
 
 
-def training_views(extracted: Extraction, features: Features, memory: float) -> Sequence[np.ndarray | StoredRows]:
+def training_views(extracted: Extraction, features: Features, memory: float) -> Sequence[np.ndarray | LazyRows]:
     """The training images' rows in each view; tables that are read by slices where they take more than `memory`."""
     if len(extracted.stores) == 1 and isinstance(features.rows, np.ndarray):
         return ()  # the features' own rows: a second reading would cost more
@@ -316,7 +316,7 @@ def measured_averages(extracted: Extraction, features: Features, head: Head) -> 
 
 
 def measured_gain(
-    views: Sequence[np.ndarray | StoredRows], features: Features, head: str, memory: float, chosen: dict[str, Any]
+    views: Sequence[np.ndarray | LazyRows], features: Features, head: str, memory: float, chosen: dict[str, Any]
 ) -> dict[str, Any]:
     """`report.json`: what learning from views of the training images brings, cross-validated. `views`: their rows."""
     train = features.splits == "train"

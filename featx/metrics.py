@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BINS = 15  # of the calibration error, as in Guo et al. 2017
+BINS = 15  # the calibration error's bins are as many as in Guo et al. 2017
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 RESAMPLES = 1000
 # The bootstrap of a mean is its normal interval long before this many rows.

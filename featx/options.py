@@ -122,7 +122,7 @@ def fits(value: Any, hint: Any) -> bool:
     A whole number counts as a float, True and False do not count as numbers, and anything but text counts as a
     sequence, so that one number may stand for a sequence of one.
     """
-    origin, value = get_origin(hint) or hint, plain(value)
+    origin, value = get_origin(hint) or hint, value.tolist() if hasattr(value, "tolist") else value
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in get_args(hint))
     if origin is Literal:

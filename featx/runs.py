@@ -223,7 +223,7 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Make a run's folder and write its configuration, where `check` lets it.
 
     When a run is replaced, the files that featx wrote are removed, `report.json` first; others in its folder stay.
-    An unfinished one with the same configuration is continued, unless `overwrite` starts it anew.
+    An unfinished one with the same configuration is continued, unless `overwrite` starts it over.
     """
     check(path, config, overwrite=overwrite)
     try:

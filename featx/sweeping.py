@@ -181,7 +181,7 @@ class _Place:
     memory: float
     engine: Engine | None
     options: dict[str, Any]
-    """Of `fit` and `sync`: seed, cache, device and the others of `Shared`."""
+    """What `fit` and `sync` take: seed, cache, device and the others of `Shared`."""
     speeds: dict[str, float]
     """Images per second, by the name of a former sweep's point and by the digest of the features' spec: heads on one
     backbone share its speed, which is measured once."""
@@ -204,7 +204,7 @@ def sweep(
 
     backbones: names, each with weights of its own if written `name=weights`. heads: names, with settings if
     written `logreg class_weight=balanced`; the same head may come several times. by: `accuracy` or `log_loss`
-    over five folds of the training images, in which each head chooses its settings anew; the validation
+    over five folds of the training images, in which each head chooses its settings again; the validation
     images are measured, too, and choose nothing. memory: as for `featx.fit`. engine, options: as for
     `featx.extract`; one engine runs one backbone and layer.
 
@@ -325,8 +325,8 @@ def _held_out(
     file, seed = run.path / HELD_OUT, place.options["seed"]
     with contextlib.suppress(OSError, ValueError):
         return np.asarray(np.load(file, allow_pickle=False))
-    rows = np.flatnonzero(features.splits == "train")
-    train = features.take(rows[np.lexsort(features.keys[rows].T[::-1])])
+    numbers = np.flatnonzero(features.splits == "train")
+    train = features.take(numbers[np.lexsort(features.keys[numbers].T[::-1])])
     group = groups(train.keys)
     fold, _ = folds(train.y, FOLDS, groups=group, seed=seed)
     measured = np.flatnonzero(fold >= 0)

@@ -50,6 +50,6 @@ def repeated(data: bytes) -> np.ndarray:
 
 
 def asked(files: list[bytes], preprocess: Preprocess) -> list[Encoded]:
-    """Of the files that a GPU may decode, each with its whole crop asked for."""
+    """The files that a GPU may decode, each with its whole crop asked for."""
     found = [(data, header(data)) for data in files]
     return [Encoded(d, h, [(0, preprocess.box(*h.upright, preprocess.crop), False)]) for d, h in found if h]

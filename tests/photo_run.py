@@ -12,7 +12,7 @@ import featx
 
 PER_CLASS = {"train": 20, "val": 30}
 ORIENTATION = {"ants": 6, "bees": 5}
-"""Of the first validation photograph of each class, which lies on its side in its file, as phones write them."""
+"""The EXIF orientation of each class's first validation photograph: it lies on its side, as phones write them."""
 CHECKPOINT = "squeezenet1_1-b8a52dc0.pth"
 """What torchvision calls the file of its pretrained SqueezeNet 1.1."""
 

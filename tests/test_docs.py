@@ -40,7 +40,7 @@ def test_the_command_line_page_is_what_the_commands_say() -> None:
     spec.loader.exec_module(generate)
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert page.count("\n## ") > 15
-    assert page == generate.render(), "`make docs` writes it anew"
+    assert page == generate.render(), "`make docs` writes it again"
 
 
 def test_every_page_that_the_readme_names_is_there() -> None:

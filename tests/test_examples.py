@@ -136,7 +136,7 @@ runpy.run_path(sys.argv[0])
     assert len(code_lines) <= 20
 
 
-def test_the_page_in_chromium_answers_as_predict_does_and_names_what_is_no_image(
+def test_the_page_in_chromium_answers_as_predict_does_and_names_a_file_that_is_not_an_image(
     site: Path, files: dict[str, Path], expected: dict[str, dict[str, float]], tmp_path: Path
 ) -> None:
     photograph = next(iter(files.values())).read_bytes()

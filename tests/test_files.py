@@ -1,4 +1,4 @@
-"""JSON files: sealed ones are believed only as they were written."""
+"""JSON files: sealed ones are read only as they were written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_was_never_sealed_is_refused(data: bytes) -> None:
         unsealed(data)
 
 
-def test_what_an_older_featx_sealed_is_believed_and_written_the_same(tmp_path: Path) -> None:
+def test_what_an_older_featx_sealed_is_read_and_written_the_same(tmp_path: Path) -> None:
     (golden,) = GOLDEN.glob("*/spec.json")
     values = unsealed(golden.read_bytes())
     write_sealed(tmp_path / "spec.json", values)

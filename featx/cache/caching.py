@@ -23,7 +23,7 @@ from featx.text import near
 
 # Bytes of rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20
-# Folders beside the features; the next run makes anew what it needs of them.
+# Folders beside the features; the next run makes again what it needs of them.
 MADE_AGAIN = ("engines", "memo", "rates", "resolved")
 
 
@@ -35,7 +35,7 @@ class Entry:
     """The folder's name, `resnet18-0123456789abcdef`; a unique beginning of it will do, too."""
     path: Path
     form: Form | None
-    """None where `spec.json` is lost or damaged (the next run with this spec writes it anew), or a newer featx's."""
+    """None where `spec.json` is lost or damaged (the next run with this spec writes it again), or a newer featx's."""
     shards: int
     bytes: int
     """All files in the folder, with those set aside."""

@@ -19,7 +19,7 @@ PIECE_BYTES, READERS = 8 << 20, min(4, available_threads())
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class ShardTable:
     """The rows of some shards as one table: those of one listing, whatever is listed meanwhile.
 
     A row's place counts through all shards.
@@ -39,7 +39,7 @@ class Table:
         """Where each shard's rows start, and the number of all rows: `int64 [S + 1]`."""
         return np.cumsum([0, *(shard.count for shard in self.shards)], dtype=np.int64)
 
-    def plus(self, shard: Shard, keys: np.ndarray) -> Table:
+    def plus(self, shard: Shard, keys: np.ndarray) -> ShardTable:
         """A table with one more shard; this one stays as it is."""
         return replace(self, shards=[*self.shards, shard], index=self.index.plus(keys))
 

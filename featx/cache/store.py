@@ -15,7 +15,7 @@ import numpy as np
 from featx.cache import shards, writing
 from featx.cache.index import KeyIndex, as_keys, distinct
 from featx.cache.memo import CLOCK_NS, READ_ONLY
-from featx.cache.reading import READERS, Table
+from featx.cache.reading import READERS, ShardTable
 from featx.cache.shards import Form, Shard, StaleError
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
@@ -61,7 +61,7 @@ class FeatureStore:
         self._buffered, self._since = 0, 0.0
         self._swept = False
         self._refreshing = threading.Lock()
-        self._table: Table
+        self._table: ShardTable
         """Replaced as a whole, since other threads may read: they see the old listing or the new one."""
         self.refresh()
         self._check_engine()
@@ -237,7 +237,7 @@ class FeatureStore:
                 try:
                     form = self._read_form() if self.folder.is_dir() else None
                     found = [] if form is None else self._list(form, trust)
-                    self._table = Table(self.folder, form, found, KeyIndex(shards.read_keys(self.folder, found)))
+                    self._table = ShardTable(self.folder, form, found, KeyIndex(shards.read_keys(self.folder, found)))
                     return
                 except StaleError:
                     continue  # a shard went between listing and reading: another process compacts
@@ -294,7 +294,7 @@ class FeatureStore:
         return salvaged
 
     def _read_form(self) -> Form | None:
-        """What `spec.json` says; where it is lost or damaged, what a valid shard says, written anew."""
+        """What `spec.json` says; where it is lost or damaged, what a valid shard says, written again."""
         path = self.folder / "spec.json"
         try:
             return shards.read_form(path, self.spec)
@@ -307,7 +307,7 @@ class FeatureStore:
                 if form.spec == self.spec:
                     with contextlib.suppress(OSError):  # read-only: the shard is asked again next time
                         shards.write_form(path, form)
-                    self._note(f"{path} was lost ({reason}) and is written anew from a shard")
+                    self._note(f"{path} was lost ({reason}) and is written again from a shard")
                     return form
         if there:
             with contextlib.suppress(OSError):  # no row depends on it; the next writer makes a new one

@@ -191,7 +191,7 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
 @click.command()
 @click.argument("run", type=click.Path(file_okay=False))
 def report(run: str) -> int:
-    """Write report.html and plots/ of RUN anew; one page that needs no network."""
+    """Write report.html and plots/ of RUN again; one page that needs no network."""
     click.echo(printable(str(write_page(run))))
     return DONE
 

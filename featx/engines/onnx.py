@@ -27,8 +27,8 @@ from featx.files import sweep, write_atomic
 
 OPSET = 18
 WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that justify one more image per piece
-MAX_BYTES = 2_000_000_000  # of weights; protobuf ends at 2**31
-LARGE_BYTES = 300_000_000  # of weights; from here on tracing, which copies them, is slower than capturing
+MAX_BYTES = 2_000_000_000  # larger weights do not fit into a protobuf, which ends at 2**31
+LARGE_BYTES = 300_000_000  # with larger weights tracing, which copies them, is slower than capturing
 EXPORT_VERSION = 2  # raised when the exported graph changes
 WINOGRAD_REVISION = 1  # raised when `featx.engines.winograd` makes another graph
 

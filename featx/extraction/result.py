@@ -63,7 +63,7 @@ class Extraction:
             return [StoredRows(store, keys) for store in self.stores]
         return [store.read(keys, mapped=False) for store in self.stores]
 
-    def exceeds(self, memory: float, rows: int) -> bool:
+    def exceeds(self, memory: float, count: int) -> bool:
         """Whether so many rows of features take more than `memory` bytes."""
         row_bytes = math.prod(self.info.row_shape) * np.dtype(self.stores[0].spec.dtype).itemsize
-        return rows * row_bytes > memory
+        return count * row_bytes > memory

@@ -24,7 +24,7 @@ POLICIES = {
     "autoaugment": "torchvision.transforms.v2:AutoAugment",
     "augmix": "torchvision.transforms.v2:AugMix",
 }
-_ATTEMPTS = 10  # of drawing a box that fits, as in RandomResizedCrop
+_ATTEMPTS = 10  # a box that fits is drawn so often at most, as in RandomResizedCrop
 
 
 @dataclass(frozen=True)
@@ -87,31 +87,31 @@ class Draws:
         flips, views = rng.random(count, np.float32) < 0.5, rng.random(count, np.float32)
         return cls(seed, epoch, shapes, places, flips, views)
 
-    def choose_views(self, rows: np.ndarray, views: int) -> np.ndarray:
-        """`int64 [B]`: which of the fixed views, in [0, views), the images `rows` are shown in."""
-        chosen: np.ndarray = (self.views[rows] * views).astype(np.int64)
+    def choose_views(self, numbers: np.ndarray, views: int) -> np.ndarray:
+        """`int64 [B]`: which of the fixed views, in [0, views), the images `numbers` are shown in."""
+        chosen: np.ndarray = (self.views[numbers] * views).astype(np.int64)
         return chosen
 
-    def boxes(self, rows: np.ndarray, aspect: np.ndarray, min_area: float) -> np.ndarray:
+    def boxes(self, numbers: np.ndarray, aspect: np.ndarray, min_area: float) -> np.ndarray:
         """`float64 [B, 4]`: left, top, right, bottom as shares of an image of `aspect` (width / height).
 
         Area (`min_area` to 1, as a share of the image's) and aspect ratio (3/4 to 4/3) are drawn as
         `RandomResizedCrop` draws them; where ten attempts do not fit, the box is the largest centred one.
         """
-        area = min_area + (1 - min_area) * self.shapes[rows, :, 0].astype(np.float64)
+        area = min_area + (1 - min_area) * self.shapes[numbers, :, 0].astype(np.float64)
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
-        ratio = np.exp(low + (high - low) * self.shapes[rows, :, 1].astype(np.float64))
+        ratio = np.exp(low + (high - low) * self.shapes[numbers, :, 1].astype(np.float64))
         width = np.sqrt(area * ratio / aspect[:, None])
         height = np.sqrt(area / ratio * aspect[:, None])
 
         fits = (width <= 1) & (height <= 1)
-        each, first = np.arange(len(rows)), fits.argmax(axis=1)
+        each, first = np.arange(len(numbers)), fits.argmax(axis=1)
         width, height = width[each, first], height[each, first]
         none = ~fits.any(axis=1)
         width[none] = np.minimum(1, RATIO[1] / aspect[none])
         height[none] = np.minimum(1, aspect[none] / RATIO[0])
 
-        place = np.where(none[:, None], 0.5, self.places[rows].astype(np.float64))
+        place = np.where(none[:, None], 0.5, self.places[numbers].astype(np.float64))
         left, top = (1 - width) * place[:, 0], (1 - height) * place[:, 1]
         return np.stack([left, top, left + width, top + height], axis=1)
 
@@ -150,15 +150,15 @@ def mirror(images: Tensor, flips: np.ndarray) -> Tensor:
 
 
 def apply(
-    functions: list[Callable[[Tensor], Tensor]], images: Tensor, rows: np.ndarray, seed: int, epoch: int
+    functions: list[Callable[[Tensor], Tensor]], images: Tensor, numbers: np.ndarray, seed: int, epoch: int
 ) -> Tensor:
     """Run the policies on every image of a batch, each from its own seed; changes torch's global seed."""
     if not functions:
         return images
 
     out = []
-    for image, row in zip(images, rows.tolist(), strict=True):
-        torch.manual_seed(seed_of(seed, "policy", epoch, row))
+    for image, number in zip(images, numbers.tolist(), strict=True):
+        torch.manual_seed(seed_of(seed, "policy", epoch, number))
         for function in functions:
             shape, image = image.shape, function(image)
             if image.shape != shape or image.dtype != torch.uint8:

@@ -92,7 +92,7 @@ class Checkpoints:
             shown = ", ".join(f"{n} {theirs.get(n)!r} -> {ours.get(n)!r}" for n in different[:4])
             raise TrainingError(
                 f"{path} is a checkpoint of another configuration ({shown}); "
-                "start anew with --overwrite, or give another --output"
+                "start over with --overwrite, or give another --output"
             )
 
         network.load_state_dict(_under(tensors, "network."))
@@ -139,7 +139,7 @@ class Checkpoints:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise TrainingError(
-                f"the checkpoint {path} cannot be read ({error}); start anew with --overwrite"
+                f"the checkpoint {path} cannot be read ({error}); start over with --overwrite"
             ) from error
 
 

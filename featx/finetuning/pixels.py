@@ -48,22 +48,22 @@ class Pixels:
     Otherwise threads decode them when they are requested, the next batch while one is trained on.
     """
 
-    def __init__(self, material: Material, rows: np.ndarray, views: list[str], room: float | None = None) -> None:
-        """rows: `int [N]`, row numbers of `extraction`. views: names, as in `featx.pixels.views`, or `STRETCHED`.
+    def __init__(self, material: Material, numbers: np.ndarray, views: list[str], room: float | None = None) -> None:
+        """numbers: `int [N]`, rows of `extraction`. views: names, as in `featx.pixels.views`, or `STRETCHED`.
 
         room: bytes to keep decoded images in; by default a share of the memory that is free.
         """
-        self.extraction, self.rows, self.views = material.extraction, rows, views
+        self.extraction, self.numbers, self.views = material.extraction, numbers, views
         self.device = material.device
         preprocess = self.extraction.info.preprocess
         self.side = preprocess.resize if STRETCHED in views else preprocess.crop
-        self.aspects = np.ones(len(rows))
+        self.aspects = np.ones(len(numbers))
         """`float64 [N]`: width / height of each image; known once it was decoded."""
         self._executor = ThreadPoolExecutor(material.workers, thread_name_prefix="featx-pixels")
         self._waiting: dict[int, Future[np.ndarray]] = {}
         self.table: Tensor | None = None
         """`uint8 [N, views, 3, S, S]`; None where images are decoded when they are requested."""
-        size = len(rows) * len(views) * 3 * self.side**2
+        size = len(numbers) * len(views) * 3 * self.side**2
         if size <= (free_memory() * SHARE if room is None else room):
             self.table = self._decode_all()
             if self.device.type == "cuda" and size <= torch.cuda.mem_get_info(self.device)[0] * SHARE:
@@ -90,15 +90,15 @@ class Pixels:
         self.table = None
 
     def _decode_all(self) -> Tensor:
-        table = torch.empty((len(self.rows), len(self.views), 3, self.side, self.side), dtype=torch.uint8)
+        table = torch.empty((len(self.numbers), len(self.views), 3, self.side, self.side), dtype=torch.uint8)
 
         def fill(i: int) -> None:
             image, key = self._open(i)
             for number, view in enumerate(self.views):
                 table[i, number] = torch.from_numpy(self._see(image, key, view))
 
-        filled = self._executor.map(fill, range(len(self.rows)))
-        for _ in tqdm(filled, "decode", len(self.rows), unit=" images", disable=None):
+        filled = self._executor.map(fill, range(len(self.numbers)))
+        for _ in tqdm(filled, "decode", len(self.numbers), unit=" images", disable=None):
             pass
         return table
 
@@ -107,7 +107,7 @@ class Pixels:
         return self._see(*self._open(i), self.views[view])
 
     def _open(self, i: int) -> tuple[Image.Image, bytes]:
-        source, row = self.extraction.source, int(self.rows[i])
+        source, row = self.extraction.source, int(self.numbers[i])
         number = int(self.extraction.numbers[row])
         data = source.read(number)
         key = content_key(data)
@@ -139,25 +139,25 @@ class Pictures:
         self.train_pixels = Pixels(material, material.train, views, room)
         self.held_pixels = Pixels(material, material.held, [CENTER], room)
 
-    def train(self, rows: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor:
-        """Training images `rows`, `int [B]`, as this epoch sees them -> `uint8 [B, 3, crop, crop]`."""
-        images = self.train_pixels.take(self._index(draws, rows), None if then is None else self._index(draws, then))
+    def train(self, numbers: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor:
+        """Training images `numbers`, `int [B]`, as this epoch sees them -> `uint8 [B, 3, crop, crop]`."""
+        images = self.train_pixels.take(self._index(draws, numbers), None if then is None else self._index(draws, then))
         if self.geometry == "crop-flip":
-            boxes = draws.boxes(rows, self.train_pixels.aspects[rows], self.min_area)
-            images = crop(images, boxes, draws.flips[rows], self.side)
+            boxes = draws.boxes(numbers, self.train_pixels.aspects[numbers], self.min_area)
+            images = crop(images, boxes, draws.flips[numbers], self.side)
         elif self.geometry == "flip":
-            images = mirror(images, draws.flips[rows])
-        return apply(self.functions, images, rows, draws.seed, draws.epoch)
+            images = mirror(images, draws.flips[numbers])
+        return apply(self.functions, images, numbers, draws.seed, draws.epoch)
 
-    def held(self, rows: np.ndarray, then: np.ndarray | None = None) -> Tensor:
+    def held(self, numbers: np.ndarray, then: np.ndarray | None = None) -> Tensor:
         """Centre crops of the images that select, `int [B]` -> `uint8 [B, 3, crop, crop]`."""
-        return self.held_pixels.take(rows, then)
+        return self.held_pixels.take(numbers, then)
 
     def close(self) -> None:
         self.train_pixels.close()
         self.held_pixels.close()
 
-    def _index(self, draws: Draws, rows: np.ndarray) -> np.ndarray:
+    def _index(self, draws: Draws, numbers: np.ndarray) -> np.ndarray:
         views = len(self.train_pixels.views)
-        index: np.ndarray = rows * views + draws.choose_views(rows, views)
+        index: np.ndarray = numbers * views + draws.choose_views(numbers, views)
         return index

@@ -185,15 +185,15 @@ class PrefixEngine:
 
 
 def _fill(
-    extraction: Extraction, stores: list[FeatureStore], rows: np.ndarray, engine: PrefixEngine, workers: int
+    extraction: Extraction, stores: list[FeatureStore], numbers: np.ndarray, engine: PrefixEngine, workers: int
 ) -> None:
     """Decode each image once and run the frozen part on the views that are not stored yet."""
-    source, numbers = extraction.source, extraction.numbers[rows]
+    source, wanted = extraction.source, extraction.numbers[numbers]
     loader = Loader(source, extraction.info.preprocess, stores, workers)
     with ExitStack() as stack:  # leaving a store commits what it buffers
         for store in stores:
             stack.enter_context(store)
-        bar = tqdm(loader(numbers), "cache prefix", len(numbers), unit=" images", disable=None)
+        bar = tqdm(loader(wanted), "cache prefix", len(wanted), unit=" images", disable=None)
         for batch in embed(_check_readable(bar), engine):
             keep(batch, stores, source)
 
@@ -223,7 +223,7 @@ class Activations:
         self.stores = [FeatureStore(extraction.cache, replace(spec, view=name)) for name in names]
         center = held if self.views else np.concatenate([train, held])
         wanted = zip(self.stores, [center, *[train] * self.views], strict=True)
-        todo = [rows[~store.contains(extraction.keys[rows])] for store, rows in wanted]
+        todo = [numbers[~store.contains(extraction.keys[numbers])] for store, numbers in wanted]
         if any(map(len, todo)):
             self._check_disk(extraction, sum(map(len, todo)), settings.prefix_gb * 1e9)
             engine = PrefixEngine(part.prefix, self.device)
@@ -239,20 +239,20 @@ class Activations:
             what = f"the limit of {limit / 1e9:g} GB" if need > limit else f"the {free / 1e9:.1f} GB free"
             raise TrainingError(f"{shown}, more than {what}; use fewer views, freeze more, or raise the limit")
 
-    def train(self, rows: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor:
-        """Activations of training images `rows`, `int [B]`, in the views of this epoch -> `float32`, on the device."""
+    def train(self, numbers: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor:
+        """Activations of training images `numbers`, `int [B]`, in this epoch's views -> `float32`, on the device."""
         if not self.views:
-            return self._read(0, self.train_keys[rows])
-        views = draws.choose_views(rows, self.views) + 1
-        out = torch.empty((len(rows), *self.row_shape), device=self.device)
+            return self._read(0, self.train_keys[numbers])
+        views = draws.choose_views(numbers, self.views) + 1
+        out = torch.empty((len(numbers), *self.row_shape), device=self.device)
         for view in np.unique(views).tolist():
             where = np.flatnonzero(views == view)
-            out[torch.from_numpy(where).to(self.device)] = self._read(view, self.train_keys[rows[where]])
+            out[torch.from_numpy(where).to(self.device)] = self._read(view, self.train_keys[numbers[where]])
         return out
 
-    def held(self, rows: np.ndarray, then: np.ndarray | None = None) -> Tensor:
+    def held(self, numbers: np.ndarray, then: np.ndarray | None = None) -> Tensor:
         """Activations of the centre crops of the images that select, `int [B]`."""
-        return self._read(0, self.held_keys[rows])
+        return self._read(0, self.held_keys[numbers])
 
     def close(self) -> None:
         self.stores = []

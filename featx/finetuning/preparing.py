@@ -118,7 +118,7 @@ def _check_labels(features: Features) -> None:
 def _choose(
     features: Features, head: Head | None, settings: FinetuneConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Rows of the images that train and of those that select, every row's class (-1: none), and the class names."""
+    """Row numbers of the images that train and that select, every row's class (-1: none), and the class names."""
     train = np.flatnonzero((features.splits == "train") & (features.y >= 0))
     seen = tuple(features.class_names[i] for i in np.unique(features.y[train]))
     class_names = seen if head is None else head.class_names

@@ -33,10 +33,10 @@ MEASURE_BATCH = 32
 
 
 class Inputs(Protocol):
-    """Gives the batches: `pixels.Pictures`, or `prefix.Activations` for a cut network. `then`: the next rows."""
+    """Gives the batches: `pixels.Pictures`, or `prefix.Activations` for a cut network. `then`: the next batch."""
 
-    def train(self, rows: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor: ...
-    def held(self, rows: np.ndarray, then: np.ndarray | None = None) -> Tensor: ...
+    def train(self, numbers: np.ndarray, draws: Draws, then: np.ndarray | None = None) -> Tensor: ...
+    def held(self, numbers: np.ndarray, then: np.ndarray | None = None) -> Tensor: ...
     def close(self) -> None: ...
 
 
@@ -171,11 +171,11 @@ def train_step(
     loss = torch.zeros((), device=world.device)
     setup.optimizer.zero_grad(set_to_none=True)
 
-    for rows, then, last in _parts(setup, batches, step, progress.micro):
-        images = setup.inputs.train(rows, draws, then)
-        y = setup.targets[torch.from_numpy(rows).to(world.device)]
+    for numbers, then, last in _parts(setup, batches, step, progress.micro):
+        images = setup.inputs.train(numbers, draws, then)
+        y = setup.targets[torch.from_numpy(numbers).to(world.device)]
         # dropout's draws follow from the step, so that a resumed run repeats them
-        torch.manual_seed(seed_of(settings.seed, "dropout", at, world.rank, int(rows[0])))
+        torch.manual_seed(seed_of(settings.seed, "dropout", at, world.rank, int(numbers[0])))
         # several processes exchange gradients in the last part of a batch only
         no_sync = getattr(setup.model, "no_sync", contextlib.nullcontext)
         with contextlib.nullcontext() if last else no_sync():
@@ -204,9 +204,9 @@ def measure(setup: Setup) -> dict[str, float]:
     mine = np.arange(count)[world.rank :: world.size]
     parts = [mine[i : i + MEASURE_BATCH] for i in range(0, len(mine), MEASURE_BATCH)]
     with torch.no_grad():
-        for rows, then in zip_longest(parts, parts[1:]):
-            logits = setup.logits(setup.network, setup.inputs.held(rows, then))
-            y = setup.held[torch.from_numpy(rows).to(world.device)]
+        for numbers, then in zip_longest(parts, parts[1:]):
+            logits = setup.logits(setup.network, setup.inputs.held(numbers, then))
+            y = setup.held[torch.from_numpy(numbers).to(world.device)]
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             right += float((logits.argmax(dim=1) == y).sum())
 
@@ -247,13 +247,13 @@ def _parts(
 
     parts = split(batches[step])
     later = [split(batch)[0] for batch in batches[step + 1 : step + 2]]
-    for rows, then in zip_longest(parts, [*parts[1:], *later]):
-        yield rows, then, rows is parts[-1]
+    for numbers, then in zip_longest(parts, [*parts[1:], *later]):
+        yield numbers, then, numbers is parts[-1]
 
 
-def _check(setup: Setup, loss: Tensor, rows: np.ndarray, epoch: int) -> None:
+def _check(setup: Setup, loss: Tensor, numbers: np.ndarray, epoch: int) -> None:
     if not math.isfinite(float(loss)):
-        names = some([setup.ids[i] for i in rows.tolist()], 8)
+        names = some([setup.ids[i] for i in numbers.tolist()], 8)
         raise TrainingError(
             f"the loss became NaN or infinite in epoch {epoch + 1}, on the batch of {names}; the last good "
             f"checkpoint is kept in {setup.checkpoints.folder}. Lower the learning rate, or use fp32"

@@ -149,9 +149,9 @@ def _fitted(
     if count:
         logits = torch.empty((len(decays), len(fold), len(task.class_names)))
         for k in range(count):
-            rows = torch.from_numpy(np.flatnonzero(fold == k)).to(Z.device)
-            part = torch.einsum("nd,scd->snc", Z[rows], weight[k]) + bias[k][:, None]
-            logits[:, rows.cpu()] = part.cpu()
+            numbers = torch.from_numpy(np.flatnonzero(fold == k)).to(Z.device)
+            part = torch.einsum("nd,scd->snc", Z[numbers], weight[k]) + bias[k][:, None]
+            logits[:, numbers.cpu()] = part.cpu()
         each = metrics.binary_losses if task.several else metrics.losses
         loss = np.array([each(part[counted].numpy(), task.y[counted]).mean() for part in logits])
         best = int(np.argmin(loss))
@@ -210,17 +210,17 @@ def _train(
             if batch == 0:
                 order = torch.randperm(count, generator=generator).to(Z.device)
                 seen.zero_()
-            rows = order[batch * sgd.batch_size : (batch + 1) * sgd.batch_size]
-            z, wanted, m = Z[rows], targets[rows][:, None, None, :], masks[rows]
+            numbers = order[batch * sgd.batch_size : (batch + 1) * sgd.batch_size]
+            z, wanted, m = Z[numbers], targets[numbers][:, None, None, :], masks[numbers]
 
-            logits = (z @ weight.reshape(-1, size).T).reshape(len(rows), *shape) + bias
+            logits = (z @ weight.reshape(-1, size).T).reshape(len(numbers), *shape) + bias
             probability, loss = _answered(logits, wanted, several)
             total = m.sum(dim=0).clamp_min(1e-12)
             curve[epoch] += (loss.sum(dim=-1) * m[:, :, None]).sum(dim=0)
             seen += m.sum(dim=0)
 
             residual = (probability - wanted) * (m / total)[:, :, None, None]
-            gradient = (residual.reshape(len(rows), -1).T @ z).reshape(weight.shape)
+            gradient = (residual.reshape(len(numbers), -1).T @ z).reshape(weight.shape)
             pushed.mul_(sgd.momentum).add_(gradient).add_(weight * decays[None, :, None, None])
             pushed_bias.mul_(sgd.momentum).add_(residual.sum(dim=0))
             weight.sub_(sgd.rate(step, steps) * pushed)

@@ -13,7 +13,7 @@ from featx import learning
 from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import Features, StoredRows, groups, taken
+from featx.features import Features, LazyRows, groups, taken
 from featx.files import write_json
 from featx.measuring.views import scores
 from featx.options import Options
@@ -22,11 +22,11 @@ from featx.solvers.examples import Examples
 
 RESAMPLES = 1000
 MAX_SIZES = 7
-MIN_POINTS = 4  # of a curve, for a forecast: two are fitted, one checks, one to spare
+MIN_POINTS = 4  # a forecast fits two points and checks one more; one is to spare
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One size of a learning curve."""
 
     images: int
@@ -53,7 +53,7 @@ class Forecast:
 class Curve:
     """Accuracy against the number of training images; `curve.json`. Intervals are 95 %."""
 
-    rows: list[Point]
+    points: list[CurvePoint]
     forecast: Forecast | None
     verdict: str
     """A sentence."""
@@ -64,11 +64,11 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        return {"rows" if name == "points" else name: value for name, value in asdict(self).items()}
 
     def text(self) -> str:
         """For a terminal."""
-        lines = [f"{p.images:>6}  {p.accuracy:.4f}    [{p.low:.4f}, {p.high:.4f}]  {p.subsets}" for p in self.rows]
+        lines = [f"{p.images:>6}  {p.accuracy:.4f}    [{p.low:.4f}, {p.high:.4f}]  {p.subsets}" for p in self.points]
         return "\n".join(["images  accuracy  95% interval      subsets", *lines, self.verdict])
 
 
@@ -132,7 +132,7 @@ def learning_curve(
     return found
 
 
-def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[np.ndarray | StoredRows]]:
+def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[np.ndarray | LazyRows]]:
     """A run's features, and its training images' rows in each view. Raises `RunError` where they have changed."""
     config = run.config
     spec = config.spec
@@ -171,13 +171,13 @@ def nested_order(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((chance, place))
 
 
-def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[Point], Forecast | None, str]:
+def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[CurvePoint], Forecast | None, str]:
     """The curve of `right` (0/1 `[subsets, images]` for each size) with intervals, its forecast and a verdict."""
     rng = np.random.default_rng(0)
     images = right[0].shape[1]
     # the same images are drawn for all sizes: that some are hard moves the whole curve, not its slope
     drawn = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-    samples, rows = [], []
+    samples, points = [], []
     for size, hits in zip(sizes, right, strict=True):
         subsets = len(hits)
         weights = rng.multinomial(subsets, np.full(subsets, 1 / subsets), RESAMPLES) / subsets
@@ -185,13 +185,13 @@ def summarise(sizes: Sequence[int], right: Sequence[np.ndarray]) -> tuple[list[P
         low, accuracy, high = np.quantile(sample, 0.025), hits.mean(), np.quantile(sample, 0.975)
         spread = float(hits.mean(axis=1).std(ddof=1)) if subsets > 1 else None
         low, high = float(min(low, accuracy)), float(max(high, accuracy))
-        rows.append(Point(int(size), float(accuracy), low, high, subsets, spread))
+        points.append(CurvePoint(int(size), float(accuracy), low, high, subsets, spread))
         samples.append(sample)
 
-    return rows, *foretell(np.array(sizes), np.array([r.accuracy for r in rows]), np.array(samples))
+    return points, *extrapolate(np.array(sizes), np.array([p.accuracy for p in points]), np.array(samples))
 
 
-def foretell(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[Forecast | None, str]:
+def extrapolate(sizes: np.ndarray, accuracy: np.ndarray, samples: np.ndarray) -> tuple[Forecast | None, str]:
     """Accuracy with twice the images, from `error = a * n ** -b` through the curve; or None, and why.
 
     sizes, accuracy: `[S]`; samples `[S, B]`: resamples of the accuracy. There is no forecast from fewer than

@@ -10,7 +10,7 @@ import numpy as np
 
 from featx import learning, metrics
 from featx.errors import HeadError
-from featx.features import Rows, StoredRows, taken
+from featx.features import LazyRows, Rows, taken
 from featx.head import Head, right
 from featx.metrics import bootstrapped, resampled_means
 from featx.solvers.examples import Examples
@@ -37,7 +37,7 @@ def average(head: Head, views: Sequence[Rows]) -> np.ndarray:
 
 def held_out(
     name: str,
-    views: Sequence[np.ndarray | StoredRows],
+    views: Sequence[np.ndarray | LazyRows],
     y: np.ndarray,
     class_names: Sequence[str],
     fold: np.ndarray,
@@ -131,7 +131,7 @@ class Gain:
 
 def measure_gain(
     name: str,
-    views: Sequence[np.ndarray | StoredRows],
+    views: Sequence[np.ndarray | LazyRows],
     y: np.ndarray,
     class_names: Sequence[str],
     *,

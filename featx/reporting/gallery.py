@@ -35,7 +35,7 @@ PERPLEXITY = 30.0
 
 
 @dataclass(eq=False)
-class Material:
+class RunMaterial:
     """A run with its features and photographs; None where they are no longer there, and `missing` says so."""
 
     run: Run
@@ -71,7 +71,7 @@ class Material:
         return self.features.split(name) if self.features and self.source else None
 
 
-def gather(run: Run, features: Features | None = None, source: Source | None = None) -> Material:
+def gather(run: Run, features: Features | None = None, source: Source | None = None) -> RunMaterial:
     """A finished run with its features and photographs: those given, or those that are still there."""
     missing = []
     if source is None:
@@ -86,7 +86,7 @@ def gather(run: Run, features: Features | None = None, source: Source | None = N
         elif features.digest != run.config.data_digest:
             features = None
             missing.append("The data have changed since the run: no map and no predictions.")
-    return Material(run, features, source, missing)
+    return RunMaterial(run, features, source, missing)
 
 
 def _cached(config: RunConfig, source: Source) -> Features | None:
@@ -104,7 +104,7 @@ def _cached(config: RunConfig, source: Source) -> Features | None:
     return Extraction(source, config.request, config.backbone, cache, [store], numbers, keys, counts).features()
 
 
-def mistakes(material: Material) -> list[Picture]:
+def mistakes(material: RunMaterial) -> list[Picture]:
     """The most confident wrong answers."""
     return [
         Picture(material.thumbnail(m["id"]), m["label"], m["answer"], f"{m['probability']:.1%}", name(m["id"]))
@@ -112,7 +112,7 @@ def mistakes(material: Material) -> list[Picture]:
     ]
 
 
-def predictions(material: Material) -> list[Picture]:
+def predictions(material: RunMaterial) -> list[Picture]:
     """Validation images drawn with the run's seed, and the head's answers."""
     part = material.split("val")
     if part is None or len(part.rows.shape) != 2:
@@ -123,7 +123,7 @@ def predictions(material: Material) -> list[Picture]:
     return [Picture(material.thumbnail(id), label, answer, sure) for id, (label, answer, sure) in answers]
 
 
-def batch(material: Material) -> list[Picture]:
+def batch(material: RunMaterial) -> list[Picture]:
     """What the backbone sees: centre crops, or for a run with views four images in four views each."""
     train, config = material.split("train"), material.run.config
     if train is None:
@@ -167,7 +167,7 @@ def _named(which: np.ndarray, names: Sequence[str]) -> str:
     return ", ".join(names[i] for i in which) or "none"
 
 
-def feature_map(material: Material, layout: str) -> Drawing | None:
+def feature_map(material: RunMaterial, layout: str) -> Drawing | None:
     """The features of training and validation images in two dimensions."""
     features = material.features
     if features is None or len(features.rows.shape) != 2:

@@ -14,7 +14,7 @@ from featx.extraction.report import COUNTS
 from featx.features import Features
 from featx.metrics import SCORES
 from featx.reporting import gallery, plots
-from featx.reporting.gallery import Material
+from featx.reporting.gallery import RunMaterial
 from featx.reporting.page import Drawing, Table, write_page
 from featx.runs import Run, open_run, own_folder
 from featx.sources.source import Source
@@ -208,7 +208,7 @@ def _extraction_notes(found: dict[str, Any]) -> list[str]:
     return [*sentences, *found["notes"]]
 
 
-def _configuration(material: Material) -> Table:
+def _configuration(material: RunMaterial) -> Table:
     config, report = material.run.config, material.run.report
     backbone, crop = config.backbone, config.backbone.preprocess
     rows = {

@@ -69,20 +69,20 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
             "(its weights or preprocessing changed); fit again"
         )
 
-    rows = np.flatnonzero(features.splits == split)
-    if not len(rows):
+    numbers = np.flatnonzero(features.splits == split)
+    if not len(numbers):
         there = ", ".join(f"{(features.splits == name).sum()} {name}" for name in ("train", "val", "test"))
         raise ExportError(
             f"the run has no {split} images to compare the file on ({there}); use --split train, or --data FOLDER "
             "of other labelled images"
         )
-    _, first = np.unique(features.keys[rows].view("V32").ravel(), return_index=True)
-    rows = rows[first[:limit]]
-    chosen = features.take(rows)
+    _, first = np.unique(features.keys[numbers].view("V32").ravel(), return_index=True)
+    numbers = numbers[first[:limit]]
+    chosen = features.take(numbers)
 
     seen, changed = run.trained_on, features.digest != config.data_digest
     return Images(
-        source=extraction.source.take(extraction.numbers[rows]),
+        source=extraction.source.take(extraction.numbers[numbers]),
         keys=chosen.keys,
         cached=np.asarray(chosen.X, np.float32),
         spec=spec,

@@ -46,7 +46,7 @@ Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ThreeWays:
     """The features of the same images, computed three ways. `float32 [M, D]` each."""
 
     same: np.ndarray
@@ -140,7 +140,7 @@ def verify(
     """
     kept = rows_path(run, images, parts) if parts else None
     if model.graph.input[0].name == "features":
-        rows: Rows | None = Rows(images.cached, images.cached)
+        rows: ThreeWays | None = ThreeWays(images.cached, images.cached)
     else:
         rows = load_rows(kept) if kept else None
     if rows is not None:
@@ -155,7 +155,7 @@ def verify(
     return found
 
 
-def run_file(run: Run, model: ModelProto, images: Images) -> tuple[Rows, Outputs, Outputs]:
+def run_file(run: Run, model: ModelProto, images: Images) -> tuple[ThreeWays, Outputs, Outputs]:
     """Every image through the file and through torch.
 
     Returns the features, then what the file gave for each decoded image, and what it gave for its crop. The two are
@@ -182,14 +182,14 @@ def run_file(run: Run, model: ModelProto, images: Images) -> tuple[Rows, Outputs
     same_outputs = _joined(same)
     outputs = _joined(file) if file else same_outputs
     resized = outputs[graph.FEATURES_VALUE] if file else None
-    return Rows(same_outputs[graph.FEATURES_VALUE], np.concatenate(reference), resized), outputs, same_outputs
+    return ThreeWays(same_outputs[graph.FEATURES_VALUE], np.concatenate(reference), resized), outputs, same_outputs
 
 
 def _joined(parts: list[list[np.ndarray]]) -> Outputs:
     return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(graph.INNER)}
 
 
-def run_head(head: Head, rows: Rows, images: Images) -> tuple[Outputs, Outputs]:
+def run_head(head: Head, rows: ThreeWays, images: Images) -> tuple[Outputs, Outputs]:
     """What the head alone gives for features found before: through the file's resize, and from the same pixels."""
     names = ("probabilities", "logits")
     model = graph.build(None, head, images.spec.preprocess, input="features", outputs=names)
@@ -203,7 +203,7 @@ def run_head(head: Head, rows: Rows, images: Images) -> tuple[Outputs, Outputs]:
 def compare(
     images: Images,
     head: Head,
-    rows: Rows,
+    rows: ThreeWays,
     file: Outputs,
     same: Outputs,
     *,
@@ -277,7 +277,7 @@ def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:
     return float((np.linalg.norm(rows - reference, axis=1) / scale).max())
 
 
-def _cached(images: Images, rows: Rows) -> Check:
+def _cached(images: Images, rows: ThreeWays) -> Check:
     """The features that the head was fitted on, against torch's from Pillow's pixels, which an application has.
 
     Features of GPU-decoded pixels differ by as much as the extraction allows, so their cosine is compared.
@@ -297,17 +297,17 @@ def rows_path(run: Run, images: Images, parts: dict[str, str]) -> Path:
     return Path(run.config.cache) / "engines" / f"{digest[:32]}.verified.npz"
 
 
-def save_rows(path: Path, rows: Rows) -> None:
+def save_rows(path: Path, rows: ThreeWays) -> None:
     """Keep rows that passed, so that the next head is compared without running the backbone."""
     buffer = io.BytesIO()
     np.savez(buffer, **{name: array for name, array in vars(rows).items() if array is not None})
     write_atomic(path, buffer.getvalue())
 
 
-def load_rows(path: Path) -> Rows | None:
+def load_rows(path: Path) -> ThreeWays | None:
     """What `save_rows` kept; None where there is nothing, or it is damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return Rows(**file)
+            return ThreeWays(**file)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None

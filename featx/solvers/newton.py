@@ -14,8 +14,8 @@ import numpy as np
 
 from featx.solvers.design import Design, Hessian
 
-INEXACT = 0.2  # of the gradient, in the preconditioner's norm: the residual at which conjugate gradients stop
-PRODUCTS = 500  # with the Hessian, at most, per Newton step
+INEXACT = 0.2  # conjugate gradients stop at this share of the gradient, in the preconditioner's norm
+PRODUCTS = 500  # a Newton step multiplies by the Hessian at most so often
 # A Newton step that changes the held-out loss per row by less than this is the last: the distance that remains
 # is several times less, since conjugate gradients leave only a share of it.
 SETTLED = 5e-4
@@ -106,14 +106,14 @@ def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, 
     is done when a step gains less than `tolerance` of the objective and hardly changes the held-out loss.
     """
     at = Problems.visit(design, some, found.strength[some], found.member[some], found.A[:, some])
-    rows = np.maximum(design.held_out(at.member), 1e-300)
+    count = np.maximum(design.held_out(at.member), 1e-300)
     radius = np.full(len(some), np.inf)
 
     for step in range(most):
         d, gain, length = _direction(design, at, radius)
         gap, before = gain / at.f, at.held.copy()
         t = _along(design, at, d, gain)
-        change = np.abs(at.held - before) / rows
+        change = np.abs(at.held - before) / count
         done = (gap <= tolerance) & (change <= SETTLED) & (t == 1) & (length < radius)
         over = done | (step + 1 == most)
         radius = np.where(t < 1, 2 * np.maximum(t, 1e-6) * length, np.where(length < radius, radius, 4 * radius))
@@ -121,7 +121,7 @@ def newton(design: Design, found: Solution, some: np.ndarray, tolerance: float, 
             found.record(at.take(over), gap[over], done[over])
             if over.all():
                 break
-            at, radius, rows = at.take(~over), radius[~over], rows[~over]
+            at, radius, count = at.take(~over), radius[~over], count[~over]
 
 
 def _along(design: Design, at: Problems, d: np.ndarray, gain: np.ndarray) -> np.ndarray:

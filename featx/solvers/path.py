@@ -61,9 +61,9 @@ def _wanted(design: Design, member: np.ndarray, tolerance: float) -> np.ndarray:
     its gradient. For rows like the N trained on, `h' H^-1 h` is about n / N times the number of weights (the
     Hessian is the gradients' covariance), and f about N.
     """
-    rows = design.held_out(member)
-    near = SETTLED**2 * rows / (2 * design.columns * design.size)
-    return np.where(rows > 0, np.minimum(near, tolerance), tolerance)
+    count = design.held_out(member)
+    near = SETTLED**2 * count / (2 * design.columns * design.size)
+    return np.where(count > 0, np.minimum(near, tolerance), tolerance)
 
 
 class Path:

@@ -61,16 +61,16 @@ class Source:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: np.ndarray) -> Source:
+    def take(self, numbers: np.ndarray) -> Source:
         """The images with these numbers, `int [M]`, as a source of its own. A subclass with further columns
-        overrides this to take their rows too.
+        overrides this to take them along.
         """
         return replace(
             self,
-            ids=[self.ids[i] for i in rows],
-            labels=self.labels and [self.labels[i] for i in rows],
-            splits=self.splits and [self.splits[i] for i in rows],
-            stats=None if self.stats is None else self.stats[rows],
+            ids=[self.ids[i] for i in numbers],
+            labels=self.labels and [self.labels[i] for i in numbers],
+            splits=self.splits and [self.splits[i] for i in numbers],
+            stats=None if self.stats is None else self.stats[numbers],
         )
 
     def path(self, i: int) -> Path:

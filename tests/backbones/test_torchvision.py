@@ -412,7 +412,7 @@ def test_a_layer_in_the_middle_exports(tmp_path: Path) -> None:
     assert backbone_onnx(request, info, tmp_path).stat().st_size < 1_000_000  # of 45 MB
 
 
-def test_an_unknown_layer_lists_near_matches_and_what_is_no_tensor_is_refused() -> None:
+def test_an_unknown_layer_lists_near_matches_and_a_layer_that_gives_no_tensor_is_refused() -> None:
     with pytest.raises(BackboneError, match=r"no layer 'layer5'.*Did you mean layer"):
         load_backbone(calibrated("resnet18", "layer5"))
     request = BackboneRequest(
@@ -463,7 +463,7 @@ def test_a_memo_answers_until_something_changes(tmp_path: Path, request: pytest.
         resolve(asked, cache)
 
 
-def test_a_newer_library_is_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_library_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = calibrated(SQUEEZE)
     first = resolve(asked, tmp_path)
     version = metadata.version

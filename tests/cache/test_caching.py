@@ -61,14 +61,14 @@ def test_verify_reads_every_byte_where_opening_trusts_what_was_verified(
     shard = cache / "features" / NAME / names(cache)[1]
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now + 10 * 10**9)
-    FeatureStore(cache, SPEC)  # an old enough shard is verified, and believed from then on
-    believed = shards.read_verified(shard.parent)
+    FeatureStore(cache, SPEC)  # an old enough shard is verified, and trusted from then on
+    verified = shards.read_verified(shard.parent)
     with shard.open("rb", buffering=0) as file:
         inside = shards.inspect(file, shard.name, None)
     flip(shard, inside.shard.rows_at + 100)
     # bit rot changes no stat: what is remembered takes the stat that this change made
-    believed[shard.name] = replace(believed[shard.name], stat=stat_row(os.stat(shard)))
-    shards.write_verified(shard.parent, believed)
+    verified[shard.name] = replace(verified[shard.name], stat=stat_row(os.stat(shard)))
+    shards.write_verified(shard.parent, verified)
     assert not np.array_equal(FeatureStore(cache, SPEC).read(keys), rows)
     (report,) = caching.verify(cache, NAME)
     assert len(report.notes) == 1 and shard.name in report.notes[0]
@@ -84,7 +84,7 @@ class NewerSpec(FeatureSpec):
     tokens: int = field(default=0, metadata=ADDED)
 
 
-def test_what_a_newer_featx_wrote_is_neither_damaged_nor_believed(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
+def test_what_a_newer_featx_wrote_is_neither_damaged_nor_read(filled: tuple[Path, np.ndarray, np.ndarray]) -> None:
     cache, keys, rows = filled
     newer = Form(NewerSpec(SPEC.backbone, SPEC.weights, tokens=3), "tiny", (8,))
     folder = cache / "features" / newer.spec.folder_name

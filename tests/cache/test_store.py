@@ -226,7 +226,7 @@ def test_a_warm_store_needs_no_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
-def test_a_shard_is_believed_without_reading_only_once_it_is_older_than_the_clock_can_tell(
+def test_a_shard_is_trusted_without_reading_once_it_is_older_than_the_clock_can_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, rows = table(40)

@@ -78,7 +78,7 @@ def test_a_flipped_byte_in_any_region_is_named_set_aside_and_recomputed(tmp_path
         assert extract(store, KEYS) == 64 - kept[region]
         again = FeatureStore(cache, SPEC)
         assert np.array_equal(again.read(KEYS), ROWS) and again.notes == []
-    # what is not hit is kept, in blocks of 8 rows; where the headers are hit nothing is believed
+    # what is not hit is kept, in blocks of 8 rows; where the headers are hit nothing is kept
     assert kept["padding"] == 64 and kept["first row"] == kept["last key"] == kept["digests"] == 56
     assert kept["spec"] == kept["engine"] == kept["superblock"] == 0
 
@@ -189,7 +189,7 @@ def test_a_shard_swapped_or_deleted_behind_an_open_store_is_not_served(tmp_path:
 
 
 @pytest.mark.parametrize("harm", ["flip", "empty", "missing", "binary", "forged", "deep"])
-def test_a_lost_spec_json_is_written_anew_from_a_shard(tmp_path: Path, harm: str) -> None:
+def test_a_lost_spec_json_is_written_again_from_a_shard(tmp_path: Path, harm: str) -> None:
     path, _ = one_shard(tmp_path)
     spec = path.parent / "spec.json"
     before = spec.read_bytes()

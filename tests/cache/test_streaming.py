@@ -116,7 +116,7 @@ def test_what_measures_a_run_reads_by_slices_too(tmp_path: Path, everywhere: Col
     usual, sliced = (evaluate(run, data, split="val", memory=memory) for memory in (None, 100.0))
     assert sliced.to_dict() == usual.to_dict()
     held, stored = (learning_curve(run, sizes=[20, 40], repeats=2, memory=memory) for memory in (None, 100.0))
-    assert [point.accuracy for point in stored.rows] == pytest.approx([p.accuracy for p in held.rows], abs=0.05)
+    assert [point.accuracy for point in stored.points] == pytest.approx([p.accuracy for p in held.points], abs=0.05)
     linear = fit(data, "tiny", "linear", output=tmp_path / "linear", **options)  # type: ignore[arg-type]
     with pytest.raises(HeadError, match=r"with 20 training images: --head linear holds the features in memory"):
         learning_curve(linear, sizes=[20], memory=100.0)

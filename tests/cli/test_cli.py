@@ -124,7 +124,7 @@ def test_an_unfinished_run_is_continued_and_another_one_is_not(
     assert (here / "run" / "report.json").exists()
 
 
-def test_a_folder_that_is_no_run_is_never_touched(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
+def test_a_folder_that_is_not_a_run_is_never_touched(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("years of work")
     for flags in ([], ["--overwrite"]):
@@ -193,7 +193,7 @@ def test_an_interrupt_ends_with_130_and_a_usable_cache(tiny: Path, here: Path, e
     assert report["cached"] == 4 and report["extracted"] == 8
 
 
-def test_a_name_that_is_no_utf8_survives_the_way_to_the_terminal(
+def test_a_name_that_is_not_utf8_survives_the_way_to_the_terminal(
     tiny: Path, here: Path, everywhere: ColourEngine
 ) -> None:
     try:
@@ -234,7 +234,7 @@ def test_the_module_and_the_script_are_one_program() -> None:
             assert subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == version
 
 
-def test_a_closed_pipe_is_no_error(here: Path) -> None:
+def test_a_closed_pipe_ends_without_an_error(here: Path) -> None:
     command = f"{sys.executable} -m featx backbones | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -175,7 +175,7 @@ print(json.dumps([engine.name, list(rows.shape), heavy]))
     assert done.stderr == ""
 
 
-def test_exporting_is_silent_and_a_damaged_export_is_made_anew(
+def test_exporting_is_silent_and_a_damaged_export_is_made_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     request = BackboneRequest("small:backbone_normed", weights="random")

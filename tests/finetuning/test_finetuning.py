@@ -458,7 +458,7 @@ def test_a_damaged_checkpoint_is_refused(bench: Bench) -> None:
     _, folder = bench.tune("plain", epochs=1)
     path = folder / "checkpoints" / "last.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(TrainingError, match=r"cannot be read .*start anew with --overwrite"):
+    with pytest.raises(TrainingError, match=r"cannot be read .*start over with --overwrite"):
         bench.tune("plain", folder, epochs=1)
 
 
@@ -491,7 +491,7 @@ def test_what_cannot_be_tuned_is_refused(bench: Bench) -> None:
         finetune(extraction, several, None, FinetuneConfig(init="random"), bench.folder(), "cpu")
 
 
-def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(bench: Bench, tmp_path: Path) -> None:
+def test_overwrite_starts_fine_tuning_over_and_a_misspelt_group_costs_no_run(bench: Bench, tmp_path: Path) -> None:
     options = {"cache": bench.root / "cache", "device": "cpu", "output": tmp_path / "run"}
     config = FinetuneConfig(**{**QUICK, "epochs": 1, "select": "last"})
     run = fit(bench.images, "small:backbone_plain", "logreg", finetune=config, **options)
@@ -502,7 +502,7 @@ def test_overwrite_starts_fine_tuning_anew_and_a_misspelt_group_costs_no_run(ben
     assert {p.name: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
     (run.path / "report.json").unlink()
     (run.path / "checkpoints" / "last.safetensors").write_bytes(b"junk")
-    with pytest.raises(TrainingError, match="start anew with --overwrite"):
+    with pytest.raises(TrainingError, match="start over with --overwrite"):
         fit(bench.images, "small:backbone_plain", "logreg", finetune=config, **options)
     again = fit(bench.images, "small:backbone_plain", "logreg", finetune=config, overwrite=True, **options)
     assert (again.path / "model.safetensors").read_bytes() == before["model.safetensors"]

@@ -208,3 +208,14 @@ def test_a_report_of_many_labels_stays_short() -> None:
     report = evaluate_logits(logits, y, passing(names), names)
     assert isinstance(report, Report)
     assert "and 30 more labels" in report.text() and len(report.text().splitlines()) < 60
+
+
+def test_an_interval_of_perfect_answers_has_a_width() -> None:
+    head = Head(weight=np.eye(2, dtype=np.float32), bias=np.zeros(2, np.float32), class_names=("a", "b"))
+    y = np.array([0, 1] * 5)
+    found = evaluate_logits(np.eye(2)[y], y, head, ("a", "b")).scores
+    for name in ("balanced_accuracy", "macro_f1"):
+        # ten of ten, five of each: Clopper and Pearson's limit for ten, 0.025 ** (1 / 10)
+        assert (found[name].low, found[name].high) == (pytest.approx(0.691503, abs=1e-6), 1.0)
+    wrong = evaluate_logits(np.eye(2)[1 - y], y, head, ("a", "b")).scores["balanced_accuracy"]
+    assert (wrong.low, wrong.high) == (0.0, pytest.approx(1 - 0.691503, abs=1e-6))

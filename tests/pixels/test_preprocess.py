@@ -318,7 +318,7 @@ def test_an_empty_file_says_so() -> None:
     "data",
     [b"a text file named .jpg\n" * 20, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0" * 4096, b"%PDF-1.7\n"],
 )
-def test_what_is_no_image_names_the_formats_there_are(data: bytes) -> None:
+def test_a_file_that_is_not_an_image_gets_the_formats_named(data: bytes) -> None:
     with pytest.raises(ImageError, match="not an image in a format of JPEG, PNG, WEBP, BMP, TIFF, PPM, GIF"):
         decode(data)
 
@@ -462,7 +462,7 @@ def golden_png() -> bytes:
 
 
 def test_golden_pixels() -> None:
-    """If this fails, the pixels have changed: raise the revision in `Preprocess.pixels`, then pin anew."""
+    """If this fails, the pixels have changed: raise the revision in `Preprocess.pixels`, then pin it again."""
     assert Preprocess().pixels == "pillow/1"
     digests = {
         name: hashlib.sha256(preprocess(data).tobytes()).hexdigest()[:16]

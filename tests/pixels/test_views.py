@@ -44,7 +44,7 @@ def test_a_view_is_its_box_resized_across_then_down(interpolation: str) -> None:
 
 
 def test_golden_pixels_of_views() -> None:
-    """If this fails, the pixels of views have changed: raise `REVISION`, then pin anew."""
+    """If this fails, the pixels of views have changed: raise `REVISION`, then pin it again."""
     y, x = np.mgrid[0:300, 0:401]
     rgb = np.stack([x * y // 97, x * 5 + y * 3, (x // 20 + y // 20) % 2 * 255], axis=2) % 256
     preprocess = Preprocess(interpolation="bicubic")

@@ -410,7 +410,7 @@ def test_ties_are_told_from_mistakes() -> None:
     images = some_images(X, {"tie": "a", "wrong": "a", "other tie": "b"})
     swapped = {"probabilities": head.probabilities(X)[:, ::-1], "logits": X[:, ::-1]}
     same = {"probabilities": head.probabilities(X), "logits": X}
-    found = parity.compare(images, head, parity.Rows(X, X, X), swapped, same, method="file", tolerance=5e-3)
+    found = parity.compare(images, head, parity.ThreeWays(X, X, X), swapped, same, method="file", tolerance=5e-3)
     assert (found.ties, found.differing, found.equal_labels) == (["tie", "other tie"], ["wrong"], 0)
     assert not found.passed and found.checks[0].value == 1
     assert (found.accuracy, found.torch_accuracy) == (0.0, 1.0)
@@ -430,25 +430,25 @@ def test_the_tolerance_is_the_limit_of_probabilities_and_above_its_own_limit_of_
     same, file = ({"probabilities": head.probabilities(x), "logits": x} for x in (X, resized))
     images = some_images(X, {"x": "a", "y": "b"})
     for tolerance, missed in ((5e-3, ["features", "probabilities"]), (0.035, ["features"]), (0.05, [])):
-        rows = parity.Rows(X, X, resized)
+        rows = parity.ThreeWays(X, X, resized)
         found = parity.compare(images, head, rows, file, same, method="file", tolerance=tolerance)
         assert [check.name for check in found.missed] == missed
         limits = {check.name: check.limit for check in found.checks}
         assert (limits["features"], limits["probabilities"]) == (max(3e-2, tolerance), tolerance)
 
 
-def test_a_head_that_magnifies_what_features_may_differ_by_is_no_miss() -> None:
+def test_a_head_that_magnifies_what_features_may_differ_by_passes() -> None:
     """As for a deep network with random weights: features 5e-6 apart, a head with large weights."""
     head = Head(np.float32([[40, 0], [0, 40]]), np.zeros(2, np.float32), ("a", "b"))
     torch = np.float32([[1.0, 0.99], [0.5, 0.8]])
     near = (torch * np.float32([[1 + 5e-6, 1 - 5e-6]])).astype(np.float32)
     images = some_images(torch, {"x": "a", "y": "b"})
     given = {"probabilities": head.probabilities(head(near)), "logits": head(near)}
-    found = parity.compare(images, head, parity.Rows(near, torch), given, given, method="file")
+    found = parity.compare(images, head, parity.ThreeWays(near, torch), given, given, method="file")
     values = {check.name: check for check in found.checks}
     assert values["same-pixel probabilities"].value > 5e-5 and found.passed
     wrong = given | {"logits": head(near) + np.float32(1e-3)}
-    found = parity.compare(images, head, parity.Rows(near, torch), wrong, wrong, method="file")
+    found = parity.compare(images, head, parity.ThreeWays(near, torch), wrong, wrong, method="file")
     assert [check.name for check in found.missed] == ["same-feature logits"]
 
 

@@ -59,7 +59,7 @@ def test_anothers_file_is_described_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x07" * 40])
-def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ExportError, match=r"m\.onnx is not an ONNX file"):
         inspect(tmp_path / "m.onnx")

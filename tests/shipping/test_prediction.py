@@ -389,7 +389,7 @@ def test_a_name_with_control_characters_cannot_reach_the_terminal_but_machines_r
     assert [record["image"] for record in records] == [str(good), str(bad)]
 
 
-def test_names_that_are_no_utf8_survive(model: Path, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_survive(model: Path, tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     buffer = io.BytesIO()
     Image.fromarray(picture(0)).save(buffer, "PNG")

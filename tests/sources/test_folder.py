@@ -57,7 +57,7 @@ def test_images_labels_and_order_are_those_of_torchvisions_imagefolder(tmp_path:
     assert len(source) == 11
 
 
-def test_files_that_are_no_images_are_ignored_and_named(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_ignored_and_named(tmp_path: Path) -> None:
     root = touch(
         tmp_path,
         *("cat/1.jpg", "cat/1.gif", "cat/.DS_Store", "cat/Thumbs.db", "cat/._1.jpg", "cat/jpg", "cat/1.jpg~"),
@@ -209,7 +209,7 @@ def test_a_pipe_named_as_an_image_is_ignored_and_a_folder_named_so_is_a_folder(t
     assert source.ignored == ["cat/pipe.jpg"]
 
 
-def test_names_that_are_no_utf8_are_listed_and_read(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_listed_and_read(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
     try:
         root = touch(tmp_path, f"cat/{name}", os.fsdecode(b"zo\xeb/two\nlines.jpg"))

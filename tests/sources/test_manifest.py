@@ -213,7 +213,7 @@ def test_a_manifest_that_is_not_utf8_says_so(root: Path, encoding: str, name: st
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '"a.jpg"', "path,label"])
-def test_a_line_that_is_no_json_object_is_refused_with_its_number(root: Path, line: str) -> None:
+def test_a_line_that_is_not_a_json_object_is_refused_with_its_number(root: Path, line: str) -> None:
     with pytest.raises(SourceError, match=r"row 2: .*(not JSON|not a JSON object)"):
         opened(root, jsonl({"path": "a.jpg", "label": "x"}) + line, "list.jsonl")
 
@@ -236,7 +236,7 @@ def test_a_path_that_no_system_takes_is_refused_with_its_row(root: Path) -> None
         opened(root, jsonl({"path": "\ud800.jpg", "label": "x"}), "list.jsonl")
 
 
-def test_names_that_are_no_utf8_can_be_written_as_json_escapes(root: Path) -> None:
+def test_names_that_are_not_utf8_can_be_written_as_json_escapes(root: Path) -> None:
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     try:
         (root / name).write_bytes(b"odd")

@@ -176,7 +176,7 @@ def test_what_is_not_there_is_an_error_that_names_what_is(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["one.jpg", "list.txt", "list.json", "list"])
-def test_a_file_that_is_no_manifest_is_refused_with_the_kinds_there_are(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused_with_the_kinds_there_are(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(SourceError, match=r"neither a folder .* \(\.csv, \.jsonl, \.parquet\); for one image"):
         open_source(tmp_path / name)

@@ -189,7 +189,7 @@ def test_ctrl_c_ends_it_and_leaves_a_usable_cache(tmp_path: Path, engine: Colour
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     """Tiny distinct files, in a process of its own; 100,000 of them in benchmarks/memory.py."""
-    benchmark = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "memory.py"
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     command = [sys.executable, str(benchmark), "1000", "13000", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -296,7 +296,7 @@ def fitted(data: Path, folder: Path, decode: Decode, *, compares: bool = True) -
     return featx.fit(data, "small:backbone_normed", weights="random", decode="gpu", **where)
 
 
-def test_an_exported_run_is_held_to_pillows_pixels_and_its_features_to_a_cosine(jpegs: Path, tmp_path: Path) -> None:
+def test_an_export_is_compared_with_pillows_pixels_and_its_features_by_cosine(jpegs: Path, tmp_path: Path) -> None:
     run = fitted(jpegs, tmp_path, changed(lambda image: image.clamp(0, 253) + 2))
     found = featx.export(run)
     checks = {check.name: check for check in found.checks}

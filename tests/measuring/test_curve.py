@@ -16,7 +16,7 @@ from featx.extraction.pipeline import sync
 from featx.features import groups
 from featx.fitting import fit
 from featx.heads import logreg
-from featx.measuring import curve as learning
+from featx.measuring import curve
 from featx.reporting.report import write_report
 from featx.runs import Run, write_config
 from featx.solvers.examples import Examples
@@ -35,14 +35,14 @@ def run(tmp_path: Path, everywhere: ColourEngine) -> Run:
 
 def test_the_last_point_is_the_run_itself(run: Run, everywhere: ColourEngine):
     before = everywhere.images
-    found = learning.learning_curve(run.path, repeats=3)
+    found = curve.learning_curve(run.path, repeats=3)
     assert everywhere.images == before
-    assert [r.images for r in found.rows] == [18, 36, 72]
-    assert [r.subsets for r in found.rows] == [3, 3, 1]
-    assert found.rows[-1].accuracy == run.report["accuracy"]
-    assert all(r.low <= r.accuracy <= r.high for r in found.rows)
+    assert [r.images for r in found.points] == [18, 36, 72]
+    assert [r.subsets for r in found.points] == [3, 3, 1]
+    assert found.points[-1].accuracy == run.report["accuracy"]
+    assert all(r.low <= r.accuracy <= r.high for r in found.points)
     assert json.loads((run.path / "curve.json").read_text()) == found.to_dict()
-    assert learning.learning_curve(run.path, repeats=3) == found
+    assert curve.learning_curve(run.path, repeats=3) == found
     assert found.verdict in found.text()
 
 
@@ -57,7 +57,7 @@ def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(tmp_path: Path, ev
                 pixels[14:26, 18:30] += np.uint8(12 * number)
                 Image.fromarray(pixels).save(data / split / name / f"{i}.png")
     run = fit(data, "colours", cache=tmp_path / "cache", output=tmp_path / "run", views=3, gain=False)
-    (row,) = learning.learning_curve(run, sizes=[48], repeats=1).rows
+    (row,) = curve.learning_curve(run, sizes=[48], repeats=1).points
     assert row.accuracy == run.report["accuracy"]
 
     extraction = sync(data, "colours", cache=tmp_path / "cache", views=3)
@@ -69,38 +69,38 @@ def test_heads_choose_by_the_centre_crops_as_the_runs_own_did(tmp_path: Path, ev
 
 
 def test_the_report_shows_it(run: Run):
-    learning.learning_curve(run.path, sizes=[12, 72], repeats=2)
+    curve.learning_curve(run.path, sizes=[12, 72], repeats=2)
     text = write_report(run.path, layout="pca").read_text()
     assert "Would more photographs help?" in text
     assert "No forecast from 2 sizes" in text
     assert (run.path / "plots" / "learning.png").is_file()
 
 
-def test_what_cannot_be_curved_is_refused(run: Run, tmp_path: Path):
+def test_sizes_and_runs_that_give_no_curve_are_refused(run: Run, tmp_path: Path):
     with pytest.raises(HeadError, match="72 training images"):
-        learning.learning_curve(run.path, sizes=[10, 100])
+        curve.learning_curve(run.path, sizes=[10, 100])
     with pytest.raises(HeadError, match="at least one subset"):
-        learning.learning_curve(run.path, repeats=0)
+        curve.learning_curve(run.path, repeats=0)
     write_config(run.path, replace(run.config, head="pretrained"))
     with pytest.raises(HeadError, match="learns nothing"):
-        learning.learning_curve(run.path)
+        curve.learning_curve(run.path)
     write_config(run.path, run.config)
     next((tmp_path / "data" / "train" / "cold").iterdir()).unlink()
     with pytest.raises(RunError, match="changed"):
-        learning.learning_curve(run.path)
+        curve.learning_curve(run.path)
 
 
 def test_sizes_halve_down_to_four_a_class():
-    assert learning.default_sizes(244, 2) == [8, 15, 30, 61, 122, 244]
-    assert learning.default_sizes(10, 5) == [10]
-    assert len(learning.default_sizes(10**6, 10)) == learning.MAX_SIZES
+    assert curve.default_sizes(244, 2) == [8, 15, 30, 61, 122, 244]
+    assert curve.default_sizes(10, 5) == [10]
+    assert len(curve.default_sizes(10**6, 10)) == curve.MAX_SIZES
 
 
 def test_every_beginning_is_stratified_and_keeps_duplicates_together():
     y = np.repeat([0, 1, 2], [60, 30, 10])
     group = np.arange(100)
     group[1::2] = group[::2]  # pairs
-    order = learning.nested_order(y, group, seed=0)
+    order = curve.nested_order(y, group, seed=0)
     assert sorted(order) == list(range(100))
     assert sorted(np.bincount(y[order[:12]], minlength=3)) == [4, 4, 4]  # two groups of each class
     share = np.bincount(y[order[:50]], minlength=3) / 50
@@ -108,9 +108,9 @@ def test_every_beginning_is_stratified_and_keeps_duplicates_together():
     for label in range(3):
         mine = group[order[y[order] == label]]
         assert (mine[::2] == mine[1::2]).all()
-    assert not np.array_equal(order, learning.nested_order(y, group, seed=1))
+    assert not np.array_equal(order, curve.nested_order(y, group, seed=1))
     several = np.eye(3, dtype=int)[y]
-    assert sorted(learning.nested_order(several, group, seed=0)) == list(range(100))
+    assert sorted(curve.nested_order(several, group, seed=0)) == list(range(100))
 
 
 def samples(accuracy: np.ndarray, noise: float) -> np.ndarray:
@@ -118,10 +118,10 @@ def samples(accuracy: np.ndarray, noise: float) -> np.ndarray:
     return accuracy[:, None] + noise * rng.normal(size=(len(accuracy), 1000))
 
 
-def test_a_power_law_is_foretold():
+def test_a_power_law_is_forecast():
     n = np.array([25, 50, 100, 200, 400])
     accuracy = 1 - 1.2 * n**-0.4
-    forecast, verdict = learning.foretell(n, accuracy, samples(accuracy, 0.005))
+    forecast, verdict = curve.extrapolate(n, accuracy, samples(accuracy, 0.005))
     assert forecast is not None
     assert forecast.images == 800
     assert forecast.accuracy == pytest.approx(1 - 1.2 * 800**-0.4, abs=1e-9)
@@ -130,23 +130,23 @@ def test_a_power_law_is_foretold():
     assert "800 training images would give" in verdict
 
 
-def test_a_curve_that_has_flattened_is_not_foretold_or_said_to_be_flat():
+def test_a_curve_that_flattens_gets_no_forecast_or_a_flat_one():
     n = np.array([25, 50, 100, 200, 400])
     bent = 0.9 - 3.0 * n**-1.2
-    forecast, verdict = learning.foretell(n, bent, samples(bent, 0.002))
+    forecast, verdict = curve.extrapolate(n, bent, samples(bent, 0.002))
     assert forecast is None
     assert "power law through the smaller sizes" in verdict
     flat = np.full(5, 0.8)
-    forecast, verdict = learning.foretell(n, flat, samples(flat, 0.01))
+    forecast, verdict = curve.extrapolate(n, flat, samples(flat, 0.01))
     assert forecast is not None
     assert "flat within its error" in verdict
 
 
-def test_nothing_is_foretold_from_little_or_without_errors():
+def test_few_sizes_or_no_errors_give_no_forecast():
     n = np.array([25, 50, 100, 200])
-    assert learning.foretell(n[:3], n[:3] / 300, samples(n[:3] / 300, 0.01))[0] is None
+    assert curve.extrapolate(n[:3], n[:3] / 300, samples(n[:3] / 300, 0.01))[0] is None
     perfect = np.array([0.9, 0.95, 1.0, 1.0])
-    forecast, verdict = learning.foretell(n, perfect, samples(perfect, 0.01))
+    forecast, verdict = curve.extrapolate(n, perfect, samples(perfect, 0.01))
     assert forecast is None
     assert "no error left" in verdict
 
@@ -155,12 +155,12 @@ def test_intervals_hold_both_images_and_subsets():
     rng = np.random.default_rng(0)
     hard = rng.random(2000)  # each image's chance, shared by all subsets
     right = (rng.random((5, 2000)) < hard).astype(float)
-    (row,), _, _ = learning.summarise([100], [right])
+    (row,), _, _ = curve.summarise([100], [right])
     images = right.mean(axis=0).std() / 2000**0.5
     assert row.accuracy == pytest.approx(right.mean())
     assert (row.high - row.low) / (2 * 1.96 * images) == pytest.approx(1.2, abs=0.25)
     shifted = right.copy()
     shifted[0] = 0  # one subset that learned nothing
-    (wide,), _, _ = learning.summarise([100], [shifted])
+    (wide,), _, _ = curve.summarise([100], [shifted])
     assert wide.high - wide.low > 3 * (row.high - row.low)
     assert wide.spread == pytest.approx(shifted.mean(axis=1).std(ddof=1))

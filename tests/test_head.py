@@ -68,7 +68,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, damage: dict[str, str]) -> 
         Head.load(path)
 
 
-def test_tensors_that_are_no_affine_map_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_not_an_affine_map_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
     for weight in (np.ones((), np.float32), np.ones((3, 3), np.float32), np.full((2, 3), np.nan, np.float32)):
         path.write_bytes(save({"weight": weight, "bias": np.ones(2, np.float32)}, METADATA))
