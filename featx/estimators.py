@@ -128,7 +128,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise HeadError(f"classifier cannot be fitted: y holds one class, {self.classes_[0]!r}")
-        learning.check_settings(self.head, self.settings or {})
         fitted = learning.learn(
             self.head,
             Examples(X, numbers.astype(np.int64), groups),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from featx.errors import HeadError
 from featx.features import Rows
 from featx.files import write_atomic
 
+Activation = Literal["softmax", "sigmoid"]
 BLOCK = 8192  # rows per slice of a table that is read by slices
 MULTILABEL = 0.5
 """A sigmoid head answers with every class whose probability is at least this."""
@@ -29,7 +30,7 @@ def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
     return np.asarray(np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None])
 
 
-def probabilities(logits: np.ndarray, activation: str) -> np.ndarray:
+def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
     z = np.asarray(logits, np.float64)
     if activation == "sigmoid":
@@ -61,7 +62,7 @@ class Head:
     """`float32 [C]`."""
     class_names: tuple[str, ...]
     """C names, in the order of the rows."""
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Activation = "softmax"
     """`softmax` (one class per image) or `sigmoid` (any number of classes per image)."""
     threshold: float | None = None
     """An answer whose highest probability is below this is rejected; None accepts all. In [0, 1]."""
@@ -73,7 +74,7 @@ class Head:
                 f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} do not map features "
                 f"to {len(self.class_names)} classes"
             )
-        if self.activation not in ("softmax", "sigmoid"):
+        if self.activation not in get_args(Activation):
             raise HeadError(f"activation is softmax or sigmoid, not {self.activation!r}")
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise HeadError("the head holds NaN or infinite weights; its fit did not converge")

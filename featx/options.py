@@ -105,7 +105,7 @@ class Field:
             raise FeatxError(f"{self.name} is {self.option.least} or more, not {value}")
         if self.option.pattern and not re.fullmatch(self.option.pattern, value):
             raise FeatxError(f"{self.name} is {self.option.help.removesuffix('.')}, not {value!r}")
-        if isinstance(value, int) and value >= 2**63:  # what numpy and torch both take
+        if fits(1, self.hint) and value >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 
@@ -122,7 +122,8 @@ def fits(value: Any, hint: Any) -> bool:
     A whole number counts as a float, True and False do not count as numbers, and anything but text counts as a
     sequence, so that one number may stand for a sequence of one.
     """
-    origin, value = get_origin(hint) or hint, value.tolist() if hasattr(value, "tolist") else value
+    origin, given = get_origin(hint) or hint, value
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's numbers and arrays
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in get_args(hint))
     if origin is Literal:
@@ -131,7 +132,7 @@ def fits(value: Any, hint: Any) -> bool:
         return not isinstance(value, str)
     if origin in (int, float):
         return isinstance(value, int | origin) and not isinstance(value, bool)
-    return origin is Any or isinstance(value, origin)
+    return origin is Any or isinstance(value, origin) or isinstance(given, origin)
 
 
 def plain(value: Any) -> Any:

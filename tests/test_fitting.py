@@ -20,7 +20,7 @@ from featx.fitting import fit, fit_features
 from featx.head import Head
 from featx.heads import logreg
 from featx.measuring.evaluation import evaluate, evaluate_logits
-from featx.options import complete
+from featx.options import complete, fits
 from featx.runs import open_run
 from featx.solvers.examples import Examples
 
@@ -118,6 +118,9 @@ def test_a_misspelt_option_is_named_with_the_near_one(name: str, words: dict[str
 def test_an_option_of_another_type_is_refused(name: str, value: object, kind: str) -> None:
     with pytest.raises(featx.FeatxError, match=re.escape(f"{name} is {kind}, not {value!r}")):
         complete({name: value})
+    with pytest.raises(featx.FeatxError, match=r"seed is less than 2\*\*63"):
+        complete({"seed": np.uint64(2**63)})
+    assert fits(np.zeros(2), np.ndarray) and not fits(np.float32(0.5), int) and not fits(np.bool_(True), float)
     assert complete({"seed": np.int64(3), "cache": Path("c"), "workers": None})["seed"] == 3
 
 

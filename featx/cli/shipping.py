@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, factory_option, json_option, options_of, say, show, splits
+from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, options_of, say, show, splits
 from featx.options import Input, Reduced
-from featx.text import encodable, printable, prose, to_json
+from featx.text import encodable, printable, prose
 
 parity_options = options_of(
     click.option("--parity-images", "images", default=2000, type=click.IntRange(1), help="Images compared, at most."),
@@ -133,5 +133,8 @@ def inspect(file: str, as_json: bool) -> int:
     from featx.shipping.inspection import inspect
 
     found = inspect(file)
-    click.echo(to_json(found.to_dict()) if as_json else prose(found.text()))
+    if as_json:
+        emit(found.to_dict())
+    else:
+        click.echo(prose(found.text()))
     return DONE

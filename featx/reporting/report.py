@@ -21,8 +21,8 @@ from featx.sources.source import Source
 
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling
 WAYS = {"center": "centre crop only", "views": "with views", "averaged": "with views, averaged"}  # of learning
-# the grid that a head chose its regularisation from: the name of the one chosen, and of the axis
 Layout = Literal["tsne", "pca"]
+# the grid that a head chose its regularisation from: the name of the one chosen, and of the axis
 GRIDS = {
     "strengths": ("strength", "C (larger = less regularisation)"),
     "weight_decays": ("weight_decay", "weight decay"),
@@ -42,7 +42,7 @@ def write_report(
     a finished run.
     """
     if layout not in get_args(Layout):
-        raise FeatxError(f"layout is tsne or pca, not {layout!r}")
+        raise FeatxError(f"layout is {' or '.join(get_args(Layout))}, not {layout!r}")
     opened = open_run(run)
     own_folder(opened.path, "plots")  # refuses a link
     material = gallery.gather(opened, features, source)

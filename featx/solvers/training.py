@@ -12,7 +12,7 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
-from featx.head import Head
+from featx.head import Activation, Head
 from featx.solvers.examples import Examples
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
@@ -67,14 +67,16 @@ class Task:
 
     def one_hot(self) -> np.ndarray:
         """Targets, `float32 [N, C]`."""
-        return np.asarray(self.y if self.several else np.eye(len(self.class_names))[self.y], np.float32)
+        if self.several:
+            return self.y.astype(np.float32)
+        return np.asarray(np.eye(len(self.class_names), dtype=np.float32)[self.y])
 
     def head(self, weight: np.ndarray, bias: np.ndarray) -> Head:
         """The head for raw features, from weight `[C, D]` and bias `[C]` fitted on standardised ones."""
         weight = np.asarray(weight, np.float64) / self.scale
         bias = np.asarray(bias, np.float64) - weight @ self.mean
-        rows, shift = weight.astype(np.float32), bias.astype(np.float32)
-        return Head(rows, shift, self.class_names, "sigmoid" if self.several else "softmax")
+        activation: Activation = "sigmoid" if self.several else "softmax"
+        return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, activation)
 
 
 def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
