@@ -7,6 +7,10 @@ class FeatxError(ValueError):
     """The base of all of them; the command line prints its text and exits with 1."""
 
 
+class FeatxWarning(UserWarning):
+    """What does not end a command and the user should know; the command line prints it as a note."""
+
+
 class SourceError(FeatxError):
     """A data set that cannot be listed: a missing folder, a manifest without its columns."""
 

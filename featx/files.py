@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from featx.text import to_json
-
+# The most bytes of a file that is read whole: records and heads; networks, which one ONNX file of 2**31 bytes holds;
+# checkpoints with the state of an optimizer.
+MOST_BYTES, MOST_NETWORK_BYTES, MOST_CHECKPOINT_BYTES = 1 << 28, 1 << 31, 1 << 34
 # Leftovers of another machine are swept when they are older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
 _ASIDE = re.compile(r"\.~([^~]*)~(\d+)~(\d+)~[^~]*\.tmp")  # host, process, when it started
 
 Stat = tuple[int, int, int, int]
 _INT64 = 0x7FFF_FFFF_FFFF_FFFF
+
+
+def open_plain(path: str | Path, *, follow: bool = True) -> io.FileIO:
+    """Open a plain file for reading: no pipe, which may never end, no device, no folder. follow: links to one, too.
+
+    Raises `OSError`.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a plain file", os.fspath(path))
+    return io.FileIO(handle)
+
+
+def read_plain(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a plain file of at most so many. Raises `OSError`."""
+    with open_plain(path) as file, io.BufferedReader(file) as buffered:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most:,} are read", os.fspath(path))
+        return buffered.read(size)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -34,41 +57,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     make_folder(path.parent)
     write_chunks(path.parent, [data], lambda: path.name)
-
-
-def write_array(path: Path, values: Any) -> None:
-    """A numpy array as `.npy`, by `write_atomic`."""
-    import numpy as np
-
-    file = io.BytesIO()
-    np.save(file, values, allow_pickle=False)
-    write_atomic(path, file.getvalue())
-
-
-def write_json(path: Path, values: Any) -> None:
-    """JSON values for people and programs (`to_json`), by `write_atomic`."""
-    write_atomic(path, to_json(values).encode() + b"\n")
-
-
-def write_sealed(path: Path, values: dict[str, Any]) -> None:
-    """JSON values with their own SHA-256 among them, by `write_atomic`."""
-    write_atomic(path, json.dumps({**values, "sha256": _seal(values)}, indent=1).encode())
-
-
-def unsealed(data: bytes) -> dict[str, Any]:
-    """The values that `write_sealed` wrote. Raises `ValueError` for any other bytes."""
-    try:
-        values: dict[str, Any] = json.loads(data)
-        seal = values.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    if _seal(values) != seal:
-        raise ValueError("does not have the SHA-256 it was written with")
-    return values
-
-
-def _seal(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Callable[[], str]) -> Path:

@@ -13,7 +13,10 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
-from featx.files import write_atomic
+from featx.files import read_plain, write_atomic
+from featx.records import TENSOR_SEAL, convert, tensor_metadata
+from featx.seals import seal
+from featx.text import from_json
 
 Activation = Literal["softmax", "sigmoid"]
 BLOCK = 8192  # rows per slice of a table that is read by slices
@@ -68,14 +71,16 @@ class Head:
     """An answer whose highest probability is below this is rejected; None accepts all. In [0, 1]."""
 
     def __post_init__(self) -> None:
-        shape = (len(self.class_names), self.weight.shape[-1])
-        if self.weight.shape != shape or self.bias.shape != shape[:1]:
+        shape = (len(self.class_names), *self.weight.shape[1:2])
+        if self.weight.ndim != 2 or self.weight.shape != shape or self.bias.shape != shape[:1]:
             raise HeadError(
                 f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} do not map features "
                 f"to {len(self.class_names)} classes"
             )
         if self.activation not in get_args(Activation):
             raise HeadError(f"activation is softmax or sigmoid, not {self.activation!r}")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise HeadError(f"a threshold is a probability in [0, 1], not {self.threshold}")
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise HeadError("the head holds NaN or infinite weights; its fit did not converge")
 
@@ -123,33 +128,44 @@ class Head:
 
     def save(self, path: Path) -> None:
         """Write `path` (safetensors: `weight`, `bias`; names, activation and threshold as metadata)."""
+        write_atomic(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The bytes of `head.safetensors`."""
         from safetensors.numpy import save
 
-        metadata = {
+        metadata = TENSOR_SEAL | {
             "class_names": json.dumps(list(self.class_names)),
             "activation": self.activation,
             "threshold": json.dumps(self.threshold),
         }
         tensors = {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)}
-        write_atomic(path, save(tensors, metadata))
+        return seal(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Head:
-        """Read what `save` wrote. Raises `HeadError` for anything else."""
-        from safetensors import SafetensorError, safe_open
-
+        """Read what `save` wrote, or an older featx. Raises `HeadError` for anything else."""
         try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                return cls(
-                    weight=file.get_tensor("weight"),
-                    bias=file.get_tensor("bias"),
-                    class_names=tuple(json.loads(metadata["class_names"])),
-                    activation=metadata["activation"],
-                    threshold=json.loads(metadata["threshold"]),
-                )
-        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
+            return cls.from_bytes(read_plain(path))[0]
+        except (ValueError, OSError) as error:
             raise HeadError(f"{path} holds no head that featx wrote ({error})") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> tuple[Head, bool]:
+        """The head in `to_bytes`, and whether it carries a digest. Raises `ValueError`."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        metadata, sealed = tensor_metadata(data)
+        try:
+            tensors = load(data)
+            values = {name: from_json(metadata[name]) for name in ("class_names", "threshold")}
+            values |= {"activation": metadata["activation"], **{name: tensors[name] for name in ("weight", "bias")}}
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise HeadError(f"it lacks {error}") from error
+        if not all(values[name].dtype == np.float32 for name in ("weight", "bias")):
+            raise HeadError("its weights are not float32")
+        return convert(values, cls), sealed
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, get_type_hints
 
 from featx.errors import FeatxError, NewerError
+from featx.records import convert
 
 # The metadata of a field that was not there in version 1: `field(default=..., metadata=ADDED)`.
 ADDED = {"added": True}
@@ -25,8 +25,9 @@ class Identity:
         return {name: v.to_dict() if isinstance(v, Identity) else v for name, v in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises `NewerError` for unknown fields, and `FeatxError` where fields of version 1 are missing."""
+    def from_dict(cls, values: Any) -> Self:
+        """Raises `NewerError` for unknown fields, and `FeatxError` where fields are missing or of another type."""
+        values = convert(values, dict[str, Any])
         first = {f.name for f in fields(cls) if "added" not in f.metadata}
         lacking, unknown = first - values.keys(), values.keys() - {f.name for f in fields(cls)}
         if lacking:
@@ -38,5 +39,12 @@ class Identity:
             )
         kinds = get_type_hints(cls)
         nested = {name for name in values if isinstance(kinds[name], type) and issubclass(kinds[name], Identity)}
-        made = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**{**made, **{name: kinds[name].from_dict(values[name]) for name in nested}})
+        try:
+            parts = {name: kinds[name].from_dict(values[name]) for name in nested}
+            convert({**values, **parts}, cls)
+        except NewerError:
+            raise
+        except ValueError as error:
+            raise FeatxError(f"{cls.__name__}: {error}") from None
+        # not what `convert` made: it turns 0 into 0.0, which is another digest
+        return cls(**{**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **parts})

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from featx.backbones.loading import locate
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import RunError
 from featx.features import FeatureSpec
-from featx.files import write_array, write_json
+from featx.files import read_plain, write_atomic
 from featx.head import Head
+from featx.records import array_bytes, array_of, convert, opened, warn_older, write_record
+from featx.stored import check_report
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
@@ -76,9 +78,8 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`; fields with a default may be missing, others raise `KeyError` or `TypeError`."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        return cls(**known | {name: part.from_dict(values[name]) for name, part in PARTS.items()})
+        """The inverse of `to_dict`; fields with a default may be missing. Raises `ValueError`."""
+        return convert(values | {name: part.from_dict(values.get(name)) for name, part in PARTS.items()}, cls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,31 +117,61 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     if isinstance(run, Run):
         return replace(run, factory=factory) if factory else run
     path = Path(run)
-    config, report = read_config(path), _read(path, "report.json")
-    trained_on = None
-    with contextlib.suppress(OSError, ValueError):
-        trained_on = np.load(path / "trained-on.npy", allow_pickle=False)
-    return Run(path, config, report, Head.load(path / "head.safetensors"), trained_on, factory)
+    config, sealed = _config(path)
+    report, current = _read(path, "report.json")
+    name, trained_on = "report.json", None
+    try:
+        check_report(report)
+        if sealed != current:
+            raise ValueError("it and config.json are of two formats")
+
+        name = "head.safetensors"
+        head, sealed = Head.from_bytes(_written(path, name, report))
+        if sealed != current:
+            raise ValueError("it has lost the SHA-256 that it was written with")
+
+        name = "trained-on.npy"
+        if (path / name).exists():
+            trained_on = array_of(_written(path, name, report), "<u8", 1, sealed=current)
+    except (ValueError, OSError) as error:
+        raise _damaged(path / name, error) from error
+    if not current:
+        warn_older(path)
+    return Run(path, config, report, head, trained_on, factory)
+
+
+def _written(path: Path, name: str, report: dict[str, Any]) -> bytes:
+    """A file of a run, which must be the one that its report was written with. Raises `OSError` and `ValueError`."""
+    data = read_plain(path / name)
+    if hashlib.sha256(data).hexdigest() != report.get("files", {}).get(name, hashlib.sha256(data).hexdigest()):
+        raise ValueError("it is not the file that report.json was written with")
+    return data
 
 
 def read_config(path: Path) -> RunConfig:
     """The configuration of a run, finished or not, where its folder lies now. Raises `RunError`."""
-    values = _read(path, "config.json")
+    return _config(path)[0]
+
+
+def _config(path: Path) -> tuple[RunConfig, bool]:
+    values, current = _read(path, "config.json")
     try:
-        holders = {"data": values, "cache": values, "weights": values["request"]}
+        config = RunConfig.from_dict(values)
+        places = {"data": config.data, "cache": config.cache, "weights": config.request.weights}
         moved = {
             name: os.path.realpath(path / relative)
-            for name, relative in values.get("from_here", {}).items()
-            if not os.path.exists(holders[name][name])
+            for name, relative in convert(values.get("from_here", {}), dict[str, str]).items()
+            if not os.path.exists(places[name])
         }
-        if all(map(os.path.exists, moved.values())):  # the project has moved as a whole, and the run was not copied
-            for name, place in moved.items():
-                holders[name][name] = place
-        if "base" in values:  # fine-tuned: its network lies in the run, wherever the run lies now
-            values["request"]["weights"] = str(path.absolute() / "model.safetensors")
-        return RunConfig.from_dict(values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise _damaged(path / "config.json", error) from error
+
+    if all(map(os.path.exists, moved.values())):  # the project has moved as a whole, and the run was not copied
+        places |= moved
+    if config.base:  # fine-tuned: its network lies in the run, wherever the run lies now
+        places["weights"] = str(path.absolute() / "model.safetensors")
+    request = replace(config.request, weights=places["weights"])
+    return replace(config, data=places["data"], cache=places["cache"], request=request), current
 
 
 def write_config(path: Path, config: RunConfig) -> None:
@@ -150,15 +181,13 @@ def write_config(path: Path, config: RunConfig) -> None:
     for name, place in (("data", config.data), ("cache", config.cache), ("weights", config.request.weights)):
         with contextlib.suppress(ValueError):  # on another drive
             relative |= {name: os.path.relpath(place, here)} if os.path.isabs(place) else {}
-    write_json(path / "config.json", config.to_dict() | {"from_here": relative})
+    write_record(path / "config.json", config.to_dict() | {"from_here": relative})
 
 
-def _read(path: Path, name: str) -> dict[str, Any]:
+def _read(path: Path, name: str) -> tuple[dict[str, Any], bool]:
+    """The values of a JSON file of a run, and whether it is of today's format. Raises `RunError`."""
     try:
-        values = json.loads((path / name).read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-        return values
+        return opened(read_plain(path / name))
     except (FileNotFoundError, NotADirectoryError):
         what = "is not a run" if name == "config.json" else f"has no {name}: the run is unfinished"
         raise RunError(f"{path} {what}; `featx fit DATA` makes one") from None
@@ -206,7 +235,7 @@ def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
         return
     former: dict[str, Any] = {}
     with contextlib.suppress(RunError):
-        former = _read(path, "config.json")
+        former, _ = _read(path, "config.json")
 
     if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
         raise RunError(f"{path} exists and is not a run of featx; give another --output")
@@ -237,9 +266,11 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
 
 def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any], factory: str | None = None) -> Run:
     """Write what a started run lacks, its report last, and open it. The arguments are as in `Run`."""
-    head.save(path / "head.safetensors")
-    write_array(path / "trained-on.npy", trained_on)
-    write_json(path / "report.json", report)
+    files = {"head.safetensors": head.to_bytes(), "trained-on.npy": array_bytes(trained_on)}
+    for name, data in files.items():
+        write_atomic(path / name, data)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    write_record(path / "report.json", report | {"files": digests})
     return open_run(path, factory)
 
 

@@ -29,12 +29,13 @@ from featx.extraction.job import Backbone, Data
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
 from featx.features import Features, groups
-from featx.files import write_array, write_atomic, write_json
+from featx.files import read_plain, write_atomic
 from featx.fitting import fit
 from featx.head import columns
 from featx.learning import head_text, module, parse_head
 from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
 from featx.options import Criterion, Shared, complete
+from featx.records import array_bytes, array_of, convert, read_record, write_record
 from featx.runs import Run, is_finished, open_run
 from featx.solvers.training import folds
 from featx.sources.opening import open_source
@@ -134,7 +135,7 @@ class Sweep:
 
     def write(self) -> None:
         """Write `sweep.json` and `sweep.csv`, a line for each point."""
-        write_json(self.path / "sweep.json", {"by": self.by, "winner": self.points[0].run, **self.to_dict()})
+        write_record(self.path / "sweep.json", {"by": self.by, "winner": self.points[0].run, **self.to_dict()})
         rows = []
         for point in self.points:
             row = point.to_dict()
@@ -324,7 +325,7 @@ def _held_out(
     """
     file, seed = run.path / HELD_OUT, place.options["seed"]
     with contextlib.suppress(OSError, ValueError):
-        return np.asarray(np.load(file, allow_pickle=False))
+        return array_of(read_plain(file), "<f8", 2)
     numbers = np.flatnonzero(features.splits == "train")
     train = features.take(numbers[np.lexsort(features.keys[numbers].T[::-1])])
     group = groups(train.keys)
@@ -341,7 +342,7 @@ def _held_out(
     else:  # it learned from no image here: all are held out
         part, known = train.take(measured), run.head
         right = np.array(scores(known(part.rows), columns(part.class_names, known.class_names)[part.y]))
-    write_array(file, right)
+    write_atomic(file, array_bytes(right))
     return right
 
 
@@ -392,6 +393,7 @@ def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Pa
 def _former_speeds(path: Path) -> dict[str, float]:
     """Images per second by the names of a former sweep's points."""
     try:
-        return {p["name"]: p["images_per_second"] for p in json.loads((path / "sweep.json").read_bytes())["points"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        points = convert(read_record(path / "sweep.json")[0].get("points"), list[Point])
+        return {point.name: point.images_per_second for point in points}
+    except (OSError, ValueError):
         return {}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from featx.errors import FeatxError
+
+DEEPEST = 64
+"""How deep JSON may be nested that is read."""
 
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -25,7 +29,7 @@ def assigned(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not name:
             raise FeatxError(f"{pair!r} is not NAME=VALUE")
         try:
-            values[name] = json.loads(text)
+            values[name] = from_json(text)
         except ValueError:
             values[name] = text
     return values
@@ -60,3 +64,32 @@ def to_json(values: Any) -> str:
     """JSON that any reader takes: names in their own letters, but bytes of a file's name that are not UTF-8
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
     return encodable(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def from_json(data: bytes | str) -> Any:
+    """JSON as RFC 8259 has it: without NaN and Infinity, numbers of at most 64 bits, nested at most `DEEPEST` deep.
+
+    Raises `ValueError`.
+    """
+    text = data.decode() if isinstance(data, bytes) else data
+    if text.count("[") + text.count("{") > DEEPEST:
+        depth = deepest = 0
+        for bracket in re.findall(r"[\[\]{}]", re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)):
+            depth += 1 if bracket in "[{" else -1
+            deepest = max(deepest, depth)
+        if deepest > DEEPEST:
+            raise ValueError(f"it is nested {deepest} deep, and at most {DEEPEST} is allowed")
+    return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"the number {text[:40]} has more than 64 bits")
+    return int(text)

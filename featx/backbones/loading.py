@@ -17,7 +17,8 @@ from featx import __version__
 from featx.backbones import zoos
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import BackboneError, WeightsError
-from featx.files import stat_row, unsealed, write_sealed
+from featx.files import read_plain, stat_row
+from featx.records import convert, unsealed, write_sealed
 from featx.text import near
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
         return load_backbone(request).info
 
     memo = Path(cache) / "resolved" / f"{_memo_key(request, source, name)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
-        values = unsealed(memo.read_bytes())
-        if all(list(stat_row(os.stat(path))) == stats for path, stats in values["files"].items()):
+    with contextlib.suppress(OSError, ValueError, KeyError):  # absent or damaged
+        values = unsealed(read_plain(memo))
+        files = convert(values["files"], dict[str, list[int]])
+        if all(list(stat_row(os.stat(path))) == stats for path, stats in files.items()):
             return BackboneInfo.from_dict(values["info"])
 
     backbone = load_backbone(request)

@@ -10,6 +10,7 @@ from featx.features import FeatureSpec
 from featx.identity import Identity
 from featx.options import Precision, StoredDtype
 from featx.pixels.preprocess import Preprocess
+from featx.records import convert
 from featx.text import near
 
 
@@ -32,9 +33,12 @@ class BackboneRequest:
         return {**asdict(self), "preprocess": dict(self.preprocess)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BackboneRequest:
-        given = values.get("preprocess", {}).items()
-        return cls(**{**values, "preprocess": tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in given)})
+    def from_dict(cls, values: Any) -> BackboneRequest:
+        """Raises `ValueError`."""
+        values = convert(values, dict[str, Any])
+        given = convert(values.get("preprocess", {}), dict[str, Any]).items()
+        pairs = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in given)
+        return convert({**values, "preprocess": pairs}, cls)
 
     def override(self, preprocess: Preprocess) -> Preprocess:
         """`preprocess` with the request's own fields. Raises `BackboneError` for an unknown field."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from featx.errors import StoreError
-from featx.files import make_folder, write_chunks
+from featx.files import MOST_NETWORK_BYTES, make_folder, read_plain, write_chunks
 
 MAGIC = b"featx memo 1\n"
 # A file that changed this shortly before it was looked at can change again without another timestamp
@@ -108,7 +108,7 @@ class KeyMemo:
 
     def _load(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            data = self.path.read_bytes()
+            data = read_plain(self.path, MOST_NETWORK_BYTES)
             start = len(MAGIC) + 32
             body = memoryview(data)[start:]
             if data[: len(MAGIC)] != MAGIC or hashlib.sha256(body).digest() != data[len(MAGIC) : start]:

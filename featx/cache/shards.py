@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,9 @@ import numpy as np
 from featx.cache.index import KEY_BYTES
 from featx.errors import DamageError, NewerError
 from featx.features import FeatureSpec
-from featx.files import Stat, aside_name, make_folder, stat_row, sync_folder, unsealed, write_sealed
+from featx.files import Stat, aside_name, make_folder, open_plain, stat_row, sync_folder
+from featx.records import convert, unsealed, write_sealed
+from featx.text import from_json
 
 KIND = "featx features 1"
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")
@@ -131,7 +132,7 @@ def read_form(path: Path, spec: FeatureSpec | None = None) -> Form:
             spec = FeatureSpec.from_dict(values["spec"])
         elif json.dumps(values["spec"], sort_keys=True).encode() != spec.canonical:
             raise DamageError("it is another spec's")
-        form = Form(spec, str(values["engine"]), tuple(int(size) for size in values["row_shape"]))
+        form = Form(spec, convert(values["engine"], str), convert(values["row_shape"], tuple[int, ...]))
     if values.get("kind") != KIND or min(form.row_shape, default=1) < 1:
         raise DamageError(f"{path} is of another kind ({values.get('kind')})")
     return form
@@ -157,8 +158,9 @@ def read_verified(folder: Path) -> dict[str, Shard]:
     """The shards whose bytes were verified before. Empty where that is not known: then they are verified again."""
     try:
         values = _unsealed(folder / "verified.json")["shards"]
-        return {name: Shard(name, tuple(v[:4]), v[4], v[5], v[6]) for name, v in values.items()}
-    except (OSError, StaleError, DamageError, KeyError, TypeError, IndexError, AttributeError):
+        rows = convert(values, dict[str, tuple[int, int, int, int, int, int, int]])
+        return {name: Shard(name, v[:4], *v[4:]) for name, v in rows.items()}
+    except (OSError, StaleError, DamageError, KeyError, ValueError):
         return {}
 
 
@@ -197,8 +199,8 @@ def inspect(file: FileIO, name: str, form: Form | None) -> Inside:
     texts, (keys, rows, digests) = headers(file, ("kind", "spec", "engine", "block"), ("keys", "rows", "digests"))
     if form is None:
         with parsing("its spec cannot be read"):
-            spec, engine = json.loads(texts["spec"]), json.loads(texts["engine"])
-            form = Form(FeatureSpec.from_dict(spec), str(engine), rows.shape[1:])
+            spec, engine = convert(from_json(texts["spec"]), dict[str, Any]), convert(from_json(texts["engine"]), str)
+            form = Form(FeatureSpec.from_dict(spec), engine, rows.shape[1:])
     for text, expected in form.attributes().items():
         if texts[text] != expected:
             found = texts[text][:300].decode("ascii", "replace")
@@ -250,19 +252,14 @@ def read_keys(folder: Path, shards: list[Shard]) -> np.ndarray:
 
 def open_regular(path: Path) -> FileIO:
     """Open a plain file: no link, no device, no pipe. Raises `DamageError`, `StaleError`."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+        return open_plain(path, follow=False)
     except FileNotFoundError:
         raise StaleError(f"{path.name} is missing") from None
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO):
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO, errno.EINVAL):
             raise DamageError(f"it is not a plain file that can be read ({error.strerror})") from None
         raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise DamageError("it is not a plain file")
-    return FileIO(handle)
 
 
 def read_into(file: FileIO, at: int, target: memoryview) -> None:
@@ -282,7 +279,7 @@ def parsing(trouble: str) -> Iterator[None]:
         yield
     except NewerError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         raise DamageError(f"{trouble}: {error}") from None
 
 

@@ -44,23 +44,27 @@ class Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd files; featx itself names what cannot be read
-        try:
-            code = super().main(args, **options)
-        except FeatxError as error:
-            say(f"Error: {error}")
-            code = ERROR
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
-        except OSError as error:  # a full disk, a pipe or a folder that cannot be written
-            say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-            code = ERROR
-        except (click.Abort, KeyboardInterrupt):
-            given = list(sys.argv[1:] if args is None else args)
-            caches = bool(given) and given[0] in ("extract", "fit", "sweep", "evaluate", "cache")
-            say(f"Interrupted. {KEPT}" if caches else "Interrupted.")
-            code = INTERRUPTED
+        with warnings.catch_warnings():
+            warnings.showwarning = note
+            warnings.filterwarnings(
+                "ignore", module=r"PIL\."
+            )  # notes on odd files; featx itself names what cannot be read
+            try:
+                code = super().main(args, **options)
+            except FeatxError as error:
+                say(f"Error: {error}")
+                code = ERROR
+            except click.ClickException as error:
+                error.show()
+                code = error.exit_code
+            except OSError as error:  # a full disk, a pipe or a folder that cannot be written
+                say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+                code = ERROR
+            except (click.Abort, KeyboardInterrupt):
+                given = list(sys.argv[1:] if args is None else args)
+                caches = bool(given) and given[0] in ("extract", "fit", "sweep", "evaluate", "cache")
+                say(f"Interrupted. {KEPT}" if caches else "Interrupted.")
+                code = INTERRUPTED
         sys.exit(code or DONE)
 
 
@@ -82,6 +86,11 @@ def emit(values: Any) -> None:
 def say(text: str) -> None:
     """Prose, on standard error."""
     click.echo(prose(text), err=True)
+
+
+def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as a note for people, without the line of code that gave it."""
+    say(f"note: {message}")
 
 
 def show(found: Any, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,9 +21,11 @@ from featx.backbones.loading import loaded
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import available_threads
 from featx.engines.engine import CPU_BATCH
+from featx.engines.wire import scan
 from featx.errors import ExportError, StoreError
 from featx.features import TOLERANCE, difference
-from featx.files import sweep, write_atomic
+from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
+from featx.records import read_record, write_record
 
 OPSET = 18
 WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that justify one more image per piece
@@ -31,6 +33,21 @@ MAX_BYTES = 2_000_000_000  # larger weights do not fit into a protobuf, which en
 LARGE_BYTES = 300_000_000  # with larger weights tracing, which copies them, is slower than capturing
 EXPORT_VERSION = 2  # raised when the exported graph changes
 WINOGRAD_REVISION = 1  # raised when `featx.engines.winograd` makes another graph
+
+
+class Known(TypedDict, total=False):
+    """The record beside a graph."""
+
+    graph: dict[str, Any]
+    libraries: dict[str, str]
+    sha256: str
+    """The graph's file; none where it could not be made."""
+    error: str
+    """Why it could not be made."""
+    of: str
+    """The SHA-256 of the graph that this one was made of."""
+    plain: bool
+    """This graph would not pay: the one that it would be made of runs."""
 
 
 class OnnxEngine:
@@ -189,7 +206,11 @@ def _rows_of_noise(graph: Path | bytes) -> np.ndarray:
 
 
 def _intact(path: Path, known: dict[str, Any]) -> bool:
-    return "sha256" in known and path.is_file() and _sha256(path) == known["sha256"]
+    try:
+        data = read_plain(path, MOST_NETWORK_BYTES)
+        return hashlib.sha256(data).hexdigest() == known.get("sha256") and not scan(data).side_files
+    except (OSError, ValueError):
+        return False
 
 
 def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
@@ -202,14 +223,13 @@ def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
 
 def _record(path: Path, known: dict[str, Any]) -> None:
     """Write what is known of a graph beside it."""
-    write_atomic(path.with_suffix(".json"), json.dumps(known, indent=1).encode())
+    write_record(path.with_suffix(".json"), known)
 
 
 def _recorded(path: Path) -> dict[str, Any]:
     """The record of a graph; empty where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.with_suffix(".json").read_bytes())
-        return known if isinstance(known, dict) else {}
+        return read_record(path.with_suffix(".json"), Known)[0]
     return {}
 
 

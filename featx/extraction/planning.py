@@ -24,9 +24,9 @@ from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.loader import Loader
 from featx.extraction.report import ExtractionReport
-from featx.files import write_atomic
 from featx.options import Options, complete
 from featx.pixels.preprocess import GPU
+from featx.records import read_record, write_record
 
 # Files with unknown keys are read, up to so many bytes; the rest count as missing.
 READ_BYTES = 1 << 30
@@ -158,15 +158,15 @@ def _engine_bytes(cache: Path) -> int:
 def remember_rate(job: Job, report: ExtractionReport) -> None:
     """Keep a run's images per second in `cache/rates/`, for the next dry run on this machine."""
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the dry run a measurement
-        write_atomic(_rate_path(job), json.dumps({"images_per_second": report.images_per_second}).encode())
+        write_record(_rate_path(job), {"images_per_second": report.images_per_second})
 
 
 def recall_rate(job: Job) -> float | None:
     """The images per second of the last run of this kind on this machine; None where there was none."""
     try:
-        rate = json.loads(_rate_path(job).read_bytes())["images_per_second"]
+        rate = read_record(_rate_path(job), dict[str, float])[0]["images_per_second"]
         return float(rate) if rate > 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return None
 
 

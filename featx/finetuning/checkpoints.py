@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from featx.errors import TrainingError
-from featx.files import make_folder, sweep, write_atomic
+from featx.files import MOST_CHECKPOINT_BYTES, make_folder, read_plain, sweep, write_atomic
+from featx.records import TENSOR_SEAL, convert, tensor_metadata, warn_older
+from featx.seals import seal
+from featx.text import from_json
 
 LAST = "last.safetensors"
 
@@ -86,7 +89,7 @@ class Checkpoints:
         if not path.is_file():
             return None
         tensors, metadata = self._read(path)
-        theirs, ours = json.loads(metadata.get("configuration", "{}")), json.loads(json.dumps(self.configuration))
+        theirs, ours = from_json(metadata.get("configuration", "{}")), json.loads(json.dumps(self.configuration))
         different = [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
         if different:
             shown = ", ".join(f"{n} {theirs.get(n)!r} -> {ours.get(n)!r}" for n in different[:4])
@@ -108,9 +111,7 @@ class Checkpoints:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": groups})
 
-        values = json.loads(metadata["progress"])
-        pairs = {name: tuple(values[name]) for name in ("best_score", "sums")}
-        return Progress(**{**values, **pairs})
+        return convert(from_json(metadata.get("progress", "{}")), Progress)
 
     def load_best(self, network: nn.Module, progress: Progress) -> None:
         """Bring the network to the epoch that is kept."""
@@ -124,7 +125,7 @@ class Checkpoints:
         try:
             make_folder(self.folder)
             sweep(self.folder)
-            self.write(path, save(tensors, metadata))
+            self.write(path, seal(save(tensors, metadata | TENSOR_SEAL)))
         except OSError as error:
             kept = "the one before is kept" if path.is_file() else "there is none yet"
             size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -135,9 +136,12 @@ class Checkpoints:
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            data = read_plain(path, MOST_CHECKPOINT_BYTES)
+            metadata, sealed = tensor_metadata(data)
+            if not sealed:
+                warn_older(path)
+            return load(data), metadata
+        except (SafetensorError, ValueError, OSError) as error:
             raise TrainingError(
                 f"the checkpoint {path} cannot be read ({error}); start over with --overwrite"
             ) from error

@@ -14,9 +14,9 @@ from featx.devices import memory_for_features
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
 from featx.features import Features, LazyRows, groups, taken
-from featx.files import write_json
 from featx.measuring.views import scores
 from featx.options import Options
+from featx.records import convert, write_record
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
 
@@ -65,6 +65,14 @@ class Curve:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {"rows" if name == "points" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Curve:
+        """The curve that `to_dict` gave these values of. Raises `ValueError`."""
+        curve = convert({"points" if name == "rows" else name: value for name, value in values.items()}, cls)
+        if not curve.points or min(point.images for point in curve.points) < 1:
+            raise ValueError("rows: expected one or more, of one image or more")
+        return curve
 
     def text(self) -> str:
         """For a terminal."""
@@ -128,7 +136,7 @@ def learning_curve(
         right.append(np.array(each))
 
     found = Curve(*summarise(wanted, right), seed, repeats, len(held))
-    write_json(opened.path / "curve.json", found.to_dict())
+    write_record(opened.path / "curve.json", found.to_dict())
     return found
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from featx.errors import FeatxError
+from featx.errors import FeatxError, RunError
 from featx.extraction.report import COUNTS
 from featx.features import Features
+from featx.measuring.curve import Curve
 from featx.metrics import SCORES
+from featx.records import read_record
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import RunMaterial
 from featx.reporting.page import Drawing, Table, write_page
@@ -117,9 +118,10 @@ def _per_class(report: dict[str, Any]) -> Table | None:
 
 
 def _curves(run: Run) -> Drawing | None:
-    """Loss, accuracy and learning rate by epoch: of fine-tuning's `metrics.jsonl`, else of the head's own SGD."""
-    losses = run.report["fit"].get("training_loss") or []
-    epochs = _epochs(run.path / "metrics.jsonl") or [{"epoch": e, "loss": loss} for e, loss in enumerate(losses, 1)]
+    """Loss, accuracy and learning rate by epoch: of fine-tuning, else of the head's own SGD."""
+    fit = run.report["fit"]
+    losses = enumerate(fit.get("training_loss") or [], 1)
+    epochs = fit["finetune"]["epochs"] if "finetune" in fit else [{"epoch": e, "loss": loss} for e, loss in losses]
     rates = [{"epoch": row["epoch"], **row.get("lr", {})} for row in epochs]
 
     def points(key: str, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -135,15 +137,6 @@ def _curves(run: Run) -> Drawing | None:
     if not panels:
         return None
     return Drawing(plots.curves(panels), f"{', '.join(panels).capitalize()} by epoch.", 360 * len(panels) + 40)
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; a torn last line, of a run that was killed, is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def _path(fit: dict[str, Any]) -> Drawing | None:
@@ -162,15 +155,18 @@ def _path(fit: dict[str, Any]) -> Drawing | None:
 
 def _learning(path: Path) -> Drawing | None:
     """The learning curve, where `featx.measuring.curve.learning_curve` has left one."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    if not path.is_file():
         return None
+    try:
+        curve = Curve.from_dict(read_record(path)[0])
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); remove it, or measure it again (featx curve RUN)") from error
     note = (
-        f"The head fitted on parts of the training images ({values['repeats']} subsets per size), measured on "
-        f"{values['measured_on']:,} validation images, with 95% intervals over both. {values['verdict']}"
+        f"The head fitted on parts of the training images ({curve.repeats} subsets per size), measured on "
+        f"{curve.measured_on:,} validation images, with 95% intervals over both. {curve.verdict}"
     )
-    return Drawing(plots.learning(values["rows"], values["forecast"]), note, 620)
+    forecast = None if curve.forecast is None else vars(curve.forecast)
+    return Drawing(plots.learning([*map(vars, curve.points)], forecast), note, 620)
 
 
 def _views(report: dict[str, Any]) -> Table | None:

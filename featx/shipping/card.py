@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from importlib import resources
@@ -11,7 +10,9 @@ from typing import Any
 from featx.errors import ExportError
 from featx.files import write_atomic
 from featx.metrics import SCORES
+from featx.records import read_record
 from featx.runs import CARD, CARD_MARK, Run
+from featx.stored import Compared
 from featx.text import printable
 
 CLASSES = 30
@@ -117,12 +118,15 @@ def _front_matter(names: dict[str, str], split: str, measured: dict[str, float])
 
 def _parity(run: Run) -> dict[str, Any] | None:
     """What was compared to verify the exported file; None where it is not exported yet, or only its head."""
+    path = run.path / "parity.json"
     try:
-        found = json.loads((run.path / "parity.json").read_bytes())
-        apart = max(check["value"] for name, check in found["checks"].items() if name.endswith("probabilities"))
-        return {"equal_labels": found["equal_labels"], "images": found["images"], "apart": apart}
-    except (OSError, ValueError, KeyError, TypeError):
+        found, _ = read_record(path, Compared)
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} is damaged ({error}); export again") from error
+    apart = [check["value"] for name, check in found.get("checks", {}).items() if name.endswith("probabilities")]
+    return {"equal_labels": found["equal_labels"], "images": found["images"], "apart": max(apart, default=0.0)}
 
 
 def _escaped(value: Any) -> Any:

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from featx.engines.wire import require_whole, scan
 from featx.errors import ExportError
+from featx.files import MOST_NETWORK_BYTES, read_plain
+from featx.head import Activation
+from featx.options import Input
 from featx.pixels.preprocess import Preprocess
-from featx.text import near
+from featx.records import convert, warn_older
+from featx.seals import is_current, is_sealed
+from featx.text import from_json, near
 
 FORMAT = "1"
 """The version of the metadata; raised when a reader of an older version would misread a file."""
+
+
+class Metadata(TypedDict):
+    """What an exported file says about itself; each value is JSON."""
+
+    input: Input
+    outputs: NotRequired[list[str]]
+    class_names: list[str]
+    activation: Activation
+    threshold: float | None
+    preprocess: dict[str, Any]
+    spec_digest: str
+    backbone: NotRequired[str]
+    precision: NotRequired[str]
+    contract: NotRequired[str]
+    weights: NotRequired[str]
+    license: NotRequired[str]
+    head: NotRequired[str]
+    parts: NotRequired[dict[str, str]]
+    metrics: NotRequired[dict[str, Any]]
+    parity: NotRequired[dict[str, Any]]
+    versions: NotRequired[dict[str, str]]
 
 
 class Model:
@@ -35,15 +61,17 @@ class Model:
         one per core. head: a head exported alone, to apply to the features of `path`.
         """
         self.path = Path(path)
-        self._session = open_session(self.path, providers=providers, threads=threads)
-        self._head = None if head is None else open_session(Path(head), providers=providers, threads=1)
-        self.metadata = described = parse_metadata(self._session.get_modelmeta().custom_metadata_map, self.path)
-        self.input: str = described["input"]
-        self.outputs = [output.name for output in self._session.get_outputs()]
+        data, self.metadata = read_model(self.path)
+        self.input: str = self.metadata["input"]
         if self.input == "features":
             raise ExportError(f"{self.path} is a head alone; give the features model, and this file as its head")
+        self._session = open_session(data, providers=providers, threads=threads)
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._head, described = None, self.metadata
         if head is not None:
-            described = self._head_metadata(self._head, Path(head))
+            data, described = read_model(Path(head))
+            self._require_fitting(described, Path(head))
+            self._head = open_session(data, providers=providers, threads=1)
         elif "probabilities" not in self.outputs:
             raise ExportError(
                 f"{self.path} gives {', '.join(self.outputs)}; to predict, export with "
@@ -54,17 +82,16 @@ class Model:
         self.threshold: float | None = described["threshold"]
         self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
 
-    def _head_metadata(self, session: Any, path: Path) -> dict[str, Any]:
-        metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
+    def _require_fitting(self, metadata: dict[str, Any], path: Path) -> None:
+        """Raise `ExportError` unless a head exported alone takes the features of this file."""
         if metadata["input"] != "features":
             raise ExportError(f"{path} takes {metadata['input']}; a head takes features (--input features)")
         self.require_features()
         if metadata["spec_digest"] != self.metadata["spec_digest"]:
             raise ExportError(
                 f"{path} was fitted on other features than {self.path} gives "
-                f"({metadata['backbone']} and {self.metadata['backbone']}); export both from one run"
+                f"({metadata.get('backbone')} and {self.metadata.get('backbone')}); export both from one run"
             )
-        return metadata
 
     def require_features(self) -> None:
         """Raise `ExportError` where the file does not give features."""
@@ -86,11 +113,47 @@ class Model:
                 (outputs["probabilities"],) = self._head.run(["probabilities"], {"features": outputs["features"]})
         except Exception as error:  # onnxruntime's own classes, which share no base
             raise ExportError(f"onnxruntime cannot run {self.path}: {error}") from error
+        expected = len(images), len(self.class_names)
+        for name, rows in outputs.items():
+            if rows.dtype != np.float32 or not np.isfinite(rows).all() or rows.shape[:1] != expected[:1]:
+                raise ExportError(f"{self.path} gives {name} that are not {len(images)} rows of finite numbers")
+        if outputs["probabilities"].shape != expected:
+            raise ExportError(
+                f"{self.path} names {expected[1]} classes and gives probabilities "
+                f"{list(outputs['probabilities'].shape)}; export it again"
+            )
         return outputs
 
 
-def open_session(model: Path | bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:
-    """An onnxruntime session on a file, or on a file's bytes.
+def read_model(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A file that featx exported: its bytes, and its metadata, parsed.
+
+    The bytes are compared with the digest that they carry, and looked through, before any runtime sees them. Raises
+    `ExportError` for a damaged file, for weights in other files, for graphs that may not end, and for any other file.
+    """
+    try:
+        data = read_plain(path, MOST_NETWORK_BYTES)
+        found, sealed = scan(data), is_sealed(data)
+        raw = {name: text for name, text in found.metadata.items() if name != "seal"}
+        if "featx_format" in raw and not is_current(int(raw.pop("format", "0")), sealed):
+            warn_older(path)
+    except FileNotFoundError as error:
+        raise ExportError(f"there is no file {path}; `featx export RUN` writes one") from error
+    except OSError as error:
+        inside = path / "model.onnx"
+        what = f"is a folder; its model is {inside}" if inside.is_file() else f"cannot be read ({error.strerror})"
+        raise ExportError(f"{path} {what}") from error
+    except ValueError as error:
+        raise ExportError(
+            f"{path} is damaged, or not a model that featx exported ({error}); export it again"
+        ) from error
+    metadata = parse_metadata(raw, path)
+    require_whole(found, path)
+    return data, metadata
+
+
+def open_session(model: bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:
+    """An onnxruntime session on a file's bytes.
 
     Raises `ExportError` for what onnxruntime does not take, and for an unknown provider.
     """
@@ -101,20 +164,11 @@ def open_session(model: Path | bytes, *, providers: list[str] | None = None, thr
     options.intra_op_num_threads = threads or 0
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if isinstance(model, Path) and not model.is_file():
-        inside = model / "model.onnx"
-        if inside.is_file():
-            raise ExportError(f"{model} is a folder; its model is {inside}")
-        raise ExportError(f"there is no file {model}; `featx export RUN` writes one")
-
     chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
     try:
-        return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else os.fspath(model), options, providers=chosen
-        )
+        return onnxruntime.InferenceSession(model, options, providers=chosen)
     except Exception as error:  # as above
-        what = "the file" if isinstance(model, bytes) else model
-        raise ExportError(f"onnxruntime does not take {what}: {error}") from error
+        raise ExportError(f"onnxruntime does not take the file: {error}") from error
 
 
 def _providers(available: list[str], asked: list[str]) -> list[str]:
@@ -137,9 +191,9 @@ def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise ExportError(f"{path} is of format {version}, this featx reads {FORMAT}; install the featx that wrote it")
     try:
-        values = {name: json.loads(text) for name, text in raw.items() if name != "featx_format"}
+        values = {name: from_json(text) for name, text in raw.items() if name not in ("featx_format", "seal", "format")}
+        convert(values, Metadata)
+        Preprocess.from_dict(values["preprocess"])
     except ValueError as error:
         raise ExportError(f"the metadata of {path} is damaged ({error}); export it again") from error
-    if missing := {"input", "class_names", "activation", "threshold", "preprocess", "spec_digest"} - set(values):
-        raise ExportError(f"the metadata of {path} lacks {', '.join(sorted(missing))}; export it again")
     return values

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from featx import __version__
 from featx.engines.onnx import backbone_onnx
+from featx.engines.wire import require_whole, scan
 from featx.errors import ExportError, ParityError
-from featx.files import write_atomic, write_json
+from featx.files import MOST_NETWORK_BYTES, read_plain, write_atomic
 from featx.options import Input, Split
 from featx.pixels.preprocess import Preprocess
+from featx.records import TENSOR_SEAL, read_record, write_record
 from featx.runs import Run, open_run
+from featx.seals import seal
 from featx.shipping import card, graph, parity
-from featx.shipping.deployed import FORMAT, parse_metadata
+from featx.shipping.deployed import FORMAT, read_model
 from featx.shipping.gate import IMAGES, gate_images
 from featx.shipping.parity import Parity
 from featx.sources.source import Source
+from featx.stored import Compared
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -90,8 +94,8 @@ def check(
     differs, and `ExportError` for a file that featx did not export. factory: as for `featx.load`.
     """
     path, opened = Path(model), open_run(run, factory)
-    proto = graph.load(path)
-    described = parse_metadata({p.key: p.value for p in proto.metadata_props}, path)
+    data, described = read_model(path)
+    proto = graph.parse(data, path)
     if described.get("precision", "fp32") != "fp32":
         raise ExportError(f"{path} is {described['precision']}: it was compared with fp32 when it was made, not torch")
 
@@ -140,15 +144,16 @@ def free_path(run: Run, output: str | Path | None, name: str) -> Path:
 
 def _is_export(path: Path) -> bool:
     try:
-        return any(entry.key == "featx_format" for entry in graph.load(path, external=True).metadata_props)
-    except ExportError:
+        return "featx_format" in scan(read_plain(path, MOST_NETWORK_BYTES)).metadata
+    except (OSError, ValueError):
         return False
 
 
 def _is_record(path: Path) -> bool:
     try:
-        return {"passed", "file", "sha256"} <= set(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        read_record(path, Compared)
+        return True
+    except (OSError, ValueError):
         return False
 
 
@@ -161,15 +166,16 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
     from onnx import helper
 
     values = {name: json.dumps(value) for name, value in entries.items()}
-    helper.set_model_props(model, values | {"featx_format": FORMAT})
-    data = model.SerializeToString(deterministic=True)
+    helper.set_model_props(model, values | TENSOR_SEAL | {"featx_format": FORMAT})
+    data = seal(model.SerializeToString(deterministic=True))
+    require_whole(scan(data), path)
     record = found | {"file": path.name, "bytes": len(data), "parts": entries["parts"], "versions": entries["versions"]}
 
     try:
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
             write_atomic(path, data)
-        write_json(_beside(path), record | {"sha256": digest.result()})
+        write_record(_beside(path), record | {"sha256": digest.result()})
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror or error}); what was there is untouched"

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from featx.engines.wire import require_whole, scan
 from featx.errors import ExportError
+from featx.files import MOST_NETWORK_BYTES, read_plain
 from featx.head import Head
 from featx.options import Input
 from featx.pixels.preprocess import MAX_ASPECT, Preprocess
@@ -255,28 +257,31 @@ def opened_up(model: ModelProto, *, pixels: bool = False) -> bytes:
     return data
 
 
-def load(path: Path, *, external: bool = False) -> ModelProto:
-    """Read an ONNX file that holds its own weights. Raises `ExportError` for anything else.
+def load(path: Path) -> ModelProto:
+    """Read an ONNX file that holds its own weights. Raises `ExportError` for anything else."""
+    try:
+        data = read_plain(path, MOST_NETWORK_BYTES)
+        require_whole(scan(data), path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ExportError:
+        raise
+    except ValueError as error:
+        raise ExportError(f"{path}: {error}") from error
+    return parse(data, path)
 
-    Weights in other files are refused, since a crafted file could name any file of this machine; with
-    `external` such a file is read without them.
-    """
+
+def parse(data: bytes, path: Path) -> ModelProto:
+    """An ONNX file's bytes as a model; weights in other files are left out. path: for the message of `ExportError`."""
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
+        model: ModelProto = onnx.load_model_from_string(data)
     except DecodeError as error:
         raise ExportError(f"{path} is not an ONNX file ({error})") from error
     if not model.graph.node and not model.graph.initializer:
         raise ExportError(f"{path} is not an ONNX file, or holds no graph")
-    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside and not external:
-        raise ExportError(
-            f"{path} keeps {len(outside)} weights in other files ({outside[0]}); featx reads and writes one file"
-        )
     return model
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featx.errors import ExportError
+from featx.files import MOST_NETWORK_BYTES, read_plain
+from featx.seals import is_sealed
 from featx.shipping.deployed import parse_metadata
-from featx.shipping.graph import PARTS, load, part_digests
+from featx.shipping.graph import PARTS, parse, part_digests
+from featx.text import printable
 
 if TYPE_CHECKING:
     from onnx import ValueInfoProto
@@ -41,7 +44,8 @@ class Inspection:
     metadata: dict[str, str]
     """The metadata of a file that featx did not export."""
     intact: dict[str, bool] | None
-    """Has each part still the digest that was recorded at export? None where featx did not export the file."""
+    """Has each part, and the `file` as a whole, still the digest that was recorded at export? None where featx did not
+    export the file."""
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -49,10 +53,10 @@ class Inspection:
 
     def text(self, most: int = 10) -> str:
         """For people, with up to `most` classes and operators."""
-        lines = [f"{self.file}  {self.bytes:,} bytes, {self.parameters:,} parameters"]
+        lines = [f"{printable(self.file)}  {self.bytes:,} bytes, {self.parameters:,} parameters"]
 
-        def add(name: str, value: object) -> None:
-            lines.append(f"  {name:<14}{value}")
+        def add(name: str, value: object) -> None:  # a line's end in a stranger's file would forge the next line
+            lines.append(f"  {printable(name):<14}{printable(str(value))}")
 
         if self.featx is None:
             add("exported by", f"{self.producer or 'an unknown program'}, not featx")
@@ -77,7 +81,8 @@ class Inspection:
         add("operators", ", ".join(f"{name} {count}" for name, count in list(self.operators.items())[:most]))
         if self.external_data:
             add("weights in", ", ".join(self.external_data))
-        lines += [f"  {name:<14}{value[:200]}" for name, value in self.metadata.items()]
+        for name, text in self.metadata.items():
+            add(name, text[:200])
         return "\n".join(lines)
 
 
@@ -87,16 +92,22 @@ def inspect(path: str | Path) -> Inspection:
     Raises `ExportError` for anything but an ONNX file.
     """
     path = Path(path)
-    model = load(path, external=True)
+    try:
+        data = read_plain(path, MOST_NETWORK_BYTES)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
+    model = parse(data, path)
     raw = {entry.key: entry.value for entry in model.metadata_props}
     initializers = model.graph.initializer
     given = {t.name for t in initializers}  # old files list their weights among the inputs, too
     operators = sorted(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
-    data, ours, intact = path.read_bytes(), None, None
+    ours, intact = None, None
     if "featx_format" in raw:
         ours, found = parse_metadata(raw, path), part_digests(model.graph)
         recorded = ours.get("parts", {})
         intact = {name: found[name] == recorded.get(name) for name in (*PARTS, "other")}
+        if "seal" in raw or "format" in raw:
+            intact["file"] = _is_sealed(data)
 
     return Inspection(
         file=path.name,
@@ -115,6 +126,13 @@ def inspect(path: str | Path) -> Inspection:
         metadata={} if ours is not None else raw,
         intact=intact,
     )
+
+
+def _is_sealed(data: bytes) -> bool:
+    try:
+        return is_sealed(data)
+    except ValueError:
+        return False
 
 
 def _short(value: object) -> str:
