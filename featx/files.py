@@ -35,9 +35,11 @@ def open_plain(path: str | Path, *, follow: bool = True) -> io.FileIO:
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is not a plain file", os.fspath(path))
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a file", os.fspath(path))
     return io.FileIO(handle)
 
 

@@ -122,17 +122,18 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     name, trained_on = "report.json", None
     try:
         check_report(report)
+        files = report.pop("files", {})
         if sealed != current:
             raise ValueError("it and config.json are of two formats")
 
         name = "head.safetensors"
-        head, sealed = Head.from_bytes(_written(path, name, report))
+        head, sealed = Head.from_bytes(_written(path, name, files))
         if sealed != current:
             raise ValueError("it has lost the SHA-256 that it was written with")
 
         name = "trained-on.npy"
         if (path / name).exists():
-            trained_on = array_of(_written(path, name, report), "<u8", 1, sealed=current)
+            trained_on = array_of(_written(path, name, files), "<u8", 1, sealed=current)
     except (ValueError, OSError) as error:
         raise _damaged(path / name, error) from error
     if not current:
@@ -140,10 +141,10 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     return Run(path, config, report, head, trained_on, factory)
 
 
-def _written(path: Path, name: str, report: dict[str, Any]) -> bytes:
+def _written(path: Path, name: str, files: dict[str, str]) -> bytes:
     """A file of a run, which must be the one that its report was written with. Raises `OSError` and `ValueError`."""
     data = read_plain(path / name)
-    if hashlib.sha256(data).hexdigest() != report.get("files", {}).get(name, hashlib.sha256(data).hexdigest()):
+    if name in files and hashlib.sha256(data).hexdigest() != files[name]:
         raise ValueError("it is not the file that report.json was written with")
     return data
 

@@ -12,6 +12,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from featx.features import FeatureSpec
 from featx.head import Head
 from featx.pixels.preprocess import Preprocess
+from featx.records import TENSOR_SEAL
+from featx.seals import seal
 from featx.shipping import graph
 
 WIDTH = 12
@@ -84,5 +86,12 @@ def exported_file(
         **metadata,
     }
     helper.set_model_props(model, {k: json.dumps(v) for k, v in values.items()} | {"featx_format": "1"})
-    path.write_bytes(model.SerializeToString())
+    return write_sealed(path, model)
+
+
+def write_sealed(path: Path, model: ModelProto) -> Path:
+    """A file with the digest of what it holds now, as somebody writes one who means it."""
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, kept | TENSOR_SEAL)
+    path.write_bytes(seal(model.SerializeToString()))
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,11 @@ CONFIG = RunConfig(
     splits={"train": 4, "val": 2, "test": 0},
     digest="1424c61c35948c6c901b4e908bbc3bc31756d5839808407daa118c2e72387239",
 )
+EXTRACT = {"found": 2, "ignored": 0, "cached": 2, "extracted": 0, "duplicate": 0, "skipped": 0}
+REPORT: dict[str, Any] = {
+    **{"accuracy": None, "split": "val", "count": 0, "notes": [], "train_accuracy": 0.5},
+    **{"fit": {"seconds": 0.1}, "extract": EXTRACT},
+}
 HEAD = Head(np.ones((2, 512), np.float32), np.zeros(2, np.float32), ("ants", "bees"))
 
 
@@ -61,7 +67,7 @@ def test_where_the_data_lie_is_not_in_the_digest(changed: dict[str, str]) -> Non
 
 
 def test_a_finished_run_is_what_was_written(tmp_path: Path) -> None:
-    report = {"accuracy": 0.5, "count": 2}
+    report = REPORT
     start(tmp_path / "run", CONFIG)
     with pytest.raises(RunError, match=r"no report.json: the run is unfinished"):
         open_run(tmp_path / "run")
@@ -78,7 +84,7 @@ def test_a_configuration_keeps_its_keys(tmp_path: Path) -> None:
     start(tmp_path, CONFIG)
     values = json.loads((tmp_path / "config.json").read_text())
     names = "featx data data_digest cache request backbone spec views head settings finetune seed class_names splits"
-    assert list(values) == [*names.split(), "digest", "from_here"]
+    assert list(values) == [*names.split(), "digest", "from_here", "format", "seal"]
     start(tmp_path, replace(CONFIG, base={"request": {}}), overwrite=True)
     assert json.loads((tmp_path / "config.json").read_text())["base"] == {"request": {}}
     weights = read_config(tmp_path).request.weights  # a fine-tuned network lies in its run
@@ -97,7 +103,7 @@ def test_a_configuration_of_an_older_or_newer_featx_is_read(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        ({"head": None}, r"config.json is damaged \(.*'head'\)"),
+        ({"head": None}, r"config.json is damaged \(.*`head`\)"),
         ({"spec": {"precision": "fp8"}}, r"config.json is damaged .*fit again into another --output"),
         ({"request": 3}, "config.json is damaged"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featx.backbones.backbone import replace_module
 from featx.backbones.table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
-from featx.files import stat_row
+from featx.files import open_plain, stat_row
 from featx.text import some
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -39,7 +39,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     Removes wrappers such as `{"state_dict": ...}` and prefixes such as `module.`. Raises `WeightsError`.
     """
     try:
-        stats = list(stat_row(os.stat(path)))
+        with open_plain(path) as file:  # a pipe would wait for ever, a device never end
+            stats = list(stat_row(os.fstat(file.fileno())))
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

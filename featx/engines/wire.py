@@ -1,7 +1,7 @@
 """Looks through an ONNX file's bytes before any runtime does: its metadata, and what featx would never have exported.
 
-It reads the protobuf fields that matter and skips the weights. So `predict` needs no onnx package, and a stranger's file
-is refused before something in it runs. Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+It reads the protobuf fields that matter and skips the weights. So `predict` needs no onnx package, and a stranger's
+file is refused before something in it runs. Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import stat
@@ -16,7 +15,7 @@ import numpy as np
 from featx.errors import SourceError
 from featx.files import stat_row
 from featx.sources.source import NO_STAT, SPLITS, Source
-from featx.text import near, printable, some
+from featx.text import from_json, near, printable, some
 
 PATH_COLUMNS = ("path", "file_name", "image")
 # joins the labels of one image
@@ -198,8 +197,8 @@ def _read_jsonl(path: str) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = from_json(line)
+            except ValueError as error:
                 raise SourceError(
                     f"{printable(path)}, row {number}: not JSON ({error}); each line is one object, "
                     '{"path": "a.jpg", "label": "ant"}'

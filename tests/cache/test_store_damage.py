@@ -19,7 +19,7 @@ from featx.cache import caching, shards, writing
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, StoreError
 from featx.features import FeatureSpec
-from featx.files import write_sealed
+from featx.records import write_sealed
 
 KEYS = table(64)[0]
 ROWS = tiny_engine(KEYS)

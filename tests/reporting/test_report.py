@@ -25,8 +25,8 @@ from PIL import Image
 
 from featx.errors import FeatxError, RunError
 from featx.extraction.pipeline import extract
-from featx.files import write_json
 from featx.fitting import fit
+from featx.records import write_record
 from featx.reporting import gallery, page
 from featx.reporting.report import write_report
 from featx.runs import Run, open_run, own_folder, write_config
@@ -149,7 +149,7 @@ def test_no_folder_of_this_machine_is_in_it(run: Run, tmp_path: Path):
     report["extract"]["notes"] = [f"something about {tmp_path}/insects/train"]
     report["notes"] = [f"{tmp_path}/cache is full"]
     write_config(run.path, replace(config, request=request, backbone=backbone))
-    write_json(run.path / "report.json", report)
+    write_record(run.path / "report.json", report)
     text = write_report(run.path, layout="pca").read_text()
     assert str(tmp_path) not in text
     assert "something about insects/train" in text
@@ -249,14 +249,15 @@ def test_several_labels_per_image(tmp_path: Path, everywhere: ColourEngine):
 def test_without_validation_images_it_says_so(run: Run):
     report = run.report
     kept = {k: report[k] for k in ("fit", "extract", "train_accuracy")}
-    write_json(run.path / "report.json", {"accuracy": None, "count": 0, "split": "val", "notes": [], **kept})
+    write_record(run.path / "report.json", {"accuracy": None, "count": 0, "split": "val", "notes": [], **kept})
     assert "nothing was measured" in write_report(run.path, layout="pca").read_text()
 
 
 def test_training_curves_are_drawn_from_the_metrics_of_each_epoch(run: Run):
     rows: list[dict[str, Any]] = [{"epoch": 0, "held_loss": 0.7, "held_accuracy": 0.5}]
     rows += [{"epoch": e, "loss": 1 / e, "accuracy": 0.9, "lr": {"stem": 1e-4, "head": 1e-3}} for e in (1, 2, 3)]
-    (run.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"epoch": 4, "lo')
+    run.report["fit"]["finetune"] = {"epochs": rows}
+    write_record(run.path / "report.json", run.report)
     seen = Page(write_report(run.path, layout="pca"))
     assert "Training curves" in seen.headings
     assert {"held out", "training", "stem", "learning rate"} <= set(seen.words)

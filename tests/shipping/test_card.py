@@ -13,7 +13,7 @@ import yaml
 from conftest import ColourEngine, write_images
 
 import featx
-from featx.files import write_json
+from featx.records import write_record
 from featx.runs import CARD_MARK, Run, open_run, read_config, write_config
 from featx.shipping import card
 from featx.text import printable
@@ -120,7 +120,7 @@ def test_a_pretrained_timm_network_is_named_as_the_base_model(run: Run) -> None:
 
 
 def test_a_run_without_validation_images_claims_nothing(run: Run) -> None:
-    write_json(run.path / "report.json", {"accuracy": None, "split": "val", "count": 0, "notes": []})
+    write_record(run.path / "report.json", {**run.report, "accuracy": None, "count": 0})
     text = card.card(open_run(run.path))
     front = front_matter(text)
     assert "metrics" not in front and "model-index" not in front
@@ -131,8 +131,10 @@ def test_what_the_gate_found_is_stated_once_there_is_a_file(run: Run) -> None:
     assert "## Use" not in card.card(open_run(run.path))
     (run.path / "model.onnx").write_bytes(b"")
     (run.path / "plots").mkdir()
-    checks = {"probabilities": {"value": 2.3e-3}, "same-pixel probabilities": {"value": 1e-6}, "labels": {"value": 0}}
-    write_json(run.path / "parity.json", {"equal_labels": 11, "images": 12, "checks": checks})
+    values = {"probabilities": 2.3e-3, "same-pixel probabilities": 1e-6, "labels": 0}
+    checks = {name: {"value": value, "limit": 1e-2} for name, value in values.items()}
+    record = {"passed": True, "file": "model.onnx", "sha256": "", "equal_labels": 11, "images": 12, "checks": checks}
+    write_record(run.path / "parity.json", record)
     text = card.card(open_run(run.path))
     assert "11 of 12 images, with probabilities at most 2.3e-03 apart" in text
     assert "short side to 36 pixels" in text and "32 x 32" in text
@@ -155,7 +157,7 @@ def test_many_classes_are_named_up_to_a_number(run: Run) -> None:
     report = run.report
     row = report["per_class"][0]
     report["per_class"] = [row | {"label": f"class-{i}", "support": 100 - i} for i in range(card.CLASSES + 5)]
-    write_json(run.path / "report.json", report)
+    write_record(run.path / "report.json", report)
     text = card.card(open_run(run.path))
     assert f"class-{card.CLASSES - 1} |" in text and f"class-{card.CLASSES} |" not in text
     assert "The other 5 classes are in report.json." in text

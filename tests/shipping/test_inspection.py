@@ -42,7 +42,7 @@ def test_a_part_that_changed_since_is_named(tmp_path: Path) -> None:
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 1, bias.name))
     path.write_bytes(model.SerializeToString())
     values = inspect(path)
-    assert values.intact == {"preprocess": True, "backbone": True, "head": False, "other": True}
+    assert values.intact == {"preprocess": True, "backbone": True, "head": False, "other": True, "file": False}
     assert "CHANGED since export: head" in values.text()
 
 
@@ -66,7 +66,7 @@ def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> N
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path, "directory"), (tmp_path / "absent.onnx", "No such file")):
+    for path, reason in ((tmp_path, "folder"), (tmp_path / "absent.onnx", "No such file")):
         with pytest.raises(ExportError, match=reason):
             inspect(path)
 
