@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -26,6 +27,10 @@ from featx.text import from_json, to_json
 T = TypeVar("T")
 TENSOR_SEAL = {name: str(value) for name, value in SEAL.items()}
 """What a safetensors file holds among its metadata before it is sealed."""
+# The header that `np.save` writes. numpy's own reader evaluates it as Python, and lets its tokenizer's errors through.
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<|]?\w+)', 'fortran_order': False, 'shape': \(([\d, ]{1,60})\), \} *\n", re.S
+)
 
 
 def convert(values: Any, kind: type[T]) -> T:
@@ -104,13 +109,14 @@ def array_of(data: bytes, dtype: Any, ndim: int, *, sealed: bool = True) -> np.n
     """The array in `array_bytes`; sealed: False for one of before there were digests. Raises `ValueError`."""
     if is_sealed(data) != sealed:
         raise ValueError("it has lost the SHA-256 that it was written with")
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it is not an .npy file of version 1.0")
-    shape, fortran, found = np.lib.format.read_array_header_1_0(file)
-    if found != dtype or len(shape) != ndim or (fortran and ndim > 1) or min(shape, default=0) < 0:
-        raise ValueError(f"it holds {found} {list(shape)}, not {np.dtype(dtype)} of {ndim} dimensions")
-    return np.frombuffer(data, dtype, math.prod(shape), file.tell()).reshape(shape)
+    header = NPY.match(data)
+    found, shape = header.groups() if header else (b"", b"")
+    sizes = [int(size) for size in shape.split(b",") if size.strip()]
+    if header is None or found.decode() != np.dtype(dtype).str or len(sizes) != ndim:
+        raise ValueError(f"it is not an .npy file of {np.dtype(dtype)} in {ndim} dimensions")
+    if math.prod(sizes) * np.dtype(dtype).itemsize > len(data) - header.end():
+        raise ValueError(f"it is cut short: its header promises {sizes}")
+    return np.frombuffer(data, dtype, math.prod(sizes), header.end()).reshape(sizes)
 
 
 def warn_older(path: Path) -> None:

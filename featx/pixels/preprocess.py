@@ -16,6 +16,8 @@ from featx.identity import Identity
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 # Pillow itself raises beyond this; checked in the header, before a pixel is allocated.
 MAX_PIXELS = 178_956_970
+# The largest short side that images are resized to; networks of today take up to 1,024.
+MAX_SIDE = 8192
 # Long side over short side. An exported model resizes the whole image, and this bounds its memory.
 MAX_ASPECT = 64
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -68,8 +70,10 @@ class Preprocess(Identity):
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLE:
             raise FeatxError(f"interpolation {self.interpolation!r} is not one of {', '.join(RESAMPLE)}")
-        if not 0 < self.crop <= self.resize:
-            raise FeatxError(f"a crop of {self.crop} px does not fit into a short side of {self.resize} px")
+        if not 0 < self.crop <= self.resize <= MAX_SIDE:
+            raise FeatxError(
+                f"a crop of {self.crop} px does not fit into a short side of {self.resize} px, {MAX_SIDE} at most"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise FeatxError(f"mean and std need three numbers, std above 0; got {self.mean} and {self.std}")
 
