@@ -128,7 +128,7 @@ def proportion(right: np.ndarray) -> Estimate:
 
 def average(value: float, added: np.ndarray, counts: np.ndarray | int, worth: float, bias: float = 0.0) -> Estimate:
     """An average in [0, 1] with Wilson's interval of as many images as give a proportion its variance: the effective
-    sample size of surveys (Kott and Carr 1997; compared in Franco et al. 2019).
+    sample size of surveys (Kott and Carr 1997; Franco et al. 2019).
 
     added: what images add to the value; the variance is the sum of `counts * added ** 2` (the delta method). worth: the
     effective images where all answers are right or all wrong, and the variance is 0. bias: the value less the truth, on
@@ -220,8 +220,10 @@ def label_averages(
     areas = [average_precision(logits[:, i], truth[:, i])[0] for i in there]
     if len(there):
         mean = float(np.mean(areas))
-        each = [average_precision(logits[:, i], truth[:, i], mean) for i in there]
-        added, bias = np.mean([a for _, a, _ in each], axis=0), float(np.mean([b for *_, b in each]))
+        added, bias = np.zeros(images), 0.0
+        for i in there:
+            _, moved, excess = average_precision(logits[:, i], truth[:, i], mean)
+            added, bias = added + moved / len(there), bias + excess / len(there)
         scores["mean_average_precision"] = average(mean, added, 1, worth, bias)
 
     right, wrong = truth & said, truth ^ said
