@@ -8,11 +8,9 @@ import numpy as np
 
 BINS = 15  # the calibration error's bins are as many as in Guo et al. 2017
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
-RESAMPLES = 1000
-# The bootstrap of a mean is its normal interval long before this many rows.
-MANY_ROWS = 20_000
 # Probabilities are clipped here, or one image could make a log-loss infinite; scikit-learn clips there too.
 SMALLEST = float(np.finfo(np.float64).eps)
+LARGEST = float(-np.log(SMALLEST))  # an image's log-loss
 SCORES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
@@ -25,17 +23,17 @@ SCORES = {
 """The numbers of an evaluation that come first, on a page and on a model card."""
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson(right: float, count: float) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion, `right` of `count` (E. B. Wilson, 1927).
 
-    Unlike `p +- 1.96 s`, it stays inside [0, 1] and has a width at 0 and 1.
+    Unlike `p +- 1.96 s`, it stays inside [0, 1] and has a width at 0 and 1. It holds `right / count` to the last bit.
     """
     if count == 0:
         return 0.0, 1.0
     p, z2 = right / count, Z95**2
     middle = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = Z95 / (1 + z2 / count) * np.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    return max(0.0, min(p, float(middle - half))), min(1.0, max(p, float(middle + half)))
 
 
 def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -43,13 +41,13 @@ def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     z = np.asarray(logits, np.float64)
     z = z - z.max(axis=1, keepdims=True)
     picked = z[np.arange(len(y)), y]
-    return np.asarray(np.minimum(np.log(np.exp(z).sum(axis=1)) - picked, -np.log(SMALLEST)))
+    return np.asarray(np.minimum(np.log(np.exp(z).sum(axis=1)) - picked, LARGEST))
 
 
 def binary_losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Each row's and label's cross-entropy, `float64 [N, C]`, in nats, 36 at most; logits and targets `[N, C]`."""
     z = np.asarray(logits, np.float64)
-    return np.asarray(np.minimum(np.logaddexp(0.0, z) - z * y, -np.log(SMALLEST)))
+    return np.asarray(np.minimum(np.logaddexp(0.0, z) - z * y, LARGEST))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
@@ -85,19 +83,26 @@ def precision_recall_f1(
     return precision, recall, 2 * hits / np.maximum(answered + support, 1)
 
 
-def average_precision(scores: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the precision-recall steps, as scikit-learn's `average_precision_score`, `float64 [B]`.
+def average_precision(scores: np.ndarray, y: np.ndarray, typical: float = 0.0) -> tuple[float, np.ndarray, float]:
+    """Area under the precision-recall steps, as scikit-learn's `average_precision_score`; what each row adds to it,
+    `float64 [N]`; and how far it is too high on average.
 
-    scores `[N]`; y `0/1 [N]`; weights `[B, N]`, how often each row counts. NaN where no positive row counts.
+    scores `[N]`; y `0/1 [N]`, not all 0; typical: the area of the average label, which counts as one more positive row.
+    The area of few rows is too high: each positive row counts in its own precision, and 1 / seen is convex.
     """
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(y) - 1)  # ties count together
-    hits = np.cumsum(weights[:, order] * y[order], axis=1)[:, last]
-    seen = np.cumsum(weights[:, order], axis=1)[:, last]
+    values, place = np.unique(-np.asarray(scores), return_inverse=True)  # ties count together
+    found = np.bincount(place, weights=y, minlength=len(values))
+    hits, seen = found.cumsum(), np.bincount(place).cumsum()
+    precision, total = hits / seen, hits[-1]
+    area = float((precision * found).sum() / total)
 
-    total = np.where(hits[:, -1] > 0, hits[:, -1], np.nan)
-    areas = hits / np.maximum(seen, 1e-300) * np.diff(hits, axis=1, prepend=0.0)
-    return np.asarray(areas.sum(axis=1) / total)
+    # a row also changes the precision of all positive rows at or below it
+    raised, lowered = (each[::-1].cumsum()[::-1] for each in (found / seen, found * precision / seen))
+    others = area + (typical - precision) / total
+    added = (y * (precision - others + raised)[place] - lowered[place]) / total
+    likely = (hits + typical) / (seen + 1)
+    excess = ((1 - likely) * (1 - hits / (total + 1) + likely) * found / seen).sum() / total
+    return area, np.asarray(added), float(excess)
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,8 @@ class Estimate:
     low: float
     high: float
     method: str
-    """`wilson` (proportions), `bootstrap` (1,000 resamples of the images, seeded), `normal`, or, for averages over
-    classes where every answer is right or every one wrong, `exact`: no resample would differ."""
+    """`wilson` (proportions), `effective` (averages over classes: Wilson's for an effective number of images) or
+    `student` (means)."""
 
     def __str__(self) -> str:
         return f"{self.value:.4f}  [{self.low:.4f}, {self.high:.4f}]"
@@ -121,83 +126,114 @@ def proportion(right: np.ndarray) -> Estimate:
     return Estimate(float(right.mean()), low, high, "wilson")
 
 
-def bootstrapped(value: float, drawn: np.ndarray) -> Estimate:
-    """A number with the middle 95 % of its resamples `[R]`."""
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value, float(low), float(high), "bootstrap")
+def average(value: float, added: np.ndarray, counts: np.ndarray | int, worth: float, bias: float = 0.0) -> Estimate:
+    """An average in [0, 1] with Wilson's interval of as many images as give a proportion its variance: the effective
+    sample size of surveys (Kott and Carr 1997; Franco et al. 2019).
 
-
-def average(found: np.ndarray, sizes: np.ndarray) -> Estimate:
-    """An average over classes. found: `[1 + R]`, the average itself, then its resamples; sizes: `[C]`, images.
-
-    Where all answers are right, they are right in every resample, and the bootstrap would claim certainty. The
-    lower limit is then the least average recall at which this still happens once in 40 times: 1 - the largest
-    mean of error rates e with sum(n log(1 - e)) >= log(1/40), found by its Lagrange multiplier. For one class it
-    is Clopper and Pearson's limit; for F1 it is about the same. Where all are wrong, the upper limit mirrors it.
+    added: what images add to the value; the variance is the sum of `counts * added ** 2` (the delta method). worth: the
+    effective images where all answers are right or all wrong, and the variance is 0. bias: the value less the truth, on
+    average; the interval then holds Wilson's interval of `value - bias`, too.
     """
-    value = float(found[0])
-    if value not in (0.0, 1.0) or np.ptp(found):
-        return bootstrapped(value, found[1:])
-    n, room = np.sort(sizes[sizes > 0]).astype(np.float64), np.log(40)
-    if not len(n):  # no image has any of the labels: nothing bounds it
-        return Estimate(value, 0.0, 1.0, "exact")
-
-    low, high = np.exp(-room / n[0]) / n[-1] / 2, 1 / n[0]  # of the multiplier
-    for _ in range(100):
-        middle = (low + high) / 2
-        spent = -n * np.log(np.minimum(1, middle * n))
-        low, high = (middle, high) if spent.sum() > room else (low, middle)
-    worst = float((1 - np.exp(-spent / n)).mean())
-    return Estimate(value, *((1 - worst, 1.0) if value else (0.0, worst)), "exact")
+    variance, limits = float((counts * added**2).sum()), [value]
+    for p in (value, min(1.0, max(0.0, value - bias))):
+        images = p * (1 - p) / variance if 0 < p < 1 and variance > 0 else worth
+        limits += wilson(p * images, images)
+    return Estimate(value, min(limits), max(limits), "effective")
 
 
-def over_classes(found: np.ndarray, support: np.ndarray) -> Estimate:
-    """The average over classes of their scores `[1 + R, C]`, those of the data itself in the first row.
+def one_answer(hits: np.ndarray, size: np.ndarray, weight: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """The mean of scores `weight * hits / size` `[L]`, what a right answer of each label adds to it, and what a wrong
+    one takes from it. Recall has weight 1 and the label's images; F1 has weight 2 and its answers and images.
 
-    support: images of each class, `[1 + R, C]`; a row's average leaves out classes without images in it.
+    An answer is compared with the score of the label's other images and one of the average label. So it is compared
+    with something it had no part in, even where the label has one image; surveys centre strata of one unit like this.
     """
-    there = support.any(axis=1)
-    return average(np.nanmean(np.where(support > 0, found, np.nan)[there], axis=1), support[0])
+    mean = float((weight * hits / size).mean())
+    right = 1 - weight * (hits - 1 + mean) / size
+    wrong = weight * (hits + mean) / (size - 1 + weight)
+    return mean, weight * right / size / len(hits), wrong / size / len(hits)
 
 
-def mean_of(values: np.ndarray) -> Estimate:
-    """The mean of `float [N]`, by the bootstrap, or for many rows by the normal interval."""
+def f1_bias(hits: np.ndarray, size: np.ndarray, mean: float) -> float:
+    """How far the mean F1 is from that of many images, on average, at most: answers are random, and 1 / size is convex.
+    Each label has one more image, of the average F1. hits, size: as for `one_answer`.
+    """
+    f1 = 2 * (hits + mean) / (size + 2)
+    return -float((f1 * (1 - f1) / (size + 2)).mean())
+
+
+def effective(support: np.ndarray) -> float:
+    """The images whose proportion varies as the mean of proportions of `support [L]` images each; 0 for no label."""
+    return float(len(support) ** 2 / np.sum(1 / support)) if len(support) else 0.0
+
+
+def student(freedom: int) -> float:
+    """The quantile of a two-sided 95 % interval of Student's t (Wallace 1959); 4 % too large for 2 degrees, less for
+    more.
+    """
+    normal = Z95 * (8 * freedom + 3) / (8 * freedom + 1)
+    return float((freedom * np.expm1(normal**2 / freedom)) ** 0.5)
+
+
+def mean_of(values: np.ndarray, least: float = 0.0, most: float = LARGEST) -> Estimate:
+    """The mean of `float [N]` in [least, most], with Student's interval, whose longer tail reaches further by Johnson's
+    correction for skewness (1978). From one row it is [least, most].
+    """
     mean, count = float(values.mean()), len(values)
-    if count > MANY_ROWS:
-        half = Z95 * float(values.std()) / count**0.5
-        return Estimate(mean, mean - half, mean + half, "normal")
-    return bootstrapped(mean, resampled_means(values, RESAMPLES))
-
-
-def resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
-    """The means of seeded bootstrap resamples of `float [N]`, `float64 [resamples]`."""
-    rng, count = np.random.default_rng(0), len(values)
-    share = max(1, 2_000_000 // count)  # resamples at a time, so that 16 MB of indices suffice
-    return np.concatenate(
-        [
-            values[rng.integers(0, count, (min(share, resamples - done), count))].mean(axis=1)
-            for done in range(0, resamples, share)
-        ]
-    )
+    if count == 1:
+        return Estimate(mean, least, most, "student")
+    off = values - mean
+    half = student(count - 1) * float(values.std(ddof=1)) / count**0.5
+    skewed = (1 + 2 * Z95**2) * float((off**3).sum() / max((off**2).sum(), 1e-300)) / (6 * count)
+    low, high = mean - half + min(0.0, skewed), mean + half + max(0.0, skewed)
+    return Estimate(mean, min(mean, max(least, low)), max(mean, min(most, high)), "student")
 
 
 def class_averages(table: np.ndarray) -> dict[str, Estimate]:
     """Balanced accuracy and macro-F1 over the classes that have images, of a confusion matrix
     `int [L, L or more]`.
-
-    Both depend on the matrix alone, and resampling images is a multinomial draw over its cells: the same
-    bootstrap, without touching a row.
     """
-    cells, (labels, width) = np.flatnonzero(table), table.shape
-    (row, column), counts, total = np.divmod(cells, width), table.ravel()[cells], int(table.sum())
-    drawn = np.random.default_rng(0).multinomial(total, counts / total, RESAMPLES)
-    counts, right = np.vstack([counts, drawn]).T, row == column
+    row, column = np.nonzero(table)
+    counts, right, support = table[row, column], row == column, table.sum(axis=1)
+    there, worth = support > 0, effective(support[support > 0])
+    hits, answered = np.diagonal(table)[there], table.sum(axis=0)[: len(table)][there]
+    added, taken = np.zeros((2, max(table.shape)))  # of classes without images and other answers: nothing
+    places = np.flatnonzero(there)
 
-    hits, answered, support = outcomes = np.zeros((3, width, 1 + RESAMPLES), np.int64)
-    hits[row[right]] = counts[right]
-    np.add.at(answered, column, counts)
-    np.add.at(support, row, counts)
-    hits, answered, support = outcomes.transpose(0, 2, 1)[..., :labels].copy()
+    recall, added[places], taken[places] = one_answer(hits, support[there], 1)
+    balanced = average(recall, np.where(right, added[row], -taken[row]), counts, worth)
+    size = answered + support[there]
+    f1, added[places], taken[places] = one_answer(hits, size, 2)
+    moved = np.where(right, added[row], -taken[row] - taken[column])
+    return {"balanced_accuracy": balanced, "macro_f1": average(f1, moved, counts, worth, f1_bias(hits, size, f1))}
 
-    _, recall, f1 = precision_recall_f1(hits, answered, support)
-    return {"balanced_accuracy": over_classes(recall, support), "macro_f1": over_classes(f1, support)}
+
+def label_averages(
+    logits: np.ndarray, truth: np.ndarray, said: np.ndarray
+) -> tuple[dict[str, Estimate], list[float | None]]:
+    """Mean average precision and macro-F1 over the labels that have images, and micro-F1, of `[N, L]` each, the last
+    two bool; and each label's average precision, None without images.
+    """
+    scores, support, (images, size) = {}, truth.sum(axis=0), truth.shape
+    there = np.flatnonzero(support)
+    worth = min(images, effective(support[there]))  # labels of one image may go together
+    areas = [average_precision(logits[:, i], truth[:, i])[0] for i in there]
+    if len(there):
+        mean = float(np.mean(areas))
+        added, bias = np.zeros(images), 0.0
+        for i in there:
+            _, moved, excess = average_precision(logits[:, i], truth[:, i], mean)
+            added, bias = added + moved / len(there), bias + excess / len(there)
+        scores["mean_average_precision"] = average(mean, added, 1, worth, bias)
+
+    right, wrong = truth & said, truth ^ said
+    hits, sizes = right.sum(axis=0), support + said.sum(axis=0)
+    if len(there):
+        f1, gained, lost = one_answer(hits[there], sizes[there], 2)
+        moved, bias = right[:, there] @ gained - wrong[:, there] @ lost, f1_bias(hits[there], sizes[there], f1)
+        scores["macro_f1"] = average(f1, moved, 1, worth, bias)
+    f1, gained, lost = one_answer(hits.sum(keepdims=True), np.maximum(1, sizes.sum(keepdims=True)), 2)
+    moved = gained * right.sum(axis=1) - lost * wrong.sum(axis=1)
+    scores["micro_f1"] = average(f1, moved, 1, int(truth.any(axis=1).sum()))
+    found = dict(zip(there.tolist(), areas, strict=True))
+    return scores, [found.get(i) for i in range(size)]

@@ -349,9 +349,8 @@ def _held_out(
 def _summary(right: np.ndarray | None) -> CrossValidated | None:
     if right is None:
         return None
-    low, high = metrics.wilson(int(right[0].sum()), right.shape[1])
-    loss = paired(right[1])
-    return CrossValidated(float(right[0].mean()), low, high, loss.value, loss.low, loss.high, right.shape[1])
+    hits, loss = metrics.proportion(right[0]), metrics.mean_of(right[1])
+    return CrossValidated(hits.value, hits.low, hits.high, loss.value, loss.low, loss.high, right.shape[1])
 
 
 def _rank(point: Point, by: str) -> tuple[float, ...]:
@@ -368,7 +367,7 @@ def _compared(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Poi
     (first, best), *others = found
     i, ranked = CRITERIA.index(by), [first]
     for point, right in others:
-        behind = None if best is None or right is None else paired(right[i] - best[i])
+        behind = None if best is None or right is None else paired(by, right[i], best[i])
         ranked.append(replace(point, behind=behind))
     return ranked
 

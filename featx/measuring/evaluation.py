@@ -269,20 +269,10 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
     labels, truth, logits = tuple(compress(labels, known)), y[:, known] > 0, logits[:, column[known]]
     probabilities = head.probabilities(logits)
     said = head.answers(probabilities)
-    (count, size), right = truth.shape, truth == said
+    size, right = len(labels), truth == said
 
-    # the images as they are, then resamples of them: how often each is drawn
-    resamples = max(50, min(metrics.RESAMPLES, int(2e8 / logits.size)))
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
-    weights = np.vstack([np.ones(count), drawn])
-    precisions = np.stack([metrics.average_precision(logits[:, i], truth[:, i], weights) for i in range(size)], axis=1)
-    hits, answered, support = weights @ np.stack([truth & said, said, truth]).astype(np.float64)
-    scores = {"accuracy": metrics.proportion(right.all(axis=1))}
-    if truth.any():
-        scores["mean_average_precision"] = metrics.over_classes(precisions, support)
-        scores["macro_f1"] = metrics.over_classes(metrics.precision_recall_f1(hits, answered, support)[2], support)
-    sums = (each.sum(axis=1) for each in (hits, answered, support))
-    scores["micro_f1"] = metrics.average(metrics.precision_recall_f1(*sums)[2], support[0].sum(keepdims=True))
+    averages, areas = metrics.label_averages(logits, truth, said)
+    scores = {"accuracy": metrics.proportion(right.all(axis=1))} | averages
     scores["log_loss"] = metrics.mean_of(metrics.binary_losses(logits, truth).mean(axis=1))
 
     confidence, mistakes = np.where(said, probabilities, 1 - probabilities), []
@@ -290,11 +280,9 @@ def _several_labels(logits: np.ndarray, y: np.ndarray, head: Head, labels: tuple
         yes, no = labels[k], f"not {labels[k]}"
         label, answer = (no, yes) if said[i, k] else (yes, no)
         mistakes.append(Mistake(ids[i], label, answer, float(confidence[i, k])))
-    report = _report(labels, scores, (hits[0], answered[0], support[0]), confidence, right, mistakes, notes)
-    rows = [
-        replace(row, average_precision=float(found) if row.support else None)
-        for row, found in zip(report.per_class, precisions[0], strict=True)
-    ]
+    outcomes = [each.sum(axis=0) for each in (truth & said, said, truth)]
+    report = _report(labels, scores, outcomes, confidence, right, mistakes, notes)
+    rows = [replace(row, average_precision=area) for row, area in zip(report.per_class, areas, strict=True)]
     return replace(report, per_class=rows)
 
 
@@ -308,7 +296,7 @@ def _surest_wrong(right: np.ndarray, confidence: np.ndarray) -> list[int]:
 def _report(
     labels: tuple[str, ...],
     scores: dict[str, Estimate],
-    outcomes: tuple[np.ndarray, ...],
+    outcomes: Sequence[np.ndarray],
     confidence: np.ndarray,
     right: np.ndarray,
     mistakes: list[Mistake],

@@ -11,6 +11,7 @@ import pytest
 from conftest import ColourEngine, write_images
 from PIL import Image
 
+from featx import metrics
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
 from featx.features import groups
@@ -39,7 +40,9 @@ def test_the_last_point_is_the_run_itself(run: Run, everywhere: ColourEngine):
     assert everywhere.images == before
     assert [r.images for r in found.points] == [18, 36, 72]
     assert [r.subsets for r in found.points] == [3, 3, 1]
-    assert found.points[-1].accuracy == run.report["accuracy"]
+    last, stated = found.to_dict()["rows"][-1], run.report["intervals"]["accuracy"]
+    assert (last["accuracy"], last["low"], last["high"]) == (run.report["accuracy"], stated["low"], stated["high"])
+    assert 0 < last["accuracy"] < 1
     assert all(r.low <= r.accuracy <= r.high for r in found.points)
     assert json.loads((run.path / "curve.json").read_text()) == found.to_dict()
     assert curve.learning_curve(run.path, repeats=3) == found
@@ -149,6 +152,12 @@ def test_few_sizes_or_no_errors_give_no_forecast():
     forecast, verdict = curve.extrapolate(n, perfect, samples(perfect, 0.01))
     assert forecast is None
     assert "no error left" in verdict
+
+
+def test_an_interval_of_subsets_is_no_narrower_than_independent_answers_allow():
+    right = np.tile([[1, 0], [0, 1]], (1, 20))  # each image is right in one subset: no image seems harder
+    (row,), _, _ = curve.summarise([100], [right])
+    assert (row.low, row.high) == pytest.approx(metrics.wilson(40, 80))
 
 
 def test_intervals_hold_both_images_and_subsets():

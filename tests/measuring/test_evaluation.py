@@ -60,7 +60,7 @@ def test_a_wilson_interval_is_the_hand_computed_one() -> None:
     assert metrics.wilson(10, 10)[1] == pytest.approx(1.0) and metrics.wilson(10, 10)[1] <= 1
 
 
-def test_bootstrap_intervals_are_those_of_resampled_images() -> None:
+def test_intervals_of_many_images_are_close_to_those_of_resampled_images() -> None:
     logits, y, names = noisy(4, rows=300)
     report = evaluate_logits(logits, y, passing(names), names)
     rng, answers = np.random.default_rng(1), logits.argmax(axis=1)
@@ -179,12 +179,16 @@ def test_metrics_for_several_labels_are_scikit_learns() -> None:
     assert report.confusion is None and json.dumps(report.to_dict())
 
 
-def test_weighted_average_precision_counts_rows_as_often_as_drawn() -> None:
-    logits, y, _ = several(60)
-    rows = np.random.default_rng(0).integers(0, 60, 60)
-    weights = np.bincount(rows, minlength=60)[None]
-    ours = metrics.average_precision(logits[:, 0], y[:, 0], weights)[0]
-    assert ours == pytest.approx(reference.average_precision_score(y[rows, 0], logits[rows, 0]))
+def test_what_a_row_adds_to_average_precision_is_the_effect_of_its_weight() -> None:
+    logits, y, _ = several(2000)
+    scores, y = np.round(logits[:, 0], 1), y[:, 0]  # with ties
+    area, added, _ = metrics.average_precision(scores, y)
+    assert area == pytest.approx(reference.average_precision_score(y, scores))
+    for row in range(0, 2000, 50):
+        weights = np.ones(2000)
+        weights[row] += 1e-3
+        heavier = reference.average_precision_score(y, scores, sample_weight=weights)
+        assert (heavier - area) / 1e-3 == pytest.approx(added[row], rel=0.02, abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,7 @@ def test_an_interval_of_perfect_answers_has_a_width() -> None:
     y = np.array([0, 1] * 5)
     found = evaluate_logits(np.eye(2)[y], y, head, ("a", "b")).scores
     for name in ("balanced_accuracy", "macro_f1"):
-        # ten of ten, five of each: Clopper and Pearson's limit for ten, 0.025 ** (1 / 10)
-        assert (found[name].low, found[name].high) == (pytest.approx(0.691503, abs=1e-6), 1.0)
+        # ten of ten, five of each: Wilson's limit for ten, n / (n + z2)
+        assert (found[name].low, found[name].high) == (pytest.approx(10 / (10 + 1.959964**2)), 1.0)
     wrong = evaluate_logits(np.eye(2)[1 - y], y, head, ("a", "b")).scores["balanced_accuracy"]
-    assert (wrong.low, wrong.high) == (0.0, pytest.approx(1 - 0.691503, abs=1e-6))
+    assert (wrong.low, wrong.high) == (0.0, pytest.approx(1.959964**2 / (10 + 1.959964**2)))

@@ -168,11 +168,19 @@ def test_what_cannot_be_measured_is_refused():
 
 def test_a_paired_interval_is_that_of_the_normal_approximation():
     difference = np.random.default_rng(0).normal(0.3, 1.0, 2000)
-    found = augmentation.paired(difference)
+    found = augmentation.paired("log_loss", difference, np.zeros(2000))
     half = 1.96 * difference.std() / 2000**0.5
     assert found.value == pytest.approx(difference.mean())
     assert found.low == pytest.approx(difference.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(difference.mean() + half, abs=0.1 * half)
+
+
+def test_answers_that_agree_on_all_images_leave_room_for_a_difference():
+    right = np.ones(40)
+    found = augmentation.paired("accuracy", right, right)
+    # none of 40 differs: by the rule of three, each side may still be better on 3 of 40 future images
+    assert found.value == 0 and found.low == pytest.approx(-found.high)
+    assert 1 / 40 < found.high < 4 / 40
 
 
 def test_ants_and_bees_from_cached_views(photos: Path, squeezenet_weights: Path, tmp_path: Path):
