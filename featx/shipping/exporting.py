@@ -15,7 +15,7 @@ from featx.errors import ExportError, ParityError
 from featx.files import write_atomic, write_json
 from featx.options import Input, Split
 from featx.pixels.preprocess import Preprocess
-from featx.runs import Run, open_run
+from featx.runs import FORMAT_KEY, Run, is_export, is_record, open_run, record_of
 from featx.shipping import card, graph, parity
 from featx.shipping.deployed import FORMAT, parse_metadata
 from featx.shipping.gate import IMAGES, gate_images
@@ -129,8 +129,8 @@ def backbone_path(run: Run) -> Path:
 def free_path(run: Run, output: str | Path | None, name: str) -> Path:
     """`output`, or `name` in the run's folder. Raises `ExportError` if it or its record would replace others' files."""
     path = Path(output) if output else run.path / name
-    for file, ours, what in ((path, _is_export, "an export"), (_beside(path), _is_record, "the record of one")):
-        if os.path.exists(file) and not (file.is_file() and ours(file)):
+    for file, ours, what in ((path, is_export, "an export"), (record_of(path), is_record, "the record of one")):
+        if os.path.lexists(file) and not (file.is_file() and ours(file)):
             raise ExportError(
                 f"{file} exists and is not {what} by featx, so it is not replaced; "
                 "give another --output, or move it away"
@@ -138,30 +138,12 @@ def free_path(run: Run, output: str | Path | None, name: str) -> Path:
     return path
 
 
-def _is_export(path: Path) -> bool:
-    try:
-        return any(entry.key == "featx_format" for entry in graph.load(path, external=True).metadata_props)
-    except ExportError:
-        return False
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        return {"passed", "file", "sha256"} <= set(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
-
-
 def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str, Any]) -> None:
     """Write the file with its metadata, and its `parity.json`, each whole or not at all."""
     from onnx import helper
 
     values = {name: json.dumps(value) for name, value in entries.items()}
-    helper.set_model_props(model, values | {"featx_format": FORMAT})
+    helper.set_model_props(model, values | {FORMAT_KEY: FORMAT})
     data = model.SerializeToString(deterministic=True)
     record = found | {"file": path.name, "bytes": len(data), "parts": entries["parts"], "versions": entries["versions"]}
 
@@ -169,7 +151,7 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
             write_atomic(path, data)
-        write_json(_beside(path), record | {"sha256": digest.result()})
+        write_json(record_of(path), record | {"sha256": digest.result()})
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror or error}); what was there is untouched"
