@@ -110,7 +110,22 @@ def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, 
     assert second.exit_code == 1
     assert "--overwrite" in second.stderr
     assert {p.name: p.read_bytes() for p in (here / "run").iterdir() if p.is_file()} == before
-    assert run("fit", tiny, "-o", "run", "--overwrite").exit_code == 0
+    (here / "run" / "curve.json").write_text("{}")
+    (here / "run" / "my.onnx").write_text("mine")
+    replaced = run("fit", tiny, "-o", "run", "--overwrite", "--json")
+    assert replaced.exit_code == 0 and json.loads(replaced.stdout)["run"] == "run"
+    assert replaced.stderr.splitlines() == ["removed with the former run: curve.json"]
+    assert {p.name for p in (here / "run").iterdir()} == {*before, "my.onnx"}
+    assert "removed" not in run("fit", tiny, "-o", "run", "--overwrite").stderr
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "*", "engines/..", "/"])
+def test_cache_remove_takes_no_blank_and_no_path(tiny: Path, here: Path, everywhere: ColourEngine, name: str) -> None:
+    run("extract", tiny)
+    before = sorted((here / "cache").rglob("*"))
+    result = run("cache", "remove", name, "--yes")
+    assert result.exit_code == 1 and f"there is no entry {name!r}" in result.stderr
+    assert sorted((here / "cache").rglob("*")) == before
 
 
 def test_an_unfinished_run_is_continued_and_another_one_is_not(
