@@ -136,7 +136,8 @@ def fit(
 
     head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. finetune: then train
     the backbone further, from that head on. output: the run's folder, by default
-    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
+    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. overwrite: replace the run that is there: its own
+    files go, and those that no fit writes again, such as exports, are named on standard error. gain: where there are views, measure by
     cross-validation what they bring, which costs two fits per fold. memory: bytes that a table of features may
     take, by default a fifth of what is free, since a fit holds up to four copies; a larger one stays in the cache
     and is read by slices, pass by pass (heads with `STREAMS`). engine, options: as for `featx.extract`; a head
