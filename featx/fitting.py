@@ -134,13 +134,14 @@ def fit(
 ) -> runs.Run:
     """Extract what is missing, fit a head on the training images, evaluate it on the others, write a run.
 
-    head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. finetune: then train
-    the backbone further, from that head on. output: the run's folder, by default
-    `export/<data>-<backbone>-<head>-<8 hex of the configuration>`. gain: where there are views, measure by
-    cross-validation what they bring, which costs two fits per fold. memory: bytes that a table of features may
-    take, by default a fifth of what is free, since a fit holds up to four copies; a larger one stays in the cache
-    and is read by slices, pass by pass (heads with `STREAMS`). engine, options: as for `featx.extract`; a head
-    learns from the augmented `views` of an image, too.
+    head: the name of a file in `featx/heads`; settings: keyword arguments of its `fit`. finetune: then train the
+    backbone further, from that head on. output: the run's folder, by default `export/<data>-<backbone>-<head>-<8 hex of
+    the configuration>`. overwrite: replace the run that is there: its own files go, and those that no fit writes again,
+    such as exports, are named on standard error. gain: where there are views, measure by cross-validation what they
+    bring, which costs two fits per fold. memory: bytes that a table of features may take, by default a fifth of what is
+    free, since a fit holds up to four copies; a larger one stays in the cache and is read by slices, pass by pass
+    (heads with `STREAMS`). engine, options: as for `featx.extract`; a head learns from the augmented `views` of an
+    image, too.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
     where there is nothing to learn from and `RunError` where a run would be overwritten.

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shlex
-import shutil
+import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,20 +18,32 @@ import numpy as np
 
 from featx.backbones.loading import locate
 from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.engines.wire import scan
 from featx.errors import RunError
 from featx.features import FeatureSpec
-from featx.files import read_plain, write_atomic
+from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head
-from featx.records import array_bytes, array_of, convert, opened, warn_older, write_record
-from featx.stored import check_report
+from featx.records import array_bytes, array_of, convert, opened, read_record, warn_older, write_record
+from featx.stored import Compared, check_report
+from featx.text import printable
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
-# What featx writes into a run's folder beside its configuration, its exports and its card. The folders are its own.
+# What featx writes into a run's folder beside its configuration: what a fit or its page writes again, what only
+# fine-tuning writes, the figures in plots/, the files in checkpoints/, the exports (each with its record), the card.
 WRITTEN = (
-    *("report.json", "report.html", "plots", "curve.json", "held-out-by-key.npy", "held-out.npy", "trained-on.npy"),
-    *("metrics.jsonl", "checkpoints", "head.safetensors", "model.safetensors"),
+    *("report.json", "report.html", "held-out-by-key.npy", "held-out.npy", "trained-on.npy", "head.safetensors"),
 )
+TUNED = ("metrics.jsonl", "model.safetensors")
+FIGURES = ("confusion", "reliability", "map", "curves", "path", "learning", "mistakes", "predictions", "batch")
+CHECKPOINT = re.compile(r"(last|best-\d{4,})\.safetensors")
+FIGURE = re.compile(rf"({'|'.join(FIGURES)})\.png")
+EXPORTS = (
+    *("model.onnx", "model-tensor.onnx", "head.onnx"),
+    *(f"{stem}-{precision}.onnx" for stem in ("model", "model-tensor") for precision in ("int8", "fp16")),
+)
+FORMAT_KEY = "featx_format"
+"""The name of an exported file's metadata that other ONNX files lack."""
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
 
@@ -209,6 +221,32 @@ def own_folder(path: Path, name: str) -> Path:
     return path / name
 
 
+def record_of(model: Path) -> Path:
+    """Where the record of an exported file lies: what was compared, and the file's SHA-256."""
+    return model.with_name("parity.json" if model.name == "model.onnx" else f"{model.stem}.parity.json")
+
+
+def is_export(path: Path) -> bool:
+    """Whether featx exported this ONNX file."""
+    try:
+        return FORMAT_KEY in scan(read_plain(path, MOST_NETWORK_BYTES)).metadata
+    except (OSError, ValueError):
+        return False
+
+
+def is_record(path: Path) -> bool:
+    """Whether featx wrote this record, of the file that lies, or lay, beside it."""
+    try:
+        return record_of(path.with_name(read_record(path, Compared)[0]["file"])) == path
+    except (OSError, ValueError):
+        return False
+
+
+def is_card(path: Path) -> bool:
+    """Whether featx wrote this model card, and keeps it up to date."""
+    return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
 def is_finished(path: Path) -> bool:
     """Whether a run's folder holds its report, which is written last."""
     return (path / "report.json").is_file()
@@ -240,6 +278,12 @@ def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
 
     if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
         raise RunError(f"{path} exists and is not a run of featx; give another --output")
+    if config.finetune and not former.get("finetune"):
+        for name in TUNED:
+            if os.path.lexists(path / name):
+                raise RunError(
+                    f"{path / name} was not written by featx, and fine-tuning would replace it; move it away"
+                )
     if not overwrite and is_finished(path):
         raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
     if not overwrite and former["digest"] != config.digest:
@@ -253,13 +297,17 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Make a run's folder and write its configuration, where `check` lets it.
 
     When a run is replaced, the files that featx wrote are removed, `report.json` first; others in its folder stay.
-    An unfinished one with the same configuration is continued, unless `overwrite` starts it over.
+    Those that no fit writes again, such as exports, are named on standard error. An unfinished run with the same
+    configuration is continued, unless `overwrite` starts it over.
     """
     check(path, config, overwrite=overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if overwrite and (path / "config.json").is_file():
-            _clear(path)
+        gone = _clear(path) if overwrite and (path / "config.json").is_file() else []
+        if gone:
+            again = f"; export again with `featx export {shlex.quote(str(path))}`"
+            again = again if any(name.endswith(".onnx") for name in gone) else ""
+            print(printable(f"removed with the former run: {', '.join(gone)}{again}"), file=sys.stderr)
         write_config(path, config)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror or error}); give another --output") from error
@@ -275,17 +323,31 @@ def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any
     return open_run(path, factory)
 
 
-def _clear(path: Path) -> None:
-    """Remove from a run's folder what featx has written there, but for `config.json`, which tells that it is a run."""
-    found = [path / name for name in WRITTEN]
-    for record in path.glob("*parity.json"):  # each lies beside the file it is about
-        stem = "model" if record.name == "parity.json" else record.name.removesuffix(".parity.json")
-        found += [record, path / f"{stem}.onnx"]
-    card = path / CARD
-    if card.is_file() and CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
-        found.append(card)  # and not somebody's own
-    for each in found:
-        if each.is_dir() and not each.is_symlink():
-            shutil.rmtree(each)
-        else:
+def _clear(path: Path) -> list[str]:
+    """Remove from a run's folder what featx has written there, but for `config.json`, which tells that it is a run.
+
+    That is decided by the exact name and, where the name could be anybody's, by the content. Nothing that lies
+    behind a link is touched. Returns the names of what no fit writes again.
+    """
+    tuned = bool(_read(path, "config.json")[0].get("finetune"))
+    again = [path / name for name in WRITTEN]
+    gone = [path / "curve.json", *(path / name for name in TUNED if tuned)]
+    named = {record.name.removesuffix(".parity.json") + ".onnx" for record in path.glob("*.parity.json")}
+    for model in [path / name for name in sorted({*EXPORTS, *named})]:
+        recorded = is_record(record_of(model))
+        gone += [model] if (recorded or model.name in EXPORTS) and is_export(model) else []
+        gone += [record_of(model)] if recorded else []
+    gone += [path / CARD] if is_card(path / CARD) else []
+    gone = [each for each in gone if os.path.lexists(each)]
+
+    inside = {path / "plots": FIGURE} | ({path / "checkpoints": CHECKPOINT} if tuned else {})
+    folders = [folder for folder in inside if folder.is_dir() and not folder.is_symlink()]
+    again += [each for folder in folders for each in folder.iterdir() if inside[folder].fullmatch(each.name)]
+    for each in [*again, *gone]:
+        if each.is_symlink() or each.is_file():
             each.unlink(missing_ok=True)
+    for folder in folders:
+        sweep(folder)
+        with contextlib.suppress(OSError):  # it holds somebody's files
+            folder.rmdir()
+    return [each.name for each in gone]

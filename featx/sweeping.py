@@ -36,7 +36,7 @@ from featx.learning import head_text, module, parse_head
 from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
 from featx.options import Criterion, Shared, complete
 from featx.records import array_bytes, array_of, convert, read_record, write_record
-from featx.runs import Run, is_finished, open_run
+from featx.runs import Run, is_finished, open_run, read_config
 from featx.solvers.training import folds
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -184,8 +184,7 @@ class _Place:
     options: dict[str, Any]
     """What `fit` and `sync` take: seed, cache, device and the others of `Shared`."""
     speeds: dict[str, float]
-    """Images per second, by the name of a former sweep's point and by the digest of the features' spec: heads on one
-    backbone share its speed, which is measured once."""
+    """Images per second, by a former sweep's point and by the features' spec: heads on one backbone share its speed."""
 
 
 def sweep(
@@ -209,16 +208,17 @@ def sweep(
     images are measured, too, and choose nothing. memory: as for `featx.fit`. engine, options: as for
     `featx.extract`; one engine runs one backbone and layer.
 
-    Each point is a run in `<output>/runs/`, by default `export/<data>-sweep`. A point that is there already,
-    on the same data, is not fitted again. One that fails (a layer that a network lacks, weights that cannot
-    be had) is named and left out. Raises `FeatxError` where all fail, and for what is wrong with the grid.
+    Each point is a run in `<output>/runs/`, by default `export/<data>-sweep`. A point that is there already, on the
+    same images, is not fitted again. One that fails (a layer that a network lacks, weights that cannot be had) is
+    named and left out. Raises `FeatxError` where all fail, for a wrong grid, and for a folder with other data's sweep.
     """
     asked = complete(options, Shared, sweep)
     source = open_source(data)
-    path = Path(output) if output else Path("export") / f"{Path(source.uri).resolve().stem}-sweep"
+    root = Path(source.uri).resolve()
+    path = Path(output or f"export/{root.name if root.is_dir() else root.stem}-sweep")
     requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
     variants = [parse_head(head) for head in heads]
-    _check(path, by, views, requests, variants)
+    _check(path, root, by, views, requests, variants)
     if engine is not None and len(requests) > 1:
         raise FeatxError(f"one engine runs one backbone and layer, and the grid has {len(requests)}")
 
@@ -259,14 +259,18 @@ def _request(backbone: Backbone, layer: str, options: dict[str, Any]) -> Backbon
     return request
 
 
-def _check(path: Path, by: str, views: Sequence[int], *grid: Sequence[object]) -> None:
-    """Raise `FeatxError` for what is wrong with a sweep as a whole."""
+def _check(path: Path, data: Path, by: str, views: Sequence[int], *grid: Sequence[object]) -> None:
+    """Raise `FeatxError` for what is wrong with a sweep as a whole; `RunError` where another one would be replaced."""
     if by not in CRITERIA:
         raise FeatxError(f"a sweep chooses by {' or '.join(CRITERIA)}, not {by!r}")
     if not all(grid) or not views or min(views) < 0:
         raise FeatxError("a sweep needs at least one backbone, layer, head and number of views")
-    if path.exists() and not (path.is_dir() and ((path / "sweep.json").is_file() or not any(path.iterdir()))):
+    ours = path.is_dir() and ({each.name for each in path.iterdir()} <= {"runs"} or _former_speeds(path))
+    if path.exists() and not ours:
         raise RunError(f"{path} exists and is not a sweep; give another --output")
+    for run in filter(is_finished, path.glob("runs/*")):
+        if (other := read_config(run).data) != str(data):
+            raise RunError(f"{path} holds a sweep of {other}, and this one is of {data}; give another --output")
 
 
 def _point(
@@ -291,8 +295,7 @@ def _point(
         request = run.request
         extraction = sync(place.source, request, engine=engine, **options)
         features = extraction.features(memory=place.memory)
-    right = _held_out(run, extraction, features, head, settings, place)
-    spec = features.spec.digest
+    right, spec = _held_out(run, extraction, features, head, settings, place), features.spec.digest
     if spec not in place.speeds:
         place.speeds[spec] = place.speeds.get(name) or _speed(request, info, place)
     interval = measured.get("intervals", {}).get("accuracy", {})
@@ -391,8 +394,7 @@ def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Pa
 
 def _former_speeds(path: Path) -> dict[str, float]:
     """Images per second by the names of a former sweep's points."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         points = convert(read_record(path / "sweep.json")[0].get("points"), list[Point])
         return {point.name: point.images_per_second for point in points}
-    except (OSError, ValueError):
-        return {}
+    return {}

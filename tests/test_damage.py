@@ -88,7 +88,14 @@ def kinds(root: Path) -> Iterator[Kind]:
     def whole_run() -> Any:
         opened = open_run(run)
         head = opened.head
-        return opened.config.to_dict(), opened.report, head.weight, head.bias, vars(head)["class_names"], opened.trained_on
+        return (
+            opened.config.to_dict(),
+            opened.report,
+            head.weight,
+            head.bias,
+            vars(head)["class_names"],
+            opened.trained_on,
+        )
 
     for name in ("config.json", "report.json", "head.safetensors", "trained-on.npy"):
         yield Kind(name, run / name, whole_run)
@@ -159,7 +166,7 @@ def test_a_thousand_flipped_bits_are_named_or_mended_and_never_served(place: Pat
             except FeatxError as error:
                 named += 1
                 assert kind.file.name.split("-")[0].split(".")[0] in str(error), (kind.name, str(error))
-            except ValueError as error:  # of the readers in this file that are not a user's
+            except ValueError:  # of the readers in this file that are not a user's
                 named += 1
             kind.file.write_bytes(data)
             mended = kind.file.parent / "damaged"

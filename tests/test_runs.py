@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from featx.errors import FeatxError, RunError
 from featx.features import FeatureSpec
 from featx.head import Head
 from featx.pixels.preprocess import Preprocess
-from featx.runs import RunConfig, check, default_path, digest, finish, open_run, read_config, start
+from featx.records import read_record, write_record
+from featx.runs import EXPORTS, FIGURES, RunConfig, check, default_path, digest, finish, open_run, read_config, start
+from featx.shipping.exporting import DEFAULT
+from featx.shipping.reduction import PRECISIONS
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 INFO = BackboneInfo(
@@ -121,3 +125,99 @@ def test_only_the_same_configuration_goes_on_in_an_unfinished_run(tmp_path: Path
     with pytest.raises(RunError, match="unfinished run with another configuration"):
         check(tmp_path, replace(CONFIG, digest="00"))
     check(tmp_path, replace(CONFIG, digest="00"), overwrite=True)
+
+
+def lying(folder: Path) -> set[str]:
+    """The files and links under a folder, and the empty folders."""
+    found = [p for p in folder.rglob("*") if p.is_symlink() or p.is_file() or not any(p.iterdir())]
+    return {str(p.relative_to(folder)) for p in found}
+
+
+def write(folder: Path, *names: str) -> set[str]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("somebody's")
+    return set(names)
+
+
+def test_an_exported_run_is_replaced_file_by_file_and_what_no_fit_writes_again_is_named(
+    photo_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(photo_run, tmp_path / "my run")
+    assert lying(folder) == {
+        *("config.json", "head.safetensors", "trained-on.npy", "report.json"),
+        *("model.onnx", "parity.json", "README.md"),
+    }
+    record, _ = read_record(folder / "parity.json")
+    for name in ("head.onnx", "ship.onnx", "kept.onnx"):  # a record was lost; `export -o`; a user's own copy
+        shutil.copy(folder / "model.onnx", folder / name)
+    write_record(folder / "ship.parity.json", record | {"file": "ship.onnx"})
+    write_record(folder / "kept.parity.json", record)
+    write(folder, "curve.json", "report.html", "held-out-by-key.npy", *(f"plots/{name}.png" for name in FIGURES))
+    mine = write(
+        folder,
+        *("disparity.json", "my.parity.json", "my.onnx", "model-int8.onnx", "model-int8.parity.json", "notes.md"),
+        *("plots/my-figure.txt", "plots/holiday.png", "plots/best-0001.safetensors", "plots/old/map.png"),
+        *("model.safetensors", "metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/best-0003.safetensors"),
+    )
+    start(folder, open_run(folder).config, overwrite=True)
+    assert lying(folder) == {"config.json", "kept.onnx", "kept.parity.json"} | mine
+    assert {(folder / name).read_text() for name in mine} == {"somebody's"}
+    assert capsys.readouterr().err == (
+        "removed with the former run: curve.json, head.onnx, model.onnx, parity.json, ship.onnx, ship.parity.json, "
+        f"README.md; export again with `featx export '{folder}'`\n"
+    )
+    start(folder, read_config(folder), overwrite=True)
+    assert lying(folder) == {"config.json", "kept.onnx", "kept.parity.json"} | mine
+    assert capsys.readouterr().err == ""
+
+
+def test_every_name_that_export_gives_a_file_is_known_as_one() -> None:
+    reduced = {f"{Path(DEFAULT[taken]).stem}-{p}.onnx" for taken in ("pixels", "tensor") for p in PRECISIONS}
+    assert set(EXPORTS) == {*DEFAULT.values()} | reduced
+
+
+def test_a_fine_tuned_run_is_replaced_with_its_checkpoints_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = replace(CONFIG, finetune={"mode": "full"})
+    for name in ("run", "other"):
+        start(tmp_path / name, tuned)
+        write(tmp_path / name, "model.safetensors", "metrics.jsonl", "checkpoints/last.safetensors")
+        write(tmp_path / name, "checkpoints/best-0000.safetensors", "checkpoints/best-12345.safetensors")
+    mine = write(tmp_path / "run", "checkpoints/best-of-all.safetensors", "checkpoints/map.png")
+    for name in ("run", "other"):
+        start(tmp_path / name, CONFIG, overwrite=True)
+    assert lying(tmp_path / "run") == {"config.json"} | mine
+    assert lying(tmp_path / "other") == {"config.json"}
+    assert capsys.readouterr().err == "removed with the former run: metrics.jsonl, model.safetensors\n" * 2
+
+
+def test_fine_tuning_does_not_replace_a_network_that_is_not_its_own(tmp_path: Path) -> None:
+    start(tmp_path, CONFIG)
+    finish(tmp_path, HEAD, np.array([1], np.uint64), REPORT)
+    write(tmp_path, "model.safetensors")
+    before = lying(tmp_path)
+    with pytest.raises(RunError, match=r"model.safetensors was not written by featx, and fine-tuning would replace"):
+        start(tmp_path, replace(CONFIG, finetune={"mode": "full"}), overwrite=True)
+    assert lying(tmp_path) == before
+    (tmp_path / "model.safetensors").unlink()
+    start(tmp_path, replace(CONFIG, finetune={"mode": "full"}), overwrite=True)
+
+
+def test_nothing_behind_a_link_is_removed(photo_run: Path, tmp_path: Path) -> None:
+    """A link under a name of featx's goes; the file it names stays, and so does a link to a folder with all in it."""
+    away, folder = shutil.copytree(photo_run, tmp_path / "away"), tmp_path / "run"
+    write(away, "map.png", "last.safetensors", "curve.json")
+    start(folder, replace(CONFIG, finetune={"mode": "full"}))
+    before = lying(away)
+    for name in ("report.json", "model.onnx", "parity.json", "README.md", "curve.json"):
+        (folder / name).symlink_to(away / name)
+    (folder / "metrics.jsonl").symlink_to(away / "nowhere")
+    (folder / "plots").symlink_to(away)
+    (folder / "checkpoints").symlink_to(away)
+    (folder / "report.html").mkdir()
+    (tmp_path / "linked").symlink_to(folder)
+    start(tmp_path / "linked", CONFIG, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "plots", "checkpoints", "report.html"}
+    assert lying(away) == before and (folder / "plots").is_symlink() and (tmp_path / "linked").is_symlink()

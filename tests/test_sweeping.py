@@ -18,6 +18,7 @@ from featx.backbones.request import BackboneRequest
 from featx.errors import BackboneError, FeatxError, HeadError, RunError
 from featx.learning import head_text, parse_head
 from featx.measuring.evaluation import evaluate
+from featx.records import read_record
 from featx.reporting.comparison import write
 from featx.sweeping import Sweep, sweep
 
@@ -115,7 +116,7 @@ def test_a_second_sweep_fits_and_measures_nothing(grid: dict[str, Any], swept: S
 
 
 def test_what_was_found_is_written_for_people_and_programs(swept: Sweep) -> None:
-    values = json.loads((swept.path / "sweep.json").read_text())
+    values, _ = read_record(swept.path / "sweep.json")
     assert values == {"by": "accuracy", "winner": swept.points[0].run} | swept.to_dict()
     with open(swept.path / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -158,9 +159,66 @@ def test_a_wrong_grid_is_refused_before_anything_runs(grid: dict[str, Any], tmp_
         sweep(**grid | {"views": []})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not overwrite")
-    with pytest.raises(RunError, match="not a sweep"):
-        sweep(**grid | {"output": tmp_path / "mine"})
+    (tmp_path / "bayes").mkdir()
+    (tmp_path / "bayes" / "sweep.json").write_text('{"method": "bayes", "parameters": {}}')
+    (tmp_path / "runs").write_text("a file")
+    for name in ("mine", "bayes", "runs"):
+        with pytest.raises(RunError, match=f"{name} exists and is not a sweep; give another --output"):
+            sweep(**grid | {"output": tmp_path / name})
+    assert [path.name for path in (tmp_path / "bayes").iterdir()] == ["sweep.json"]
     assert engine.images == 0 and not (tmp_path / "new").exists()
+
+
+def test_a_sweep_of_other_data_is_not_replaced(grid: dict[str, Any], swept: Sweep, tmp_path: Path) -> None:
+    """Two data sets may have folders of one name; the first one's table, page and runs stay as they are."""
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in swept.path.rglob("*") if path.is_file()}
+
+    other, engine, before = shutil.copytree(grid["data"], tmp_path / "data"), ColourEngine(), content()
+    with pytest.raises(RunError, match=f"holds a sweep of {grid['data']}, and this one is of {other}; give another"):
+        sweep(**grid | {"data": other, "engine": engine})
+    assert content() == before and engine.images == 0
+
+
+def test_folders_with_dots_in_their_names_have_sweeps_of_their_own(
+    grid: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("v1.0", "v1.1"):
+        shutil.copytree(grid["data"], tmp_path / name)
+        found = sweep(**grid | {"data": name, "output": None, "heads": ["ncm"], "views": [0]})
+        assert found.path == Path(f"export/{name}-sweep")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(grid["data"], tmp_path / "elsewhere" / "v1.0")
+    with pytest.raises(RunError, match=rf"holds a sweep of {tmp_path}/v1.0, and this one is of .*/elsewhere/v1.0"):
+        sweep(**grid | {"data": "elsewhere/v1.0", "output": None, "heads": ["ncm"], "views": [0]})
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["v1.0-sweep", "v1.1-sweep"]
+
+
+def test_a_sweep_goes_on_in_its_folder_with_more_images_after_a_move_and_after_an_interruption(
+    grid: dict[str, Any], tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    chosen = grid | {"data": shutil.copytree(grid["data"], project / "data"), "heads": ["ncm"], "views": [0]}
+    chosen |= {"output": project / "sweep", "cache": project / "cache"}
+    first = sweep(**chosen)
+    (project / "sweep" / "mine.txt").write_text("mine")
+    write_images(project / "data" / "train" / "more", 2, seed=5)
+    (project / "data" / "train" / "more" / "cold").rename(project / "data" / "train" / "cold" / "more")
+    shutil.rmtree(project / "data" / "train" / "more")
+    second = sweep(**chosen)
+    assert second.points[0].name != first.points[0].name  # another fit, beside the first
+    names = {first.points[0].name, second.points[0].name}
+    assert {path.name for path in (project / "sweep" / "runs").iterdir()} == names
+    assert {path.name for path in (project / "sweep").iterdir()} == {"sweep.json", "sweep.csv", "runs", "mine.txt"}
+
+    moved = project.rename(tmp_path / "moved")
+    chosen |= {"data": moved / "data", "output": moved / "sweep", "cache": moved / "cache"}
+    assert sweep(**chosen).points == second.points
+    for name in ("sweep.json", "sweep.csv", "mine.txt"):  # as where it was interrupted at the first point
+        (moved / "sweep" / name).unlink()
+    assert sweep(**chosen).points[0].name == second.points[0].name
 
 
 def test_a_head_is_written_with_its_settings() -> None:

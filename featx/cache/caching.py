@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,15 @@ from featx.cache.store import FeatureStore
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import Features
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
-from featx.text import near
+from featx.text import near, printable
 
 # Bytes of rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20
 # Folders beside the features; the next run makes again what it needs of them.
 MADE_AGAIN = ("engines", "memo", "rates", "resolved")
+# What featx calls an entry, and what it writes into an entry's folder or into those of MADE_AGAIN.
+ENTRY = re.compile(r"[\w.-]*-[0-9a-f]{16}", re.ASCII)
+WRITTEN = re.compile(r"spec\.json|verified\.json|damaged|[0-9a-f]{16}-[0-9a-f]{64}\.h5|[0-9a-f]{32}.*|\.(~|nfs).*")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def entries(cache: Path) -> list[Entry]:
     root = Path(cache) / "features"
     try:
         paths = sorted(root.iterdir()) if root.is_dir() else []
-        return [_entry(path) for path in paths if path.is_dir() and not path.name.startswith(".")]
+        return [_entry(path) for path in paths if path.is_dir() and ENTRY.fullmatch(path.name)]
     except OSError as error:
         raise StoreError(f"the cache {cache} cannot be read ({error.strerror})") from error
 
@@ -117,7 +121,7 @@ def entries(cache: Path) -> list[Entry]:
 def find(cache: Path, name: str) -> Entry:
     """The entry of this name, or the only one whose name starts so. Raises `StoreError`."""
     every = entries(cache)
-    matches = [e for e in every if e.name == name] or [e for e in every if e.name.startswith(name)]
+    matches = [e for e in every if e.name == name] or [e for e in every if name and e.name.startswith(name)]
     if len(matches) != 1:
         names = [e.name for e in matches or every]
         what = f"{len(matches)} entries start with {name!r}" if matches else f"there is no entry {name!r}"
@@ -145,7 +149,7 @@ def info(cache: Path, name: str, against: np.ndarray | None = None) -> Contents:
 def verify(cache: Path, name: str | None = None) -> list[Verified]:
     """Read every byte of one entry, or of all. What is damaged is set aside, and its intact rows are kept."""
     done = []
-    for entry in [find(cache, name)] if name else entries(cache):
+    for entry in entries(cache) if name is None else [find(cache, name)]:
         try:
             store = _open(cache, entry)
             store.refresh(trust=False)
@@ -204,12 +208,18 @@ def _merge(store: FeatureStore, keys: np.ndarray) -> dict[str, int]:
 
 
 def removable(cache: Path, name: str) -> tuple[Path, int]:
-    """The folder that `remove` takes for this name, an entry's or one of `MADE_AGAIN`, and its bytes."""
+    """The folder that `remove` takes for this name, an entry's or one of `MADE_AGAIN`, and its bytes.
+
+    Raises `StoreError` where it is a link, or holds a file that featx does not write there.
+    """
     path = Path(cache) / name
-    if name in MADE_AGAIN and path.is_dir():
-        return path, _bytes(path)
-    entry = find(cache, name)
-    return entry.path, entry.bytes
+    if name not in MADE_AGAIN or not path.is_dir():
+        path = find(cache, name).path
+    if path.is_symlink():
+        raise StoreError(f"{path} is a link, and what lies behind it is not removed; remove it yourself")
+    if others := [each for each in sorted(os.listdir(path)) if not WRITTEN.fullmatch(each)]:
+        raise StoreError(f"{path} holds {printable(others[0])}, which featx did not write; move it away first")
+    return path, _bytes(path)
 
 
 def remove(cache: Path, name: str) -> Path:
@@ -232,13 +242,16 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     `features` float32 or float16 `[N, D]`, `labels` int64 `[N]` (index into `class_names`, -1 for none),
     `class_names`, `ids` and `splits` UTF-8 text, `keys` uint8 `[N, 32]` (SHA-256 of each image's bytes);
     attributes `spec` (JSON) and `featx` (the version). All stored plainly, without compression; MATLAB
-    and R show arrays with their dimensions reversed. Raises `StoreError`.
+    and R show arrays with their dimensions reversed. overwrite: replace such a file. Raises `StoreError`,
+    also where any other file is at `path`.
     """
     from featx import __version__
-    from featx.cache.hdf5 import plan, utf8
+    from featx.cache.hdf5 import attribute_names, plan, utf8
 
     if path.exists() and not overwrite:
         raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
+    if os.path.lexists(path) and not (path.is_file() and {"featx", "spec"} <= attribute_names(path)):
+        raise StoreError(f"{path} is not a file that featx exported, so it is not replaced; give another file")
     X = features.X
     step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
     parts = (np.ascontiguousarray(X[start : start + step]) for start in range(0, len(X), step))

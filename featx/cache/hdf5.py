@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -103,6 +104,15 @@ class _Sketch(io.RawIOBase):
     def truncate(self, size: int | None = None) -> int:
         self.size = self._at if size is None else size
         return self.size
+
+
+def attribute_names(path: Path) -> set[str]:
+    """The attributes of an HDF5 file; none of any other file."""
+    try:
+        with h5py.File(path) as file:
+            return set(file.attrs)
+    except OSError:
+        return set()
 
 
 def utf8(texts: list[str]) -> np.ndarray:

@@ -130,12 +130,12 @@ class FeatureStore:
         first = distinct(keys)
         first = first[~self.contains(keys[first])]
         if len(first):
-            assert self.form is not None
             rows = [r for _, r in self._buffer]
+            form = self._claim(rows[0].shape[1:])  # made again, where it was removed since the last commit failed
             if len(first) < len(keys):
                 keys, rows = keys[first], [np.concatenate(rows)[first]]
             with self._writing():
-                shard = writing.write(self.folder, self.form, keys, rows)
+                shard = writing.write(self.folder, form, keys, rows)
             # one assignment: an interrupt must not leave a shard without its keys
             self._table = self._table.plus(shard, keys)
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
@@ -148,8 +148,8 @@ class FeatureStore:
     def __exit__(self, *exception: object) -> None:
         try:
             self.commit()  # also when interrupted: what was computed is kept
-        except KeyboardInterrupt:
-            self.commit()
+        except (KeyboardInterrupt, StoreError):
+            self.commit()  # once more: the folder may have been removed, and is made again
             raise
 
     def _claim(self, row_shape: tuple[int, ...]) -> Form:
@@ -157,8 +157,9 @@ class FeatureStore:
         if self.form is None:
             with self._writing():
                 shards.create(self.folder, Form(self.spec, self._asked or "unnamed", tuple(row_shape)))
-            self.refresh()  # another writer may have been first
-            assert self.form is not None
+                self.refresh()  # another writer may have been first
+                if self.form is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._check_engine()
         if tuple(row_shape) != self.form.row_shape:
             raise StoreError(
@@ -167,7 +168,9 @@ class FeatureStore:
             )
         if not self._swept:
             with self._writing():
-                if not os.access(self.folder, os.W_OK):  # fail before a batch is computed for nothing
+                if not os.access(
+                    self.folder.resolve(strict=True), os.W_OK
+                ):  # fail before a batch is computed for nothing
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 sweep(self.folder)
                 sweep(self.folder.parent)
@@ -192,6 +195,7 @@ class FeatureStore:
                 what = "it is read-only; give --cache a folder you can write to"
             elif error.errno == errno.ENOENT:
                 what = "it was removed meanwhile; run the same command again"
+                self.refresh()  # its rows are gone; what is buffered is committed to a new folder
             raise StoreError(f"cannot write to the cache {self.folder} ({error.strerror}): {what}") from error
 
     # --- reading
@@ -239,8 +243,8 @@ class FeatureStore:
                     found = [] if form is None else self._list(form, trust)
                     self._table = ShardTable(self.folder, form, found, KeyIndex(shards.read_keys(self.folder, found)))
                     return
-                except StaleError:
-                    continue  # a shard went between listing and reading: another process compacts
+                except (StaleError, FileNotFoundError):
+                    continue  # a shard went between listing and reading: another process compacts or removes
                 except OSError as error:
                     raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
         raise StoreError(f"{self.folder} changes faster than it can be read; try again")

@@ -156,7 +156,7 @@ def remove(name: str, cache: str, yes: bool) -> None:
 @cache.command("export")
 @click.argument("data", type=click.Path())
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE, if featx exported it.")
 @backbone_options
 @extraction_options
 def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:

@@ -82,7 +82,9 @@ finetune_options = options_of(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head, see docs/cli.md; repeatable."
 )
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="The run's folder.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing run, once the new head is fitted.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing run, once the new head is fitted; your own files in it stay."
+)
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
 @click.option("--report/--no-report", default=True, help="Write report.html and plots/.")

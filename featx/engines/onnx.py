@@ -165,7 +165,8 @@ def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
     with contextlib.suppress(OSError):  # disk full or read-only: this run uses the export, and the next tries again
         data = _rewritten(model, tolerance)
         for old in model.parent.glob(f"{model.stem}.winograd*"):  # of other revisions: they are large
-            if old.stem != path.stem:
+            revision = old.name.removeprefix(f"{model.stem}.winograd")
+            if re.fullmatch(r"\d+\.(onnx|json)", revision) and old.stem != path.stem:
                 old.unlink()
         if data:
             _keep(path, data, made_of)

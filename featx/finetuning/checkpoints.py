@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from featx.errors import TrainingError
 from featx.files import MOST_CHECKPOINT_BYTES, make_folder, read_plain, sweep, write_atomic
 from featx.records import TENSOR_SEAL, convert, tensor_metadata, warn_older
+from featx.runs import CHECKPOINT
 from featx.seals import seal
 from featx.text import from_json
 
@@ -76,8 +77,8 @@ class Checkpoints:
         metadata = {"progress": json.dumps(asdict(progress)), "configuration": json.dumps(self.configuration)}
         self._write(self.folder / LAST, tensors, metadata)
 
-        for old in self.folder.glob("best-*.safetensors"):
-            if old != self._best(progress.best_epoch):
+        for old in self.folder.iterdir():
+            if CHECKPOINT.fullmatch(old.name) and old.name not in (LAST, self._best(progress.best_epoch).name):
                 old.unlink(missing_ok=True)
 
     def load(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:

@@ -10,17 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from PIL import Image
 
 from featx.files import write_atomic
 from featx.reporting import plots
+from featx.runs import own_folder
 from featx.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,18 @@ class Picture:
         return f"{plots.short(self.answer)} {self.sure}" + (f"\nlabelled {label}" if self.wrong else "")
 
 
-def write_page(path: Path, drawings: Mapping[str, Drawing], **values: Any) -> Path:
-    """Write a page from the template of its name, and `drawings` as `plots/*.png`; former ones are removed."""
-    html = _pages().get_template(path.name).render(drawings=drawings, **values)
-    folder = path.parent / "plots"
-    files = {folder / f"{name}.png": drawing.figure for name, drawing in drawings.items()}
-    for old in set(folder.glob("*.png")) - files.keys():
-        old.unlink()
+def write_page(path: Path, drawings: Mapping[str, Drawing | None], **values: Any) -> Path:
+    """Write a page from the template of its name, and `drawings` as `plots/<name>.png`.
 
-    for file, figure in files.items():
-        plots.png(figure, file)
+    Where one is None, a former page's is removed. Raises `RunError` where `plots` is a link.
+    """
+    folder, drawn = own_folder(path.parent, "plots"), {name: d for name, d in drawings.items() if d is not None}
+    html = _pages().get_template(path.name).render(drawings=drawn, **values)
+    for name in drawings.keys() - drawn.keys():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+
+    for name, drawing in drawn.items():
+        plots.png(drawing.figure, folder / f"{name}.png")
     write_atomic(path, f"{html}\n".encode())
     return path
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from featx.reporting.fonts import THERE  # before matplotlib
+
+# isort: split
+
 import html
 import io
 import re
@@ -13,7 +17,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -33,7 +36,6 @@ NUMBER = "{x:,.10g}"  # `2,000` and not `2 x 10^3`
 LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names, and numbers
 # Fonts with other scripts, used for names that DejaVu Sans has no letters for, where they are installed.
 FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")
-THERE = {font.name for font in font_manager.fontManager.ttflist}
 STYLE: dict[Any, Any] = {
     "font.size": 10, "text.color": INK, "text.parse_math": False,  # a class may be called `$x$`
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.axisbelow": True, "axes.grid": True,

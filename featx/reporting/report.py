@@ -17,7 +17,7 @@ from featx.records import read_record
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import RunMaterial
 from featx.reporting.page import Drawing, Table, write_page
-from featx.runs import Run, open_run, own_folder
+from featx.runs import FIGURES, Run, open_run
 from featx.sources.source import Source
 
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling
@@ -45,11 +45,10 @@ def write_report(
     if layout not in get_args(Layout):
         raise FeatxError(f"layout is {' or '.join(get_args(Layout))}, not {layout!r}")
     opened = open_run(run)
-    own_folder(opened.path, "plots")  # refuses a link
     material = gallery.gather(opened, features, source)
     config, report = opened.config, opened.report
     pictures = {show.__name__: show(material) for show in (gallery.mistakes, gallery.predictions, gallery.batch)}
-    drawings = {
+    drawings: dict[str, Drawing | None] = {
         "confusion": _confusion(report),
         "reliability": _reliability(report),
         "map": gallery.feature_map(material, layout),
@@ -57,10 +56,11 @@ def write_report(
         "path": _path(report["fit"]),
         "learning": _learning(opened.path / "curve.json"),
     } | {name: gallery.grid(shown) for name, shown in pictures.items()}
+    assert drawings.keys() == set(FIGURES)
 
     return write_page(
         opened.path / "report.html",
-        {name: drawing for name, drawing in drawings.items() if drawing is not None},
+        drawings,
         title=f"{Path(config.data).name} · {_short(config.backbone.name)} · {config.head}",
         config=config,
         report=report,

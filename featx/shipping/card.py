@@ -11,7 +11,7 @@ from featx.errors import ExportError
 from featx.files import write_atomic
 from featx.metrics import SCORES
 from featx.records import read_record
-from featx.runs import CARD, CARD_MARK, Run
+from featx.runs import CARD, CARD_MARK, Run, is_card
 from featx.stored import Compared
 from featx.text import printable
 
@@ -88,7 +88,7 @@ def write(run: Run) -> None:
     """
     path = run.path / CARD
     try:
-        if not path.exists() or CARD_MARK in path.read_text(encoding="utf-8", errors="replace"):
+        if not path.exists() or is_card(path):
             write_atomic(path, card(run).encode())
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error

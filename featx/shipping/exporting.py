@@ -13,18 +13,17 @@ from featx import __version__
 from featx.engines.onnx import backbone_onnx
 from featx.engines.wire import require_whole, scan
 from featx.errors import ExportError, ParityError
-from featx.files import MOST_NETWORK_BYTES, read_plain, write_atomic
+from featx.files import write_atomic
 from featx.options import Input, Split
 from featx.pixels.preprocess import Preprocess
-from featx.records import TENSOR_SEAL, read_record, write_record
-from featx.runs import Run, open_run
+from featx.records import TENSOR_SEAL, write_record
+from featx.runs import FORMAT_KEY, Run, is_export, is_record, open_run, record_of
 from featx.seals import seal
 from featx.shipping import card, graph, parity
 from featx.shipping.deployed import FORMAT, read_model
 from featx.shipping.gate import IMAGES, gate_images
 from featx.shipping.parity import Parity
 from featx.sources.source import Source
-from featx.stored import Compared
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -133,8 +132,8 @@ def backbone_path(run: Run) -> Path:
 def free_path(run: Run, output: str | Path | None, name: str) -> Path:
     """`output`, or `name` in the run's folder. Raises `ExportError` if it or its record would replace others' files."""
     path = Path(output) if output else run.path / name
-    for file, ours, what in ((path, _is_export, "an export"), (_beside(path), _is_record, "the record of one")):
-        if os.path.exists(file) and not (file.is_file() and ours(file)):
+    for file, ours, what in ((path, is_export, "an export"), (record_of(path), is_record, "the record of one")):
+        if os.path.lexists(file) and not (file.is_file() and ours(file)):
             raise ExportError(
                 f"{file} exists and is not {what} by featx, so it is not replaced; "
                 "give another --output, or move it away"
@@ -142,31 +141,12 @@ def free_path(run: Run, output: str | Path | None, name: str) -> Path:
     return path
 
 
-def _is_export(path: Path) -> bool:
-    try:
-        return "featx_format" in scan(read_plain(path, MOST_NETWORK_BYTES)).metadata
-    except (OSError, ValueError):
-        return False
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        read_record(path, Compared)
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name("parity.json" if path.name == "model.onnx" else f"{path.stem}.parity.json")
-
-
 def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str, Any]) -> None:
     """Write the file with its metadata, and its `parity.json`, each whole or not at all."""
     from onnx import helper
 
     values = {name: json.dumps(value) for name, value in entries.items()}
-    helper.set_model_props(model, values | TENSOR_SEAL | {"featx_format": FORMAT})
+    helper.set_model_props(model, values | TENSOR_SEAL | {FORMAT_KEY: FORMAT})
     data = seal(model.SerializeToString(deterministic=True))
     require_whole(scan(data), path)
     record = found | {"file": path.name, "bytes": len(data), "parts": entries["parts"], "versions": entries["versions"]}
@@ -175,7 +155,7 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
             write_atomic(path, data)
-        write_record(_beside(path), record | {"sha256": digest.result()})
+        write_record(record_of(path), record | {"sha256": digest.result()})
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror or error}); what was there is untouched"

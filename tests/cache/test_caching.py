@@ -169,7 +169,7 @@ def test_remove_takes_what_runs_make_again_and_nothing_else_beside_the_features(
 ) -> None:
     cache, keys, rows = filled
     (cache / "engines").mkdir()
-    (cache / "engines" / "1.onnx").write_bytes(b"graph")
+    (cache / "engines" / f"{'1' * 64}.onnx").write_bytes(b"graph")
     (cache / "mine").mkdir()
     assert caching.removable(cache, "engines") == (cache / "engines", 5)
     assert caching.remove(cache, "engines") == cache / "engines"
@@ -178,6 +178,55 @@ def test_remove_takes_what_runs_make_again_and_nothing_else_beside_the_features(
             caching.remove(cache, name)
     assert sorted(p.name for p in cache.iterdir()) == ["features", "mine"]
     np.testing.assert_array_equal(FeatureStore(cache, SPEC).read(keys), rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "*", "/", "engines/..", "features", f"./{NAME}", f"{NAME}/", "r*"]
+)
+def test_remove_refuses_whatever_is_no_name(filled: tuple[Path, np.ndarray, np.ndarray], name: str) -> None:
+    cache, keys, rows = filled
+    (cache / "engines").mkdir()
+    before = sorted(cache.rglob("*"))
+    for given in (name, f"{cache}/features/{NAME}", str(cache)):
+        with pytest.raises(StoreError, match=r"there is no entry .*; there are resnet18-"):
+            caching.remove(cache, given)
+    for read in (caching.info, caching.compact, caching.verify):
+        with pytest.raises(StoreError, match="there is no entry"):
+            read(cache, name)
+    assert sorted(cache.rglob("*")) == before
+    np.testing.assert_array_equal(FeatureStore(cache, SPEC).read(keys), rows)
+
+
+def test_remove_leaves_folders_of_others_and_what_lies_behind_links(
+    filled: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    """A cache may lie in somebody's project, which has an `engines` or a `features` folder of its own."""
+    cache, _, _ = filled
+    (cache / "engines").mkdir()
+    (cache / "engines" / "diesel.py").write_text("mine")
+    (cache / "features" / "login").mkdir()
+    (cache / "features" / "login" / "a.py").write_text("mine")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / ("0" * 32)).write_text("memo")
+    (cache / "memo").symlink_to(tmp_path / "disk")
+    linked = type(SPEC)("torchvision/alexnet", "cd" * 32).folder_name
+    (cache / "features" / linked).symlink_to(cache / "features" / NAME)
+    (cache / "features" / NAME / "notes.txt").write_text("mine")
+    before = sorted(cache.rglob("*"))
+    assert [entry.name for entry in caching.entries(cache)] == [linked, NAME]
+    for name, message in {
+        "engines": "engines holds diesel.py, which featx did not write; move it away first",
+        NAME: "holds notes.txt, which featx did not write",
+        "login": "there is no entry 'login'",
+        "memo": "memo is a link",
+        linked: "is a link",
+    }.items():
+        with pytest.raises(StoreError, match=message):
+            caching.remove(cache, name)
+    assert sorted(cache.rglob("*")) == before and (tmp_path / "disk" / ("0" * 32)).exists()
+    (cache / "features" / NAME / "notes.txt").unlink()
+    caching.remove(cache, NAME)
+    assert sorted(path.name for path in (cache / "features").iterdir()) == [linked, "login"]
 
 
 def test_export_is_plain_hdf5(tmp_path: Path) -> None:
@@ -204,3 +253,14 @@ def test_export_is_plain_hdf5(tmp_path: Path) -> None:
     caching.export(features.take(np.array([], int)), path, overwrite=True)
     with h5py.File(path) as file:
         assert file["features"].shape == (0, 8) and file["ids"].shape == (0,)
+    mine, other = tmp_path / "thesis.pdf", tmp_path / "other.h5"
+    mine.write_bytes(b"years of work")
+    with h5py.File(other, "w") as file:
+        file["features"] = rows
+    (tmp_path / "link.h5").symlink_to(tmp_path / "nowhere")
+    for name in ("thesis.pdf", "other.h5", "link.h5", "new"):
+        with pytest.raises(StoreError, match=f"{name} is not a file that featx exported"):
+            caching.export(features, tmp_path / name, overwrite=True)
+    with h5py.File(other) as file:
+        assert np.array_equal(file["features"][()], rows)
+    assert mine.read_bytes() == b"years of work" and (tmp_path / "link.h5").is_symlink()

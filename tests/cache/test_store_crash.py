@@ -391,6 +391,55 @@ def test_several_writers_at_once_end_with_the_same_rows(tmp_path: Path, quick: N
         finish(cache)
 
 
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_an_entry_that_another_process_removes_during_a_run_is_said_and_what_was_buffered_is_kept(
+    tmp_path: Path, at: int
+) -> None:
+    appended, removed = [0], []
+
+    def remove_once() -> None:
+        appended[0] += 16
+        if appended[0] == 16 * at:
+            removed.extend(FeatureStore(tmp_path, SPEC).keys()[:, 0].tolist())
+            assert wait(fork(lambda: caching.remove(tmp_path, NAME) and None)) == 0
+
+    with pytest.raises(StoreError, match=r"it was removed meanwhile; run the same command again"):
+        extract(open_store(tmp_path), KEYS[:96], done=remove_once)
+    committed, taken_in = 32 * (at // 2), min(16 * (at + 1), 96) if at % 2 else min(16 * (at + 2), 96)
+    assert len(removed) == committed  # two batches a shard
+    store = FeatureStore(tmp_path, SPEC)
+    assert store.contains(KEYS[:96]).nonzero()[0].tolist() == list(range(committed, taken_in))
+    assert right(store, store.contains(KEYS))
+    finish(tmp_path, 96)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_process_that_removes_the_entry_again_and_again_leaves_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+
+    def remove() -> None:
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            with contextlib.suppress(StoreError):
+                caching.remove(tmp_path, NAME)
+
+    child, seen = fork(remove), set()
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        try:
+            extract(open_store(tmp_path), KEYS[:96])
+            FeatureStore(tmp_path, SPEC).read(KEYS[:96])
+        except StoreError as error:
+            seen.add(
+                next(
+                    (end for end in ("removed meanwhile", "extract them first", "faster") if end in str(error)),
+                    str(error),
+                )
+            )
+    assert wait(child) == 0
+    assert "removed meanwhile" in seen and seen <= {"removed meanwhile", "extract them first", "faster"}
+    finish(tmp_path, 96)
+
+
 def test_of_two_engines_at_once_one_is_recorded_and_the_other_told(tmp_path: Path) -> None:
     for attempt in range(10):
         cache, start = tmp_path / str(attempt), time.time() + 0.02

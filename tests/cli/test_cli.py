@@ -110,7 +110,22 @@ def test_a_finished_run_is_never_overwritten_in_silence(tiny: Path, here: Path, 
     assert second.exit_code == 1
     assert "--overwrite" in second.stderr
     assert {p.name: p.read_bytes() for p in (here / "run").iterdir() if p.is_file()} == before
-    assert run("fit", tiny, "-o", "run", "--overwrite").exit_code == 0
+    (here / "run" / "curve.json").write_text("{}")
+    (here / "run" / "my.onnx").write_text("mine")
+    replaced = run("fit", tiny, "-o", "run", "--overwrite", "--json")
+    assert replaced.exit_code == 0 and json.loads(replaced.stdout)["run"] == "run"
+    assert replaced.stderr.splitlines() == ["removed with the former run: curve.json"]
+    assert {p.name for p in (here / "run").iterdir()} == {*before, "my.onnx"}
+    assert "removed" not in run("fit", tiny, "-o", "run", "--overwrite").stderr
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "*", "engines/..", "/"])
+def test_cache_remove_takes_no_blank_and_no_path(tiny: Path, here: Path, everywhere: ColourEngine, name: str) -> None:
+    run("extract", tiny)
+    before = sorted((here / "cache").rglob("*"))
+    result = run("cache", "remove", name, "--yes")
+    assert result.exit_code == 1 and f"there is no entry {name!r}" in result.stderr
+    assert sorted((here / "cache").rglob("*")) == before
 
 
 def test_an_unfinished_run_is_continued_and_another_one_is_not(
@@ -273,7 +288,11 @@ predict run/model.onnx data
 inspect run/model.onnx
 backbones
 cache list
+cache info nets_tiny
 cache verify
+cache compact nets_tiny
+cache export data features.h5 -b nets:tiny
+cache remove memo --yes
 """
 NETS = """
 from torch import nn
@@ -291,15 +310,19 @@ def test_no_command_asks_a_network_or_writes_into_the_home_folder(here: Path) ->
     home = here.parent / "home"
     home.mkdir()
     kept = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY" and not k.startswith("XDG_")}
-    # matplotlib keeps a list of this machine's fonts, in the folder that its own variable names
-    kept |= {"HOME": str(home), "MPLCONFIGDIR": str(here / "fonts")}
+    temporary = here.parent / "temporary"
+    temporary.mkdir()
+    kept.pop("MPLCONFIGDIR", None)
+    kept |= {"HOME": str(home), "TMPDIR": str(temporary)}
     calls = here / "calls.txt"
     traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", str(calls), "-e", "trace=socket,connect,sendto"]
     traces = bool(shutil.which("strace")) and not subprocess.run([*traced, "true"], capture_output=True).returncode
     command = [*(traced if traces else []), sys.executable, "-c", TELLTALE, "2" if traces else "0"]
     done = subprocess.run(command, input=COMMANDS.strip(), env=kept, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [str(path.relative_to(home)) for path in home.rglob("*")] == []
+    assert [str(path.relative_to(here.parent)) for top in (home, temporary) for path in top.rglob("*")] == []
+    named = {line.split()[0] for line in COMMANDS.split("\n") if line}
+    assert named == cli.commands.keys() - {"completion"} and named <= cli.commands.keys()
     if not traces:
         pytest.skip("nothing was written; what is asked of a network is seen by strace alone, which does not run here")
     assert not [line for line in calls.read_text().splitlines() if "AF_INET" in line]

@@ -224,10 +224,11 @@ def test_what_a_killed_run_left_beside_it_goes(tmp_path: Path) -> None:
 
 def test_files_of_another_revision_go(tmp_path: Path) -> None:
     plain = _two(tmp_path)
-    for name in (f"{plain.stem}.winograd0.onnx", f"{plain.stem}.winograd0.json", "other.winograd0.onnx"):
+    others = {"other.winograd0.onnx", f"{plain.stem}.winograd-notes.txt", f"{plain.stem}.winograd0.old.onnx"}
+    for name in (f"{plain.stem}.winograd0.onnx", f"{plain.stem}.winograd0.json", *others):
         (tmp_path / name).write_bytes(b"made by another featx")
     fast = accelerated(plain)
-    kept = {plain.name, fast.name, fast.with_suffix(".json").name, "other.winograd0.onnx"}
+    kept = {plain.name, fast.name, fast.with_suffix(".json").name, *others}
     assert {p.name for p in tmp_path.iterdir()} == kept
 
 

@@ -223,12 +223,15 @@ def test_a_worse_epoch_is_not_kept_and_patience_ends_the_run(bench: Bench) -> No
     config = FinetuneConfig(**{**QUICK, "epochs": 9, "lr": 0.1}, patience=2)
     head = bench.head(features)
     folder = bench.folder()
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "best-of-all.safetensors").write_bytes(b"somebody's")
     tuned = finetune(extraction, features, head, config, folder, "cpu")
     rows = tuned.history["epochs"]
     best = max(range(len(rows)), key=lambda i: (rows[i]["held_accuracy"], -rows[i]["held_loss"]))
     assert tuned.history["best_epoch"] == best
     assert len(rows) - 1 == min(9, best + 2)
-    assert [p.name for p in (folder / "checkpoints").glob("best-*")] == [f"best-{best:04d}.safetensors"]
+    kept = {f"best-{best:04d}.safetensors", "last.safetensors", "best-of-all.safetensors"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == kept
 
 
 def test_metrics_are_one_json_line_an_epoch(bench: Bench) -> None:

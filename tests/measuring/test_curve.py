@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from featx.features import groups
 from featx.fitting import fit
 from featx.heads import logreg
 from featx.measuring import curve
+from featx.records import read_record
 from featx.reporting.report import write_report
 from featx.runs import Run, write_config
 from featx.solvers.examples import Examples
@@ -44,7 +44,7 @@ def test_the_last_point_is_the_run_itself(run: Run, everywhere: ColourEngine):
     assert (last["accuracy"], last["low"], last["high"]) == (run.report["accuracy"], stated["low"], stated["high"])
     assert 0 < last["accuracy"] < 1
     assert all(r.low <= r.accuracy <= r.high for r in found.points)
-    assert json.loads((run.path / "curve.json").read_text()) == found.to_dict()
+    assert curve.Curve.from_dict(read_record(run.path / "curve.json")[0]) == found
     assert curve.learning_curve(run.path, repeats=3) == found
     assert found.verdict in found.text()
 

@@ -132,16 +132,14 @@ def test_overwrite_replaces_runs_of_featx_and_nothing_else(split: Path, tmp_path
             fitted(split, tmp_path, "model", overwrite=True)
         assert lying(other) == {"config.json": config.encode(), "weights.bin": b"precious"}
     run = fitted(split, tmp_path)
-    (run.path / "notes.md").write_text("mine")
-    (run.path / "README.md").write_text("mine, too")
-    for name in ("model.onnx", "parity.json", "model-int8.onnx", "model-int8.parity.json"):
-        (run.path / name).write_bytes(b"of the former head")
-    (run.path / "mine.onnx").write_bytes(b"no export")
+    for name in ("notes.md", "README.md", "mine.onnx", "model.onnx", "parity.json"):
+        (run.path / name).write_text("mine")
+    (run.path / "curve.json").write_text("of the former head")
     again = fitted(split, tmp_path, overwrite=True, settings={"strengths": [0.1]})
     assert again.config.settings == {"strengths": [0.1]}
     assert set(lying(run.path)) == {
         *("config.json", "report.json", "head.safetensors", "trained-on.npy"),
-        *("notes.md", "README.md", "mine.onnx"),
+        *("notes.md", "README.md", "mine.onnx", "model.onnx", "parity.json"),
     }
 
 

@@ -183,9 +183,16 @@ def test_mistakes_are_shown_upright(run: Run, seen: Page):
 
 
 def test_plots_are_png_files_and_those_of_a_former_report_go(run: Run):
-    (run.path / "plots").mkdir()
+    (run.path / "plots" / "path.svg").mkdir(parents=True)
     (run.path / "plots" / "curves.png").write_bytes(b"old")
+    mine = {"holiday.png", "learning.jpg", "trade-off.png", "my-figure.txt"}
+    for name in mine:
+        (run.path / "plots" / name).write_bytes(b"mine")
     write_report(run.path, layout="pca")
+    assert {(run.path / "plots" / name).read_bytes() for name in mine} == {b"mine"}
+    (run.path / "plots" / "path.svg").rmdir()
+    for name in mine:
+        (run.path / "plots" / name).unlink()
     names = {p.stem for p in (run.path / "plots").iterdir()}
     assert names == {"batch", "confusion", "map", "mistakes", "path", "predictions", "reliability"}
     for path in (run.path / "plots").iterdir():

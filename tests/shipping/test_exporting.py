@@ -361,17 +361,19 @@ def inspected(run: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("existing", ["photo.jpg", "model.onnx", "parity.json", "folder.onnx"])
+@pytest.mark.parametrize("existing", ["photo.jpg", "model.onnx", "parity.json", "folder.onnx", "link.onnx"])
 def test_a_file_that_featx_did_not_export_is_never_replaced(
     run: Path, tmp_path: Path, photos: Path, existing: str
 ) -> None:
     theirs = tmp_path / existing
     if existing == "folder.onnx":
         theirs.mkdir()
+    elif existing == "link.onnx":
+        theirs.symlink_to(tmp_path / "a-disk-that-is-not-mounted" / "model.onnx")
     else:
         theirs.write_bytes(next(photos.glob("val/ants/*.jpg")).read_bytes() if existing == "photo.jpg" else b"{}")
     output = tmp_path / "model.onnx" if existing == "parity.json" else theirs
-    before = sorted(os.listdir(tmp_path)), theirs.is_dir() or theirs.read_bytes()
+    before = sorted(os.listdir(tmp_path)), not theirs.is_file() or theirs.read_bytes()
     options = {"output": output, "data": tmp_path / "nowhere"}  # which is not looked for: nothing is done for nothing
     for make in (
         lambda: export(run, **options),
@@ -380,7 +382,7 @@ def test_a_file_that_featx_did_not_export_is_never_replaced(
     ):
         with pytest.raises(ExportError, match=f"{existing} exists and is not .* by featx.*give another --output"):
             make()
-    assert (sorted(os.listdir(tmp_path)), theirs.is_dir() or theirs.read_bytes()) == before
+    assert (sorted(os.listdir(tmp_path)), not theirs.is_file() or theirs.read_bytes()) == before
 
 
 def test_the_features_of_one_image_do_not_set_the_scale_for_the_others() -> None:
