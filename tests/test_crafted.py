@@ -397,7 +397,7 @@ def test_what_the_file_gives_fits_what_it_says(tmp_path: Path) -> None:
         proto = onnx.load(exported_file(path))
         entry = next(e for e in proto.metadata_props if e.key == "preprocess")
         entry.value = json.dumps(preprocess | {"pixels": "pillow/1"})
-        with pytest.raises(ExportError, match="metadata of .* is damaged"):
+        with pytest.raises(ExportError, match=r"metadata of .* is damaged"):
             Model(write_sealed(path, proto))
 
 

@@ -21,7 +21,7 @@ from featx.metrics import Estimate
 from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
 from featx.sources.source import Source
-from featx.text import near, some
+from featx.text import near, printable, some
 
 OTHER = "other"
 MISTAKES = 20
@@ -120,7 +120,8 @@ class Report:
     def text(self, most: int = 30) -> str:
         """Plain text: scores with intervals, then classes and confusion for up to `most` labels."""
         shown = {**self.scores, "calibration_error": f"{self.calibration_error:.4f}"}
-        width, wide = max(map(len, shown)), max(5, *map(len, self.columns))
+        columns = [printable(name) for name in self.columns]  # a line's end in one would forge the next line
+        width, wide = max(map(len, shown)), max(5, *map(len, columns))
         lines = [f"{self.count} images, {len(self.labels)} labels (value and 95 % interval)"]
         lines += [f"  {name:<{width}}  {score}" for name, score in shown.items()]
         if self.rejection:
@@ -129,11 +130,12 @@ class Report:
 
         lines += ["", f"  {'label':<{wide}}  precision  recall  f1      images"]
         line = "  {label:<{wide}}  {precision:<9.4f}  {recall:<6.4f}  {f1:<6.4f}  {support}"
-        lines += [line.format(wide=wide, **vars(row)) for row in self.per_class[:most]]
+        rows = [vars(row) | {"label": printable(row.label)} for row in self.per_class[:most]]
+        lines += [line.format(wide=wide, **row) for row in rows]
         if len(self.labels) > most:
             lines.append(f"  ... and {len(self.labels) - most} more labels in report.json")
         elif self.confusion is not None and len(self.columns) <= 12:
-            table = [("true", self.columns), *zip(self.labels, self.confusion, strict=True)]
+            table = [("true", columns), *zip(columns, self.confusion, strict=False)]
             lines += ["", *(f"  {name:<{wide}}  " + "  ".join(f"{c:>{wide}}" for c in row) for name, row in table)]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

@@ -24,6 +24,7 @@ def test_the_page_works_as_it_stands(
     assert (ran.commands, ran.python) == (7, 1) and ran.doctests >= 6
     assert (work / "answers.csv").read_text().count("\n") == 101
     assert (work / "answers.jsonl").read_text().count("probability") > 50
+    assert run_page(PAGE.with_name("trust.md")).doctests >= 5
 
 
 def test_the_page_names_the_limits_and_the_node_as_they_are() -> None:
