@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,7 +12,6 @@ import numpy as np
 from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
-from featx.files import read_plain, write_atomic
 from featx.records import TENSOR_SEAL, convert, tensor_metadata
 from featx.seals import seal
 from featx.text import from_json
@@ -126,12 +124,8 @@ class Head:
         out[:, column >= 0] = logits[:, column[column >= 0]]
         return out
 
-    def save(self, path: Path) -> None:
-        """Write `path` (safetensors: `weight`, `bias`; names, activation and threshold as metadata)."""
-        write_atomic(path, self.to_bytes())
-
     def to_bytes(self) -> bytes:
-        """The bytes of `head.safetensors`."""
+        """`head.safetensors`: `weight` and `bias`, with names, activation and threshold as metadata."""
         from safetensors.numpy import save
 
         metadata = TENSOR_SEAL | {
@@ -141,14 +135,6 @@ class Head:
         }
         tensors = {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)}
         return seal(save(tensors, metadata))
-
-    @classmethod
-    def load(cls, path: Path) -> Head:
-        """Read what `save` wrote, or an older featx. Raises `HeadError` for anything else."""
-        try:
-            return cls.from_bytes(read_plain(path))[0]
-        except (ValueError, OSError) as error:
-            raise HeadError(f"{path} holds no head that featx wrote ({error})") from error
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Head, bool]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
+from featx.files import read_plain, write_atomic
 from featx.records import unsealed, write_record, write_sealed
 
 GOLDEN = Path(__file__).parent / "cache" / "golden" / "cache" / "features"
@@ -45,3 +47,24 @@ def test_what_an_older_featx_sealed_is_read_and_written_the_same(tmp_path: Path)
 def test_json_for_people_keeps_letters_and_escapes_bytes(tmp_path: Path) -> None:
     write_record(tmp_path / "a.json", {"name": "née caf\udce9"})
     assert (tmp_path / "a.json").read_bytes().startswith(b'{\n  "name": "n\xc3\xa9e caf\\udce9",\n  "format": 2,\n')
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    write_atomic(path, b"old")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_atomic(path, bytes(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(20 << 30)
+    with pytest.raises(OSError, match="it has 21,474,836,480 bytes, and at most 268,435,456 are read"):
+        read_plain(path)

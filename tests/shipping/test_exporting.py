@@ -120,9 +120,9 @@ def test_the_same_run_exports_the_same_bytes(run: Path, tmp_path: Path) -> None:
 
 
 def test_another_head_is_swapped_in_without_torch_and_without_a_forward_pass(run: Path) -> None:
-    head = Head.load(run / "head.safetensors")
+    head = Head.from_bytes((run / "head.safetensors").read_bytes())[0]
     new = Head(head.weight * 0.5, head.bias + 0.01, head.class_names)
-    new.save(run / "head.safetensors")
+    (run / "head.safetensors").write_bytes(new.to_bytes())
     before = graph.part_digests(onnx.load(run / "model.onnx").graph)
     code = f"""
 import json, sys
