@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import featx
+from featx.records import read_record, write_record
 from featx.runs import Run
 
 
@@ -114,8 +115,8 @@ def test_changed_weights_are_noticed_when_a_run_is_loaded(
     state["features.0.bias"] += 1e-3
     torch.save(state, tmp_path / "other.pth")
     shutil.copytree(fitted["logreg"].path, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config, _ = read_record(tmp_path / "run" / "config.json")
     config["request"]["weights"] = str(tmp_path / "other.pth")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    write_record(tmp_path / "run" / "config.json", config)
     with pytest.raises(featx.FeatxError, match="was fitted on weights"):
         featx.load(tmp_path / "run")

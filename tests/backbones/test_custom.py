@@ -21,6 +21,7 @@ from featx.engines.opening import open_engine
 from featx.errors import BackboneError, RunError, WeightsError
 from featx.features import TOLERANCE, difference
 from featx.pixels.preprocess import Preprocess
+from featx.records import read_record, write_record
 from featx.runs import open_run
 from featx.shipping.exporting import check
 from featx.sweeping import sweep
@@ -340,9 +341,11 @@ def test_python_takes_a_factory_by_name_too(received: Path) -> None:
 
 
 def test_a_run_that_names_a_module_of_its_own_folder_runs_nothing_in_another_process(received: Path) -> None:
-    config = (received / "run" / "config.json").read_text()
+    config = received / "run" / "config.json"
     (received / "run" / "evil.py").write_text(MARK)
-    (received / "run" / "config.json").write_text(config.replace('"mynets:encoder"', '"run.evil:factory; true"'))
+    values, _ = read_record(config)
+    values["request"]["name"] = "run.evil:factory; true"
+    write_record(config, values)
     words = ["evaluate", "run", "data"]
     code = f"from featx.cli import cli; cli({words!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=received, capture_output=True, text=True)

@@ -27,6 +27,7 @@ from featx.cli import cli
 from featx.errors import ExportError, ParityError
 from featx.features import FeatureSpec
 from featx.head import Head
+from featx.records import read_record, write_record
 from featx.runs import open_run
 from featx.shipping import graph, parity
 from featx.shipping.deployed import Model
@@ -290,10 +291,10 @@ def test_a_split_without_images_says_what_to_do(run: Path) -> None:
 
 
 def test_data_that_moved_is_found_again(run: Path, photos: Path, tmp_path: Path) -> None:
-    config = json.loads((run / "config.json").read_text())
+    config, _ = read_record(run / "config.json")
     config["data"] = str(tmp_path / "gone")
     config.pop("from_here", None)
-    (run / "config.json").write_text(json.dumps(config))
+    write_record(run / "config.json", config)
     with pytest.raises(featx.FeatxError, match="gone"):
         export(run)
     assert export(run, data=photos).method == "head"
