@@ -103,8 +103,11 @@ class Fitting(TypedDict, total=False):
     notes: list[str]
     seconds: float
     training_loss: list[float] | None
-    cross_validation: dict[str, Cell | list[float | None]]
-    leave_one_out: dict[str, Cell | list[float | None]]
+    cross_validation: dict[str, Cell | list[float]]
+    leave_one_out: dict[str, Cell | list[float]]
+    strength: float
+    weight_decay: float
+    penalty: float
     calibration: Calibration
     rejection: Rejection
     finetune: Finetuned
