@@ -255,6 +255,21 @@ def opened_up(model: ModelProto, *, pixels: bool = False) -> bytes:
     return data
 
 
+def resize_alone(model: ModelProto) -> bytes:
+    """The preprocessing of a file by itself: its input, and `PIXELS` as the only output."""
+    from onnx import TensorProto, helper
+
+    nodes, tensors = (
+        [entry for entry in entries if entry.name.startswith("preprocess/")]
+        for entries in (model.graph.node, model.graph.initializer)
+    )
+    pixels = helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, None)
+    graph = helper.make_graph(nodes, "preprocess", list(model.graph.input), [pixels], tensors)
+    opsets = list(model.opset_import)
+    data: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version).SerializeToString()
+    return data
+
+
 def load(path: Path, *, external: bool = False) -> ModelProto:
     """Read an ONNX file that holds its own weights. Raises `ExportError` for anything else.
 
