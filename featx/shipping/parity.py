@@ -57,7 +57,7 @@ Outputs = dict[str, np.ndarray]
 class ThreeWays:
     """The features of the same images, computed three ways. `float32 [M, D]` each."""
 
-    file: np.ndarray
+    exported: np.ndarray
     """By the file: from the decoded image where it resizes by itself, otherwise from Pillow's pixels."""
     same: np.ndarray
     """By torch, from the pixels that the file's backbone saw."""
@@ -203,7 +203,7 @@ def run_head(head: Head, rows: ThreeWays, images: Images) -> Outputs:
     names = ("probabilities", "logits")
     model = graph.build(None, head, images.spec.preprocess, input="features", outputs=names)
     session = open_session(model.SerializeToString(), threads=1)
-    return dict(zip(names, session.run(names, {"features": rows.file}), strict=True))
+    return dict(zip(names, session.run(names, {"features": rows.exported}), strict=True))
 
 
 def compare(
@@ -217,7 +217,7 @@ def compare(
     `ParityError` for weights so large that single precision cannot give their answers.
     """
     rounding = SAME_SUM * _sum_of_sizes(head, rows.torch)
-    logits, own = head(rows.torch), head(rows.file)
+    logits, own = head(rows.torch), head(rows.exported)
     probabilities, same = head.probabilities(logits), head.probabilities(head(rows.same))
     # Features have a limit of their own; if a head with large weights magnifies a difference within it, that is
     # not the file's fault.
@@ -232,7 +232,7 @@ def compare(
     if rows.levels is not None:
         checks += [
             Check("pixels", float(rows.levels.max()), float(LEVELS)),
-            Check("features", float(distances(rows.file, rows.torch).max()), max(FEATURES, tolerance or 0.0)),
+            Check("features", float(distances(rows.exported, rows.torch).max()), max(FEATURES, tolerance or 0.0)),
             Check(
                 "probabilities",
                 _far(file["probabilities"], probabilities),
@@ -240,7 +240,7 @@ def compare(
             ),
         ]
     checks += [
-        Check("same-pixel features", difference(rows.file, rows.same), SAME_FEATURES),
+        Check("same-pixel features", difference(rows.exported, rows.same), SAME_FEATURES),
         Check("same-feature logits", _far(file["logits"], own), rounding),
         Check("same-pixel probabilities", _far(file["probabilities"], same), exact),
         _cached(images, rows),
@@ -334,7 +334,7 @@ def rows_path(run: Run, images: Images, parts: dict[str, str]) -> Path:
     import onnxruntime
 
     identity = [
-        "file, same, torch, levels",
+        "exported, same, torch, levels",
         images.spec.digest,
         parts["preprocess"],
         parts["backbone"],
