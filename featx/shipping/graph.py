@@ -108,7 +108,7 @@ def pixels_part(preprocess: Preprocess) -> Part:
 
     The arithmetic of `Preprocess`: the short side becomes `resize`, the long one `resize * long // short`
     (integers, as `int(resize * long / short)` rounds), antialiased without weights outside the image, and
-    the crop's offset is rounded half to even. Pixels are within 1 level of Pillow's (bicubic: 2). An image
+    the crop's offset is rounded half to even. Pixels are within 2 levels of Pillow's, mostly within 1. An image
     with a zero side or an aspect ratio beyond 1:64 would need gigabytes: node `GUARD` then fails, by an
     index out of bounds, before anything is resized.
     """

@@ -64,7 +64,8 @@ class ThreeWays:
     torch: np.ndarray
     """By torch, from Pillow's pixels, which the head was trained on."""
     levels: np.ndarray | None = None
-    """`uint8 [M]`: how far the pixels of the file's own resize are from Pillow's, at most; None where it has none."""
+    """`uint8 [M + 1]`: how far the pixels of the file's own resize are from Pillow's, at most, of each image and one of
+    noise; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +189,22 @@ def run_file(run: Run, model: ModelProto, images: Images) -> tuple[ThreeWays, Ou
             if resize is not None:
                 own = np.concatenate([resize.run([graph.PIXELS], feed)[0] for feed in feeds])
                 same.append(classifier.features(own))
-                levels.append((np.maximum(own, crops) - np.minimum(own, crops)).max(axis=(1, 2, 3)))
+                levels.append(_levels(own, crops))
             progress.update(len(batch))
+    if resize is not None:  # all images may be smaller than what they are resized to, where antialiasing does nothing
+        preprocess = images.spec.preprocess
+        noise = np.random.default_rng(0).integers(0, 256, (3 * preprocess.resize, 2 * preprocess.resize, 3), np.uint8)
+        levels.append(_levels(resize.run([graph.PIXELS], {"images": noise[None]})[0], preprocess(noise)[None]))
 
     outputs = {name: np.concatenate([part[k] for part in file]) for k, name in enumerate(graph.INNER)}
     torch = np.concatenate(reference)
     if resize is None:
         return ThreeWays(outputs[graph.FEATURES_VALUE], torch, torch), outputs
     return ThreeWays(outputs[graph.FEATURES_VALUE], np.concatenate(same), torch, np.concatenate(levels)), outputs
+
+
+def _levels(pixels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.asarray((np.maximum(pixels, others) - np.minimum(pixels, others)).max(axis=(1, 2, 3)))
 
 
 def run_head(head: Head, rows: ThreeWays, images: Images) -> Outputs:
@@ -216,12 +225,12 @@ def compare(
     probabilities, in [0, 1], instead of `PROBABILITIES`, and that in features where it is above `FEATURES`. Raises
     `ParityError` for weights so large that single precision cannot give their answers.
     """
-    rounding = SAME_SUM * _sum_of_sizes(head, rows.torch)
+    size = _sum_of_sizes(head, rows.torch)
     logits, own = head(rows.torch), head(rows.exported)
     probabilities, same = head.probabilities(logits), head.probabilities(head(rows.same))
     # Features have a limit of their own; if a head with large weights magnifies a difference within it, that is
     # not the file's fault.
-    exact = min(ROUNDING, max(SAME_PROBABILITIES, _far(head.probabilities(own), same) + rounding / 2))
+    exact = min(ROUNDING, max(SAME_PROBABILITIES, _far(head.probabilities(own), same) + SAME_SUM * size / 2))
 
     mine, theirs, alike = (head.answers(p) for p in (file["probabilities"], probabilities, same))
     others = np.flatnonzero((mine != theirs).any(axis=1)).tolist()
@@ -241,11 +250,12 @@ def compare(
         ]
     checks += [
         Check("same-pixel features", difference(rows.exported, rows.same), SAME_FEATURES),
-        Check("same-feature logits", _far(file["logits"], own), rounding),
+        Check("same-feature logits", _far(file["logits"], own), SAME_SUM * size),
         Check("same-pixel probabilities", _far(file["probabilities"], same), exact),
         _cached(images, rows),
     ]
-    checks += _as_reported(images, head, _far(head(images.cached), logits) + rounding)
+    # a cache that was emptied may hold another engine's features today
+    checks += _as_reported(images, head, _far(head(images.cached), logits) + SAME_FEATURES * size)
 
     right = [float(images.right(head.class_names, answers).mean()) for answers in (mine, theirs)]
     ids = images.source.ids

@@ -79,7 +79,7 @@ def test_differences_are_within_the_limits_that_were_set(record: dict[str, Any])
     }
     checks = dict(record["checks"])
     loss = checks.pop("reported log-loss")
-    assert loss["value"] <= loss["limit"] < 1e-4
+    assert loss["value"] <= 1e-6 < loss["limit"] < 1e-3
     logits = checks.pop("same-feature logits")
     assert logits["value"] <= logits["limit"] < 1e-4
     assert {name: check["limit"] for name, check in checks.items()} == limits
@@ -249,7 +249,7 @@ def test_a_damaged_record_of_a_verified_backbone_is_not_trusted(run: Path, tmp_p
     everything, fewer = (gate_images(opened, count, "val") for count in (153, 152))
     path = parity.rows_path(opened, everything, parts)
     rows = parity.load_rows(path)
-    assert rows is not None and rows.levels is not None and rows.levels.max() == 1
+    assert rows is not None and rows.levels is not None and rows.levels[:-1].max() == 1
     np.testing.assert_allclose(rows.torch, everything.cached, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(rows.exported, rows.same, rtol=1e-3, atol=1e-4)
     assert parity.distances(rows.same, rows.torch).max() > 1e-3  # one level in a thousand pixels is seen

@@ -22,7 +22,7 @@ from featx.features import FeatureSpec
 from featx.head import Head
 from featx.runs import Run, open_run
 from featx.shipping import graph, parity
-from featx.shipping.exporting import check, export
+from featx.shipping.exporting import build, check, export
 from featx.shipping.gate import Images, gate_images
 from featx.sources.source import Source
 
@@ -128,7 +128,6 @@ def test_a_wrong_file_exceeds_the_limit_of_what_is_wrong_many_times(
 
 
 def test_photographs_that_lie_on_their_side_export(photos: Path, squeezenet_weights: Path, tmp_path: Path) -> None:
-    """The resize alone moves the probabilities of one of them by more than 5e-3, with a correct file."""
     for split, count in (("train", 15), ("val", 8)):
         for name in ("ants", "bees"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -144,31 +143,53 @@ def test_photographs_that_lie_on_their_side_export(photos: Path, squeezenet_weig
     found = export(featx.fit(tmp_path / "data", "squeezenet1_1", **options))
     checks = {check.name: check for check in found.checks}
     assert found.equal_labels == found.images == 16
-    assert checks["pixels"].value == 1
-    assert 5e-3 < checks["probabilities"].value < 2e-2
+    assert checks["pixels"].value <= 2 and checks["probabilities"].value > 3e-3
     assert checks["same-pixel probabilities"].value < 1e-5
 
 
-def test_a_network_of_1000_classes_exports(photos: Path, squeezenet_weights: Path, tmp_path: Path) -> None:
-    run = featx.fit(
-        photos,
+@pytest.fixture(scope="module")
+def thumbnails(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """SqueezeNet with its own 1,000 classes; photographs of 64 x 48 pixels, all of them smaller than its input."""
+    root = tmp_path_factory.mktemp("thumbnails")
+    for split, count in (("train", 2), ("val", 12)):
+        for name in ("ants", "bees"):
+            (root / "data" / split / name).mkdir(parents=True)
+            for file in sorted((photos / split / name).glob("*.jpg"))[48 : 48 + count]:
+                image = Image.open(file).convert("RGB")
+                size = (64, 48) if image.width >= image.height else (48, 64)
+                image.resize(size, Image.Resampling.BICUBIC).save(root / "data" / split / name / f"{file.stem}.png")
+    return featx.fit(
+        root / "data",
         "squeezenet1_1",
         "pretrained",
         settings={"mapping": {"ants": 310, "bees": 309}},
         weights=str(squeezenet_weights),
-        cache=session_cache(),
-        output=tmp_path / "run",
+        cache=root / "cache",
+        output=root / "run",
     )
-    found = export(run)
+
+
+def test_a_network_of_1000_classes_exports_though_the_resize_moves_its_probabilities(
+    thumbnails: Run, tmp_path: Path
+) -> None:
+    found = export(thumbnails)
     checks = {check.name: check for check in found.checks}
-    assert found.images == found.equal_labels == 153 and len(run.head.class_names) == 1000
-    assert found.accuracy == run.report["accuracy"]
-    assert checks["probabilities"].value < 1e-2
-    again = export(run, output=tmp_path / "again.onnx")  # on the rows that were kept: the same limits
+    assert len(thumbnails.head.class_names) == 1000
+    assert found.images == found.equal_labels == 24 and found.accuracy == thumbnails.report["accuracy"]
+    assert 5e-3 < checks["probabilities"].value < 1e-2
+    assert checks["same-pixel probabilities"].value < 1e-5
+    again = export(thumbnails, output=tmp_path / "again.onnx")  # on the rows that were kept: the same limits
     assert again.method == "head"
     for one in again.checks:
         assert one.limit == pytest.approx(checks[one.name].limit, rel=0.1)
         assert one.value == pytest.approx(checks[one.name].value, rel=0.1, abs=1e-5)
+
+
+def test_small_images_do_not_hide_a_missing_antialias(thumbnails: Run) -> None:
+    model = build(thumbnails, "pixels", None)
+    without_antialiasing(model)
+    found = parity.verify(thumbnails, model, gate_images(thumbnails, 4, "val"))
+    assert {check.name: check.value for check in found.missed}["pixels"] > 20
 
 
 def test_rows_that_an_older_featx_kept_are_not_read(tmp_path: Path) -> None:
@@ -208,12 +229,13 @@ def test_a_head_or_a_report_of_another_run_is_refused(run: Run, tmp_path: Path) 
             export(changed, output=tmp_path / "model.onnx")
         assert {name for name in ("reported accuracy", "reported log-loss") if name in str(caught.value)} == missed
     with pytest.raises(ParityError, match="reported accuracy"):  # of the training images only the accuracy is known
-        export(replace(run, head=another), split="train", output=tmp_path / "model.onnx")
+        export(replace(run, head=another), input="features", split="train", output=tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_report_on_more_images_says_nothing_of_these(run: Run, tmp_path: Path) -> None:
-    found = export(replace(run, report=run.report | {"accuracy": 0.1}), images=40, output=tmp_path / "model.onnx")
+    changed, options = replace(run, report=run.report | {"accuracy": 0.1}), {"output": tmp_path / "head.onnx"}
+    found = export(changed, input="features", images=40, **options)
     assert not [check.name for check in found.checks if check.name.startswith("reported")]
 
 
