@@ -240,7 +240,7 @@ def _advice(found: Parity) -> str:
             "--input tensor leaves the resize to Pillow, a larger --tolerance accepts it"
         )
     if "pixels" in missed and missed <= {"pixels", "probabilities", "features"}:
-        return "This onnxruntime resizes otherwise than Pillow does: --input tensor leaves the resize to Pillow"
+        return "The file resizes otherwise than Pillow does: --input tensor leaves the resize to Pillow"
     if missed <= {"reported accuracy", "reported log-loss"}:
         return "head.safetensors and report.json are not of one fit: one is another run's, or was changed. Fit again"
     if missed == {"cached features"}:

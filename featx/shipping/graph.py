@@ -265,8 +265,8 @@ def resize_alone(model: ModelProto) -> bytes:
     )
     pixels = helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, None)
     graph = helper.make_graph(nodes, "preprocess", list(model.graph.input), [pixels], tensors)
-    opsets = list(model.opset_import)
-    data: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version).SerializeToString()
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    data: bytes = alone.SerializeToString()
     return data
 
 
