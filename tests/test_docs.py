@@ -26,7 +26,7 @@ def work(
 
 def test_the_quick_start_of_the_readme_runs_as_it_stands(work: Path) -> None:
     (work / "photos" / "train" / "ants" / "imageNotFound.gif").write_bytes(b"GIF89a")
-    for verified in (work / "cache" / "engines").glob("*.verified.npz"):
+    for verified in (work / "cache" / "engines").glob("*.verified.safetensors"):
         verified.unlink()  # a reader has none: the whole file goes through the gate
     ran = run_page(ROOT / "README.md")
     assert (ran.commands, ran.python) == (4, 1)

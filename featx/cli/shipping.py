@@ -30,7 +30,7 @@ parity_options = options_of(
 @click.option("--outputs", help="Some of probabilities,logits,features,accepted; by default all.")
 @parity_options
 @click.option("--data", type=click.Path(), help="Where the run's images lie now, if they moved.")
-@click.option("--tolerance", default=5e-3, help="Limit for probabilities, through the file's resize.")
+@click.option("--tolerance", type=float, help="Limit for probabilities, through the file's resize; by default 0.05.")
 @click.option(
     "--precision",
     default="fp32",
@@ -38,6 +38,7 @@ parity_options = options_of(
     help="int8 and fp16 (for GPUs) are written only if they are faster here and lose few right answers.",
 )
 @click.option("--max-loss", default=0.5, help="int8, fp16: points of accuracy that may be lost.")
+@click.option("--max-changed", default=5.0, help="int8, fp16: answers that may change, in points of the images.")
 @click.option(
     "--provider", "providers", multiple=True, help="int8, fp16: execution provider that speed is measured on."
 )
@@ -51,11 +52,12 @@ def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, 
     from featx.shipping.exporting import DEFAULT, export
 
     options["outputs"] = tuple(name.strip() for name in outputs.split(",")) if outputs else None
-    tolerance, max_loss, providers = (options.pop(name) for name in ("tolerance", "max_loss", "providers"))
+    tolerance, providers = options.pop("tolerance"), list(options.pop("providers"))
+    limits = {name: options.pop(name) for name in ("max_loss", "max_changed")}
     if precision != "fp32":
         from featx.shipping.reduction import export_reduced
 
-        show(export_reduced(run, precision, max_loss=max_loss, providers=list(providers) or None, **options), as_json)
+        show(export_reduced(run, precision, **limits, providers=providers or None, **options), as_json)
         return DONE
     show(export(run, tolerance=tolerance, **options), as_json)
     if not as_json:

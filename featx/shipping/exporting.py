@@ -42,7 +42,7 @@ def export(
     images: int = IMAGES,
     split: Split = "val",
     data: str | Path | Source | None = None,
-    tolerance: float = parity.PROBABILITIES,
+    tolerance: float | None = None,
     factory: str | None = None,
 ) -> Parity:
     """Write a run as one ONNX file, after comparing it with the torch classifier on the run's own images.
@@ -53,7 +53,7 @@ def export(
     of probabilities, logits, features and, where the head has a threshold, accepted; by default all.
     images: how many are compared, at most, of `split` (`val`, `test` or `train`), those with the
     smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
-    tolerance: on probabilities through the file's resize, in [0, 1]; above 0.03 on features too.
+    tolerance: on probabilities through the file's resize, in [0, 1], instead of 0.05; above 0.03 on features too.
     factory: as for `featx.load`.
 
     Where images, labels or splits have changed since the fit, the file is compared all the same, and an accuracy
@@ -222,9 +222,13 @@ def _advice(found: Parity) -> str:
     missed = {check.name for check in found.missed}
     if missed <= {"probabilities", "features"}:
         return (
-            "Only the pixels of the file's own resize, 1 level from Pillow's, make the difference: "
+            "Only the pixels of the file's own resize, a level or two from Pillow's, make the difference: "
             "--input tensor leaves the resize to Pillow, a larger --tolerance accepts it"
         )
+    if "pixels" in missed and missed <= {"pixels", "probabilities", "features"}:
+        return "The file resizes otherwise than Pillow does: --input tensor leaves the resize to Pillow"
+    if missed <= {"reported accuracy", "reported log-loss"}:
+        return "head.safetensors and report.json are not of one fit: one is another run's, or was changed. Fit again"
     if missed == {"cached features"}:
         return "The cache holds features of other pixels or another network: remove its folder and fit again"
     if missed == {"cached features, 1 - cosine"}:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Images:
     """Which of the run's splits they are; None where the data have changed since the fit, and with them the splits."""
     unseen: bool = False
     """In that case, whether the head is known to have learned from none of them."""
+    labels: tuple[str, ...] = ()
+    """The data's L labels, sorted."""
+    y: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """`int64 [M]`, indices into `labels`, or 0/1 `[M, L]`."""
+    stated: dict[str, Any] = field(default_factory=dict)
+    """What `report.json` says of exactly these images; empty where it was measured on others, or on more of them."""
 
     @property
     def known(self) -> bool:
@@ -88,7 +95,15 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
         spec=spec,
         split=None if changed else split,
         unseen=changed and seen is not None and not np.isin(short_keys(chosen.keys), seen).any(),
+        labels=tuple(chosen.class_names),
+        y=chosen.y,
+        stated={} if changed or len(numbers) != config.splits.get(split) else _stated(run.report, split),
     )
+
+
+def _stated(report: dict[str, Any], split: Split) -> dict[str, Any]:
+    train = {"accuracy": report.get("train_accuracy")}
+    return {"val": report, "test": report.get("test") or {}, "train": train}[split]
 
 
 def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:

@@ -110,7 +110,7 @@ def pixels_part(preprocess: Preprocess) -> Part:
 
     The arithmetic of `Preprocess`: the short side becomes `resize`, the long one `resize * long // short`
     (integers, as `int(resize * long / short)` rounds), antialiased without weights outside the image, and
-    the crop's offset is rounded half to even. Pixels are within 1 level of Pillow's (bicubic: 2). An image
+    the crop's offset is rounded half to even. Pixels are within 2 levels of Pillow's, mostly within 1. An image
     with a zero side or an aspect ratio beyond 1:64 would need gigabytes: node `GUARD` then fails, by an
     index out of bounds, before anything is resized.
     """
@@ -254,6 +254,21 @@ def opened_up(model: ModelProto, *, pixels: bool = False) -> bytes:
         graph.initializer.extend(tensors)
         graph.input.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, ["N", 3, "H", "W"]))
     data: bytes = copy.SerializeToString()
+    return data
+
+
+def resize_alone(model: ModelProto) -> bytes:
+    """The preprocessing of a file by itself: its input, and `PIXELS` as the only output."""
+    from onnx import TensorProto, helper
+
+    nodes, tensors = (
+        [entry for entry in entries if entry.name.startswith("preprocess/")]
+        for entries in (model.graph.node, model.graph.initializer)
+    )
+    pixels = helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, None)
+    graph = helper.make_graph(nodes, "preprocess", list(model.graph.input), [pixels], tensors)
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    data: bytes = alone.SerializeToString()
     return data
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,32 +12,45 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from featx import metrics
+from featx.errors import ParityError
 from featx.features import cosines, difference
-from featx.files import write_atomic
-from featx.head import MULTILABEL, Head
+from featx.files import MOST_NETWORK_BYTES, read_plain, write_atomic
+from featx.head import MULTILABEL, Head, columns
 from featx.pixels.preprocess import CLOSE, GPU
+from featx.records import TENSOR_SEAL, convert, tensor_metadata
 from featx.runs import Run
+from featx.seals import seal
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
 from featx.shipping.gate import Images, batches
+from featx.text import some
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-# Through the file's own resize, whose pixels are up to 1 level from Pillow's. Features: see
-# `resized_difference`. Measured with SqueezeNet's real weights, the worst image of 397 photographs was 0.004
+# Through the file's own resize. Levels: see `Preprocess.render`; a bilinear resize to 256 differs by 1 on photographs,
+# to 232 or 480 by 2, and so do bicubic ones and noise; none of 1,900 images differed by more.
+LEVELS = 2
+# Features: see `distances`. Measured with SqueezeNet's real weights, the worst image of 397 photographs was 0.004
 # off, the worst of 50 dark ones (a twelfth of the brightness) 0.013, of 50 thumbnails of 64 x 48 pixels 0.011. At
 # least half of the photographs were off by 0.15 without antialiasing, 0.11 with the other interpolation, 0.13 for one
 # pixel in the resize to 256, and 0.55 with red and blue exchanged.
 FEATURES = 3e-2
-PROBABILITIES = 5e-3
+# Probabilities: of SqueezeNet's own 1,000 classes the worst image of 396 photographs was 0.006 off, of dark ones 0.011,
+# of thumbnails 0.015; of two classes, by heads of any regularisation, 0.009. Of 50 photographs 0.34 without
+# antialiasing, 0.19 with the other interpolation, 0.28 for 257.
+PROBABILITIES = 5e-2
 # From identical pixels; single precision alone differs. A logit is a sum of products, and is known to a
-# few units in the last place of the sum of their sizes, which is what large weights scale the limit by.
+# few units in the last place of the sum of their sizes, which is what large weights scale the limit by. A softmax or
+# sigmoid is at most half as steep as its logits, so this limit ends where rounding moves a probability by `ROUNDING`.
 SAME_FEATURES = 1e-5
 SAME_PROBABILITIES = 1e-5
 SAME_SUM = 1e-6
+ROUNDING = 5e-3
 # Cached features against torch's, by the precision they were computed in.
 CACHED = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
+
 
 Outputs = dict[str, np.ndarray]
 """What a session gave, by the names of the values."""
@@ -49,12 +60,15 @@ Outputs = dict[str, np.ndarray]
 class ThreeWays:
     """The features of the same images, computed three ways. `float32 [M, D]` each."""
 
+    exported: np.ndarray
+    """By the file: from the decoded image where it resizes by itself, otherwise from Pillow's pixels."""
     same: np.ndarray
-    """By the file's backbone, from the pixels that the head was trained on."""
+    """By torch, from the pixels that the file's backbone saw."""
     torch: np.ndarray
-    """By torch, from these pixels."""
-    resized: np.ndarray | None = None
-    """By the file, from the decoded image, through its own resize; None where it has none."""
+    """By torch, from Pillow's pixels, which the head was trained on."""
+    levels: np.ndarray | None = None
+    """`uint8 [M + 1]`: how far the pixels of the file's own resize are from Pillow's, at most, of each image and one of
+    noise; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,8 @@ class Parity:
     equal_labels: int
     """Images for which the file's answer is the torch classifier's."""
     ties: list[str] = field(default_factory=list)
-    """Ids of images with another answer, where torch gives both answers nearly the same probability."""
+    """Ids of images with another answer that the file's resize alone explains: torch gives it for the same pixels,
+    or, to single precision, both answers the same probability."""
     differing: list[str] = field(default_factory=list)
     """Ids of all other images with another answer."""
     max_logit_difference: float = 0.0
@@ -113,25 +128,24 @@ class Parity:
         equal = f"equal answers {self.equal_labels} of {self.images}"
         lines = [f"compared with the torch classifier on {self.images} images, {how}", scores, equal]
         width = max(len(check.name) for check in self.checks)
-        lines += [f"  {check.name:<{width}}  {check.value:.2e}  (limit {check.limit:.0e})" for check in self.checks]
+        for check in self.checks:
+            value, limit = (
+                f"{x:.0f}" if x.is_integer() else f"{x:{form}}"
+                for x, form in ((check.value, ".2e"), (check.limit, ".0e"))
+            )
+            lines.append(f"  {check.name:<{width}}  {value:<8}  (limit {limit})")
         return "\n".join(lines)
 
     def failures(self) -> str:
         """What exceeds its limit and which answers differ, for a message."""
         text = "; ".join(f"{c.name} {c.value:.3g} (limit {c.limit:.3g})" for c in self.missed) + "."
         if self.differing:
-            more = " ..." if len(self.differing) > 3 else ""
-            text += f" Answers differ for {len(self.differing)}: {', '.join(self.differing[:3])}{more}."
+            text += f" Answers differ for {len(self.differing)}: {some(self.differing)}."
         return text
 
 
 def verify(
-    run: Run,
-    model: ModelProto,
-    images: Images,
-    *,
-    tolerance: float = PROBABILITIES,
-    parts: dict[str, str] | None = None,
+    run: Run, model: ModelProto, images: Images, *, tolerance: float | None = None, parts: dict[str, str] | None = None
 ) -> Parity:
     """Compare a file with the torch classifier on these images.
 
@@ -140,108 +154,107 @@ def verify(
     """
     kept = rows_path(run, images, parts) if parts else None
     if model.graph.input[0].name == "features":
-        rows: ThreeWays | None = ThreeWays(images.cached, images.cached)
+        rows: ThreeWays | None = ThreeWays(images.cached, images.cached, images.cached)
     else:
         rows = load_rows(kept) if kept else None
-    if rows is not None:
-        file, same = run_head(run.head, rows, images)
-        return compare(images, run.head, rows, file, same, method="head", tolerance=tolerance)
+    method = "file" if rows is None else "head"
+    if rows is None:
+        rows, file = run_file(run, model, images)
+    else:
+        file = run_head(run.head, rows, images)
 
-    rows, file, same = run_file(run, model, images)
-    found = compare(images, run.head, rows, file, same, method="file", tolerance=tolerance)
-    if kept and found.passed:
+    found = compare(images, run.head, rows, file, method=method, tolerance=tolerance)
+    if kept and method == "file" and found.passed:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the next export a full comparison
             save_rows(kept, rows)
     return found
 
 
-def run_file(run: Run, model: ModelProto, images: Images) -> tuple[ThreeWays, Outputs, Outputs]:
-    """Every image through the file and through torch.
-
-    Returns the features, then what the file gave for each decoded image, and what it gave for its crop. The two are
-    one where the file takes crops.
-    """
+def run_file(run: Run, model: ModelProto, images: Images) -> tuple[ThreeWays, Outputs]:
+    """Every image through the file and through torch: the features, and what the file gave for each image."""
     from featx.classifier import load
 
-    names, classifier = graph.INNER, load(run)
-    by_crop = open_session(graph.opened_up(model, pixels=True))
-    by_image = open_session(graph.opened_up(model)) if graph.resizes(model) else None
-    same: list[list[np.ndarray]] = []
+    classifier, whole = load(run), open_session(graph.opened_up(model))
+    # beside the whole file, whose optimised graph stays as it ships
+    resize = open_session(graph.resize_alone(model)) if graph.resizes(model) else None
     file: list[list[np.ndarray]] = []
+    same: list[np.ndarray] = []
     reference: list[np.ndarray] = []
+    levels: list[np.ndarray] = []
 
     with tqdm(None, "parity", len(images.source), unit=" images", disable=None) as progress:
         for batch in batches(images):
             crops = np.stack([crop for _, crop in batch])
-            same.append(by_crop.run(names, {graph.PIXELS: crops}))
             reference.append(classifier.features(crops))
-            if by_image is not None:
-                file += [by_image.run(names, {"images": image[None]}) for image, _ in batch]
+            feeds = [{"images": crops}] if resize is None else [{"images": image[None]} for image, _ in batch]
+            file += [whole.run(graph.INNER, feed) for feed in feeds]
+            if resize is not None:
+                own = np.concatenate([resize.run([graph.PIXELS], feed)[0] for feed in feeds])
+                same.append(classifier.features(own))
+                levels.append(_levels(own, crops))
             progress.update(len(batch))
+    if resize is not None:  # all images may be smaller than what they are resized to, where antialiasing does nothing
+        preprocess = images.spec.preprocess
+        noise = np.random.default_rng(0).integers(0, 256, (3 * preprocess.resize, 2 * preprocess.resize, 3), np.uint8)
+        levels.append(_levels(resize.run([graph.PIXELS], {"images": noise[None]})[0], preprocess(noise)[None]))
 
-    same_outputs = _joined(same)
-    outputs = _joined(file) if file else same_outputs
-    resized = outputs[graph.FEATURES_VALUE] if file else None
-    return ThreeWays(same_outputs[graph.FEATURES_VALUE], np.concatenate(reference), resized), outputs, same_outputs
+    outputs = {name: np.concatenate([part[k] for part in file]) for k, name in enumerate(graph.INNER)}
+    torch = np.concatenate(reference)
+    if resize is None:
+        return ThreeWays(outputs[graph.FEATURES_VALUE], torch, torch), outputs
+    return ThreeWays(outputs[graph.FEATURES_VALUE], np.concatenate(same), torch, np.concatenate(levels)), outputs
 
 
-def _joined(parts: list[list[np.ndarray]]) -> Outputs:
-    return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(graph.INNER)}
+def _levels(pixels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.asarray((np.maximum(pixels, others) - np.minimum(pixels, others)).max(axis=(1, 2, 3)))
 
 
-def run_head(head: Head, rows: ThreeWays, images: Images) -> tuple[Outputs, Outputs]:
-    """What the head alone gives for features found before: through the file's resize, and from the same pixels."""
+def run_head(head: Head, rows: ThreeWays, images: Images) -> Outputs:
+    """What the head alone gives for the file's features found before."""
     names = ("probabilities", "logits")
     model = graph.build(None, head, images.spec.preprocess, input="features", outputs=names)
     session = open_session(model.SerializeToString(), threads=1)
-    same = dict(zip(names, session.run(names, {"features": rows.same}), strict=True))
-    if rows.resized is None:
-        return same, same
-    return dict(zip(names, session.run(names, {"features": rows.resized}), strict=True)), same
+    return dict(zip(names, session.run(names, {"features": rows.exported}), strict=True))
 
 
 def compare(
-    images: Images,
-    head: Head,
-    rows: ThreeWays,
-    file: Outputs,
-    same: Outputs,
-    *,
-    method: str,
-    tolerance: float = PROBABILITIES,
+    images: Images, head: Head, rows: ThreeWays, file: Outputs, *, method: str, tolerance: float | None = None
 ) -> Parity:
     """Compare what a file gave with the torch classifier.
 
-    tolerance: on the probabilities through the file's own resize, in [0, 1], and on the features where it is above
-    their limit. An answer may differ only where torch's own two probabilities are nearer to each other than twice
-    the tolerance, so that either of them could win.
+    From the pixels that the file saw, torch must answer as the file does, to single precision; so what is left of the
+    difference from its answers to Pillow's pixels is the resize's doing. tolerance: the limit of this difference in
+    probabilities, in [0, 1], instead of `PROBABILITIES`, and that in features where it is above `FEATURES`. Raises
+    `ParityError` for weights so large that single precision cannot give their answers.
     """
-    logits, own = head(rows.torch), head(rows.same)
-    probabilities = head.probabilities(logits)
-    size = float((np.abs(rows.torch) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
-
+    size = _sum_of_sizes(head, rows.torch)
+    logits, own = head(rows.torch), head(rows.exported)
+    probabilities, same = head.probabilities(logits), head.probabilities(head(rows.same))
     # Features have a limit of their own; if a head with large weights magnifies a difference within it, that is
-    # not the file's fault. A sigmoid or softmax is at most half as steep as its logits.
-    exact = max(SAME_PROBABILITIES, _far(head.probabilities(own), probabilities) + SAME_SUM * size / 2)
+    # not the file's fault.
+    exact = min(ROUNDING, max(SAME_PROBABILITIES, _far(head.probabilities(own), same) + SAME_SUM * size / 2))
 
-    mine, theirs = head.answers(file["probabilities"]), head.answers(probabilities)
-    differs = mine != theirs
-    others = np.flatnonzero(differs.any(axis=1)).tolist()
-    gap = 2 * (exact if rows.resized is None else tolerance)
-    tied = [i for i in others if _apart(head, probabilities[i, differs[i]]) <= gap]
+    mine, theirs, alike = (head.answers(p) for p in (file["probabilities"], probabilities, same))
+    others = np.flatnonzero((mine != theirs).any(axis=1)).tolist()
+    differs = mine != alike
+    tied = [i for i in others if not differs[i].any() or _apart(head, same[i, differs[i]]) <= 2 * exact]
 
+    most = PROBABILITIES if tolerance is None else tolerance
     checks = [Check("labels", float(len(others) - len(tied)), 0.0)]
-    if rows.resized is not None:
+    if rows.levels is not None:
         checks += [
-            Check("features", resized_difference(rows.resized, rows.torch), max(FEATURES, tolerance)),
-            Check("probabilities", _far(file["probabilities"], probabilities), tolerance),
+            Check("pixels", float(rows.levels.max()), float(LEVELS)),
+            Check("features", float(distances(rows.exported, rows.torch).max()), max(FEATURES, tolerance or 0.0)),
+            Check("probabilities", _far(file["probabilities"], probabilities), most),
         ]
     checks += [
-        Check("same-pixel features", difference(rows.same, rows.torch), SAME_FEATURES),
-        Check("same-feature logits", _far(same["logits"], own), SAME_SUM * size),
-        Check("same-pixel probabilities", _far(same["probabilities"], probabilities), exact),
+        Check("same-pixel features", difference(rows.exported, rows.same), SAME_FEATURES),
+        Check("same-feature logits", _far(file["logits"], own), SAME_SUM * size),
+        Check("same-pixel probabilities", _far(file["probabilities"], same), exact),
         _cached(images, rows),
     ]
+    # a cache that was emptied may hold another engine's features today
+    checks += _as_reported(images, head, _far(head(images.cached), logits) + SAME_FEATURES * size)
 
     right = [float(images.right(head.class_names, answers).mean()) for answers in (mine, theirs)]
     ids = images.source.ids
@@ -258,6 +271,44 @@ def compare(
     )
 
 
+def _sum_of_sizes(head: Head, rows: np.ndarray) -> float:
+    """What the sizes of a logit's terms add up to, the largest of all logits."""
+    with np.errstate(over="ignore"):
+        size = float((np.abs(rows) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
+    if size > 2 * ROUNDING / SAME_SUM:
+        raise ParityError(
+            f"the head's weights are too large for single precision: the terms of a logit add up to {size:.0e}, and "
+            f"above {2 * ROUNDING / SAME_SUM:.0e} their rounding can move a probability by {ROUNDING:g}. "
+            "head.safetensors is damaged, or its fit did not converge: fit again"
+        )
+    return size
+
+
+def _as_reported(images: Images, head: Head, apart: float) -> list[Check]:
+    """The accuracy and the log-loss of the cached features, measured as by `fit`, against `report.json`'s.
+
+    apart: how far two computations of a logit may be from each other, and so decide near ties.
+    """
+    logits, y, column = head(images.cached), images.y, columns(images.labels, head.class_names)
+    checks = []
+    if (accuracy := images.stated.get("accuracy")) is not None:
+        if head.activation == "sigmoid":
+            near = np.abs(logits).min(axis=1) <= apart
+        else:
+            near = np.ptp(np.sort(logits, axis=1)[:, -2:], axis=1) <= 2 * apart
+        count = len(logits)
+        wrong = abs(round(head.accuracy(images.cached, y, images.labels) * count) - round(accuracy * count))
+        checks.append(Check("reported accuracy", wrong / count, int(near.sum()) / count))
+    if (stated := images.stated.get("log_loss")) is not None:
+        if head.activation == "sigmoid":
+            losses = metrics.binary_losses(logits[:, column[column >= 0]], y[:, column >= 0] > 0)
+        else:
+            known = column[y] >= 0
+            losses = metrics.losses(logits[known], column[y[known]])
+        checks.append(Check("reported log-loss", abs(float(losses.mean()) - stated), 2 * apart))
+    return checks
+
+
 def _far(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
@@ -267,14 +318,14 @@ def _apart(head: Head, p: np.ndarray) -> float:
     return float(2 * np.abs(p - MULTILABEL).max() if head.activation == "sigmoid" else np.ptp(p))
 
 
-def resized_difference(rows: np.ndarray, reference: np.ndarray) -> float:
-    """The worst image's distance between its two rows, `[N, D]` each, relative to the length of its reference.
+def distances(rows: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Each image's distance between its two rows, `[N, D]` each, relative to the length of its reference: `[N]`.
 
     A reference shorter than the median one (an almost black image's, say) counts as long as that.
     """
     lengths = np.linalg.norm(reference, axis=1)
     scale = np.maximum(np.maximum(lengths, np.median(lengths)), np.finfo(np.float32).tiny)
-    return float((np.linalg.norm(rows - reference, axis=1) / scale).max())
+    return np.asarray(np.linalg.norm(rows - reference, axis=1) / scale)
 
 
 def _cached(images: Images, rows: ThreeWays) -> Check:
@@ -294,20 +345,24 @@ def rows_path(run: Run, images: Images, parts: dict[str, str]) -> Path:
     identity = [images.spec.digest, parts["preprocess"], parts["backbone"], onnxruntime.__version__]
     identity.append(images.keys.tobytes().hex())
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Path(run.config.cache) / "engines" / f"{digest[:32]}.verified.npz"
+    return Path(run.config.cache) / "engines" / f"{digest[:32]}.verified.safetensors"
 
 
 def save_rows(path: Path, rows: ThreeWays) -> None:
     """Keep rows that passed, so that the next head is compared without running the backbone."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: array for name, array in vars(rows).items() if array is not None})
-    write_atomic(path, buffer.getvalue())
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in vars(rows).items() if array is not None}
+    write_atomic(path, seal(save(arrays, TENSOR_SEAL)))
 
 
 def load_rows(path: Path) -> ThreeWays | None:
     """What `save_rows` kept; None where there is nothing, or it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return ThreeWays(**file)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        data = read_plain(path, MOST_NETWORK_BYTES)
+        return convert(load(data), ThreeWays) if tensor_metadata(data)[1] else None
+    except (OSError, ValueError, SafetensorError):
         return None

@@ -32,7 +32,16 @@ def test_the_page_names_the_limits_and_the_node_as_they_are() -> None:
     rows = {
         line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if line.count("|") == 3
     }
-    limits = [float(value.split()[0].rstrip(",")) for value in list(rows.values())[2:9] if value[0].isdigit()]
+    limits = [float(value.split()[0].rstrip(",")) for value in rows.values() if value[0].isdigit()]
     assert graph.GUARD in text
-    for limit in (parity.FEATURES, parity.PROBABILITIES, parity.SAME_FEATURES, parity.SAME_SUM, parity.CACHED["fp32"]):
+    for limit in (
+        parity.LEVELS,
+        parity.FEATURES,
+        parity.PROBABILITIES,
+        parity.SAME_FEATURES,
+        parity.SAME_SUM,
+        parity.CACHED["fp32"],
+    ):
         assert limit in limits
+    assert f"{parity.ROUNDING:.0e} at most".replace("e-03", "e-3") in rows["`same-pixel probabilities`"]
+    assert f"{2 * parity.ROUNDING / parity.SAME_SUM:.0e}".replace("e+04", "e4") in text
