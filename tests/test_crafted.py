@@ -341,8 +341,8 @@ def test_an_infinite_row_shape_is_damage(tmp_path: Path) -> None:
     form = {"kind": "featx features 1", "spec": FeatureSpec("custom/x", "00" * 32).to_dict(), "engine": "colour"}
     path = tmp_path / "spec.json"
     for shape in (float("inf"), [float("inf")], ["a"], [1.5], None, [10**30]):
-        path.write_text(json.dumps({**form, "row_shape": shape}))
-        with pytest.raises(DamageError, match=r"spec\.json"):
+        seal_json(path, {**form, "row_shape": shape})
+        with pytest.raises(DamageError, match=r"spec\.json.*(Infinity|expected|Expected|64 bits)"):
             read_form(path)
     newer = {**form, "spec": {**form["spec"], "tomorrow": 1}, "row_shape": [4]}  # type: ignore[dict-item]
     seal_json(path, newer)
