@@ -147,9 +147,8 @@ def read_model(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise ExportError(
             f"{path} is damaged, or not a model that featx exported ({error}); export it again"
         ) from error
-    metadata = parse_metadata(raw, path)
     require_whole(found, path)
-    return data, metadata
+    return data, parse_metadata(raw, path)
 
 
 def open_session(model: bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from conftest import write_images
 from networks import THIRTEEN, calibrated, session_cache
 from onnx import numpy_helper
+from onnx_files import write_sealed
 from PIL import Image
 
 import featx
@@ -195,6 +196,9 @@ def test_a_damaged_file_is_caught_and_what_is_damaged_is_named(run: Path, damage
     model = onnx.load(run / "model.onnx")
     spoil(model)
     (run / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="does not have the SHA-256"):
+        check(run / "model.onnx", run)
+    write_sealed(run / "model.onnx", model)  # by somebody who means it
     with pytest.raises(ParityError, match=named):
         check(run / "model.onnx", run)
 
@@ -380,7 +384,7 @@ def test_files_that_are_not_ours_or_not_whole_are_refused(run: Path, tmp_path: P
     for name, message in (
         ("text.onnx", "not an ONNX file"),
         ("empty.onnx", "not an ONNX file"),
-        ("absent.onnx", "No such"),
+        ("absent.onnx", "there is no file"),
     ):
         with pytest.raises(ExportError, match=message):
             check(tmp_path / name, run)
@@ -451,7 +455,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_an_export(
     real = os.replace
 
     def replace(source: str, path: Path) -> None:
-        if path.suffix == ".npz":
+        if path.name.endswith(".verified.safetensors"):
             raise PermissionError(13, "Permission denied")
         real(source, path)
 
