@@ -120,6 +120,6 @@ def array_of(data: bytes, dtype: Any, ndim: int, *, sealed: bool = True) -> np.n
 
 
 def warn_older(path: Path) -> None:
-    """Say once that a file is of a format in which damage cannot be found."""
+    """Say once, wherever it is read, that a file is of a format in which damage cannot be found."""
     text = f"{path} was written by an older featx, without a digest: damage in it cannot be found. Fit or export again"
-    warnings.warn(text, FeatxWarning, stacklevel=3)
+    warnings.warn(text, FeatxWarning, stacklevel=1)  # Python shows a text once for each line that gives it

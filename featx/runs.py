@@ -18,8 +18,8 @@ import numpy as np
 
 from featx.backbones.loading import locate
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.engines.wire import scan
-from featx.errors import RunError
+from featx.engines.wire import FORMAT_KEY, scan
+from featx.errors import NewerError, RunError
 from featx.features import FeatureSpec
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head
@@ -31,9 +31,7 @@ from featx.text import printable
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
 # What featx writes into a run's folder beside its configuration: what a fit or its page writes again, what only
 # fine-tuning writes, the figures in plots/, the files in checkpoints/, the exports (each with its record), the card.
-WRITTEN = (
-    *("report.json", "report.html", "held-out-by-key.npy", "held-out.npy", "trained-on.npy", "head.safetensors"),
-)
+WRITTEN = ("report.json", "report.html", "held-out-by-key.npy", "held-out.npy", "trained-on.npy", "head.safetensors")
 TUNED = ("metrics.jsonl", "model.safetensors")
 FIGURES = ("confusion", "reliability", "map", "curves", "path", "learning", "mistakes", "predictions", "batch")
 CHECKPOINT = re.compile(r"(last|best-\d{4,})\.safetensors")
@@ -42,15 +40,13 @@ EXPORTS = (
     *("model.onnx", "model-tensor.onnx", "head.onnx"),
     *(f"{stem}-{precision}.onnx" for stem in ("model", "model-tensor") for precision in ("int8", "fp16")),
 )
-FORMAT_KEY = "featx_format"
-"""The name of an exported file's metadata that other ONNX files lack."""
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `featx export`, which keeps it up to date as long as this line is there. -->"
 
 
 Part = BackboneRequest | BackboneInfo | FeatureSpec
 PARTS: dict[str, type[Part]] = {"request": BackboneRequest, "backbone": BackboneInfo, "spec": FeatureSpec}
-"""The fields of `RunConfig` that are values of their own; a run of fine-tuning keeps what they were in `base`."""
+"""The fields of `RunConfig` with a type of their own; a fine-tuned run keeps their former values in `base`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +125,13 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     if isinstance(run, Run):
         return replace(run, factory=factory) if factory else run
     path = Path(run)
-    config, sealed = _config(path)
-    report, current = _read(path, "report.json")
+    (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
     name, trained_on = "report.json", None
     try:
         check_report(report)
         files = report.pop("files", {})
         if sealed != current:
-            raise ValueError("it and config.json are of two formats")
+            raise ValueError("one of it and config.json has a SHA-256, and the other has none")
 
         name = "head.safetensors"
         head, sealed = Head.from_bytes(_written(path, name, files))
@@ -161,12 +156,11 @@ def _written(path: Path, name: str, files: dict[str, str]) -> bytes:
     return data
 
 
-def read_config(path: Path) -> RunConfig:
-    """The configuration of a run, finished or not, where its folder lies now. Raises `RunError`."""
-    return _config(path)[0]
+def read_config(path: Path) -> tuple[RunConfig, bool]:
+    """The configuration of a run, finished or not, where its folder lies now; and whether its file carries a digest.
 
-
-def _config(path: Path) -> tuple[RunConfig, bool]:
+    Raises `RunError`.
+    """
     values, current = _read(path, "config.json")
     try:
         config = RunConfig.from_dict(values)
@@ -198,7 +192,7 @@ def write_config(path: Path, config: RunConfig) -> None:
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, Any], bool]:
-    """The values of a JSON file of a run, and whether it is of today's format. Raises `RunError`."""
+    """The values of a JSON file of a run, and whether it carries a digest. Raises `RunError`."""
     try:
         return opened(read_plain(path / name))
     except (FileNotFoundError, NotADirectoryError):
@@ -211,6 +205,8 @@ def _read(path: Path, name: str) -> tuple[dict[str, Any], bool]:
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
+    if isinstance(error, NewerError):
+        return RunError(f"{path} cannot be read: {error}")
     return RunError(f"{path} is damaged ({error}); fit again into another --output")
 
 
@@ -278,12 +274,9 @@ def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
 
     if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
         raise RunError(f"{path} exists and is not a run of featx; give another --output")
-    if config.finetune and not former.get("finetune"):
-        for name in TUNED:
-            if os.path.lexists(path / name):
-                raise RunError(
-                    f"{path / name} was not written by featx, and fine-tuning would replace it; move it away"
-                )
+    others = [path / name for name in TUNED if config.finetune and not former.get("finetune")]
+    if there := [other for other in others if os.path.lexists(other)]:
+        raise RunError(f"{there[0]} was not written by featx, and fine-tuning would replace it; move it away")
     if not overwrite and is_finished(path):
         raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
     if not overwrite and former["digest"] != config.digest:
@@ -303,8 +296,7 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     check(path, config, overwrite=overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        gone = _clear(path) if overwrite and (path / "config.json").is_file() else []
-        if gone:
+        if overwrite and (path / "config.json").is_file() and (gone := _clear(path)):
             again = f"; export again with `featx export {shlex.quote(str(path))}`"
             again = again if any(name.endswith(".onnx") for name in gone) else ""
             print(printable(f"removed with the former run: {', '.join(gone)}{again}"), file=sys.stderr)

@@ -269,7 +269,7 @@ def _check(path: Path, data: Path, by: str, views: Sequence[int], *grid: Sequenc
     if path.exists() and not ours:
         raise RunError(f"{path} exists and is not a sweep; give another --output")
     for run in filter(is_finished, path.glob("runs/*")):
-        if (other := read_config(run).data) != str(data):
+        if (other := read_config(run)[0].data) != str(data):
             raise RunError(f"{path} holds a sweep of {other}, and this one is of {data}; give another --output")
 
 

@@ -91,7 +91,7 @@ def test_a_configuration_keeps_its_keys(tmp_path: Path) -> None:
     assert list(values) == [*names.split(), "digest", "from_here", "format", "seal"]
     start(tmp_path, replace(CONFIG, base={"request": {}}), overwrite=True)
     assert json.loads((tmp_path / "config.json").read_text())["base"] == {"request": {}}
-    weights = read_config(tmp_path).request.weights  # a fine-tuned network lies in its run
+    weights = read_config(tmp_path)[0].request.weights  # a fine-tuned network lies in its run
     assert weights == str(tmp_path / "model.safetensors")
 
 
@@ -100,7 +100,7 @@ def test_a_configuration_of_an_older_or_newer_featx_is_read(tmp_path: Path) -> N
     for name in ("featx", "views", "seed", "finetune", "splits", "digest"):
         del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    older = read_config(tmp_path)
+    older = read_config(tmp_path)[0]
     assert older == replace(CONFIG, featx="", views=0, seed=0, splits={}, digest="")
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, harm: dict[str, object
     values = {name: value for name, value in (CONFIG.to_dict() | harm).items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(FeatxError, match=message):
-        read_config(tmp_path)
+        read_config(tmp_path)[0]
 
 
 def test_only_the_same_configuration_goes_on_in_an_unfinished_run(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_an_exported_run_is_replaced_file_by_file_and_what_no_fit_writes_again_i
         "removed with the former run: curve.json, head.onnx, model.onnx, parity.json, ship.onnx, ship.parity.json, "
         f"README.md; export again with `featx export '{folder}'`\n"
     )
-    start(folder, read_config(folder), overwrite=True)
+    start(folder, read_config(folder)[0], overwrite=True)
     assert lying(folder) == {"config.json", "kept.onnx", "kept.parity.json"} | mine
     assert capsys.readouterr().err == ""
 

@@ -168,9 +168,8 @@ class FeatureStore:
             )
         if not self._swept:
             with self._writing():
-                if not os.access(
-                    self.folder.resolve(strict=True), os.W_OK
-                ):  # fail before a batch is computed for nothing
+                # fail before a batch is computed for nothing
+                if not os.access(self.folder.resolve(strict=True), os.W_OK):
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 sweep(self.folder)
                 sweep(self.folder.parent)

@@ -46,9 +46,8 @@ class Commands(click.Group):
         options["standalone_mode"] = False
         with warnings.catch_warnings():
             warnings.showwarning = note
-            warnings.filterwarnings(
-                "ignore", module=r"PIL\."
-            )  # notes on odd files; featx itself names what cannot be read
+            # Pillow's, on odd files: featx itself names what cannot be read
+            warnings.filterwarnings("ignore", module=r"PIL\.")
             try:
                 code = super().main(args, **options)
             except FeatxError as error:

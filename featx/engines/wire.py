@@ -12,10 +12,21 @@ from pathlib import Path
 
 from featx.errors import ExportError
 
+FORMAT_KEY = "featx_format"
+"""The name of an exported file's metadata that other ONNX files lack."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 # A file of 1,000 layers has some 100,000; a crafted one could have as many as bytes.
 MOST_FIELDS = 5_000_000
 Value = int | memoryview
+INSIDE = {
+    "model": {7: "graph", 14: "metadata", 20: "training", 25: "functions"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {4: "operator", 5: "attribute"},
+    "attribute": {5: "tensor", 6: "subgraph", 10: "tensor", 11: "subgraph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external", 14: "location"},
+}
+"""What is looked at in a message of each kind, by the number of its field; the kinds named here are entered."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +69,40 @@ class Reader:
             yield tag >> 3, data[at : at + size]
             at += size
 
-    def messages(self, data: memoryview, *numbers: int) -> Iterator[memoryview]:
-        """The messages in fields of these numbers."""
+    def walk(self, kind: str, data: memoryview) -> Iterator[tuple[str, Value]]:
+        """What `INSIDE` names in a message of this kind, in the order of the file, each before what is in it."""
         for number, value in self.fields(data):
-            if number in numbers:
-                if isinstance(value, int):
-                    raise ValueError("it is not an ONNX file")
-                yield value
+            if name := INSIDE[kind].get(number):
+                yield name, value
+                if name in INSIDE and isinstance(value, memoryview):
+                    yield from self.walk(name, value)
+
+    def pair(self, entry: memoryview) -> tuple[str, str]:
+        """A key and its value, each a text."""
+        texts = {number: _text(value) for number, value in self.fields(entry) if not isinstance(value, int)}
+        return texts.get(1, ""), texts.get(2, "")
 
 
 def scan(data: bytes) -> Contents:
     """Look through a model. Raises `ValueError` for what is not an ONNX file."""
-    found, reader, graphs = Contents(), Reader(), 0
-    for number, value in reader.fields(memoryview(data)):
-        if isinstance(value, int):
+    found, reader, graphs, operator = Contents(), Reader(), 0, "?"
+    for name, value in reader.walk("model", memoryview(data)):
+        if name == "location" and value:  # of the data: elsewhere; runtimes differ in whether they follow it
+            found.side_files.append("?")
+        elif isinstance(value, int):  # not what the field should hold
             continue
-        if number == 7:
+        elif name == "graph":
             graphs += 1
-            _scan_graph(reader, value, found)
-        elif number == 14:
-            found.metadata.update([_pair(reader, value)])
-        elif number in (20, 25):
-            found.programs.append("training" if number == 20 else "functions")
+        elif name == "metadata":
+            found.metadata.update([reader.pair(value)])
+        elif name == "node":
+            operator = "?"
+        elif name == "operator":
+            operator = _text(value)
+        elif name in ("training", "functions", "subgraph"):
+            found.programs.append(operator if name == "subgraph" else name)
+        elif name == "external" and (pair := reader.pair(value))[0] == "location":
+            found.side_files.append(pair[1])
     if not graphs:
         raise ValueError("it is not an ONNX file, or holds no graph")
     return found
@@ -97,56 +120,6 @@ def require_whole(found: Contents, path: Path) -> None:
             f"{path} holds {', '.join(sorted(set(found.programs))[:3])}, graphs of its own that may never end; featx "
             "neither exports nor runs them"
         )
-
-
-def _scan_graph(reader: Reader, graph: memoryview, found: Contents) -> None:
-    for number, value in reader.fields(graph):
-        if isinstance(value, int):
-            continue
-        if number == 1:
-            _scan_node(reader, value, found)
-        elif number == 5:
-            _scan_tensor(reader, value, found)
-        elif number == 15:  # sparse: its values and indices
-            for tensor in reader.messages(value, 1, 2):
-                _scan_tensor(reader, tensor, found)
-
-
-def _scan_node(reader: Reader, node: memoryview, found: Contents) -> None:
-    operator = "?"
-    for number, value in reader.fields(node):
-        if isinstance(value, int):
-            continue
-        if number == 4:
-            operator = _text(value)
-        elif number == 5:
-            for name, part in reader.fields(value):
-                if isinstance(part, int):
-                    continue
-                if name in (6, 11):
-                    found.programs.append(operator)
-                elif name in (5, 10):
-                    _scan_tensor(reader, part, found)
-                elif name in (22, 23):
-                    for tensor in reader.messages(part, 1, 2):
-                        _scan_tensor(reader, tensor, found)
-
-
-def _scan_tensor(reader: Reader, tensor: memoryview, found: Contents) -> None:
-    """external_data is field 13, data_location field 14; runtimes differ in which of them they follow."""
-    for number, value in reader.fields(tensor):
-        if number == 14 and value:
-            found.side_files.append("?")
-        elif number == 13 and not isinstance(value, int):
-            name, text = _pair(reader, value)
-            if name == "location":
-                found.side_files.append(text)
-
-
-def _pair(reader: Reader, entry: memoryview) -> tuple[str, str]:
-    """A key and its value, each a text."""
-    texts = {number: _text(value) for number, value in reader.fields(entry) if not isinstance(value, int)}
-    return texts.get(1, ""), texts.get(2, "")
 
 
 def _text(value: memoryview) -> str:

@@ -7,14 +7,14 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from featx.engines.wire import require_whole, scan
-from featx.errors import ExportError
+from featx.engines.wire import FORMAT_KEY, require_whole, scan
+from featx.errors import ExportError, NewerError
 from featx.files import MOST_NETWORK_BYTES, read_plain
 from featx.head import Activation
 from featx.options import Input
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert, warn_older
-from featx.seals import is_current, is_sealed
+from featx.seals import SEAL, is_current, is_sealed
 from featx.text import from_json, near
 
 FORMAT = "1"
@@ -134,9 +134,10 @@ def read_model(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         data = read_plain(path, MOST_NETWORK_BYTES)
         found, sealed = scan(data), is_sealed(data)
-        raw = {name: text for name, text in found.metadata.items() if name != "seal"}
-        if "featx_format" in raw and not is_current(int(raw.pop("format", "0")), sealed):
+        if FORMAT_KEY in found.metadata and not is_current(int(found.metadata.get("format", "0")), sealed):
             warn_older(path)
+    except NewerError as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
     except FileNotFoundError as error:
         raise ExportError(f"there is no file {path}; `featx export RUN` writes one") from error
     except OSError as error:
@@ -148,7 +149,7 @@ def read_model(path: Path) -> tuple[bytes, dict[str, Any]]:
             f"{path} is damaged, or not a model that featx exported ({error}); export it again"
         ) from error
     require_whole(found, path)
-    return data, parse_metadata(raw, path)
+    return data, parse_metadata(found.metadata, path)
 
 
 def open_session(model: bytes, *, providers: list[str] | None = None, threads: int | None = None) -> Any:
@@ -184,13 +185,13 @@ def _providers(available: list[str], asked: list[str]) -> list[str]:
 
 def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
     """The metadata of a file that featx exported, its values parsed. Raises `ExportError` for any other file."""
-    version = raw.get("featx_format")
+    version = raw.get(FORMAT_KEY)
     if version is None:
         raise ExportError(f"{path} was not exported by featx; `featx inspect {path}` shows what it is")
     if version != FORMAT:
         raise ExportError(f"{path} is of format {version}, this featx reads {FORMAT}; install the featx that wrote it")
     try:
-        values = {name: from_json(text) for name, text in raw.items() if name not in ("featx_format", "seal", "format")}
+        values = {name: from_json(text) for name, text in raw.items() if name not in (FORMAT_KEY, *SEAL)}
         convert(values, Metadata)
         Preprocess.from_dict(values["preprocess"])
     except ValueError as error:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from featx import __version__
 from featx.engines.onnx import backbone_onnx
-from featx.engines.wire import require_whole, scan
+from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, ParityError
 from featx.files import write_atomic
 from featx.options import Input, Split
 from featx.pixels.preprocess import Preprocess
 from featx.records import write_record
-from featx.runs import FORMAT_KEY, Run, is_export, is_record, open_run, record_of
+from featx.runs import Run, is_export, is_record, open_run, record_of
 from featx.seals import SEAL, seal
 from featx.shipping import card, graph, parity
 from featx.shipping.deployed import FORMAT, read_model

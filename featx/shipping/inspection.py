@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections import Counter
@@ -9,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featx.engines.wire import FORMAT_KEY
 from featx.errors import ExportError
 from featx.files import MOST_NETWORK_BYTES, read_plain
-from featx.seals import is_sealed
+from featx.seals import SEAL, is_sealed
 from featx.shipping.deployed import parse_metadata
 from featx.shipping.graph import PARTS, parse, part_digests
 from featx.text import printable
@@ -102,12 +104,14 @@ def inspect(path: str | Path) -> Inspection:
     given = {t.name for t in initializers}  # old files list their weights among the inputs, too
     operators = sorted(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
     ours, intact = None, None
-    if "featx_format" in raw:
+    if FORMAT_KEY in raw:
         ours, found = parse_metadata(raw, path), part_digests(model.graph)
         recorded = ours.get("parts", {})
         intact = {name: found[name] == recorded.get(name) for name in (*PARTS, "other")}
-        if "seal" in raw or "format" in raw:
-            intact["file"] = _is_sealed(data)
+        if raw.keys() & SEAL.keys():  # older files have neither
+            intact["file"] = False
+            with contextlib.suppress(ValueError):
+                intact["file"] = is_sealed(data)
 
     return Inspection(
         file=path.name,
@@ -126,13 +130,6 @@ def inspect(path: str | Path) -> Inspection:
         metadata={} if ours is not None else raw,
         intact=intact,
     )
-
-
-def _is_sealed(data: bytes) -> bool:
-    try:
-        return is_sealed(data)
-    except ValueError:
-        return False
 
 
 def _short(value: object) -> str:

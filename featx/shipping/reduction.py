@@ -1,4 +1,4 @@
-"""int8 and fp16 files, refused if they are not faster than fp32 on this machine, lose right answers, or change many."""
+"""int8 and fp16 files, refused if they are not faster than fp32 here, or lose or change too many answers."""
 
 from __future__ import annotations
 
@@ -71,8 +71,18 @@ class Reduction:
         return self.images - self.equal_labels
 
     @property
+    def faults(self) -> list[str]:
+        """Why the file is not written; empty where it is."""
+        found = {
+            "is not faster here": self.speedup <= 1,
+            "loses too many answers (--max-loss allows more)": self.lost > self.allowed,
+            "changes too many answers (--max-changed allows more)": self.changed > self.allowed_changes,
+        }
+        return [fault for fault, there in found.items() if there]
+
+    @property
     def passed(self) -> bool:
-        return self.lost <= self.allowed and self.changed <= self.allowed_changes and self.speedup > 1
+        return not self.faults
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, "speedup": self.speedup, "changed": self.changed, **asdict(self)}
@@ -243,10 +253,6 @@ def measure_speeds(sessions: list[Any], crop: int, clock: Callable[[], float] = 
 
 def require(found: Reduction) -> None:
     """Raise `ExportError` with the figures where a smaller file does not pay."""
-    faults = {
-        "is no faster here": found.speedup <= 1,
-        "loses too many answers (--max-loss allows more)": found.lost > found.allowed,
-        "changes too many answers (--max-changed allows more)": found.changed > found.allowed_changes,
-    }
-    if why := [fault for fault, there in faults.items() if there]:
-        raise ExportError(f"{found.precision} {' and '.join(why)}: {found.text()}. Nothing was written; use fp32")
+    if found.faults:
+        why = " and ".join(found.faults)
+        raise ExportError(f"{found.precision} {why}: {found.text()}. Nothing was written; use fp32")

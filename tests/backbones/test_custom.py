@@ -307,7 +307,7 @@ def test_a_factory_that_a_run_names_is_imported_only_if_the_user_names_it(receiv
     done = CliRunner().invoke(cli, [*command.split(), "--factory", "mynets:maps"])
     assert done.exit_code == 1 and "mynets:encoder, not mynets:maps" in done.stderr and not forgotten(received)
     done = CliRunner().invoke(cli, [*command.split(), *FACTORY])
-    assert done.exit_code == 0 or "int8 is no faster here" in done.stderr, done.output
+    assert done.exit_code == 0 or "int8 is not faster here" in done.stderr, done.output
     assert forgotten(received)
 
 

@@ -37,7 +37,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def changed(run: Run, **backbone: Any) -> Run:
-    config = read_config(run.path)
+    config = read_config(run.path)[0]
     config = replace(config, backbone=replace(config.backbone, **backbone))
     write_config(run.path, config)
     return open_run(run.path)

@@ -80,7 +80,7 @@ def test_fp16_keeps_float_at_both_ends(run: Path) -> None:
 
 def test_a_slower_file_is_refused_with_the_figures_and_not_written(run: Path) -> None:
     before = sorted(os.listdir(run))
-    message = r"fp16 is no faster here: fp16 runs 80\.0 images/s, fp32 100\.0 \(0\.80 times\).*Nothing was written"
+    message = r"fp16 is not faster here: fp16 runs 80\.0 images/s, fp32 100\.0 \(0\.80 times\).*Nothing was written"
     with pytest.raises(ExportError, match=message):
         export_reduced(run, "fp16", images=4, clock=clock(80, 100))
     assert sorted(os.listdir(run)) == before
@@ -117,7 +117,7 @@ def reduced(**changed: Any) -> Reduction:
             {"equal_labels": 94},
             r"int8 changes too many answers \(--max-changed allows more\): .* 6 answers changed, 5 all",
         ),
-        ({"images_per_second": 50.0}, "int8 is no faster here: "),
+        ({"images_per_second": 50.0}, "int8 is not faster here: "),
     ],
 )
 def test_the_gate_wants_speed_and_answers(changed: dict[str, Any], why: str | None) -> None:
