@@ -144,13 +144,13 @@ class Head:
 
         metadata, sealed = tensor_metadata(data)
         try:
-            tensors = load(data)
-            values = {name: from_json(metadata[name]) for name in ("class_names", "threshold")}
-            values |= {"activation": metadata["activation"], **{name: tensors[name] for name in ("weight", "bias")}}
+            values: dict[str, Any] = load(data) | {"activation": metadata["activation"]}
+            values |= {name: from_json(metadata[name]) for name in ("class_names", "threshold")}
+            kinds = {values[name].dtype for name in ("weight", "bias")}
         except (SafetensorError, KeyError, TypeError) as error:
-            raise HeadError(f"it lacks {error}") from error
-        if not all(values[name].dtype == np.float32 for name in ("weight", "bias")):
-            raise HeadError("its weights are not float32")
+            raise HeadError(f"it holds no head that featx wrote ({error!r})") from error
+        if kinds != {np.dtype(np.float32)}:
+            raise HeadError(f"its weights are {', '.join(sorted(map(str, kinds)))}, not float32")
         return convert(values, cls), sealed
 
 

@@ -37,14 +37,14 @@ class Identity:
                 f"{cls.__name__} has fields that this featx does not know ({', '.join(sorted(unknown))}): "
                 "it was written by a newer one; update featx to read it"
             )
-        kinds = get_type_hints(cls)
-        nested = {name for name in values if isinstance(kinds[name], type) and issubclass(kinds[name], Identity)}
+        made = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         try:
-            parts = {name: kinds[name].from_dict(values[name]) for name in nested}
-            convert({**values, **parts}, cls)
+            for name, kind in get_type_hints(cls).items():
+                if name in made and isinstance(kind, type) and issubclass(kind, Identity):
+                    made[name] = kind.from_dict(made[name])
+            convert(made, cls)  # only to check: it would turn 0 into 0.0, which has another digest
         except NewerError:
             raise
         except ValueError as error:
             raise FeatxError(f"{cls.__name__}: {error}") from None
-        # not what `convert` made: it turns 0 into 0.0, which is another digest
-        return cls(**{**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **parts})
+        return cls(**made)

@@ -216,7 +216,7 @@ def removable(cache: Path, name: str) -> tuple[Path, int]:
     if name not in MADE_AGAIN or not path.is_dir():
         path = find(cache, name).path
     if path.is_symlink():
-        raise StoreError(f"{path} is a link, and what lies behind it is not removed; remove it yourself")
+        raise StoreError(f"{path} is a link, and featx removes nothing behind a link; remove it yourself")
     if others := [each for each in sorted(os.listdir(path)) if not WRITTEN.fullmatch(each)]:
         raise StoreError(f"{path} holds {printable(others[0])}, which featx did not write; move it away first")
     return path, _bytes(path)

@@ -135,7 +135,7 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
         _keep(path, to_onnx(module, info), known)
     except ExportError as error:
         with contextlib.suppress(OSError):  # without a record the next run tries again
-            _record(path, {**known, "error": str(error)})
+            write_record(path.with_suffix(".json"), {**known, "error": str(error)})
         raise
     except OSError as error:
         raise StoreError(
@@ -153,7 +153,7 @@ def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
     """
     path = model.with_name(f"{model.stem}.winograd{WINOGRAD_REVISION}.onnx")
     made_of = {
-        "of": _recorded(model).get("sha256") or _sha256(model),
+        "of": _recorded(model).get("sha256") or hashlib.sha256(model.read_bytes()).hexdigest(),
         "libraries": {name: metadata.version(name) for name in ("onnx", "onnxruntime")},
     }
     known = _recorded(path)
@@ -171,7 +171,7 @@ def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
         if data:
             _keep(path, data, made_of)
             return path
-        _record(path, made_of | {"plain": True})
+        write_record(path.with_suffix(".json"), made_of | {"plain": True})
     return model
 
 
@@ -219,12 +219,7 @@ def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # leftovers of a killed run are large
         sweep(path.parent)
     write_atomic(path, data)
-    _record(path, known | {"sha256": hashlib.sha256(data).hexdigest()})
-
-
-def _record(path: Path, known: dict[str, Any]) -> None:
-    """Write what is known of a graph beside it."""
-    write_record(path.with_suffix(".json"), known)
+    write_record(path.with_suffix(".json"), known | {"sha256": hashlib.sha256(data).hexdigest()})
 
 
 def _recorded(path: Path) -> dict[str, Any]:
@@ -232,11 +227,6 @@ def _recorded(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return read_record(path.with_suffix(".json"), Known)[0]
     return {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_onnx(module: Any, info: BackboneInfo) -> bytes:

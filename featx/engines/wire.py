@@ -54,19 +54,13 @@ class Reader:
             if self.left < 0:
                 raise ValueError(f"it has more than {MOST_FIELDS:,} fields")
             tag, at = _varint(data, at)
-            kind = tag & 7
-            if kind == VARINT:
-                value, at = _varint(data, at)
-                yield tag >> 3, value
-                continue
-            size = {FIXED64: 8, FIXED32: 4}.get(kind, 0)
-            if kind == BYTES:
-                size, at = _varint(data, at)
-            elif not size:
-                raise ValueError("it is not an ONNX file")
-            if at + size > len(data):
+            kind, number = tag & 7, 0
+            if kind in (VARINT, BYTES):
+                number, at = _varint(data, at)
+            size = {VARINT: 0, BYTES: number, FIXED64: 8, FIXED32: 4}.get(kind)
+            if size is None or at + size > len(data):
                 raise ValueError("it is not an ONNX file, or cut short")
-            yield tag >> 3, data[at : at + size]
+            yield tag >> 3, number if kind == VARINT else data[at : at + size]
             at += size
 
     def walk(self, kind: str, data: memoryview) -> Iterator[tuple[str, Value]]:
@@ -128,12 +122,8 @@ def _text(value: memoryview) -> str:
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise ValueError("it is not an ONNX file, or cut short")
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
+    for place, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 127) << 7 * place
         if byte < 128:
-            return value, at
-    raise ValueError("it is not an ONNX file")
+            return value, at + place + 1
+    raise ValueError("it is not an ONNX file, or cut short")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from featx.seals import seal
 from featx.text import from_json
 
 LAST = "last.safetensors"
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,6 +48,13 @@ class Progress:
     """The state of fp16's gradient scaler."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, the start first."""
+
+
+class Kept(TypedDict):
+    """The metadata of `last.safetensors`."""
+
+    configuration: dict[str, Any]
+    progress: Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +97,8 @@ class Checkpoints:
         path = self.folder / LAST
         if not path.is_file():
             return None
-        tensors, metadata = self._read(path)
-        theirs, ours = from_json(metadata.get("configuration", "{}")), json.loads(json.dumps(self.configuration))
+        tensors, kept = self._read(path, Kept)
+        theirs, ours = kept["configuration"], json.loads(json.dumps(self.configuration))
         different = [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
         if different:
             shown = ", ".join(f"{n} {theirs.get(n)!r} -> {ours.get(n)!r}" for n in different[:4])
@@ -112,11 +120,11 @@ class Checkpoints:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": groups})
 
-        return convert(from_json(metadata.get("progress", "{}")), Progress)
+        return kept["progress"]
 
     def load_best(self, network: nn.Module, progress: Progress) -> None:
         """Bring the network to the epoch that is kept."""
-        tensors, _ = self._read(self._best(progress.best_epoch))
+        tensors, _ = self._read(self._best(progress.best_epoch), dict[str, str])
         network.load_state_dict(_under(tensors, "network."))
 
     def _best(self, epoch: int) -> Path:
@@ -135,13 +143,14 @@ class Checkpoints:
                 f"{kept}. Make room and run the same command again"
             ) from error
 
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _read(self, path: Path, kind: type[T]) -> tuple[dict[str, Tensor], T]:
+        """The tensors of a checkpoint, and its metadata as `kind`. Raises `TrainingError`."""
         try:
             data = read_plain(path, MOST_CHECKPOINT_BYTES)
             metadata, sealed = tensor_metadata(data)
             if not sealed:
                 warn_older(path)
-            return load(data), metadata
+            return load(data), convert({name: from_json(text) for name, text in metadata.items()}, kind)
         except (SafetensorError, ValueError, OSError) as error:
             raise TrainingError(
                 f"the checkpoint {path} cannot be read ({error}); start over with --overwrite"

@@ -179,10 +179,8 @@ def paired(measure: str, mine: np.ndarray, base: np.ndarray) -> Difference:
     Right answers are counted with two more images, one for each side by halves (Agresti and Min 2005): without them,
     answers that agree on all images would give an interval of no width.
     """
-    difference = mine - base
-    value, half = float(difference.mean()), 0.5**0.5
-    if measure == "accuracy":
-        found = metrics.mean_of(np.append(difference, [half, -half]), -1.0, 1.0)
-    else:
-        found = metrics.mean_of(difference, -metrics.LARGEST, metrics.LARGEST)
+    difference, half = mine - base, 0.5**0.5
+    value = float(difference.mean())
+    more, most = ([half, -half], 1.0) if measure == "accuracy" else ([], metrics.LARGEST)
+    found = metrics.mean_of(np.append(difference, more), -most, most)
     return Difference(value, min(value, found.low), max(value, found.high))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featx.reporting.fonts import THERE  # before matplotlib
+from featx.reporting.fonts import FONTS  # before matplotlib
 
 # isort: split
 
@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.6,
     "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
     "legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans", *(font for font in FALLBACKS if font in THERE)],
+    "font.family": ["DejaVu Sans", *(font for font in FALLBACKS if font in FONTS)],
 }  # fmt: skip
 
 

@@ -276,13 +276,12 @@ def load(path: Path) -> ModelProto:
     """Read an ONNX file that holds its own weights. Raises `ExportError` for anything else."""
     try:
         data = read_plain(path, MOST_NETWORK_BYTES)
-        require_whole(scan(data), path)
+        found = scan(data)
     except OSError as error:
         raise ExportError(f"{path} cannot be read ({error.strerror or error})") from error
-    except ExportError:
-        raise
     except ValueError as error:
-        raise ExportError(f"{path}: {error}") from error
+        raise ExportError(f"{path} cannot be read: {error}; give a whole ONNX file") from error
+    require_whole(found, path)
     return parse(data, path)
 
 
