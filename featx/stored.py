@@ -71,6 +71,12 @@ class Score(TypedDict):
     log_loss: float
 
 
+class Gain(TypedDict):
+    value: float
+    low: float
+    high: float
+
+
 class Gained(TypedDict):
     """`Gain.to_dict`."""
 
@@ -80,8 +86,8 @@ class Gained(TypedDict):
     center: Score
     views: Score
     averaged: Score
-    views_gain: dict[str, dict[str, float]]
-    averaged_gain: dict[str, dict[str, float]]
+    views_gain: dict[str, Gain]
+    averaged_gain: dict[str, Gain]
 
 
 class Epoch(TypedDict):

@@ -87,7 +87,8 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
     numbers = numbers[first[:limit]]
     chosen = features.take(numbers)
 
-    seen, changed = run.trained_on, features.digest != config.data_digest
+    seen, changed, report = run.trained_on, features.digest != config.data_digest, run.report
+    stated = {"val": report, "test": report.get("test", {}), "train": {"accuracy": report.get("train_accuracy")}}
     return Images(
         source=extraction.source.take(extraction.numbers[numbers]),
         keys=chosen.keys,
@@ -97,13 +98,8 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
         unseen=changed and seen is not None and not np.isin(short_keys(chosen.keys), seen).any(),
         labels=tuple(chosen.class_names),
         y=chosen.y,
-        stated={} if changed or len(numbers) != config.splits.get(split) else _stated(run.report, split),
+        stated={} if changed or len(numbers) != config.splits.get(split) else stated[split],
     )
-
-
-def _stated(report: dict[str, Any], split: Split) -> dict[str, Any]:
-    train = {"accuracy": report.get("train_accuracy")}
-    return {"val": report, "test": report.get("test") or {}, "train": train}[split]
 
 
 def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
