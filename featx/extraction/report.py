@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -18,6 +18,11 @@ from featx.text import printable
 COUNTS = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
 LISTED = 10
 DONE, SKIPPED = 0, 3
+
+
+class Skipped(TypedDict):
+    id: str
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +48,7 @@ class ExtractionReport:
     advice: str = ""
     """What bounds the run, and what would make it faster."""
     ignored_files: list[str] = field(default_factory=list)
-    skipped_images: list[dict[str, str]] = field(default_factory=list)
-    """`id` and `reason`."""
+    skipped_images: list[Skipped] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     """Ids with the same bytes."""
     conflicts: list[dict[str, str]] = field(default_factory=list)
@@ -118,7 +122,7 @@ def describe(
         first = "; ".join(f"{source.ids[i]}: {why}" for i, why in list(table.errors.items())[:3])
         raise SourceError(f"none of the {len(stored)} images in {source.uri} could be read ({first})")
     by_key = {keys[i].tobytes(): why for i, why in table.errors.items()}
-    skipped = [
+    skipped: list[Skipped] = [
         {"id": source.ids[i], "reason": table.errors.get(i) or by_key[keys[i].tobytes()]}
         for i in np.flatnonzero(~stored).tolist()
     ]
