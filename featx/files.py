@@ -152,10 +152,9 @@ def _host() -> str:
 
 def _started(pid: int) -> int | None:
     """When a process started, in clock ticks since the boot; None where that cannot be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+    return None
 
 
 def _alive(pid: int, started: int) -> bool:

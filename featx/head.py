@@ -148,7 +148,7 @@ class Head:
             values |= {name: from_json(metadata[name]) for name in ("class_names", "threshold")}
             kinds = {values[name].dtype for name in ("weight", "bias")}
         except (SafetensorError, KeyError, TypeError) as error:
-            raise HeadError(f"it holds no head that featx wrote ({error!r})") from error
+            raise HeadError(f"it lacks {error}" if isinstance(error, KeyError) else str(error)) from error
         if kinds != {np.dtype(np.float32)}:
             raise HeadError(f"its weights are {', '.join(sorted(map(str, kinds)))}, not float32")
         return convert(values, cls), sealed

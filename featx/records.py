@@ -52,9 +52,7 @@ def opened(data: bytes) -> tuple[dict[str, Any], bool]:
 
     Raises `ValueError`.
     """
-    sealed, values = is_sealed(data), from_json(data)
-    if not isinstance(values, dict):
-        raise ValueError("it holds no object")
+    sealed, values = is_sealed(data), convert(from_json(data), dict[str, Any])
     values.pop("seal", None)
     return values, is_current(values.pop("format", None), sealed)
 

@@ -224,18 +224,16 @@ def record_of(model: Path) -> Path:
 
 def is_export(path: Path) -> bool:
     """Whether featx exported this ONNX file."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return FORMAT_KEY in scan(read_plain(path, MOST_NETWORK_BYTES)).metadata
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def is_record(path: Path) -> bool:
     """Whether featx wrote this record, of the file that lies, or lay, beside it."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return record_of(path.with_name(read_record(path, Compared)[0]["file"])) == path
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def is_card(path: Path) -> bool:
@@ -297,8 +295,8 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if overwrite and (path / "config.json").is_file() and (gone := _clear(path)):
-            again = f"; export again with `featx export {shlex.quote(str(path))}`"
-            again = again if any(name.endswith(".onnx") for name in gone) else ""
+            exported = any(name.endswith(".onnx") for name in gone)
+            again = f"; export again with `featx export {shlex.quote(str(path))}`" * exported
             print(printable(f"removed with the former run: {', '.join(gone)}{again}"), file=sys.stderr)
         write_config(path, config)
     except OSError as error:

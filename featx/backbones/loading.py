@@ -109,7 +109,6 @@ def _memo_key(request: BackboneRequest, source: str, name: str) -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None

@@ -156,12 +156,11 @@ def list_shards(folder: Path) -> dict[str, Stat]:
 
 def read_verified(folder: Path) -> dict[str, Shard]:
     """The shards whose bytes were verified before. Empty where that is not known: then they are verified again."""
-    try:
+    with contextlib.suppress(OSError, StaleError, KeyError, ValueError):
         values = _unsealed(folder / "verified.json")["shards"]
         rows = convert(values, dict[str, tuple[int, int, int, int, int, int, int]])
         return {name: Shard(name, v[:4], *v[4:]) for name, v in rows.items()}
-    except (OSError, StaleError, DamageError, KeyError, ValueError):
-        return {}
+    return {}
 
 
 def write_verified(folder: Path, verified: dict[str, Shard]) -> None:

@@ -186,8 +186,7 @@ def keys_of(cache: str, data: str | None, *, whole: bool = False) -> np.ndarray 
 def emit_or_say(values: dict[str, Any], as_json: bool) -> None:
     """A flat dict, for machines or for people."""
     if as_json:
-        emit(values)
-    else:
-        width = max(map(len, values))
-        for name, value in values.items():
-            click.echo(printable(f"{name:<{width}}  {value}"))
+        return emit(values)
+    width = max(map(len, values))
+    for name, value in values.items():
+        click.echo(printable(f"{name:<{width}}  {value}"))

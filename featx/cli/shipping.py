@@ -39,9 +39,7 @@ parity_options = options_of(
 )
 @click.option("--max-loss", default=0.5, help="int8, fp16: points of accuracy that may be lost.")
 @click.option("--max-changed", default=5.0, help="int8, fp16: answers that may change, in points of the images.")
-@click.option(
-    "--provider", "providers", multiple=True, help="int8, fp16: execution provider that speed is measured on."
-)
+@click.option("--provider", "providers", multiple=True, help="int8, fp16: execution provider to measure speed on.")
 @factory_option
 @json_option
 def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, as_json: bool, **options: Any) -> int:

@@ -61,16 +61,14 @@ FINETUNE: dict[str, tuple[Any, str]] = {
 }
 modes = click.Choice(["full", "partial", "scratch"])
 finetune_options = options_of(
-    click.option(
-        "--finetune", "mode", type=modes, help="Train the backbone further, end to end, from the fitted head on."
-    ),
+    click.option("--finetune", "mode", type=modes, help="Train the backbone further, from the fitted head on."),
     click.option("--recipe", help="Fine-tuning: a published schedule by name, such as tutorial."),
     *(
         click.option(f"--{name.replace('_', '-')}", type=kind, is_flag=kind is bool, default=None, help=text)
         for name, (kind, text) in FINETUNE.items()
     ),
     click.option(
-        "--tune", "tuning", multiple=True, metavar="NAME=VALUE", help="Any other field of fine-tuning; repeatable."
+        "--tune", "tuning", multiple=True, metavar="NAME=VALUE", help="Another fine-tuning field; repeatable."
     ),
 )
 
@@ -79,12 +77,10 @@ finetune_options = options_of(
 @click.argument("data", type=click.Path())
 @click.option("--head", "-H", default="logreg", help="logreg, linear, ridge, ncm or pretrained.")
 @click.option(
-    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head, see docs/cli.md; repeatable."
+    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head (docs/cli.md); repeatable."
 )
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="The run's folder.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an existing run, once the new head is fitted; your own files in it stay."
-)
+@click.option("--overwrite", is_flag=True, help="Replace an existing run, once a new head is fitted; your files stay.")
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
 @click.option("--report/--no-report", default=True, help="Write report.html and plots/.")

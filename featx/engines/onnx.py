@@ -207,11 +207,10 @@ def _rows_of_noise(graph: Path | bytes) -> np.ndarray:
 
 
 def _intact(path: Path, known: dict[str, Any]) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         data = read_plain(path, MOST_NETWORK_BYTES)
         return hashlib.sha256(data).hexdigest() == known.get("sha256") and not scan(data).side_files
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:

@@ -163,11 +163,10 @@ def remember_rate(job: Job, report: ExtractionReport) -> None:
 
 def recall_rate(job: Job) -> float | None:
     """The images per second of the last run of this kind on this machine; None where there was none."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):
         rate = read_record(_rate_path(job), dict[str, float])[0]["images_per_second"]
         return float(rate) if rate > 0 else None
-    except (OSError, ValueError, KeyError):
-        return None
+    return None
 
 
 def _rate_path(job: Job) -> Path:

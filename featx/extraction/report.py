@@ -130,11 +130,9 @@ def describe(
     copies = table.copies(numbers)
     distinct = len(numbers) - sum(len(same) - 1 for same in copies)
     labels = source.labels or []
-    conflicts = (
-        [{source.ids[i]: labels[i] for i in same} for same in copies if len({labels[i] for i in same}) > 1]
-        if labels
-        else []
-    )
+    conflicts = [
+        {source.ids[i]: labels[i] for i in same} for same in copies if labels and len({labels[i] for i in same}) > 1
+    ]
 
     notes = list(source.notes)
     if conflicts:

@@ -290,17 +290,13 @@ def _as_reported(images: Images, head: Head, apart: float) -> list[Check]:
     apart: how far two computations of a logit may be from each other, and so decide near ties.
     """
     logits, y, column = head(images.cached), images.y, columns(images.labels, head.class_names)
-    checks = []
+    checks, count, several = [], len(logits), head.activation == "sigmoid"
     if (accuracy := images.stated.get("accuracy")) is not None:
-        if head.activation == "sigmoid":
-            near = np.abs(logits).min(axis=1) <= apart
-        else:
-            near = np.ptp(np.sort(logits, axis=1)[:, -2:], axis=1) <= 2 * apart
-        count = len(logits)
+        margins = np.abs(logits).min(axis=1) if several else np.ptp(np.sort(logits, axis=1)[:, -2:], axis=1) / 2
         wrong = abs(round(head.accuracy(images.cached, y, images.labels) * count) - round(accuracy * count))
-        checks.append(Check("reported accuracy", wrong / count, int(near.sum()) / count))
+        checks.append(Check("reported accuracy", wrong / count, int((margins <= apart).sum()) / count))
     if (stated := images.stated.get("log_loss")) is not None:
-        if head.activation == "sigmoid":
+        if several:
             losses = metrics.binary_losses(logits[:, column[column >= 0]], y[:, column >= 0] > 0)
         else:
             known = column[y] >= 0
@@ -361,8 +357,7 @@ def load_rows(path: Path) -> ThreeWays | None:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    try:
+    with contextlib.suppress(OSError, ValueError, SafetensorError):
         data = read_plain(path, MOST_NETWORK_BYTES)
         return convert(load(data), ThreeWays) if tensor_metadata(data)[1] else None
-    except (OSError, ValueError, SafetensorError):
-        return None
+    return None
