@@ -75,6 +75,8 @@ class Head:
                 f"weight {list(self.weight.shape)} and bias {list(self.bias.shape)} do not map features "
                 f"to {len(self.class_names)} classes"
             )
+        if not self.class_names or len(set(self.class_names)) != len(self.class_names):
+            raise HeadError("a head has one class or more, each with a name of its own")
         if self.activation not in get_args(Activation):
             raise HeadError(f"activation is softmax or sigmoid, not {self.activation!r}")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

@@ -119,6 +119,15 @@ class Run:
             )
         return self.config.request
 
+    def require_alike(self, y: np.ndarray, data: object) -> None:
+        """Raise `RunError` where one of the run and the data has several labels for an image. y: `int [N]` or 0/1
+        `[N, L]`.
+        """
+        if (self.head.activation == "sigmoid") != (y.ndim == 2):
+            kinds = ("one label for each image", "several labels for an image")
+            mine, theirs = kinds if y.ndim == 2 else kinds[::-1]
+            raise RunError(f"{self.path} was fitted on {mine}, and {data} has {theirs}: they cannot be compared")
+
 
 def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
@@ -137,6 +146,9 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
         head, sealed = Head.from_bytes(_written(path, name, files))
         if sealed != current:
             raise ValueError("it has lost the SHA-256 that it was written with")
+        if head.weight.shape[1:] != config.backbone.row_shape:
+            given = list(config.backbone.row_shape)
+            raise ValueError(f"it takes {head.weight.shape[1]} features, and the backbone of config.json gives {given}")
 
         name = "trained-on.npy"
         if (path / name).exists():
@@ -328,14 +340,13 @@ def _clear(path: Path) -> list[str]:
         gone += [model] if (recorded or model.name in EXPORTS) and is_export(model) else []
         gone += [record_of(model)] if recorded else []
     gone += [path / CARD] if is_card(path / CARD) else []
-    gone = [each for each in gone if os.path.lexists(each)]
+    gone = [each for each in gone if each.is_symlink() or each.is_file()]
 
     inside = {path / "plots": FIGURE} | ({path / "checkpoints": CHECKPOINT} if tuned else {})
     folders = [folder for folder in inside if folder.is_dir() and not folder.is_symlink()]
     again += [each for folder in folders for each in folder.iterdir() if inside[folder].fullmatch(each.name)]
-    for each in [*again, *gone]:
-        if each.is_symlink() or each.is_file():
-            each.unlink(missing_ok=True)
+    for each in [*gone, *(each for each in again if each.is_symlink() or each.is_file())]:
+        each.unlink(missing_ok=True)
     for folder in folders:
         sweep(folder)
         with contextlib.suppress(OSError):  # it holds somebody's files

@@ -13,6 +13,9 @@ from featx.errors import FeatxError
 
 DEEPEST = 64
 """How deep JSON may be nested that is read."""
+# Brackets, and texts, whose brackets do not count. A text without an end goes on to the last character: were it tried
+# again from its next quote, a crafted file would take hours.
+_BRACKETS = re.compile(r'[\[\]{}]|"(?:[^"\\]++|\\.?)*+"?', re.S)
 
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -73,12 +76,11 @@ def from_json(data: bytes | str) -> Any:
     """
     text = data.decode() if isinstance(data, bytes) else data
     if text.count("[") + text.count("{") > DEEPEST:
-        depth = deepest = 0
-        for bracket in re.findall(r"[\[\]{}]", re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)):
-            depth += 1 if bracket in "[{" else -1
-            deepest = max(deepest, depth)
-        if deepest > DEEPEST:
-            raise ValueError(f"it is nested {deepest} deep, and at most {DEEPEST} is allowed")
+        depth = 0
+        for found in _BRACKETS.finditer(text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if depth > DEEPEST:
+                raise ValueError(f"it is nested more than {DEEPEST} deep")
     return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
 
 

@@ -14,7 +14,7 @@ import click
 from featx import __version__
 from featx.errors import FeatxError
 from featx.options import Split, fields_of, fits
-from featx.text import assigned, prose, to_json
+from featx.text import assigned, printable, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (
@@ -45,19 +45,28 @@ class Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
         with warnings.catch_warnings():
+            said: set[str] = set()  # a command may open a run twice
+
+            def note(message: Warning | str, *where: Any, **more: Any) -> None:
+                """A warning as a note for people, without the line of code that gave it."""
+                if (text := printable(str(message))) not in said:
+                    say(f"note: {text}")
+                said.add(text)
+
             warnings.showwarning = note
             # Pillow's, on odd files: featx itself names what cannot be read
             warnings.filterwarnings("ignore", module=r"PIL\.")
             try:
                 code = super().main(args, **options)
             except FeatxError as error:
-                say(f"Error: {error}")
+                say(f"Error: {printable(str(error))}")
                 code = ERROR
             except click.ClickException as error:
                 error.show()
                 code = error.exit_code
             except OSError as error:  # a full disk, a pipe or a folder that cannot be written
-                say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+                place = error.filename2 or error.filename  # the second is what a file would have been renamed to
+                say(printable(f"Error: {error.strerror or error}{f': {place}' if place else ''}"))
                 code = ERROR
             except (click.Abort, KeyboardInterrupt):
                 given = list(sys.argv[1:] if args is None else args)
@@ -85,11 +94,6 @@ def emit(values: Any) -> None:
 def say(text: str) -> None:
     """Prose, on standard error."""
     click.echo(prose(text), err=True)
-
-
-def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A warning as a note for people, without the line of code that gave it."""
-    say(f"note: {message}")
 
 
 def show(found: Any, as_json: bool) -> None:

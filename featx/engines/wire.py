@@ -15,8 +15,8 @@ from featx.errors import ExportError
 FORMAT_KEY = "featx_format"
 """The name of an exported file's metadata that other ONNX files lack."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-# A file of 1,000 layers has some 100,000; a crafted one could have as many as bytes.
-MOST_FIELDS = 5_000_000
+# A file of 1,000 layers has some 100,000; a crafted one could have as many as bytes, at a microsecond or more each.
+MOST_FIELDS = 1_000_000
 Value = int | memoryview
 INSIDE = {
     "model": {7: "graph", 14: "metadata", 20: "training", 25: "functions"},
@@ -54,6 +54,8 @@ class Reader:
             if self.left < 0:
                 raise ValueError(f"it has more than {MOST_FIELDS:,} fields")
             tag, at = _varint(data, at)
+            if tag >> 32:  # other readers drop the bits above, and would find a field here that this one does not
+                raise ValueError("it is not an ONNX file")
             kind, number = tag & 7, 0
             if kind in (VARINT, BYTES):
                 number, at = _varint(data, at)

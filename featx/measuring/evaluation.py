@@ -166,10 +166,7 @@ def evaluate(
     features = extraction.features(memory=memory_for_features() if memory is None else memory)
     if features.spec != spec:
         raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")
-    if (head.activation == "sigmoid") != (features.y.ndim == 2):
-        kinds = ("one label for each image", "several labels for an image")
-        run_has, data_has = kinds if features.y.ndim == 2 else kinds[::-1]
-        raise HeadError(f"{opened.path} was fitted on {run_has}, and {data} has {data_has}: they cannot be compared")
+    opened.require_alike(features.y, data)
 
     there = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
     if split and not there.get(split):

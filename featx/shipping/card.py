@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from importlib import resources
 from typing import Any
@@ -88,7 +89,7 @@ def write(run: Run) -> None:
     """
     path = run.path / CARD
     try:
-        if not path.exists() or is_card(path):
+        if not os.path.lexists(path) or is_card(path):
             write_atomic(path, card(run).encode())
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error

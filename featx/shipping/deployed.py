@@ -115,7 +115,8 @@ class Model:
             raise ExportError(f"onnxruntime cannot run {self.path}: {error}") from error
         expected = len(images), len(self.class_names)
         for name, rows in outputs.items():
-            if rows.dtype != np.float32 or not np.isfinite(rows).all() or rows.shape[:1] != expected[:1]:
+            fits = isinstance(rows, np.ndarray) and rows.dtype == np.float32 and rows.ndim == 2
+            if not fits or len(rows) != len(images) or not np.isfinite(rows).all():
                 raise ExportError(f"{self.path} gives {name} that are not {len(images)} rows of finite numbers")
         if outputs["probabilities"].shape != expected:
             raise ExportError(
@@ -164,6 +165,8 @@ def open_session(model: bytes, *, providers: list[str] | None = None, threads: i
     options.intra_op_num_threads = threads or 0
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # else bytes in a format of onnxruntime's own, which `scan` does not read, can lie between an ONNX file's fields
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
     try:
         return onnxruntime.InferenceSession(model, options, providers=chosen)
@@ -192,7 +195,8 @@ def parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} is of format {version}, this featx reads {FORMAT}; install the featx that wrote it")
     try:
         values = {name: from_json(text) for name, text in raw.items() if name not in (FORMAT_KEY, *SEAL)}
-        convert(values, Metadata)
+        if not convert(values, Metadata)["class_names"]:
+            raise ValueError("it names no class")
         Preprocess.from_dict(values["preprocess"])
     except ValueError as error:
         raise ExportError(f"the metadata of {path} is damaged ({error}); export it again") from error

@@ -99,7 +99,8 @@ def check(
         raise ExportError(f"{path} is {described['precision']}: it was compared with fp32 when it was made, not torch")
 
     parts, spec = graph.part_digests(proto.graph), opened.config.spec
-    expected = graph.part_digests(build(opened, described["input"], tuple(described["outputs"])).graph)
+    outputs = tuple(value.name for value in proto.graph.output)
+    expected = graph.part_digests(build(opened, described["input"], outputs).graph)
     differs = {
         "its classes, or their order, are not the run's": described["class_names"] != list(opened.head.class_names),
         "its preprocessing is not the run's": Preprocess.from_dict(described["preprocess"]) != spec.preprocess,

@@ -153,7 +153,7 @@ def verify(
     parts passed on the same images before: then the head alone is run, without torch.
     """
     kept = rows_path(run, images, parts) if parts else None
-    if model.graph.input[0].name == "features":
+    if [value.name for value in model.graph.input] == ["features"]:
         rows: ThreeWays | None = ThreeWays(images.cached, images.cached, images.cached)
     else:
         rows = load_rows(kept) if kept else None
