@@ -120,13 +120,13 @@ class Run:
         return self.config.request
 
     def require_alike(self, y: np.ndarray, data: object) -> None:
-        """Raise `RunError` where one of the run and the data has several labels for an image. y: `int [N]` or 0/1
+        """Raise `HeadError` where one of the run and the data has several labels for an image. y: `int [N]` or 0/1
         `[N, L]`.
         """
         if (self.head.activation == "sigmoid") != (y.ndim == 2):
             kinds = ("one label for each image", "several labels for an image")
             mine, theirs = kinds if y.ndim == 2 else kinds[::-1]
-            raise RunError(f"{self.path} was fitted on {mine}, and {data} has {theirs}: they cannot be compared")
+            raise HeadError(f"{self.path} was fitted on {mine}, and {data} has {theirs}: they cannot be compared")
 
 
 def open_run(run: str | Path | Run, factory: str | None = None) -> Run:

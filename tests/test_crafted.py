@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +18,25 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import COLOURS, ColourEngine, write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_files import average_backbone, exported_file, write_sealed
-from safetensors.torch import save
+from safetensors.numpy import save
+from safetensors.torch import save as save_torch
 
 from featx.backbones.weights import read_state
 from featx.cache.memo import KeyMemo
 from featx.cache.shards import read_form
 from featx.cli import cli
+from featx.engines.onnx import session
 from featx.engines.wire import scan
-from featx.errors import DamageError, ExportError, FeatxError, NewerError, WeightsError
+from featx.errors import DamageError, ExportError, FeatxError, NewerError, RunError, WeightsError
 from featx.features import FeatureSpec
 from featx.finetuning.checkpoints import Checkpoints
 from featx.fitting import fit
@@ -43,7 +48,7 @@ from featx.reporting.report import write_report
 from featx.runs import Run, open_run
 from featx.seals import BLANK, MARK, SEAL, is_sealed, seal
 from featx.shipping import card
-from featx.shipping.deployed import Model, parse_metadata
+from featx.shipping.deployed import Model, open_session, parse_metadata
 from featx.shipping.inspection import inspect
 from featx.sources.opening import open_source
 from featx.text import from_json, to_json
@@ -259,6 +264,14 @@ def test_json_holds_finite_numbers_and_is_not_deep(text: str) -> None:
     assert from_json(to_json({"n": 2**63 - 1, "x": 1e-300})) == {"n": 2**63 - 1, "x": 1e-300}
 
 
+@pytest.mark.parametrize("tail", ['\\"' * 500_000, '"' + '\\"' * 500_000 + "\\"])
+def test_a_text_without_an_end_is_read_once_not_once_for_each_of_its_quotes(tail: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"nested|delimiter|Expecting|Unterminated"):
+        from_json("[" * 60 + "],[" * 20 + tail)
+    assert time.process_time() - started < 2
+
+
 def test_a_seal_is_found_wherever_it_is_and_whatever_else_looks_like_it() -> None:
     for data in (b"{" + BLANK.encode() + b"}", BLANK.encode() + b"featx-sha256:", b"featx-sha256:ab" + BLANK.encode()):
         whole = seal(data)
@@ -333,7 +346,7 @@ def test_a_checkpoint_whose_metadata_are_no_objects_is_refused(tmp_path: Path) -
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     checkpoints = Checkpoints(tmp_path, {"lr": 0.1})
     for metadata in ({"configuration": "[1]", "progress": "{}"}, {"configuration": '{"lr": 0.1}', "progress": "7"}):
-        data = save(network.state_dict(), metadata | TENSOR_SEAL)
+        data = save_torch(network.state_dict(), metadata | TENSOR_SEAL)
         (tmp_path / "last.safetensors").write_bytes(seal(data))
         with pytest.raises(FeatxError, match=r"last\.safetensors cannot be read \((configuration|progress): Expected"):
             checkpoints.load(network, optimizer)
@@ -416,6 +429,30 @@ def test_a_loop_that_never_ends_is_refused_before_it_runs(tmp_path: Path) -> Non
         Model(write_sealed(tmp_path / "m.onnx", proto))
 
 
+@pytest.mark.parametrize("bit", [32, 33, 34])
+def test_no_graph_hides_behind_a_tag_whose_upper_bits_onnxruntime_drops(tmp_path: Path, bit: int) -> None:
+    graph = onnx.GraphProto(node=[helper.make_node("Loop", ["", ""], [], body=endless())]).SerializeToString()
+    size = bytes([len(graph) & 127 | 128, len(graph) >> 7])
+    data = exported_file(tmp_path / "m.onnx").read_bytes()
+    assert scan(data + b"\x3a" + size + graph).programs == ["Loop"]
+    tag = 0x3A | 1 << bit
+    hidden = bytes([*(tag >> shift & 127 | 128 for shift in (0, 7, 14, 21)), tag >> 28])
+    with pytest.raises(ValueError, match="not an ONNX file"):
+        scan(data + hidden + size + graph)
+
+
+def test_a_model_in_onnxruntimes_own_format_which_nothing_looks_through_is_refused(tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "m.ort")
+    onnxruntime.InferenceSession(exported_file(tmp_path / "m.onnx").read_bytes(), options)
+    data = (tmp_path / "m.ort").read_bytes()
+    assert data[4:8] == b"ORTM" and onnxruntime.InferenceSession(data)
+    with pytest.raises(ExportError, match="onnxruntime does not take the file"):
+        open_session(data)
+    with pytest.raises(Exception, match="parsing failed"):
+        session(data)
+
+
 @pytest.mark.parametrize("where", ["initializer", "constant", "sparse", "located"])
 def test_weights_in_other_files_are_refused_wherever_they_are_named(tmp_path: Path, where: str) -> None:
     proto = onnx.load(exported_file(tmp_path / "m.onnx"))
@@ -446,6 +483,72 @@ def test_what_the_file_gives_fits_what_it_says(tmp_path: Path) -> None:
         entry.value = json.dumps(preprocess | {"pixels": "pillow/1"})
         with pytest.raises(ExportError, match=r"metadata of .* is damaged"):
             Model(write_sealed(path, proto))
+
+
+@pytest.mark.parametrize("output", ["probabilities", "features"])
+@pytest.mark.parametrize("operator", ["SequenceConstruct", "Unsqueeze", "Flat", "Log"])
+def test_answers_of_another_kind_or_shape_are_refused(tmp_path: Path, output: str, operator: str) -> None:
+    proto = onnx.load(exported_file(tmp_path / "m.onnx"))
+    for node in proto.graph.node:
+        node.output[:] = [f"{name}-inner" if name == output else name for name in node.output]
+        node.input[:] = [f"{name}-inner" if name == output else name for name in node.input]
+    inner, axis = f"{output}-inner", numpy_helper.from_array(np.array([1]), "axis")
+    proto.graph.initializer.append(axis)
+    if operator == "Log":
+        proto.graph.node.append(helper.make_node("Sub", [inner, inner], ["nought"]))
+        proto.graph.node.append(helper.make_node("Log", ["nought"], [output]))
+    elif operator == "SequenceConstruct":
+        proto.graph.node.append(helper.make_node(operator, [inner], [output]))
+    elif operator == "Unsqueeze":
+        proto.graph.node.append(helper.make_node(operator, [inner, "axis"], [output]))
+    else:
+        proto.graph.node.append(helper.make_node("ReduceMax", [inner, "axis"], [output], keepdims=0))
+    tensor = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+    sequence = helper.make_tensor_sequence_value_info(output, TensorProto.FLOAT, None)
+    left = [value for value in proto.graph.output if value.name != output]
+    del proto.graph.output[:]
+    proto.graph.output.extend([*left, sequence if operator == "SequenceConstruct" else tensor])
+    model = Model(write_sealed(tmp_path / "m.onnx", proto))
+    with pytest.raises(ExportError, match=f"gives {output} that are not 1 rows of finite numbers"):
+        model(np.zeros((1, 40, 40, 3), np.uint8), features=True)
+
+
+def test_a_model_without_a_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"damaged \(it names no class\)"):
+        Model(exported_file(tmp_path / "m.onnx", class_names=[]))
+
+
+def test_an_error_is_one_line_whatever_the_file_makes_onnxruntime_say(tmp_path: Path) -> None:
+    proto = onnx.load(exported_file(tmp_path / "m.onnx"))
+    proto.graph.node[0].op_type = "Cast\nError: all is well"
+    path = write_sealed(tmp_path / "m.onnx", proto)
+    result = CliRunner().invoke(cli, ["predict", str(path), str(tmp_path)])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "\\x0aError: all is well" in result.stderr
+
+
+@pytest.mark.parametrize("change", ["no class", "twice", "narrow", "several"])
+def test_a_head_that_fits_neither_its_run_nor_its_data_is_refused(made: Run, tmp_path: Path, change: str) -> None:
+    run = shutil.copytree(made.path, tmp_path / "run")
+    head = made.head
+    weight, bias, names = {
+        "no class": (head.weight[:0], head.bias[:0], []),
+        "twice": (head.weight, head.bias, ["cold", "cold"]),
+        "narrow": (head.weight[:, :9], head.bias, ["cold", "warm"]),
+        "several": (head.weight, head.bias, ["cold", "warm"]),
+    }[change]
+    metadata = {"class_names": json.dumps(names), "threshold": "null"}
+    metadata |= TENSOR_SEAL | {"activation": "sigmoid" if change == "several" else "softmax"}
+    data = seal(save({"weight": np.ascontiguousarray(weight), "bias": bias}, metadata))
+    (run / "head.safetensors").write_bytes(data)
+    report, _ = opened((run / "report.json").read_bytes())
+    report["files"]["head.safetensors"] = hashlib.sha256(data).hexdigest()
+    write_record(run / "report.json", report)
+    if change == "several":
+        with pytest.raises(RunError, match=r"fitted on several labels for an image, and .* one label"):
+            open_run(run).require_alike(np.zeros(3, np.int64), "photos")
+    else:
+        with pytest.raises(RunError, match=r"head.safetensors is damaged \((a head has one class|it takes 9 features)"):
+            open_run(run)
 
 
 def test_a_line_end_in_a_file_forges_no_line_of_inspect(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import featx
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
 from featx.engines.onnx import accelerated, backbone_onnx, session
-from featx.errors import FeatxError
+from featx.errors import FeatxError, TrainingError
 from featx.extraction.job import prepare
 from featx.extraction.planning import recall_rate, remember_rate
 from featx.extraction.report import ExtractionReport
@@ -186,3 +186,16 @@ def test_a_thousand_flipped_bits_are_named_or_mended_and_never_served(place: Pat
             shutil.rmtree(mended, ignore_errors=True)
     assert not served
     assert sum(kind.flips for kind in found) > 1000 and named > 500
+
+
+def test_a_kept_epoch_of_another_configuration_or_network_is_named(tmp_path: Path) -> None:
+    network, optimizer = trained()
+    progress = Progress(epoch=1, best_epoch=1)
+    for name, configuration, saved in (("other", {"lr": 0.2}, network), ("wide", {"lr": 0.1}, nn.Linear(7, 3))):
+        Checkpoints(tmp_path / name, configuration).save(saved, optimizer, progress, best=True)
+        expected = "another configuration .*lr 0.2 -> 0.1" if name == "other" else "holds another network"
+        ours = Checkpoints(tmp_path / name, {"lr": 0.1})
+        with pytest.raises(TrainingError, match=f"best-0001.safetensors .*{expected}"):
+            ours.load_best(network, progress)
+        with pytest.raises(TrainingError, match=f"last.safetensors .*{expected}"):
+            ours.load(network, optimizer)

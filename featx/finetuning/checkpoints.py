@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,6 @@ from featx.seals import seal
 from featx.text import from_json
 
 LAST = "last.safetensors"
-T = TypeVar("T")
 
 
 @dataclass
@@ -50,13 +49,6 @@ class Progress:
     """One row per epoch, the start first."""
 
 
-class Kept(TypedDict):
-    """The metadata of `last.safetensors`."""
-
-    configuration: dict[str, Any]
-    progress: Progress
-
-
 @dataclass(frozen=True, eq=False)
 class Checkpoints:
     """`checkpoints/last.safetensors` and `checkpoints/best-<epoch>.safetensors` of a run.
@@ -82,8 +74,7 @@ class Checkpoints:
         for number, slots in optimizer.state_dict()["state"].items():
             kept = {k: v for k, v in slots.items() if isinstance(v, Tensor)}
             tensors |= on_cpu(kept, f"optimizer.{number}.")
-        metadata = {"progress": json.dumps(asdict(progress)), "configuration": json.dumps(self.configuration)}
-        self._write(self.folder / LAST, tensors, metadata)
+        self._write(self.folder / LAST, tensors, {"progress": json.dumps(asdict(progress))})
 
         for old in self.folder.iterdir():
             if CHECKPOINT.fullmatch(old.name) and old.name not in (LAST, self._best(progress.best_epoch).name):
@@ -97,17 +88,7 @@ class Checkpoints:
         path = self.folder / LAST
         if not path.is_file():
             return None
-        tensors, kept = self._read(path, Kept)
-        theirs, ours = kept["configuration"], json.loads(json.dumps(self.configuration))
-        different = [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
-        if different:
-            shown = ", ".join(f"{n} {theirs.get(n)!r} -> {ours.get(n)!r}" for n in different[:4])
-            raise TrainingError(
-                f"{path} is a checkpoint of another configuration ({shown}); "
-                "start over with --overwrite, or give another --output"
-            )
-
-        network.load_state_dict(_under(tensors, "network."))
+        tensors, progress = self._restore(path, network)
         state: dict[int, dict[str, Tensor]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(parameters):
@@ -119,13 +100,11 @@ class Checkpoints:
             }
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": groups})
-
-        return kept["progress"]
+        return progress
 
     def load_best(self, network: nn.Module, progress: Progress) -> None:
-        """Bring the network to the epoch that is kept."""
-        tensors, _ = self._read(self._best(progress.best_epoch), dict[str, str])
-        network.load_state_dict(_under(tensors, "network."))
+        """Bring the network to the epoch that is kept. Raises as `load` does."""
+        self._restore(self._best(progress.best_epoch), network)
 
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best-{epoch:04d}.safetensors"
@@ -134,6 +113,7 @@ class Checkpoints:
         try:
             make_folder(self.folder)
             sweep(self.folder)
+            metadata |= {"configuration": json.dumps(self.configuration)}
             self.write(path, seal(save(tensors, metadata | TENSOR_SEAL)))
         except OSError as error:
             kept = "the one before is kept" if path.is_file() else "there is none yet"
@@ -143,18 +123,34 @@ class Checkpoints:
                 f"{kept}. Make room and run the same command again"
             ) from error
 
-    def _read(self, path: Path, kind: type[T]) -> tuple[dict[str, Tensor], T]:
-        """The tensors of a checkpoint, and its metadata as `kind`. Raises `TrainingError`."""
+    def _restore(self, path: Path, network: nn.Module) -> tuple[dict[str, Tensor], Progress]:
+        """Read a checkpoint whole, and bring the network to it."""
         try:
             data = read_plain(path, MOST_CHECKPOINT_BYTES)
             metadata, sealed = tensor_metadata(data)
             if not sealed:
                 warn_older(path)
-            return load(data), convert({name: from_json(text) for name, text in metadata.items()}, kind)
-        except (SafetensorError, ValueError, OSError) as error:
+            ours = json.loads(json.dumps(self.configuration))
+            stated = from_json(metadata["configuration"]) if "configuration" in metadata or sealed else ours
+            theirs = convert(stated, dict[str, Any])
+            progress, tensors = convert(from_json(metadata.get("progress", "{}")), Progress), load(data)
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
             raise TrainingError(
                 f"the checkpoint {path} cannot be read ({error}); start over with --overwrite"
             ) from error
+
+        different = [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
+        if different:
+            shown = ", ".join(f"{n} {theirs.get(n)!r} -> {ours.get(n)!r}" for n in different[:4])
+            raise TrainingError(
+                f"{path} is a checkpoint of another configuration ({shown}); "
+                "start over with --overwrite, or give another --output"
+            )
+        try:
+            network.load_state_dict(_under(tensors, "network."))
+        except RuntimeError as error:
+            raise TrainingError(f"the checkpoint {path} holds another network; start over with --overwrite") from error
+        return tensors, progress
 
 
 def on_cpu(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ColourEngine, write_images
 
 import featx
 from featx.cli import cli
+from featx.cli.base import Commands
+from featx.errors import FeatxWarning
 
 
 def run(*arguments: str | Path) -> Result:
@@ -269,6 +274,8 @@ TELLTALE = """
 import sys, time
 from click.testing import CliRunner
 from featx.cli import cli
+from featx.cli.base import Commands
+from featx.errors import FeatxWarning
 
 for line in sys.stdin.read().splitlines():
     done = CliRunner().invoke(cli, line.split())
@@ -326,3 +333,19 @@ def test_no_command_asks_a_network_or_writes_into_the_home_folder(here: Path) ->
     if not traces:
         pytest.skip("nothing was written; what is asked of a network is seen by strace alone, which does not run here")
     assert not [line for line in calls.read_text().splitlines() if "AF_INET" in line]
+
+
+def test_a_note_and_an_error_are_one_line_each_and_a_note_is_said_once() -> None:
+    @click.group(cls=Commands)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def twice() -> None:
+        warnings.warn("old\nnote: forged", FeatxWarning, stacklevel=1)
+        warnings.warn("old\nnote: forged", FeatxWarning, stacklevel=1)
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", "aside", None, "wanted\nError: forged")
+
+    result = CliRunner().invoke(group, ["twice"])
+    assert result.stderr == "note: old\\x0anote: forged\nError: Is a directory: wanted\\x0aError: forged\n"
+    assert result.exit_code == 1

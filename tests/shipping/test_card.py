@@ -153,6 +153,14 @@ def test_a_card_is_kept_up_to_date_until_somebody_makes_it_their_own(run: Run) -
     assert path.read_text(encoding="utf-8") == "my own words"
 
 
+def test_a_link_that_leads_nowhere_is_somebodys(run: Run) -> None:
+    (run.path / "README.md").unlink(missing_ok=True)
+    (run.path / "README.md").symlink_to("not there yet.md")
+    card.write(run)
+    assert (run.path / "README.md").is_symlink()
+    (run.path / "README.md").unlink()
+
+
 def test_many_classes_are_named_up_to_a_number(run: Run) -> None:
     report = run.report
     row = report["per_class"][0]
