@@ -13,7 +13,7 @@ from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
 from featx.records import TENSOR_SEAL, convert, tensor_metadata
-from featx.seals import seal
+from featx.seals import escape, seal
 from featx.text import from_json
 
 Activation = Literal["softmax", "sigmoid"]
@@ -131,7 +131,7 @@ class Head:
         from safetensors.numpy import save
 
         metadata = TENSOR_SEAL | {
-            "class_names": json.dumps(list(self.class_names)),
+            "class_names": escape(json.dumps(list(self.class_names))),
             "activation": self.activation,
             "threshold": json.dumps(self.threshold),
         }

@@ -21,7 +21,7 @@ import numpy as np
 
 from featx.errors import FeatxWarning
 from featx.files import read_plain, write_atomic
-from featx.seals import BLANK, SEAL, is_current, is_sealed, seal
+from featx.seals import BLANK, MARK, SEAL, escape, is_current, is_sealed, seal
 from featx.text import from_json, to_json
 
 T = TypeVar("T")
@@ -44,7 +44,8 @@ def convert(values: Any, kind: type[T]) -> T:
 
 def write_record(path: Path, values: dict[str, Any]) -> None:
     """A JSON object that carries its own digest, by `write_atomic`."""
-    write_atomic(path, seal(to_json(values | SEAL).encode() + b"\n"))
+    body, mark, digits = to_json(values | SEAL).rpartition(MARK.decode())
+    write_atomic(path, seal(f"{escape(body)}{mark}{digits}\n".encode()))
 
 
 def opened(data: bytes) -> tuple[dict[str, Any], bool]:

@@ -19,7 +19,7 @@ import numpy as np
 from featx.backbones.loading import locate
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.engines.wire import FORMAT_KEY, scan
-from featx.errors import NewerError, RunError
+from featx.errors import HeadError, NewerError, RunError
 from featx.features import FeatureSpec
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head

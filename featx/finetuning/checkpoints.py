@@ -17,7 +17,7 @@ from featx.errors import TrainingError
 from featx.files import MOST_CHECKPOINT_BYTES, make_folder, read_plain, sweep, write_atomic
 from featx.records import TENSOR_SEAL, convert, tensor_metadata, warn_older
 from featx.runs import CHECKPOINT
-from featx.seals import seal
+from featx.seals import escape, seal
 from featx.text import from_json
 
 LAST = "last.safetensors"
@@ -74,7 +74,7 @@ class Checkpoints:
         for number, slots in optimizer.state_dict()["state"].items():
             kept = {k: v for k, v in slots.items() if isinstance(v, Tensor)}
             tensors |= on_cpu(kept, f"optimizer.{number}.")
-        self._write(self.folder / LAST, tensors, {"progress": json.dumps(asdict(progress))})
+        self._write(self.folder / LAST, tensors, {"progress": escape(json.dumps(asdict(progress)))})
 
         for old in self.folder.iterdir():
             if CHECKPOINT.fullmatch(old.name) and old.name not in (LAST, self._best(progress.best_epoch).name):
@@ -113,7 +113,7 @@ class Checkpoints:
         try:
             make_folder(self.folder)
             sweep(self.folder)
-            metadata |= {"configuration": json.dumps(self.configuration)}
+            metadata |= {"configuration": escape(json.dumps(self.configuration))}
             self.write(path, seal(save(tensors, metadata | TENSOR_SEAL)))
         except OSError as error:
             kept = "the one before is kept" if path.is_file() else "there is none yet"

@@ -18,7 +18,7 @@ from featx.options import Input, Split
 from featx.pixels.preprocess import Preprocess
 from featx.records import write_record
 from featx.runs import Run, is_export, is_record, open_run, record_of
-from featx.seals import SEAL, seal
+from featx.seals import SEAL, escape, seal
 from featx.shipping import card, graph, parity
 from featx.shipping.deployed import FORMAT, read_model
 from featx.shipping.gate import IMAGES, gate_images
@@ -146,7 +146,8 @@ def put(model: ModelProto, path: Path, entries: dict[str, Any], found: dict[str,
     """Write the file with its metadata, and its `parity.json`, each whole or not at all."""
     from onnx import helper
 
-    values = {name: json.dumps(value) for name, value in (entries | SEAL).items()}
+    values = {name: escape(json.dumps(value)) for name, value in entries.items()}
+    values |= {name: json.dumps(value) for name, value in SEAL.items()}
     helper.set_model_props(model, values | {FORMAT_KEY: FORMAT})
     data = seal(model.SerializeToString(deterministic=True))
     require_whole(scan(data), path)
