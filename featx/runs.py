@@ -318,10 +318,16 @@ def start(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
 def finish(path: Path, head: Head, trained_on: np.ndarray, report: dict[str, Any], factory: str | None = None) -> Run:
     """Write what a started run lacks, its report last, and open it. The arguments are as in `Run`."""
     files = {"head.safetensors": head.to_bytes(), "trained-on.npy": array_bytes(trained_on)}
-    for name, data in files.items():
-        write_atomic(path / name, data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    write_record(path / "report.json", report | {"files": digests})
+    try:
+        for name, data in files.items():
+            write_atomic(path / name, data)
+        write_record(path / "report.json", report | {"files": digests})
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); make room and run the same command again, which "
+            "finishes the run: its features are cached"
+        ) from error
     return open_run(path, factory)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +84,22 @@ def test_a_finished_run_is_what_was_written(tmp_path: Path) -> None:
         assert (found.config, found.report, found.request) == (CONFIG, report, CONFIG.request)
         assert np.array_equal(found.head.weight, HEAD.weight)
         assert found.trained_on is not None and found.trained_on.tolist() == [1, 2]
+
+
+def test_a_full_disk_names_the_run_and_the_same_command_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    start(tmp_path / "run", CONFIG)
+    arguments = tmp_path / "run", HEAD, np.array([1, 2], np.uint64), REPORT
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(RunError, match=r"run cannot be written \(No space left on device\); make room and run the"):
+            finish(*arguments)
+    start(tmp_path / "run", CONFIG)
+    assert finish(*arguments).report == REPORT
 
 
 def test_a_configuration_keeps_its_keys(tmp_path: Path) -> None:

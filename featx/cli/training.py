@@ -147,9 +147,17 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write_page(run: str | Run) -> Path:
+    from featx.errors import RunError
     from featx.reporting.report import write_report
 
-    return write_report(run)
+    try:
+        return write_report(run)
+    except OSError as error:
+        path = run if isinstance(run, str) else run.path
+        raise RunError(
+            f"the page of {path} cannot be written ({error.strerror or error}); the run itself is finished: make room, "
+            f"then `featx report {path}` writes its page"
+        ) from error
 
 
 def rates(text: str) -> dict[str, Any]:
