@@ -351,7 +351,7 @@ def _clear(path: Path) -> list[str]:
     inside = {path / "plots": FIGURE} | ({path / "checkpoints": CHECKPOINT} if tuned else {})
     folders = [folder for folder in inside if folder.is_dir() and not folder.is_symlink()]
     again += [each for folder in folders for each in folder.iterdir() if inside[folder].fullmatch(each.name)]
-    for each in [*gone, *(each for each in again if each.is_symlink() or each.is_file())]:
+    for each in [*(each for each in again if each.is_symlink() or each.is_file()), *gone]:  # report.json first
         each.unlink(missing_ok=True)
     for folder in folders:
         sweep(folder)
