@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sharing import made_once
 
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.pixels.preprocess import Preprocess
@@ -164,12 +165,13 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
 
 
 @pytest.fixture(scope="session")
-def photo_run(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photo_run(photos: Path, squeezenet_weights: Path) -> Path:
     """A run on the photographs (squeezenet1_1, logreg), exported, with its cache beside it. Copy it to change it."""
     import featx
 
-    root = tmp_path_factory.mktemp("photo-run")
-    weights = str(squeezenet_weights)
-    run = featx.fit(photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run")
-    featx.export(run.path)
-    return root / "run"
+    def make(root: Path) -> None:
+        weights = str(squeezenet_weights)
+        run = featx.fit(photos, "squeezenet1_1", "logreg", weights=weights, cache=root / "cache", output=root / "run")
+        featx.export(run.path)
+
+    return made_once("photo-run", make) / "run"

@@ -1,4 +1,4 @@
-"""Random weights whose outputs have a real scale, and one cache of exported backbones for the whole session.
+"""Random weights whose outputs have a real scale.
 
 Freshly initialised MobileNetV2, MNASNet, Inception and GoogLeNet give outputs of 1e-9 to 1e-2, which pass
 any absolute tolerance; batch norm that is still the identity hides mistakes in folding it.
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from sharing import session_folder
 from torch import nn
 
 from featx.backbones.request import BackboneRequest
@@ -32,16 +33,6 @@ THIRTEEN = (
     "vgg16",
     "wide_resnet50_2",
 )
-
-
-def session_folder() -> Path:
-    """The folder that all tests of one run share, in whatever process they are; conftest.py makes and removes it."""
-    return Path(os.environ["FEATX_TEST_SESSION"])
-
-
-def session_cache() -> Path:
-    """A `cache` that tests share, so that a backbone is exported once in a session."""
-    return session_folder() / "cache"
 
 
 @functools.cache

@@ -46,15 +46,13 @@ class Ran:
     commands: int = 0
 
 
-def working_folder(
-    factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch, photos: Path, weights: Path, folder: Path
-) -> Path:
+def working_folder(patch: pytest.MonkeyPatch, photos: Path, weights: Path, folder: Path) -> Path:
     """Go to a fresh folder with `photos/` (100 ants and bees), the pretrained SqueezeNet 1.1 at hand.
 
     Files of plug-in folders (`featx/heads/x.py`) in it count as if they were featx's own. The exported
     backbone is taken over from another run of the session, for the time that it takes; no feature is.
     """
-    base = photo_run(factory, photos, weights)
+    base = photo_run(photos, weights)
     shutil.copytree(base / "photos", folder / "photos")
     shutil.copytree(base / "cache" / "engines", folder / "cache" / "engines")
     patch.chdir(folder)

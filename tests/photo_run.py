@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sharing import made_once
 
 import featx
 
@@ -47,15 +48,15 @@ def torch_home(folder: Path, weights: Path) -> Path:
     return folder
 
 
-def photo_run(factory: pytest.TempPathFactory, photos: Path, weights: Path) -> Path:
+def photo_run(photos: Path, weights: Path) -> Path:
     """A folder with `photos/`, `torch/`, `cache/` and `run/`, fitted and exported; the same one for a whole session."""
-    base = factory.getbasetemp() / "photo_run"
-    if not (base / "run" / "model.onnx").exists():
-        shutil.rmtree(base, ignore_errors=True)  # what an error left
+
+    def make(base: Path) -> None:
         some_photographs(photos, base / "photos")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TORCH_HOME", str(torch_home(base / "torch", weights)))
             folders = {"cache": base / "cache", "output": base / "run"}
             run = featx.fit(base / "photos", "squeezenet1_1", **folders)
             featx.export(run.path)
-    return base
+
+    return made_once("some-photographs", make)

@@ -14,14 +14,8 @@ DOCS = ROOT / "docs"
 
 
 @pytest.fixture
-def work(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    photos: Path,
-    squeezenet_weights: Path,
-) -> Path:
-    return working_folder(tmp_path_factory, monkeypatch, photos, squeezenet_weights, tmp_path)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path, squeezenet_weights: Path) -> Path:
+    return working_folder(monkeypatch, photos, squeezenet_weights, tmp_path)
 
 
 def test_the_quick_start_of_the_readme_runs_as_it_stands(work: Path) -> None:

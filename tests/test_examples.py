@@ -27,8 +27,8 @@ TOLERANCE = 5e-3
 
 
 @pytest.fixture(scope="module")
-def made(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photo_run(tmp_path_factory, photos, squeezenet_weights)
+def made(photos: Path, squeezenet_weights: Path) -> Path:
+    return photo_run(photos, squeezenet_weights)
 
 
 @pytest.fixture(scope="module")

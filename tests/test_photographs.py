@@ -14,20 +14,19 @@ import pytest
 
 import featx
 from featx.records import read_record, write_record
-from featx.runs import Run
+from featx.runs import Run, open_run
 
 
 @pytest.fixture(scope="module")
-def fitted(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def fitted(photos: Path, squeezenet_weights: Path, photo_run: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """One run for each head, on one cache."""
     root = tmp_path_factory.mktemp("photographs")
-    runs = {}
-    for head in ("logreg", "linear", "pretrained"):
-        runs[head] = featx.fit(
-            photos, "squeezenet1_1", head, weights=str(squeezenet_weights), cache=root / "cache", output=root / head
-        )
-    restricted = {"settings": {"restrict": True}, "cache": root / "cache", "output": root / "restricted"}
-    runs["restricted"] = featx.fit(photos, "squeezenet1_1", "pretrained", weights=str(squeezenet_weights), **restricted)
+    options = {"weights": str(squeezenet_weights), "cache": photo_run.parent / "cache"}
+    runs = {"logreg": open_run(photo_run)}
+    for head in ("linear", "pretrained"):
+        runs[head] = featx.fit(photos, "squeezenet1_1", head, output=root / head, **options)
+    restricted = {"settings": {"restrict": True}, "output": root / "restricted"}
+    runs["restricted"] = featx.fit(photos, "squeezenet1_1", "pretrained", **options, **restricted)
     return runs
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from networks import THIRTEEN, calibrated, session_cache, weights_file
+from networks import THIRTEEN, calibrated, weights_file
+from sharing import session_cache
 from torch import nn
 from torchvision import models
 

@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import calibrated, session_cache
+from networks import calibrated
+from sharing import session_cache
 
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
@@ -66,16 +67,19 @@ def test_every_engine_agrees_with_eager_torch_for_any_batch(
     )
     assert opened.name == engine
     assert opened.batch_size == 4
-    whole = np.concatenate([opened(images[start : start + 4]) for start in range(0, 9, 4)])  # the last is 1 image
+    if precision == "bf16":  # half a second an image where the processor has no bf16
+        images, eager = images[:5], eager[:5]
+    # the last batch is 1 image
+    whole = np.concatenate([opened(images[start : start + 4]) for start in range(0, len(images), 4)])
     assert whole.dtype == np.float32
-    assert whole.shape == (9, 512)
+    assert whole.shape == (len(images), 512)
     assert difference(whole, eager) <= TOLERANCE[precision]
     if precision != "fp32":
         assert difference(whole, eager) > TOLERANCE["fp32"]  # else it would be fp32 under another name
     # alone, in another place of the batch and beside other images: the same row, bit for bit
     alone = np.concatenate([opened(image[None]) for image in images])
     assert np.array_equal(alone, whole)
-    assert np.array_equal(opened(images[[8, 0, 3]]), whole[[8, 0, 3]])
+    assert np.array_equal(opened(images[[-1, 0, 3]]), whole[[-1, 0, 3]])
     first, second = opened.submit(images[:4]), opened.submit(images[4:8])
     assert np.array_equal(second(), whole[4:8])
     assert np.array_equal(first(), whole[:4])

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import calibrated, session_cache
+from networks import calibrated
+from sharing import session_cache
 from storekit import make_read_only
 from torch import nn
 

@@ -20,9 +20,9 @@ from featx.solvers.examples import Examples
 
 
 @pytest.fixture(scope="module")
-def extraction(photos: Path, squeezenet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Extraction:
+def extraction(photos: Path, squeezenet_weights: Path, photo_run: Path) -> Extraction:
     request = BackboneRequest("squeezenet1_1", weights=str(squeezenet_weights))
-    return sync(photos, request, cache=tmp_path_factory.mktemp("photos"), device="cpu")
+    return sync(photos, request, cache=photo_run.parent / "cache", device="cpu")
 
 
 def test_the_last_layer_by_the_tutorials_recipe_reaches_91_percent(extraction: Extraction) -> None:
@@ -47,18 +47,16 @@ def test_tuning_all_layers_from_the_fitted_head_loses_no_more_than_two_photograp
     alone = int((head(val.X).argmax(1) == val.y).sum())
     numbers = extraction.numbers[features.splits == "val"]
     pixels = np.stack([extraction.info.preprocess(extraction.source.read(int(i))) for i in numbers])
-    right = []
-    for seed in range(3):
-        config = FinetuneConfig(epochs=1, warmup=0.5, seed=seed)
-        chosen = hold_out(features, config)
-        part = chosen.split("train")
-        first = logreg.fit(Examples(part.X, part.y, groups(part.keys)), features.class_names, seed=seed).head
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        tuned = finetune(extraction, chosen, first, config, folder, "cpu")
-        assert tuned.history["selected_on"] > 20
-        with torch.inference_mode():
-            parts = [load_backbone(tuned.request).module(p) for p in torch.from_numpy(pixels).split(32)]
-        right.append(int((tuned.head(torch.cat(parts).numpy()).argmax(1) == val.y).sum()))
-    assert np.median(right) >= alone - 2
+
+    config = FinetuneConfig(epochs=1, warmup=0.5, seed=0)
+    chosen = hold_out(features, config)
+    part = chosen.split("train")
+    first = logreg.fit(Examples(part.X, part.y, groups(part.keys)), features.class_names, seed=0).head
+    tuned = finetune(extraction, chosen, first, config, tmp_path, "cpu")
+    assert tuned.history["selected_on"] > 20
+
+    with torch.inference_mode():
+        parts = [load_backbone(tuned.request).module(p) for p in torch.from_numpy(pixels).split(32)]
+    right = int((tuned.head(torch.cat(parts).numpy()).argmax(1) == val.y).sum())
+    assert right >= alone - 2
     assert alone >= 138

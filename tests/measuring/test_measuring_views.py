@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -183,8 +184,9 @@ def test_answers_that_agree_on_all_images_leave_room_for_a_difference():
     assert 1 / 40 < found.high < 4 / 40
 
 
-def test_ants_and_bees_from_cached_views(photos: Path, squeezenet_weights: Path, tmp_path: Path):
-    options = {"weights": str(squeezenet_weights), "cache": tmp_path / "cache", "views": 2}
+def test_ants_and_bees_from_cached_views(photos: Path, squeezenet_weights: Path, photo_run: Path, tmp_path: Path):
+    cache = shutil.copytree(photo_run.parent / "cache", tmp_path / "cache")  # the whole photographs are known
+    options = {"weights": str(squeezenet_weights), "cache": cache, "views": 2}
     run = fit(photos, "squeezenet1_1", output=tmp_path / "run", **options)
     assert run.report["accuracy"] >= 0.915
     extraction = sync(photos, "squeezenet1_1", **options)

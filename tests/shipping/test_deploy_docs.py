@@ -13,13 +13,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "deploy.md"
 
 
 def test_the_page_works_as_it_stands(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    photos: Path,
-    squeezenet_weights: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path, squeezenet_weights: Path
 ) -> None:
-    work = working_folder(tmp_path_factory, monkeypatch, photos, squeezenet_weights, tmp_path)
+    work = working_folder(monkeypatch, photos, squeezenet_weights, tmp_path)
     ran = run_page(PAGE)
     assert (ran.commands, ran.python) == (7, 1) and ran.doctests >= 6
     assert (work / "answers.csv").read_text().count("\n") == 101

@@ -18,10 +18,11 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 from conftest import write_images
-from networks import THIRTEEN, calibrated, session_cache
+from networks import THIRTEEN, calibrated
 from onnx import numpy_helper
 from onnx_files import write_sealed
 from PIL import Image
+from sharing import session_cache
 
 import featx
 from featx.cli import cli
@@ -399,7 +400,12 @@ def test_files_that_are_not_ours_or_not_whole_are_refused(run: Path, tmp_path: P
     assert inspect(tmp_path / "parts.onnx").external_data == ["weights.bin"]
 
 
-@pytest.mark.parametrize("name", THIRTEEN)
+# Half a minute each, of moving weights; of their kinds, AlexNet and ResNeXt are exported in any case. Their graphs are
+# compared with torch in tests/backbones/test_thirteen.py in any case, too.
+LARGE = ("vgg16", "wide_resnet50_2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.soak if n in LARGE else ()) for n in THIRTEEN])
 def test_every_network_exports_a_clean_file_that_answers_as_torch_does(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from networks import session_cache
 from onnx import helper, numpy_helper
 from PIL import Image
+from sharing import session_cache
 
 import featx
 from featx.errors import ParityError
