@@ -22,10 +22,17 @@ def pages(command: click.Command, words: list[str]) -> list[str]:
     return [text, *(page for name, sub in command.commands.items() for page in pages(sub, [*words, name]))]
 
 
+ANSWERS = (
+    "`threshold=0.8` rejects an answer whose probability is below 0.8. `reject=0.95` finds the threshold from which on",
+    "answers are right 95 times in 100, on held-out folds of the training images: give the accuracy that you want, not",
+    "the share of images to reject.",
+)
+
+
 def settings() -> str:
     """What `--set` takes, head by head, with the defaults."""
     rows = ["## Settings of the heads", "", "`--set NAME=VALUE`, repeatable; each is explained in the docstring of"]
-    rows += ["`featx.heads.<head>.fit`.", "", "| head | settings and defaults |", "|---|---|"]
+    rows += ["`featx.heads.<head>.fit`.", "", *ANSWERS, "", "| head | settings and defaults |", "|---|---|"]
     for name in learning.names():
         shown = []
         for key, parameter in learning.settings_of(name).items():

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 
 from featx.errors import FeatxError, SourceError
 from featx.identity import Identity
-from featx.options import Precision, StoredDtype
+from featx.options import Precision, Split, StoredDtype
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
 
@@ -182,7 +182,9 @@ class Features:
         return (self.y if self.y.ndim == 1 else self.y[:, 0]) >= 0
 
     def split(self, name: str) -> Features:
-        """The rows of one split."""
+        """The rows of `train`, `val` or `test`, and of "" for images in none. Raises `FeatxError` for another name."""
+        if name not in ("", *get_args(Split)):
+            raise FeatxError(f"splits are {', '.join(get_args(Split))}, not {name!r}.{near(name, get_args(Split))}")
         return self.take(np.flatnonzero(self.splits == name))
 
     def parts(self) -> tuple[Features, Features, Features]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +20,16 @@ from featx.errors import HeadError
 from featx.extraction.job import Backbone, Data, request_of
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
-from featx.features import Features, LazyRows, Rows, groups, repeated, short_keys
+from featx.features import Features, LazyRows, Rows, groups, labelled, repeated, short_keys
 from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
+from featx.heads import pretrained
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, complete, plain
 from featx.solvers.examples import Examples
+from featx.sources.opening import open_source
+from featx.sources.source import Source
 
 if TYPE_CHECKING:
     from featx.finetuning.recipes import FinetuneConfig
@@ -79,7 +83,8 @@ def fit_features(
     fitted: Fitted
     if learns:
         train = features.split("train")
-        check_learnable(train)
+        if train.y.ndim == 1 or not len(train):
+            learning.require_classes(Counter(train.labels), train.class_names)
         examples = Examples.of_views(views or [train.rows], train.y, groups(train.keys))
         fitted = learning.learn(head, examples, features.class_names, seed=seed, device=device, settings=settings)
     elif classifier is None:
@@ -88,20 +93,6 @@ def fit_features(
         learning.check_settings(head, settings or {})
         fitted = learning.module(head).fit(classifier, features.class_names, **(settings or {}))
     return measured(features, fitted, time.perf_counter() - begin, learned=learns)
-
-
-def check_learnable(train: Features) -> None:
-    """Raise `HeadError` unless training images show at least two classes."""
-    if not len(train.y):
-        raise HeadError("there are no training images; expected class folders, or train/ with class folders")
-    seen = np.unique(train.y)
-    if train.y.ndim == 1 and len(seen) < 2:
-        only = train.class_names[seen[0]]
-        others = [repr(name) for name in train.class_names if name != only]
-        none = f"; of {', '.join(others[:5])} there is none to learn from: add images" if others else ""
-        raise HeadError(
-            f"all {len(train.y)} training images are {only!r}, and a classifier needs at least two classes{none}"
-        )
 
 
 def measured(features: Features, fitted: Fitted, seconds: float, *, learned: bool) -> Fit:
@@ -149,15 +140,15 @@ def fit(
     asked = complete(options, function=fit)
     settings, limit = settings or {}, memory_for_features() if memory is None else memory
     learning.check_settings(head, settings)
-    learns = learning.module(head).LEARNS
+    learns, source = learning.module(head).LEARNS, open_source(data)
+    if output and rank() == 0:
+        runs.check(Path(output), None, overwrite=overwrite)
+    learning.check_heads([(head, settings)], source)
     if not learns:
-        backbone = own_classifier_request(request_of(backbone, asked), Path(asked["cache"]), finetune)
+        backbone = own_classifier_request(request_of(backbone, asked), source, Path(asked["cache"]), settings, finetune)
 
-    extracted = extracted_once(data, backbone, engine, asked, finetune)
+    extracted = extracted_once(source, backbone, engine, asked, finetune)
     features = extracted.features(memory=limit)
-    if not features.class_names:
-        uri = extracted.source.uri
-        raise HeadError(f"{uri} has no labels: put the images into one folder a class, or name a manifest")
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
     path = Path(output) if output else runs.default_path("export", config)
     if finetune is None or rank() == 0:  # where processes train together, the leader writes the run
@@ -250,8 +241,13 @@ def training_views(extracted: Extraction, features: Features, memory: float) -> 
     return extracted.views(features.keys[features.splits == "train"], memory=memory)
 
 
-def own_classifier_request(request: BackboneRequest, cache: Path, finetune: FinetuneConfig | None) -> BackboneRequest:
-    """The request whose features the network's own classifier is affine in: SqueezeNet's are its logits."""
+def own_classifier_request(
+    request: BackboneRequest, source: Source, cache: Path, settings: dict[str, Any], finetune: FinetuneConfig | None
+) -> BackboneRequest:
+    """The request whose features the network's own classifier is affine in: SqueezeNet's are its logits.
+
+    Raises `HeadError` where the source's labels do not match its classes.
+    """
     info = resolve(request, cache)
     if finetune is not None:
         raise HeadError(f"--head pretrained is the network as it is; fine-tune from another: {learning.able('LEARNS')}")
@@ -261,6 +257,8 @@ def own_classifier_request(request: BackboneRequest, cache: Path, finetune: Fine
         )
     if info.affine and request.layer != "features":
         raise HeadError(f"--head pretrained works on --layer features, not {request.layer!r}")
+    labels = labelled(source.labels or [], source.multilabel)[1]
+    pretrained.matched(labels, info.class_names, settings.get("mapping"))
     return request if info.affine else replace(request, layer="logits")
 
 

@@ -7,7 +7,9 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -19,7 +21,10 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.options import fits
 from featx.solvers.examples import Examples
-from featx.text import assigned, near
+from featx.sources.source import Source
+from featx.text import assigned, near, some
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.I)
 
 
 def parse_head(text: str) -> tuple[str, dict[str, Any]]:
@@ -87,6 +92,57 @@ def module(name: str) -> ModuleType:
     if name not in names():
         raise HeadError(f"unknown head {name!r}; there are {', '.join(names())}.{near(name, names())}")
     return importlib.import_module(f"{heads.__name__}.{name}")
+
+
+def check_heads(chosen: Sequence[tuple[str, Mapping[str, Any]]], source: Source) -> None:
+    """Raise `HeadError`, before any image is computed, where the heads cannot be fitted on what `source` is labelled.
+
+    It has no label, all training images have one class, or the labels are numbers that hardly two images share, as the
+    target of a regression is; or a head refuses its settings, whatever it learns from. chosen: heads, with settings.
+    """
+    labels = Counter(filter(None, source.labels or []))
+    if not labels:
+        raise HeadError(f"{source.uri} has no labels: put the images into one folder a class, or name a manifest")
+    if _like_measurements(labels) and not source.multilabel:
+        raise HeadError(
+            f"the labels of {source.uri} are {len(labels):,} different numbers for {labels.total():,} images "
+            f"({some(list(labels))}), which looks like a regression, and featx answers with classes. Write a label for "
+            "each range (such as low and high) in their place; if each number is a class, write a letter before it"
+        )
+    learners = [(name, settings) for name, settings in chosen if module(name).LEARNS]
+    if learners and not source.multilabel:
+        pairs = zip(source.labels or [], source.splits or [""] * len(source), strict=True)
+        require_classes(Counter(label for label, split in pairs if label and split in ("", "train")), list(labels))
+
+    for name, settings in learners:
+        if settings:
+            _rehearse(name, settings, source.multilabel)
+
+
+def _rehearse(name: str, settings: Mapping[str, Any], several: bool) -> None:
+    """Fit a head to 40 made-up rows: that takes milliseconds, where an extraction may take hours."""
+    y = np.arange(40) % 2
+    X = np.random.default_rng(0).normal(4.0 * y[:, None], size=(40, 3)).astype(np.float32)
+    own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}  # these name labels
+    learn(name, Examples(X, np.stack([y, 1 - y], axis=1) if several else y), ["0", "1"], device="cpu", settings=own)
+
+
+def require_classes(counts: Mapping[str, int], class_names: Sequence[str]) -> None:
+    """Raise `HeadError` unless training images show at least two classes. counts: how many show each."""
+    if not counts:
+        raise HeadError("there are no training images; expected class folders, or train/ with class folders")
+    if len(counts) < 2:
+        (only, count), *_ = counts.items()
+        others = sorted(repr(name) for name in class_names if name != only)
+        none = f"; of {', '.join(others[:5])} there is none to learn from: add images" if others else ""
+        raise HeadError(f"all {count} training images are {only!r}, and a classifier needs at least two classes{none}")
+
+
+def _like_measurements(labels: Mapping[str, int]) -> bool:
+    """Whether labels, with the images of each, look like numbers to predict rather than names of classes."""
+    if len(labels) < 20 or not all(map(_NUMBER.fullmatch, labels)):
+        return False
+    return len(labels) > sum(labels.values()) / 2 or not all(float(label).is_integer() for label in labels)
 
 
 def learn(

@@ -119,13 +119,11 @@ class Run:
             )
         return self.config.request
 
-    def require_alike(self, y: np.ndarray, data: object) -> None:
-        """Raise `HeadError` where one of the run and the data has several labels for an image. y: `int [N]` or 0/1
-        `[N, L]`.
-        """
-        if (self.head.activation == "sigmoid") != (y.ndim == 2):
+    def require_alike(self, several: bool, data: object) -> None:
+        """Raise `HeadError` where one of the run and the data has several labels for an image."""
+        if (self.head.activation == "sigmoid") != several:
             kinds = ("one label for each image", "several labels for an image")
-            mine, theirs = kinds if y.ndim == 2 else kinds[::-1]
+            mine, theirs = kinds if several else kinds[::-1]
             raise HeadError(f"{self.path} was fitted on {mine}, and {data} has {theirs}: they cannot be compared")
 
 
@@ -271,8 +269,9 @@ def digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
-    """Raise `RunError` where a run with this configuration may not be written to `path`; changes nothing.
+def check(path: Path, config: RunConfig | None, *, overwrite: bool = False) -> None:
+    """Raise `RunError` where a run with this configuration, or any where it is not known yet, may not be written to
+    `path`; changes nothing.
 
     It may where there is nothing, an unfinished run with the same configuration, or, with `overwrite`, any run.
     """
@@ -284,12 +283,12 @@ def check(path: Path, config: RunConfig, *, overwrite: bool = False) -> None:
 
     if not former.keys() >= {"featx", "digest", "spec", "head"}:  # others have a config.json too
         raise RunError(f"{path} exists and is not a run of featx; give another --output")
-    others = [path / name for name in TUNED if config.finetune and not former.get("finetune")]
+    others = [path / name for name in TUNED if config and config.finetune and not former.get("finetune")]
     if there := [other for other in others if os.path.lexists(other)]:
         raise RunError(f"{there[0]} was not written by featx, and fine-tuning would replace it; move it away")
     if not overwrite and is_finished(path):
         raise RunError(f"{path} holds a finished run; use --overwrite to replace it, or another --output")
-    if not overwrite and former["digest"] != config.digest:
+    if config and not overwrite and former["digest"] != config.digest:
         raise RunError(
             f"{path} holds an unfinished run with another configuration; "
             "use --overwrite to replace it, or another --output"

@@ -32,7 +32,7 @@ from featx.features import Features, groups
 from featx.files import read_plain, write_atomic
 from featx.fitting import fit
 from featx.head import columns
-from featx.learning import head_text, module, parse_head
+from featx.learning import check_heads, head_text, module, parse_head
 from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
 from featx.options import Criterion, Shared, complete
 from featx.records import array_bytes, array_of, convert, read_record, write_record
@@ -217,7 +217,7 @@ def sweep(
     root = Path(source.uri).resolve()
     path = Path(output or f"export/{root.name if root.is_dir() else root.stem}-sweep")
     requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
-    variants = [parse_head(head) for head in heads]
+    check_heads(variants := [parse_head(head) for head in heads], source)
     _check(path, root, by, views, requests, variants)
     if engine is not None and len(requests) > 1:
         raise FeatxError(f"one engine runs one backbone and layer, and the grid has {len(requests)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import resources
 
 from featx.errors import HeadError
 from featx.head import Fitted, Head
@@ -32,23 +33,8 @@ def fit(
     """
     names, labels = list(classifier.class_names), class_names
     weight, bias = classifier.weight, classifier.bias
-    if not labels:
-        raise HeadError("there is no label to match with the network's classes")
-    mapping = dict(mapping or {})
-    unknown = [label for label in mapping if label not in labels]
-    if unknown:
-        raise HeadError(f"the mapping names {unknown[0]!r}, which is not a label here.{near(unknown[0], labels)}")
-    index = {label: _named(label, mapping[label], names) for label in mapping}
-    index |= {label: match(label, names) for label in labels if label not in mapping}
-
-    taken: dict[int, str] = {}
-    for label, i in index.items():
-        if i in taken:
-            raise HeadError(
-                f"labels {taken[i]!r} and {label!r} both match the network's class {names[i]!r} ({i}); "
-                "say with a mapping which is which"
-            )
-        taken[i] = label
+    index = matched(labels, names, mapping)
+    taken = {i: label for label, i in index.items()}
 
     if restrict:
         rows = [index[label] for label in labels]
@@ -65,10 +51,36 @@ def fit(
     return Fitted(head, {"classes": classes, "restrict": restrict, "notes": []})
 
 
+def matched(
+    labels: Sequence[str], names: Sequence[str], mapping: Mapping[str, str | int] | None = None
+) -> dict[str, int]:
+    """The number of the network's class that each label names; `mapping` as for `fit`. Raises `HeadError` as `fit`."""
+    if not labels:
+        raise HeadError("there is no label to match with the network's classes")
+    mapping = dict(mapping or {})
+    if unknown := [label for label in mapping if label not in labels]:
+        raise HeadError(f"the mapping names {unknown[0]!r}, which is not a label here.{near(unknown[0], labels)}")
+    index = {label: _named(label, mapping[label], names) for label in mapping}
+    index |= {label: match(label, names) for label in labels if label not in mapping}
+
+    taken: dict[int, str] = {}
+    for label, i in index.items():
+        if i in taken:
+            raise HeadError(
+                f"labels {taken[i]!r} and {label!r} both match the network's class {names[i]!r} ({i}); "
+                "say with a mapping which is which"
+            )
+        taken[i] = label
+    return index
+
+
 def match(label: str, names: Sequence[str]) -> int:
     """The number of the one class that `label` names: exactly, else ignoring case, `_` and `-`, else also
-    ignoring a plural. Raises `HeadError` with candidates where there is none, or more than one.
+    ignoring a plural; ImageNet's classes by their WordNet ids, too, such as n01440764. Raises `HeadError` with
+    candidates where there is none, or more than one.
     """
+    if len(names) == 1000 and _synonyms(names[0])[0] == "tench" and label in (ids := _wordnet()):
+        return ids.index(label)
     for form in (str, _plain, _stem):
         found = [i for i, name in enumerate(names) if form(label) in map(form, _synonyms(name))]
         if len(found) == 1:
@@ -102,6 +114,11 @@ def _named(label: str, wanted: str | int, names: Sequence[str]) -> int:
     if not 0 <= number < len(names):
         raise HeadError(f"{label}={number}: the network's classes are numbered 0 to {len(names) - 1}")
     return number
+
+
+def _wordnet() -> list[str]:
+    """The WordNet ids of ImageNet-1k's classes, in the order of networks' outputs: the sorted ids, 1,000."""
+    return resources.files(__package__).joinpath("wordnet.txt").read_text("utf-8").split()
 
 
 def _synonyms(name: str) -> list[str]:

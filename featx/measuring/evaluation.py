@@ -15,11 +15,12 @@ from featx.devices import memory_for_features
 from featx.engines.engine import Engine
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import short_keys
+from featx.features import labelled, short_keys
 from featx.head import Head, columns
 from featx.metrics import Estimate
 from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
+from featx.sources.opening import open_source
 from featx.sources.source import Source
 from featx.text import near, printable, some
 
@@ -162,11 +163,12 @@ def evaluate(
     opened = open_run(run, factory)
     spec, head = opened.config.spec, opened.head
     asked |= {"precision": spec.precision, "dtype": spec.dtype, "cache": cache or opened.config.cache}
-    extraction = sync(data, opened.config.backbone if engine else opened.request, engine=engine, **asked)
+    source = open_source(data)
+    _require_known(opened, source)
+    extraction = sync(source, opened.config.backbone if engine else opened.request, engine=engine, **asked)
     features = extraction.features(memory=memory_for_features() if memory is None else memory)
     if features.spec != spec:
         raise RunError(f"{opened.path} was fitted on other features than its backbone gives today; fit again")
-    opened.require_alike(features.y, data)
 
     there = {name: int((features.splits == name).sum()) for name in ("train", "val", "test")}
     if split and not there.get(split):
@@ -189,6 +191,19 @@ def evaluate(
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
         report.notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")
     return replace(report, skipped=len(skipped))
+
+
+def _require_known(run: Run, source: Source) -> None:
+    """Raise `HeadError`, before any image is computed, for a source whose labels have nothing to do with the run's."""
+    labels, known = labelled(source.labels or [], source.multilabel)[1], run.head.class_names
+    if labels:
+        run.require_alike(source.multilabel, source.uri)
+    if labels and not set(labels) & set(known):
+        raise HeadError(
+            f"no label of {source.uri} ({_named(labels, repeat(True))}) is a class that {run.path} knows "
+            f"({_named(known, repeat(True))}): no answer could be right. Name the folders, or the labels of the "
+            "manifest, as the run's classes are named"
+        )
 
 
 def evaluate_logits(

@@ -75,7 +75,7 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
             f"{config.backbone.name} gives other features now than when {run.path} was fitted "
             "(its weights or preprocessing changed); fit again"
         )
-    run.require_alike(features.y, data or config.data)
+    run.require_alike(features.y.ndim == 2, data or config.data)
 
     numbers = np.flatnonzero(features.splits == split)
     if not len(numbers):

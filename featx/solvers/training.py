@@ -21,6 +21,8 @@ CONSTANT = 1e-6
 # Logits are clipped this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would
 # make the products denormal, which takes ten times as long.
 FLOOR = -60.0
+LEAST_REJECT = 0.5
+"""Nobody asks for answers that are wrong more often than right: a smaller `reject` means something else."""
 
 
 def blocks(X: Rows) -> Iterator[tuple[slice, np.ndarray]]:
@@ -287,10 +289,16 @@ def finish(
     """Apply what is measured on held-out rows: a calibration temperature, then a reject threshold.
 
     held_out: logits `[M, C]` of the rows `counted`, `bool [N]`, each by the fold that left it out; None without
-    such rows. threshold: the probability below which an answer is rejected; reject: an accuracy in (0, 1), which
+    such rows. threshold: the probability below which an answer is rejected; reject: an accuracy in [0.5, 1), which
     takes the lowest threshold that reaches it on held-out rows. Writes its figures to `info`. Raises `HeadError`
     for both at once, numbers out of range, `reject` with several labels per image, and held-out rows that are missing.
     """
+    if reject is not None and not LEAST_REJECT <= reject < 1:
+        meant = f"reject={reject / 100:g}" if 50 <= reject < 100 else "reject=0.95"
+        raise HeadError(
+            f"reject is the accuracy that answers must reach, at least {LEAST_REJECT} and below 1, not {reject}: with "
+            f"{meant} the images of whose class the head is not sure enough are rejected, as many as that takes"
+        )
     if threshold is not None and reject is not None:
         raise HeadError("give threshold (a probability) or reject (an accuracy to reach), not both")
     if not (calibrate or threshold is not None or reject is not None):
@@ -381,8 +389,6 @@ def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
 
 def _threshold(confidence: np.ndarray, right: np.ndarray, accuracy: float) -> float:
     """The lowest confidence from which on the answers reach `accuracy`; HeadError where none does."""
-    if not 0 < accuracy < 1:
-        raise HeadError(f"reject is an accuracy to reach, in (0, 1), not {accuracy}")
     order = np.argsort(-confidence, kind="stable")
     reached = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
     last = np.append(np.diff(confidence[order]) != 0, True)  # equal confidences are answered together

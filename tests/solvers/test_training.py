@@ -287,7 +287,9 @@ def test_folds_for_several_labels_spread_the_rarest() -> None:
     [
         ({"threshold": 1.5}, r"in \[0, 1\]"),
         ({"threshold": 0.5, "reject": 0.9}, "not both"),
-        ({"reject": 1.5}, "accuracy to reach"),
+        ({"reject": 1.5}, r"at least 0.5 and below 1, not 1.5: with reject=0.95 the images"),
+        ({"reject": 0.05}, r"at least 0.5 and below 1, not 0.05: with reject=0.95 the images"),
+        ({"reject": 95}, "not 95: with reject=0.95"),
         ({"class_weight": "heavy"}, "None or 'balanced'"),
         ({"strengths": [0.0, 1.0]}, "strengths are positive"),
         ({"folds": 1}, r"folds is a whole number of at least 2 \(5 is usual\), not 1"),
