@@ -79,9 +79,11 @@ def write_chunks(folder: Path, chunks: Iterable[bytes | memoryview], name: Calla
             os.close(handle)
         path = folder / name()
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
+        if isinstance(error, OSError) and error.filename is None:  # a handle's error names no file
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
     sync_folder(folder)
     return path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,17 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         file.truncate(20 << 30)
     with pytest.raises(OSError, match="it has 21,474,836,480 bytes, and at most 268,435,456 are read"):
         read_plain(path)
+
+
+def test_a_write_that_fails_names_its_folder(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_atomic(tmp_path / "new" / "values.bin", bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, former)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "new"))
+    assert not list((tmp_path / "new").iterdir())

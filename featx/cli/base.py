@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -66,7 +67,8 @@ class Commands(click.Group):
                 code = error.exit_code
             except OSError as error:  # a full disk, a pipe or a folder that cannot be written
                 place = error.filename2 or error.filename  # the second is what a file would have been renamed to
-                say(printable(f"Error: {error.strerror or error}{f': {place}' if place else ''}"))
+                room = "; make room, then run the same command again" * (error.errno in (errno.ENOSPC, errno.EDQUOT))
+                say(printable(f"Error: {error.strerror or error}{f': {place}' if place else ''}{room}"))
                 code = ERROR
             except (click.Abort, KeyboardInterrupt):
                 given = list(sys.argv[1:] if args is None else args)

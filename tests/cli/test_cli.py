@@ -349,3 +349,17 @@ def test_a_note_and_an_error_are_one_line_each_and_a_note_is_said_once() -> None
     result = CliRunner().invoke(group, ["twice"])
     assert result.stderr == "note: old\\x0anote: forged\nError: Is a directory: wanted\\x0aError: forged\n"
     assert result.exit_code == 1
+
+
+def test_a_full_disk_names_its_place_and_the_next_step() -> None:
+    @click.group(cls=Commands)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "export/run")
+
+    result = CliRunner().invoke(group, ["full"])
+    assert result.stderr == "Error: No space left on device: export/run; make room, then run the same command again\n"
+    assert result.exit_code == 1
