@@ -25,7 +25,8 @@ def pages(command: click.Command, words: list[str]) -> list[str]:
 ANSWERS = (
     "`threshold=0.8` rejects an answer whose probability is below 0.8. `reject=0.95` finds the threshold from which on",
     "answers are right 95 times in 100, on held-out folds of the training images: give the accuracy that you want, not",
-    "the share of images to reject.",
+    "the share of images to reject. The pretrained head finds the network's class by a label's name, or by its WordNet",
+    "id (`n02219486`) where the network knows ImageNet's 1,000 classes.",
 )
 
 
