@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from featx.pixels.preprocess import ORIENTATION, UPRIGHT, Box
+from featx.pixels.decoding import ORIENTATION, UPRIGHT
+from featx.pixels.preprocess import Box
 
 # Beyond these a file is decoded on the CPU: a group of them has to fit into memory.
 MAX_PIXELS, MAX_BYTES = 1 << 26, 8 << 20

@@ -134,7 +134,8 @@ def pixels(model: Model, image: Image) -> np.ndarray:
     data = read_image(image) if isinstance(image, str | Path) else image
     if model.input == "tensor":
         return model.preprocess(data)
-    return model.preprocess.square(model.preprocess.decode(data), model.preprocess.resize)
+    with model.preprocess.decoded(data) as decoded:
+        return model.preprocess.square(decoded, model.preprocess.resize)
 
 
 def answer(
