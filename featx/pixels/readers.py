@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import builtins
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec, module_from_spec
 from types import SimpleNamespace
@@ -26,9 +27,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "HEIF")
 # Pillow itself raises beyond this; checked in the header, before a pixel is allocated.
 MAX_PIXELS = 178_956_970
 HEAD_BYTES = 64  # what `kind` looks at
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
-PLAIN, SIGNED, FLOAT = (1,), (2,), (3,)  # sample formats
-PHOTOMETRIC, BITS, PLANES, SUBSAMPLING, SAMPLE_FORMAT = 262, 258, 284, 530, 339
+STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP", b"GIF87a": "GIF", b"GIF89a": "GIF"}
+STARTS |= dict.fromkeys((b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0"), "TIFF")
+STARTS |= {b"P%c" % kind: "PPM" for kind in b"0123456fy"}
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT, SUBSAMPLING = 258, 259, 262, 284, 339, 530  # tags of TIFF
 
 
 def kind(head: bytes) -> str | None:
@@ -40,22 +42,24 @@ def kind(head: bytes) -> str | None:
         return "HEIF" if any(brand in brands for brand in (b"hei", b"hev", b"mif1", b"msf1")) else None
     if head[:4] == b"RIFF":
         return "WEBP" if head[8:12] == b"WEBP" else None
-    starts = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP", b"GIF87a": "GIF", b"GIF89a": "GIF"}
-    starts |= dict.fromkeys(TIFF_STARTS, "TIFF") | {b"P%c" % kind: "PPM" for kind in b"0123456fy"}
-    return next((name for start, name in starts.items() if head.startswith(start)), None)
+    return next((name for start, name in STARTS.items() if head.startswith(start)), None)
+
+
+def require_kind(head: bytes) -> str:
+    """`kind`, of an image. Raises `ImageError` for any other file."""
+    if found := kind(head):
+        return found
+    raise ImageError(f"not an image in a format of {', '.join(FORMATS)}" if head else "an empty file")
 
 
 def opened(data: bytes) -> Any:
     """The image in a file: a Pillow image of which only the header has been read. Raises `ImageError`, and what Pillow
     raises on damage."""
-    found = kind(data[:HEAD_BYTES])
-    if found is None:
-        what = "an empty file" if not data else f"not an image in a format of {', '.join(FORMATS)}"
-        raise ImageError(what)
+    found = require_kind(data[:HEAD_BYTES])
     if found == "HEIF":
         return _heif(data)
     if found == "AVIF" and not features.check("avif"):
-        raise ImageError("an AVIF image, which this Pillow was built without; `pip install --upgrade pillow` reads it")
+        raise ImageError("an AVIF image, which this Pillow does not read; `pip install --upgrade pillow`")
     if found == "TIFF":
         return _tiff(data)
     return READERS[found](io.BytesIO(data))
@@ -75,7 +79,7 @@ def _heif(data: bytes) -> Any:
     try:
         from pillow_heif import open_heif
     except ImportError:
-        raise ImageError("a HEIC (HEIF) image, which Pillow alone does not read; `pip install pillow-heif`") from None
+        raise ImageError("a HEIC (HEIF) image, which featx reads after `pip install pillow-heif`") from None
     return open_heif(io.BytesIO(data), convert_hdr_to_8bit=True, reload_size=False)
 
 
@@ -97,9 +101,10 @@ def _unread(data: bytes) -> str:
     file = io.BytesIO(data)
     file.seek(tags.next)
     tags.load(file)
-    bits, means = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, PLAIN)[0]
+    bits, means = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, (1,))[0]
     what = {1: "unsigned", 2: "signed", 3: "floating point"}.get(means, "of an unknown kind")
-    pixels = f"{max(bits)}-bit pixels (TIFF, {what}, {len(bits)} a pixel, photometric {tags.get(PHOTOMETRIC)})"
+    kind = f"{what}, {len(bits)} a pixel, photometric {tags.get(PHOTOMETRIC)}, compression {tags.get(COMPRESSION, 1)}"
+    pixels = f"{max(bits)}-bit pixels (TIFF: {kind})"
     if means == 1 and max(bits) <= 16:
         return f"{pixels} are not read by Pillow; convert to 8 bits, grey or RGB"
     return f"{pixels} have no agreed white; convert to 8 or 16 bits, unsigned"
@@ -110,14 +115,8 @@ def _own(name: str, **given: Any) -> Any:
     spec = find_spec(f"PIL.{name}")
     assert spec is not None and spec.loader is not None
 
-    def imported(
-        what: str,
-        globals: Mapping[str, object] | None = None,
-        locals: Mapping[str, object] | None = None,
-        names: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> Any:
-        found = builtins.__import__(what, globals, locals, names or (), level)
+    def imported(what: str, globals: Any = None, locals: Any = None, names: Any = (), level: int = 0) -> Any:
+        found = builtins.__import__(what, globals, locals, names, level)
         return found if what else SimpleNamespace(**{**vars(found), **given})  # `from . import Image, ImageFile`
 
     module = module_from_spec(spec)
@@ -126,13 +125,9 @@ def _own(name: str, **given: Any) -> Any:
     return module
 
 
-def _nothing(*values: Any) -> None:
-    """In place of Pillow's registration."""
-
-
 Image.preinit()  # registers the decoders that Pillow has in Python
 _IMAGE = SimpleNamespace(**vars(Image))
-vars(_IMAGE).update({name: _nothing for name in vars(Image) if name.startswith("register_")})
+vars(_IMAGE).update({name: lambda *values: None for name in vars(Image) if name.startswith("register_")})
 _IMAGE._decompression_bomb_check = limit
 _FILES = {"Image": _IMAGE, "ImageFile": _own("ImageFile", Image=_IMAGE)}
 TIFF, LIBTIFF = _own("TiffImagePlugin", **_FILES), _own("TiffImagePlugin", **_FILES)
@@ -140,23 +135,15 @@ LIBTIFF.READ_LIBTIFF = True
 for module in (TIFF, LIBTIFF):  # `Image.getexif` asserts that a TIFF image is of Pillow's own class
     mask = {"__class__": property(lambda self: TiffImagePlugin.TiffImageFile)}
     module.TiffImageFile = type("TiffImageFile", (module.TiffImageFile,), mask)
-# Signed samples and floats have no agreed black and white. More bits than 8 with 0 as white are turned by `decode`;
-# 12 bits are packed alike in both byte orders.
-for order, mode in ((b"II", "I;16"), (b"MM", "I;16B")):
-    known = {key: modes for key, modes in TIFF.OPEN_INFO.items() if key[2] == PLAIN and max(key[4]) <= 16}
-    for white in (0, 1):
-        known |= {
-            (order, white, PLAIN, 1, (16,), ()): (mode, mode),
-            (order, white, PLAIN, 1, (12,), ()): ("I;16", "I;12"),
-        }
-    TIFF.OPEN_INFO = known
+# Signed samples and floats have no agreed black and white.
+known = {key: modes for key, modes in TIFF.OPEN_INFO.items() if key[2] == (1,) and max(key[4]) <= 16}
+for order, end in itertools.product((b"II", b"MM"), (0, 1)):  # `decode` turns those whose black is the other end
+    mode = "I;16" if order == b"II" else "I;16B"
+    known[order, end, (1,), 1, (16,), ()] = mode, mode
+    known[order, end, (1,), 1, (12,), ()] = "I;16", "I;12"  # packed alike in both orders
+TIFF.OPEN_INFO = known
 LIBTIFF.OPEN_INFO = {key: modes for key, modes in known.items() if modes[0] != "La"}  # its alpha would be lost
 READERS = {
-    "JPEG": _own("JpegImagePlugin", **_FILES).JpegImageFile,
-    "PNG": _own("PngImagePlugin", **_FILES).PngImageFile,
-    "WEBP": _own("WebPImagePlugin", **_FILES).WebPImageFile,
-    "BMP": _own("BmpImagePlugin", **_FILES).BmpImageFile,
-    "PPM": _own("PpmImagePlugin", **_FILES).PpmImageFile,
-    "GIF": _own("GifImagePlugin", **_FILES).GifImageFile,
-    "AVIF": _own("AvifImagePlugin", **_FILES).AvifImageFile,
+    name.upper(): getattr(_own(f"{name}ImagePlugin", **_FILES), f"{name}ImageFile")
+    for name in ("Jpeg", "Png", "WebP", "Bmp", "Ppm", "Gif", "Avif")
 }
