@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from featx.pixels.readers import BITS, PHOTOMETRIC, limit, opened
 MOST_BYTES = 3 << 29
 # Encoders write about 10 scans of a progressive JPEG. Each one passes over all the pixels.
 MOST_SCANS, SCANNED_PIXELS = 100, 1 << 29
+# in or behind a scan, where 0xff 0x00 is a byte of the scan and 0xff 0xd0 to 0xd7 divide it
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # what turns an image upright, by the value of EXIF's orientation tag
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -75,7 +78,7 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
 
     The orientation of EXIF or XMP is applied, alpha is dropped as `Image.convert("RGB")` drops it, 12- and 16-bit grey
     is scaled to 8 bits (Pillow alone would clip it). Large images wait for each other: until the block is left, the
-    image counts in `ROOM`. No global setting of Pillow changes what is decoded. Raises `ImageError`.
+    image counts in `ROOM`. No global setting of Pillow changes what the bytes give. Raises `ImageError`.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
@@ -149,7 +152,10 @@ def _scans(image: Any, data: bytes) -> bool:
     if data[begin : begin + 2] == b"\xff\xda" and not image.info.get("progressive"):
         return False  # all components in one scan
     most = min(1000, MOST_SCANS + SCANNED_PIXELS // (image.width * image.height))
-    found = 1 + data.count(b"\xff\xda", at)
+    found = 1
+    while (marker := MARKER.search(data, at)) and marker[0] != b"\xff\xd9":  # what follows the end is no image
+        found += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     if found > most:
         raise ImageError(f"a JPEG of {found:,} scans, which would take very long to decode; save it again")
     return True

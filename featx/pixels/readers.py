@@ -13,6 +13,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec, module_from_spec
 from types import SimpleNamespace
 from typing import Any
@@ -33,36 +34,31 @@ STARTS |= {b"P%c" % kind: "PPM" for kind in b"0123456fy"}
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT, SUBSAMPLING = 258, 259, 262, 284, 339, 530  # tags of TIFF
 
 
-def kind(head: bytes) -> str | None:
-    """Which of `FORMATS` the first `HEAD_BYTES` bytes of a file are of; None for any other file."""
+def kind(head: bytes) -> str:
+    """Which of `FORMATS` the first `HEAD_BYTES` bytes of a file are of. Raises `ImageError` for any other file."""
+    found = [name for start, name in STARTS.items() if head.startswith(start)]
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        found = ["WEBP"]
     if head[4:8] == b"ftyp":
         brands = head[8 : int.from_bytes(head[:4], "big")]
-        if b"avif" in brands or b"avis" in brands:
-            return "AVIF"
-        return "HEIF" if any(brand in brands for brand in (b"hei", b"hev", b"mif1", b"msf1")) else None
-    if head[:4] == b"RIFF":
-        return "WEBP" if head[8:12] == b"WEBP" else None
-    return next((name for start, name in STARTS.items() if head.startswith(start)), None)
-
-
-def require_kind(head: bytes) -> str:
-    """`kind`, of an image. Raises `ImageError` for any other file."""
-    if found := kind(head):
-        return found
-    raise ImageError(f"not an image in a format of {', '.join(FORMATS)}" if head else "an empty file")
+        known = {b"avif": "AVIF", b"avis": "AVIF", b"hei": "HEIF", b"hev": "HEIF", b"mif1": "HEIF", b"msf1": "HEIF"}
+        found = [name for brand, name in known.items() if brand in brands]
+    if not found:
+        raise ImageError(f"not an image in a format of {', '.join(FORMATS)}" if head else "an empty file")
+    return found[0]
 
 
 def opened(data: bytes) -> Any:
     """The image in a file: a Pillow image of which only the header has been read. Raises `ImageError`, and what Pillow
     raises on damage."""
-    found = require_kind(data[:HEAD_BYTES])
+    found = kind(data[:HEAD_BYTES])
     if found == "HEIF":
         return _heif(data)
     if found == "AVIF" and not features.check("avif"):
         raise ImageError("an AVIF image, which this Pillow does not read; `pip install --upgrade pillow`")
     if found == "TIFF":
         return _tiff(data)
-    return READERS[found](io.BytesIO(data))
+    return reader(found)(io.BytesIO(data))
 
 
 def limit(size: Sequence[int], **options: Any) -> None:
@@ -85,19 +81,20 @@ def _heif(data: bytes) -> Any:
 
 def _tiff(data: bytes) -> Any:
     """Pillow itself decodes what is not compressed, but not all kinds of it rightly: libtiff takes those."""
-    for module in (TIFF, LIBTIFF):
+    own, libtiff = _tiff_modules()
+    for module in (own, libtiff):
         with suppress(SyntaxError):
             image = module.TiffImageFile(io.BytesIO(data))
             tags = image.tag_v2
             apart = tags.get(PLANES) == 2 or (tags.get(PHOTOMETRIC) == 6 and tags.get(SUBSAMPLING) != (1, 1))
-            if module is LIBTIFF or not apart:
+            if module is libtiff or not apart:
                 return image
-    raise ImageError(_unread(data))
+    raise ImageError(_unread(data, own))
 
 
-def _unread(data: bytes) -> str:
+def _unread(data: bytes, module: Any) -> str:
     """Why a TIFF is not read: what its samples are."""
-    tags = TIFF.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
+    tags = module.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
     file = io.BytesIO(data)
     file.seek(tags.next)
     tags.load(file)
@@ -125,25 +122,35 @@ def _own(name: str, **given: Any) -> Any:
     return module
 
 
+@cache
+def reader(name: str) -> Any:
+    """The class of Pillow's, in a copy of its own, that reads a format."""
+    plugin = {"WEBP": "WebP"}.get(name, name.capitalize())
+    return getattr(_own(f"{plugin}ImagePlugin", **_FILES), f"{plugin}ImageFile")
+
+
+@cache
+def _tiff_modules() -> tuple[Any, Any]:
+    """Pillow's TIFF module twice, with the kinds of samples that are decoded rightly; the second always by libtiff."""
+    own, libtiff = _own("TiffImagePlugin", **_FILES), _own("TiffImagePlugin", **_FILES)
+    libtiff.READ_LIBTIFF = True
+    for module in (own, libtiff):  # `Image.getexif` asserts that a TIFF image is of Pillow's own class
+        mask = {"__class__": property(lambda self: TiffImagePlugin.TiffImageFile)}
+        module.TiffImageFile = type("TiffImageFile", (module.TiffImageFile,), mask)
+
+    # signed samples and floats have no agreed black and white
+    known = {key: modes for key, modes in own.OPEN_INFO.items() if key[2] == (1,) and max(key[4]) <= 16}
+    for order, end in itertools.product((b"II", b"MM"), (0, 1)):  # `decode` turns those whose white is 0
+        mode = "I;16" if order == b"II" else "I;16B"
+        known[order, end, (1,), 1, (16,), ()] = mode, mode
+        known[order, end, (1,), 1, (12,), ()] = "I;16", "I;12"  # packed alike in both orders
+    own.OPEN_INFO = known
+    libtiff.OPEN_INFO = {key: modes for key, modes in known.items() if modes[0] != "La"}  # its alpha would be lost
+    return own, libtiff
+
+
 Image.preinit()  # registers the decoders that Pillow has in Python
 _IMAGE = SimpleNamespace(**vars(Image))
 vars(_IMAGE).update({name: lambda *values: None for name in vars(Image) if name.startswith("register_")})
 _IMAGE._decompression_bomb_check = limit
 _FILES = {"Image": _IMAGE, "ImageFile": _own("ImageFile", Image=_IMAGE)}
-TIFF, LIBTIFF = _own("TiffImagePlugin", **_FILES), _own("TiffImagePlugin", **_FILES)
-LIBTIFF.READ_LIBTIFF = True
-for module in (TIFF, LIBTIFF):  # `Image.getexif` asserts that a TIFF image is of Pillow's own class
-    mask = {"__class__": property(lambda self: TiffImagePlugin.TiffImageFile)}
-    module.TiffImageFile = type("TiffImageFile", (module.TiffImageFile,), mask)
-# Signed samples and floats have no agreed black and white.
-known = {key: modes for key, modes in TIFF.OPEN_INFO.items() if key[2] == (1,) and max(key[4]) <= 16}
-for order, end in itertools.product((b"II", b"MM"), (0, 1)):  # `decode` turns those whose black is the other end
-    mode = "I;16" if order == b"II" else "I;16B"
-    known[order, end, (1,), 1, (16,), ()] = mode, mode
-    known[order, end, (1,), 1, (12,), ()] = "I;16", "I;12"  # packed alike in both orders
-TIFF.OPEN_INFO = known
-LIBTIFF.OPEN_INFO = {key: modes for key, modes in known.items() if modes[0] != "La"}  # its alpha would be lost
-READERS = {
-    name.upper(): getattr(_own(f"{name}ImagePlugin", **_FILES), f"{name}ImageFile")
-    for name in ("Jpeg", "Png", "WebP", "Bmp", "Ppm", "Gif", "Avif")
-}

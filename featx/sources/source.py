@@ -115,7 +115,7 @@ def read_image(path: str | Path) -> bytes:
             if found.st_size > LARGE:
                 from featx.pixels import readers
 
-                readers.require_kind(file.read(readers.HEAD_BYTES))
+                readers.kind(file.read(readers.HEAD_BYTES))
                 file.seek(0)
             return file.read()
     except FileNotFoundError:
