@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from featx import learning
 from featx.errors import HeadError, ImageError, SourceError
 from featx.extraction.pipeline import sync
-from featx.pixels.preprocess import decode
+from featx.pixels.decoding import decode
 from featx.solvers.examples import Examples
 from featx.sources.source import Source
 

@@ -124,8 +124,8 @@ class GpuDecoder:
         return replace(loaded, views=[(n, v) for (n, _, _), v in zip(encoded.looks, seen, strict=True)], encoded=None)
 
     def _by_pillow(self, key: bytes, encoded: Encoded) -> list[np.ndarray]:
-        image = self.loader.preprocess.decode(encoded.data)
-        return [self.loader.seen(image, key, view) for view, _, _ in encoded.looks]
+        with self.loader.preprocess.decoded(encoded.data) as image:
+            return [self.loader.seen(image, key, view) for view, _, _ in encoded.looks]
 
     def _both(self, group: list[Loaded], out: list[Loaded]) -> Iterator[tuple[Pixels, Pixels]]:
         """The first view of each image that the GPU decoded, by it and by Pillow."""

@@ -126,9 +126,9 @@ class Loader:
                 looks = [look(self.preprocess, *found.upright, key, name) for name in names]
                 whole = [(v, *drawn) for v, drawn in zip(missing, looks, strict=True)]
                 return Loaded(number, key, [], encoded=Encoded(data, found, whole))
-            image = self.preprocess.decode(data)
-            large = self.preprocess.shrinks(data, image.size)
-            return Loaded(number, key, [(v, self.seen(image, key, v)) for v in missing])
+            with self.preprocess.decoded(data) as image:
+                large = self.preprocess.shrinks(data, image.size)
+                return Loaded(number, key, [(v, self.seen(image, key, v)) for v in missing])
         except ImageError as error:
             return Loaded(number, key, [], str(error))
         finally:

@@ -13,6 +13,7 @@ from featx.extraction.job import Job
 from featx.extraction.keys import KeyTable
 from featx.extraction.timing import STAGES, Timing
 from featx.pixels.preprocess import GPU
+from featx.sources.source import left_out
 from featx.text import printable
 
 COUNTS = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
@@ -69,7 +70,7 @@ class ExtractionReport:
         """For people: the counts, then what is behind them."""
         lines = ["  ".join(f"{name} {getattr(self, name)}" for name in COUNTS)]
         named = {
-            "ignored": [f"{printable(name)} (not an image)" for name in self.ignored_files],
+            "ignored": [f"{printable(name)} ({left_out(name) or 'not an image'})" for name in self.ignored_files],
             "skipped": [f"{printable(image['id'])}: {image['reason']}" for image in self.skipped_images],
             "same bytes, several labels": [
                 ", ".join(f"{printable(name)} ({printable(label)})" for name, label in conflict.items())

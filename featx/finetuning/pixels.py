@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +95,9 @@ class Pixels:
         table = torch.empty((len(self.numbers), len(self.views), 3, self.side, self.side), dtype=torch.uint8)
 
         def fill(i: int) -> None:
-            image, key = self._open(i)
-            for number, view in enumerate(self.views):
-                table[i, number] = torch.from_numpy(self._see(image, key, view))
+            with self._opened(i) as (image, key):
+                for number, view in enumerate(self.views):
+                    table[i, number] = torch.from_numpy(self._see(image, key, view))
 
         filled = self._executor.map(fill, range(len(self.numbers)))
         for _ in tqdm(filled, "decode", len(self.numbers), unit=" images", disable=None):
@@ -104,18 +106,20 @@ class Pixels:
 
     def _decode(self, index: int) -> np.ndarray:
         i, view = divmod(index, len(self.views))
-        return self._see(*self._open(i), self.views[view])
+        with self._opened(i) as (image, key):
+            return self._see(image, key, self.views[view])
 
-    def _open(self, i: int) -> tuple[Image.Image, bytes]:
+    @contextmanager
+    def _opened(self, i: int) -> Iterator[tuple[Image.Image, bytes]]:
         source, row = self.extraction.source, int(self.numbers[i])
         number = int(self.extraction.numbers[row])
         data = source.read(number)
         key = content_key(data)
         if key != self.extraction.keys[row].tobytes():
             raise TrainingError(f"{source.ids[number]} changed while featx was running; start again")
-        image = self.extraction.info.preprocess.decode(data)
-        self.aspects[i] = image.width / image.height
-        return image, key
+        with self.extraction.info.preprocess.decoded(data) as image:
+            self.aspects[i] = image.width / image.height
+            yield image, key
 
     def _see(self, image: Image.Image, key: bytes, view: str) -> np.ndarray:
         preprocess = self.extraction.info.preprocess

@@ -6,9 +6,9 @@ import contextlib
 import io
 from dataclasses import dataclass
 
-from PIL import Image
-
-from featx.pixels.preprocess import ORIENTATION, UPRIGHT, Box
+from featx.pixels.decoding import ORIENTATION, UPRIGHT
+from featx.pixels.preprocess import Box
+from featx.pixels.readers import reader
 
 # Beyond these a file is decoded on the CPU: a group of them has to fit into memory.
 MAX_PIXELS, MAX_BYTES = 1 << 26, 8 << 20
@@ -105,6 +105,6 @@ def _orientation(data: bytes, notes: bytes) -> int:
     """EXIF's orientation as Pillow reads it; Pillow is called only where the tag may be present."""
     if b"\x01\x12" in notes or b"\x12\x01" in notes or b"Orientation" in notes:
         with contextlib.suppress(Exception):  # a broken block says nothing about the pixels
-            found = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(ORIENTATION)
+            found = reader("JPEG")(io.BytesIO(data)).getexif().get(ORIENTATION)
             return found if found in UPRIGHT else 1
     return 1

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from featx.errors import FeatxError, ImageError
 from featx.identity import Identity
+from featx.pixels.decoding import decoded
 
-# What people use for photographs, instead of the 40 formats that Pillow would otherwise try. JPEG
-# includes MPO, the stereo files of some cameras.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-# Pillow itself raises beyond this; checked in the header, before a pixel is allocated.
-MAX_PIXELS = 178_956_970
 # The largest short side that images are resized to; networks of today take up to 1,024.
 MAX_SIDE = 8192
 # Long side over short side. An exported model resizes the whole image, and this bounds its memory.
@@ -28,17 +24,6 @@ DECODERS = {"exact": EXACT, "fast": FAST, "gpu": GPU}
 # The least cosine between an image's features by `GPU` and by `EXACT`: a run that finds less stops.
 CLOSE = 0.999
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
-# what turns an image upright, by the value of EXIF's orientation tag
-ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -82,15 +67,21 @@ class Preprocess(Identity):
 
         Raises `ImageError` for what is not a readable image.
         """
-        return np.ascontiguousarray(self.square(self.decode(data), self.crop).transpose(2, 0, 1))
+        with self.decoded(data) as image:
+            return np.ascontiguousarray(self.square(image, self.crop).transpose(2, 0, 1))
 
     def decode(self, data: bytes | Image.Image | np.ndarray) -> Image.Image:
-        """`decode` with the decoder that `pixels` names. Raises `ImageError`, and `FeatxError` for an unknown one."""
+        """`decoded`, for an image that is kept."""
+        with self.decoded(data) as image:
+            return image
+
+    def decoded(self, data: bytes | Image.Image | np.ndarray) -> AbstractContextManager[Image.Image]:
+        """`decoding.decoded` with the decoder that `pixels` names. Raises `FeatxError` for an unknown one."""
         if self.pixels not in DECODERS.values():
             raise FeatxError(
                 f"pixels {self.pixels!r} is not one of {', '.join(DECODERS.values())}, the decoders of this featx"
             )
-        return decode(data, 2 * self.resize if self.pixels == FAST else None)
+        return decoded(data, 2 * self.resize if self.pixels == FAST else None)
 
     def shrinks(self, data: bytes, size: tuple[int, int]) -> bool:
         """Whether `FAST` would decode an image file of this width and height at a smaller scale, and does not yet."""
@@ -148,64 +139,3 @@ class Preprocess(Identity):
         if width <= height:
             return self.resize, int(self.resize * height / width)
         return int(self.resize * width / height), self.resize
-
-
-def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:
-    """An upright 8-bit RGB Pillow image, the same when it is decoded again. GIF and other animations: the first frame.
-
-    short: decode a JPEG at 1/2, 1/4 or 1/8 of its size, which its cosine transform gives nearly free, as
-    long as the short side keeps this many pixels. With twice the pixels that are needed, aliasing is small, and
-    an augmented view of a quarter of the image is still not enlarged.
-
-    The orientation of EXIF or XMP is applied, alpha is dropped as `Image.convert("RGB")` drops it, 16-bit grey is
-    scaled to 8 bits (Pillow alone would clip it). Raises `ImageError`.
-    """
-    if isinstance(data, np.ndarray):
-        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
-            raise ImageError(f"expected uint8 [H, W, 3] RGB, got {data.dtype} {list(data.shape)}")
-        return Image.fromarray(data)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(
-                f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that featx "
-                "decodes; scale the image down if you trust it"
-            )
-        if short is not None and image.format in ("JPEG", "MPO"):
-            image.draft(None, (short, short))
-        rgb = _rgb(_upright(image), image.format)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{error}; scale the image down if you trust it") from None
-    except UnidentifiedImageError:
-        what = "an empty file" if not data else f"not an image in a format of {', '.join(FORMATS)}"
-        raise ImageError(f"{what}") from None
-    except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error ...
-        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
-    if rgb is not data:  # `data` itself belongs to the caller, and was upright
-        rgb.info.clear()  # Pillow copies EXIF and XMP to what it turns: decoding that would turn it again
-    return rgb
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # not ImageOps.exif_transpose: it copies upright images, and fails where the EXIF block is broken
-    image.load()  # TIFF files are turned here
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # a broken block says nothing about the pixels
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _rgb(image: Image.Image, format: str | None) -> Image.Image:
-    if 0 in image.size:
-        raise ImageError(f"an image of {image.width} x {image.height} pixels")
-    if image.mode.startswith("I") and (image.mode != "I" or format in ("PNG", "PPM")):
-        grey = np.asarray(image).astype(np.uint32)  # 16 bits, whatever the mode is called
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageError(f"32-bit pixels (mode {image.mode}) have no agreed white; convert to 8 or 16 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -18,7 +18,7 @@ from featx.extraction.keys import KeyTable
 from featx.extraction.report import ExtractionReport
 from featx.extraction.result import Extraction
 from featx.features import Features
-from featx.pixels.preprocess import decode
+from featx.pixels.decoding import decode
 from featx.pixels.views import CENTER, augmented
 from featx.pixels.views import pixels as view_pixels
 from featx.reporting import plots

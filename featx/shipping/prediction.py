@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from featx.devices import available_threads
-from featx.errors import ExportError, ImageError, SourceError
+from featx.errors import ExportError, FeatxWarning, ImageError, SourceError
 from featx.head import answers
 from featx.shipping.deployed import Model
-from featx.sources.source import EXTENSIONS, read_image
-from featx.text import printable
+from featx.sources.source import EXTENSIONS, left_out, read_image
+from featx.text import printable, some
 from featx.threads import ahead
 
 Image = str | Path | bytes | np.ndarray
@@ -134,7 +135,8 @@ def pixels(model: Model, image: Image) -> np.ndarray:
     data = read_image(image) if isinstance(image, str | Path) else image
     if model.input == "tensor":
         return model.preprocess(data)
-    return model.preprocess.square(model.preprocess.decode(data), model.preprocess.resize)
+    with model.preprocess.decoded(data) as decoded:
+        return model.preprocess.square(decoded, model.preprocess.resize)
 
 
 def answer(
@@ -178,8 +180,10 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
 
 def _walk(folder: str) -> Iterator[str]:
     """The images in a folder and the folders in it, sorted; hidden ones are left out. Each folder is walked once,
-    so that links cannot go round in circles. Raises `SourceError` for a folder that cannot be listed."""
+    so that links cannot go round in circles. Pictures of other kinds are named in a warning, at the end. Raises
+    `SourceError` for a folder that cannot be listed."""
     places: set[str] = set()
+    others: dict[str, list[str]] = {}
     tops = [folder]
 
     def refuse(error: OSError) -> None:
@@ -194,8 +198,14 @@ def _walk(folder: str) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             tops += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
             for name in sorted(files):
-                if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                if name.startswith("."):
+                    continue
+                if name.lower().endswith(EXTENSIONS):
                     yield os.path.join(here, name)
+                elif why := left_out(name):
+                    others.setdefault(why, []).append(os.path.join(here, name))
+    for why, names in others.items():
+        warnings.warn(f"left out {some(names)}: {why}", FeatxWarning, stacklevel=1)
 
 
 def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:

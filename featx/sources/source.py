@@ -13,10 +13,21 @@ from featx.errors import ImageError
 if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
     import numpy as np
 
-# The suffixes of images in a folder, in any case: those of torchvision.datasets.ImageFolder.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# more than any image within `preprocess.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
+# The suffixes of images in a folder, in any case: those of torchvision.datasets.ImageFolder, and what phones, browsers
+# and cameras write since.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jfif", ".jpe", ".mpo", ".avif", ".heic", ".heif", ".hif", ".pbm", ".pnm"),
+)
+# Suffixes of other pictures: a folder's user may think that featx reads them.
+UNREAD = (
+    *(".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".xcf", ".svg", ".eps", ".ico", ".tga", ".exr", ".hdr", ".dcm", ".jxr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw", ".raw"),
+)
+# more than any image within `readers.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
 MAX_BYTES = 2**31
+# files beyond this are looked at before they are read whole
+LARGE = 1 << 24
 # what people call their splits, as a folder or in a manifest's `split` column, in any case
 SPLITS = {
     "train": "train",
@@ -82,6 +93,14 @@ class Source:
         return read_image(os.path.join(self.root, self.ids[i]))
 
 
+def left_out(name: str) -> str | None:
+    """Why a folder's picture with this name is left out; None for an image, and for what is no picture by its name."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix == ".gif":
+        return "a GIF is read only where a manifest or a command names it"
+    return f"featx does not read {suffix}; convert it to JPEG or PNG" if suffix in UNREAD else None
+
+
 def read_image(path: str | Path) -> bytes:
     """The bytes of an image file. Raises `ImageError`, whose text does not name the image."""
     try:
@@ -93,6 +112,11 @@ def read_image(path: str | Path) -> bytes:
         if found.st_size > MAX_BYTES:
             raise ImageError(f"{found.st_size:,} bytes are more than the {MAX_BYTES:,} of an image")
         with open(path, "rb") as file:
+            if found.st_size > LARGE:
+                from featx.pixels import readers
+
+                readers.kind(file.read(readers.HEAD_BYTES))
+                file.seek(0)
             return file.read()
     except FileNotFoundError:
         raise ImageError("a link to nothing" if os.path.islink(path) else "the file is not there") from None

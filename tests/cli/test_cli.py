@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ColourEngine, write_images
+from PIL import Image
 
 import featx
 from featx.cli import cli
@@ -78,7 +80,20 @@ def test_ignored_files_leave_the_exit_code_0(tiny: Path, here: Path, everywhere:
     (tiny / "cold" / "animation.gif").write_bytes(b"GIF89a")
     result = run("extract", tiny)
     assert result.exit_code == 0
-    assert "ignored: cold/animation.gif" in result.stderr
+    assert "ignored: cold/animation.gif (a GIF is read only where a manifest or a command names it)" in result.stderr
+
+
+def test_pictures_by_newer_names_are_read_or_named(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
+    picture = next((tiny / "cold").glob("*.png"))
+    Image.open(picture).rotate(90).save(tiny / "cold" / "new.jfif", "JPEG")
+    (tiny / "cold" / "new.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500)
+    (tiny / "cold" / "new.psd").write_bytes(b"8BPS")
+    result = run("extract", tiny)
+    assert result.exit_code == 3
+    assert "found 14  ignored 1  cached 0  extracted 13  duplicate 0  skipped 1" in result.stderr
+    assert "ignored: cold/new.psd (featx does not read .psd; convert it to JPEG or PNG)" in result.stderr
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert "skipped: cold/new.heic: a HEIC (HEIF) image, which featx reads after `pip install" in result.stderr
 
 
 def test_fit_makes_a_run_named_after_data_backbone_head_and_configuration(

@@ -24,7 +24,8 @@ from featx.errors import FeatxError, ImageError
 from featx.extraction.embedding import embed, keep
 from featx.extraction.loader import Loader
 from featx.extraction.pipeline import extract, sync
-from featx.pixels.preprocess import FAST, Preprocess, decode
+from featx.pixels.decoding import decode
+from featx.pixels.preprocess import FAST, Preprocess
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 

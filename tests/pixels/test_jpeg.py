@@ -7,8 +7,8 @@ import pytest
 from jpegs import encoded, photo
 
 from featx.pixels import jpeg
+from featx.pixels.decoding import decode
 from featx.pixels.jpeg import Header, header
-from featx.pixels.preprocess import decode
 
 
 @pytest.mark.parametrize(

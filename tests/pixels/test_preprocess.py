@@ -18,7 +18,9 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from featx.errors import FeatxError, ImageError
-from featx.pixels.preprocess import MAX_ASPECT, MAX_PIXELS, Preprocess, decode
+from featx.pixels.decoding import decode
+from featx.pixels.preprocess import MAX_ASPECT, Preprocess
+from featx.pixels.readers import MAX_PIXELS
 
 # a 24 x 24 JPEG file, so that the decoder is pinned apart from the encoder
 JPEG = base64.b64decode(

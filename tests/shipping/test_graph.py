@@ -14,7 +14,8 @@ from onnx_files import SMALL, WIDTH, average_backbone, some_head
 from PIL import Image
 
 from featx.errors import ExportError
-from featx.pixels.preprocess import MAX_ASPECT, RESAMPLE, Preprocess, decode
+from featx.pixels.decoding import decode
+from featx.pixels.preprocess import MAX_ASPECT, RESAMPLE, Preprocess
 from featx.shipping import graph
 
 # width, height: 1 px sides, the most extreme aspect ratios, upscaling, exact and nearly exact sizes

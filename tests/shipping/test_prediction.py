@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ import pytest
 from click.testing import CliRunner
 from onnx.external_data_helper import set_external_data
 from onnx_files import SMALL, WIDTH, average_backbone, exported_file, some_head, write_sealed
-from PIL import Image
+from PIL import Image, features
 
 from featx.cli import cli
 from featx.errors import ExportError, SourceError
@@ -109,6 +110,42 @@ def test_a_file_that_takes_tensors_answers_alike(tmp_path: Path, model: Path) ->
     tensor = exported_file(tmp_path / "tensor.onnx", input="tensor")
     arrays = [picture(i) for i in range(4)]
     np.testing.assert_allclose([p.probabilities for p in predict(tensor, arrays)], expected(arrays), atol=1e-5)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500
+
+
+@pytest.mark.filterwarnings("default::featx.errors.FeatxWarning")
+def test_in_a_folder_every_picture_is_answered_or_named(model: Path, tmp_path: Path) -> None:
+    image = Image.fromarray(picture(0))
+    for name, format in (("a.jpg", "JPEG"), ("b.JFIF", "JPEG"), ("c.avif", "AVIF"), ("d.gif", "GIF"), ("e.gif", "GIF")):
+        if format != "AVIF" or features.check("avif"):
+            image.save(tmp_path / name, format)
+    (tmp_path / "IMG_1.HEIC").write_bytes(HEIC)
+    for name in ("layers.psd", "notes.txt", "Thumbs.db", ".hidden.gif"):
+        (tmp_path / name).write_bytes(b"x")
+    result = CliRunner().invoke(cli, ["predict", str(model), str(tmp_path), "--csv"])
+    assert result.exit_code == 3
+    rows = {Path(row["image"]).name: row for row in csv.DictReader(io.StringIO(result.stdout))}
+    assert list(rows) == ["IMG_1.HEIC", "a.jpg", "b.JFIF", *(["c.avif"] if features.check("avif") else [])]
+    assert [row["error"] == "" for row in rows.values()] == [False] + [True] * (len(rows) - 1)
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert "HEIC" in result.stderr and "`pip install pillow-heif`" in result.stderr
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"note: left out {tmp_path}/d.gif, {tmp_path}/e.gif: a GIF is read only where a manifest or a command names it",
+        f"note: left out {tmp_path}/layers.psd: featx does not read .psd; convert it to JPEG or PNG",
+    ]
+    (named,) = predict(model, tmp_path / "d.gif")
+    assert named.error is None
+
+
+@pytest.mark.filterwarnings("default::featx.errors.FeatxWarning")
+def test_a_folder_of_nothing_but_gifs_is_an_error_that_names_them(model: Path, tmp_path: Path) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "a.gif")
+    result = CliRunner().invoke(cli, ["predict", str(model), str(tmp_path)])
+    assert result.exit_code == 1
+    assert "has no image in it" in result.stderr and f"left out {tmp_path}/a.gif" in result.stderr
 
 
 def test_one_bad_image_is_named_and_the_others_go_on(model: Path, tmp_path: Path) -> None:
