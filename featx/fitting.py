@@ -99,8 +99,10 @@ def check_learnable(train: Features) -> None:
         only = train.class_names[seen[0]]
         others = [repr(name) for name in train.class_names if name != only]
         none = f"; of {', '.join(others[:5])} there is none to learn from: add images" if others else ""
+        listed = f" ({'; '.join(train.report.notes)})" if train.report and train.report.notes else ""
         raise HeadError(
             f"all {len(train.y)} training images are {only!r}, and a classifier needs at least two classes{none}"
+            + listed
         )
 
 

@@ -20,6 +20,7 @@ from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
 from featx.head import answers
 from featx.shipping.deployed import Model
+from featx.sources.own import is_own
 from featx.sources.source import EXTENSIONS, read_image
 from featx.text import printable
 from featx.threads import ahead
@@ -177,8 +178,11 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """The images in a folder and the folders in it, sorted; hidden ones are left out. Each folder is walked once,
-    so that links cannot go round in circles. Raises `SourceError` for a folder that cannot be listed."""
+    """The images in a folder and the folders in it, sorted; hidden ones, and those that featx wrote, are left out.
+
+    Each folder is walked once, so that links cannot go round in circles. Raises `SourceError` for one that cannot be
+    listed.
+    """
     places: set[str] = set()
     tops = [folder]
 
@@ -191,11 +195,14 @@ def _walk(folder: str) -> Iterator[str]:
                 folders.clear()
                 continue
             places.add(os.path.realpath(here))
+            found = sorted(name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+            if here != folder and is_own(here, folders, found, files):
+                folders.clear()
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             tops += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
-            for name in sorted(files):
-                if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                    yield os.path.join(here, name)
+            for name in found:
+                yield os.path.join(here, name)
 
 
 def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:

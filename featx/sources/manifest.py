@@ -14,7 +14,8 @@ import numpy as np
 
 from featx.errors import SourceError
 from featx.files import stat_row
-from featx.sources.source import NO_STAT, SPLITS, Source
+from featx.sources.names import SPLITS
+from featx.sources.source import NO_STAT, Source
 from featx.text import from_json, near, printable, some
 
 PATH_COLUMNS = ("path", "file_name", "image")

@@ -17,17 +17,6 @@ if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # more than any image within `preprocess.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
 MAX_BYTES = 2**31
-# what people call their splits, as a folder or in a manifest's `split` column, in any case
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 NO_STAT = (-1, 0, 0, 0)
 
 

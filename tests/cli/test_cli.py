@@ -165,6 +165,22 @@ def test_evaluate_measures_a_run_on_other_data(tiny: Path, here: Path, everywher
     assert "accuracy" in run("evaluate", "run", other).stderr
 
 
+def test_fitting_where_the_photographs_lie_gives_the_same_classes_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, everywhere: ColourEngine
+) -> None:
+    monkeypatch.chdir(tiny)
+    for _ in range(2):
+        report = json.loads(run("fit", ".", "-b", "tiny", "--overwrite", "--json").stdout)
+        assert report["labels"] == ["cold", "warm"] and report["extract"]["found"] == 12
+        (tiny / report["run"] / "plots").mkdir(exist_ok=True)
+        shutil.copy(tiny / "cold" / "000.png", tiny / report["run"] / "plots" / "confusion.png")  # as its page draws it
+    assert report["extract"]["notes"][0].startswith("left out, since featx wrote them: cache/")
+    monkeypatch.chdir(tiny.parent)
+    refused = run("fit", ".", "-b", "tiny")
+    assert refused.exit_code == 1 and "are 'tiny', and a classifier needs at least two classes" in refused.stderr
+    assert "if its folders (cold, warm) are the classes, give ./tiny)" in refused.stderr
+
+
 def test_backbones_are_listed_with_their_sizes() -> None:
     rows = {row["name"]: row for row in json.loads(run("backbones", "--json").stdout)}
     assert rows["resnet18"]["features"] == 512 and rows["vgg16"]["features"] == 4096
