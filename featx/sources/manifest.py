@@ -24,6 +24,7 @@ from featx.text import from_json, near, printable, some
 PATH_COLUMNS = ("path", "file_name", "image")
 # joins the labels of one image
 SEPARATOR = "|"
+_DECIMAL = re.compile(r"\s*-?(0|[1-9]\d{0,14})\.\d{0,15}\s*", re.ASCII)
 Row = tuple[int, Sequence[str], Sequence[Any]]  # line or row number, the columns' names, its cells
 
 
@@ -158,7 +159,7 @@ def _label(value: Any, where: str) -> tuple[str, bool]:
         return "", False
     if isinstance(value, bool):
         return str(value).lower(), False
-    if isinstance(value, str) and re.fullmatch(r"\s*-?(0|[1-9]\d{0,14})\.\d{0,15}\s*", value, re.ASCII):
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
         value = float(value)  # one number is one class, in text as in JSON; `007` and `1e3` are names
     if isinstance(value, float) and value.is_integer():
         return str(int(value)), False  # tables with gaps turn whole numbers into floats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ def words(name: str) -> list[str]:
     return [word for part, two in zip(parts, fused, strict=True) for word in (two.groups() if two else [part.lower()])]
 
 
+@functools.lru_cache(4096)
 def split_of(name: str) -> tuple[str, str]:
     """The split that a name says, or ""; and its other words: `cars_train` may be a split, or trains of a kind.
 
@@ -52,6 +54,7 @@ def splits_among(names: Iterable[str]) -> dict[str, str]:
     return {name: split for name, (split, rest) in said.items() if split and (not rest or rest in several)}
 
 
+@functools.lru_cache(4096)
 def class_name(text: str) -> str:
     """A class's name as it is learned: names that look alike are one (NFC; blanks once, at no end; nothing invisible).
 

@@ -67,9 +67,7 @@ def split_columns(
         elif named:
             notes.append(f"the column {name!r} says no split ({some(sorted(values))}), and is ignored")
     if len(saying) > 1 and "" in saying.values():
-        raise SourceError(
-            f"{shown} has several columns that say the split, {some([*saying])}; call one of them `split`"
-        )
+        raise SourceError(f"{shown} has several columns for the split, {some([*saying])}; call the right one `split`")
     told = [f"{name!r}" + (f" (1 is {means})" if means else "") for name, means in saying.items()]
     return saying, [f"the split is read from the column {' and '.join(told)}", *notes] if saying else notes
 
