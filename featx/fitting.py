@@ -24,7 +24,7 @@ from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete, plain
+from featx.options import Options, complete, home, plain
 from featx.solvers.examples import Examples
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def fit(
         uri = extracted.source.uri
         raise HeadError(f"{uri} has no labels: put the images into one folder a class, or name a manifest")
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
-    path = Path(output) if output else runs.default_path("export", config)
+    path = Path(home(output)) if output else runs.default_path("export", config)
     if finetune is None or rank() == 0:  # where processes train together, the leader writes the run
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
     if finetune is not None:

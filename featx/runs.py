@@ -23,6 +23,7 @@ from featx.errors import HeadError, NewerError, RunError
 from featx.features import FeatureSpec
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head
+from featx.options import home
 from featx.records import array_bytes, array_of, convert, opened, read_record, warn_older, write_record
 from featx.sources.own import FIGURE
 from featx.stored import Compared, check_report
@@ -132,7 +133,7 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
     if isinstance(run, Run):
         return replace(run, factory=factory) if factory else run
-    path = Path(run)
+    path = Path(home(run))
     (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
     name, trained_on = "report.json", None
     try:

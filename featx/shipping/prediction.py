@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
+from featx.files import make_folder, write_chunks
 from featx.head import answers
+from featx.options import home
 from featx.shipping.deployed import Model
 from featx.sources.own import is_own
 from featx.sources.source import EXTENSIONS, read_image
-from featx.text import printable
+from featx.text import cell, encodable, printable
 from featx.threads import ahead
 
 Image = str | Path | bytes | np.ndarray
+# How a file of answers begins.
+_ANSWERS = (codecs.BOM_UTF8 + b"image,label,probability", b"image,label,probability", b'{"image": ')
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,7 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
         if not isinstance(image, str | Path):
             yield image
             continue
-        text = os.fspath(image)
+        text = os.fspath(home(image))
         found = iter([text])
         if os.path.isdir(text):
             found, lacking = _walk(text), f"{printable(text)} has no image in it ({', '.join(EXTENSIONS)})"
@@ -205,24 +210,28 @@ def _walk(folder: str) -> Iterator[str]:
                 yield os.path.join(here, name)
 
 
-def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:
+def csv_lines(predictions: Iterable[Prediction], top_k: int, several: bool = False) -> Iterator[str]:
     """`--csv`: a header, then a record per image, RFC 4180 without the line end; every record is as long as the header.
 
-    top_k: as for `predict`, and at most the model's number of classes, or columns stay empty.
+    top_k: as for `predict`, and at most the model's number of classes, or columns stay empty. several: of a model that
+    gives an image several labels, or none: a column `labels` as in a manifest, `ant|outdoor`, or a lone `|`.
     """
-    names = ["image", "label", "probability", "accepted", "error"]
+    names = ["image", "label", "probability", *["labels"] * several, "accepted", "error"]
     names += [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
 
     def line(values: list[Any]) -> str:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\r\n").writerow(values)  # quotes what holds a character of its line end
+        csv.writer(buffer, lineterminator="\r\n").writerow(
+            map(cell, values)
+        )  # quotes what holds a character of its line end
         return buffer.getvalue().removesuffix("\r\n")
 
     yield line(names)
     for p in predictions:
         accepted = "" if p.accepted is None else str(p.accepted).lower()
         others = [value for pair in p.top[1:top_k] for value in pair]
-        values = [p.id, p.label, p.probability, accepted, p.error, *others]
+        labels = ["|".join(p.labels) or ("" if p.error else "|")] * several
+        values = [p.id, p.label, p.probability, *labels, accepted, p.error, *others]
         yield line(values + [None] * (len(names) - len(values)))
 
 
@@ -232,11 +241,27 @@ def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
         yield json.dumps(p.to_dict(), ensure_ascii=False)
 
 
-def table_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """For people: the image, then the classes with their probabilities, best first."""
+def table_lines(predictions: Iterable[Prediction], several: bool = False) -> Iterator[str]:
+    """For people: the image, its labels where there may be `several`, the classes with their probabilities."""
     for p in predictions:
         if p.error is not None:
             yield f"{printable(p.id)}  {printable(p.error)}"
             continue
         answer = "  ".join(f"{printable(name)} {probability:.3f}" for name, probability in p.top)
-        yield f"{printable(p.id)}  {answer}{'  (rejected)' if p.accepted is False else ''}"
+        labels = f"{'|'.join(map(printable, p.labels)) or 'no label'}  " if several else ""
+        yield f"{printable(p.id)}  {labels}{answer}{'  (rejected)' if p.accepted is False else ''}"
+
+
+def write_lines(path: str | Path, lines: Iterable[str], *, marked: bool = False) -> Path:
+    """Write answers as one file, which is there as a whole or not at all; it replaces answers, and nothing else.
+
+    marked: with the byte order mark by which spreadsheets know UTF-8. Raises `ExportError`.
+    """
+    path = Path(home(path))
+    if path.exists() and not (path.is_file() and path.open("rb").read(64).startswith(_ANSWERS)):
+        raise ExportError(f"{path} was not written by featx predict, and is not replaced; give another --output")
+    make_folder(path.parent)
+    mark = [codecs.BOM_UTF8] if marked else []
+    return write_chunks(
+        path.parent, chain(mark, (f"{encodable(line)}\n".encode() for line in lines)), lambda: path.name
+    )
