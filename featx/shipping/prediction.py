@@ -221,10 +221,8 @@ def csv_lines(predictions: Iterable[Prediction], top_k: int, several: bool = Fal
 
     def line(values: list[Any]) -> str:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\r\n").writerow(
-            map(cell, values)
-        )  # quotes what holds a character of its line end
-        return buffer.getvalue().removesuffix("\r\n")
+        csv.writer(buffer, lineterminator="").writerow(map(cell, values))
+        return buffer.getvalue()
 
     yield line(names)
     for p in predictions:
@@ -261,7 +259,5 @@ def write_lines(path: str | Path, lines: Iterable[str], *, marked: bool = False)
     if path.exists() and not (path.is_file() and path.open("rb").read(64).startswith(_ANSWERS)):
         raise ExportError(f"{path} was not written by featx predict, and is not replaced; give another --output")
     make_folder(path.parent)
-    mark = [codecs.BOM_UTF8] if marked else []
-    return write_chunks(
-        path.parent, chain(mark, (f"{encodable(line)}\n".encode() for line in lines)), lambda: path.name
-    )
+    mark, data = [codecs.BOM_UTF8] * marked, (f"{encodable(line)}\n".encode() for line in lines)
+    return write_chunks(path.parent, chain(mark, data), lambda: path.name)

@@ -348,13 +348,14 @@ def test_lines_can_be_read_back(model: Path, folder: Path) -> None:
 
 def test_every_csv_record_is_as_long_as_the_header_whatever_names_hold(model: Path, tmp_path: Path) -> None:
     names = ["plain.png", "two\nlines.png", "return\r.png", 'quote".png', "comma,.png"]
+    shown = ["plain.png", "two\\x0alines.png", "return\\x0d.png", 'quote".png', "comma,.png"]
     found = list(predict(model, [picture(0)] * 4 + [b"bad"], top_k=2))
     lines = csv_lines((replace(p, id=name) for p, name in zip(found, names, strict=True)), 4)
     header, *records = csv.reader(io.StringIO("".join(f"{line}\n" for line in lines), newline=""))
     assert header == ["image", "label", "probability", "accepted", "error", "label_2", "probability_2"] + [
         f"{name}_{k}" for k in (3, 4) for name in ("label", "probability")
     ]
-    assert [record[0] for record in records] == names
+    assert [record[0] for record in records] == shown
     assert [len(record) for record in records] == [len(header)] * 5
     assert [bool(record[4]) for record in records] == [False] * 4 + [True]
     assert records[4][1:4] == [""] * 3 and records[0][7:] == [""] * 4
@@ -368,7 +369,7 @@ def test_the_command_names_no_more_classes_in_its_csv_than_the_model_has(model: 
     assert all(len(record) == len(header) and all(record[5:]) for record in records)
 
 
-def test_a_name_with_control_characters_cannot_reach_the_terminal_but_machines_read_it(
+def test_a_name_with_control_characters_cannot_reach_the_terminal_but_programs_read_it_as_json(
     model: Path, tmp_path: Path
 ) -> None:
     good, bad = tmp_path / "red\x1b[31m\nline.png", tmp_path / "title\x1b]0;x\x07.png"
@@ -384,7 +385,8 @@ def test_a_name_with_control_characters_cannot_reach_the_terminal_but_machines_r
     ):
         assert json.loads(line)["image"] == str(path)
     records = list(csv.DictReader(io.StringIO(CliRunner().invoke(cli, [*arguments, "--csv"]).stdout, newline="")))
-    assert [record["image"] for record in records] == [str(good), str(bad)]
+    escaped = [f"{tmp_path}/red\\x1b[31m\\x0aline.png", f"{tmp_path}/title\\x1b]0;x\\x07.png"]
+    assert [record["image"] for record in records] == escaped
 
 
 def test_names_that_are_not_utf8_survive(model: Path, tmp_path: Path) -> None:
