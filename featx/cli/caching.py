@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli.base import (
-    DONE,
-    ERROR,
-    Place,
-    backbone_options,
-    cache_option,
-    cli,
-    echo,
-    emit,
-    extraction_options,
-    json_option,
-    say,
-)
+import featx.cli.base as base
+from featx.cli.base import DONE, ERROR, Place, cache_option, cli, echo, emit, json_option, say
 from featx.text import printable
 
 if TYPE_CHECKING:
@@ -169,8 +158,8 @@ def remove(name: str, cache: str, yes: bool) -> None:
 @click.argument("data", type=Place())
 @click.argument("file", type=Place(dir_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace FILE, if featx exported it.")
-@backbone_options
-@extraction_options
+@base.backbone_options
+@base.extraction_options
 def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
     """Write the features of DATA as one plain HDF5 FILE: features, labels, class names, ids, spec.
 

@@ -93,7 +93,7 @@ def open_folder(path: str) -> Source:
             label = class_name(os.path.basename(name))
             for below, found in trees[name].items():
                 listing.add(f"{below}/", found, label, "")
-    _remark(listing, path, place, top, full, named, trees)
+    _remark(listing, path, place, named, {name: trees[name] for name in full})
     return Source(
         uri=path,
         root=Path(path),
@@ -150,24 +150,13 @@ def _empty(listing: _Listing, name: str, tree: Tree) -> None:
         listing.notes.append(f"folder {printable(name)!r} has no images; ignored")
 
 
-def _remark(
-    listing: _Listing,
-    path: str,
-    place: str,
-    top: _Folder,
-    full: list[str],
-    named: dict[str, str],
-    trees: dict[str, Tree],
-) -> None:
+def _remark(listing: _Listing, path: str, place: str, named: dict[str, str], trees: dict[str, Tree]) -> None:
     """Note what looks like a mistake in the layout. Raises `SourceError` where there is no image."""
     if listing.own:
         listing.notes.append(f"left out, since featx wrote them: {some(listing.own)}")
     if not listing.ids:
-        others = (
-            f"; it holds {some(listing.own + listing.ignored)}"
-            if listing.own + listing.ignored
-            else ", or anything else"
-        )
+        names = listing.own + listing.ignored
+        others = f"; it holds {some(names)}" if names else ", or anything else"
         raise SourceError(
             f"there is no image in {printable(path)}{others}. Expected class folders, "
             f"`{printable(os.path.basename(os.path.normpath(path)))}/<class>/*.jpg`; featx takes "
@@ -181,16 +170,17 @@ def _remark(
             listing.notes.append(f"{some(tables)} is ignored; give its own path to use the labels in it")
     if named:
         _compare_splits(listing)
-        odd = [f"{printable(name)} is {split}" for name, split in named.items() if name.lower() not in SPLITS]
+        odd = [f"{printable(n)} is {split}" for n, split in named.items() if os.path.basename(n).lower() not in SPLITS]
         listing.notes += [f"read as splits: {', '.join(odd)}"] if odd else []
     elif lists := [n for n in listing.ignored[:9999] if n.lower().endswith(LISTS) and LISTED & {*words(Path(n).stem)}]:
         listing.notes.append(
             f"{some(lists)} may say which images are held out; featx does not read it, but a manifest's column split"
         )
-    if not named and len(full) == 1 and len(inner := _inner(trees[full[0]], full[0])) > 1:
+    name, tree = next(iter(trees.items()), ("", {}))
+    if not named and len(trees) == 1 and len(inner := _inner(tree, name)) > 1:
         listing.notes.append(
-            f"all images have one class, {printable(full[0])!r}, the only folder with images; if its "
-            f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, full[0]))}"
+            f"all images have one class, {printable(name)!r}, the only folder with images; if its "
+            f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, name))}"
         )
     listing.notes += differ_in_case(filter(None, listing.labels))
 
@@ -211,8 +201,8 @@ def _split(listing: _Listing, name: str, tree: Tree, split: str) -> None:
     if tree[base].images:
         listing.notes.append(f"images directly in {printable(base)}/ have no label: {some(tree[base].images)}")
     for child in tree[base].folders:
-        if child not in full and (below := f"{base}/{child}") in tree:
-            listing.notes.append(f"folder {printable(below)!r} has no images; ignored")
+        if child not in full:
+            _empty(listing, f"{base}/{child}", {})
     labels = {child: class_name(child) for child in tree[base].folders}
     for below, found in tree.items():
         child = below.removeprefix(base).split("/")[1] if below.startswith(f"{base}/") else ""

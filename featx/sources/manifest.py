@@ -104,7 +104,7 @@ def _remarks(path: str, ids: list[str], several: list[str], missing: list[str], 
     if repeated:
         notes.append(f"rows that repeat another count once: {some(repeated)}")
     if several:
-        example = max(several, key=lambda text: text.count(SEPARATOR))
+        example = max(several, key=lambda text: (text.count(SEPARATOR), len(text)))
         notes.append(f"images may have several labels each, separated by {SEPARATOR!r}, as in {example!r}")
     return notes
 
