@@ -19,7 +19,7 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, ImageError, SourceError
-from featx.files import make_folder, write_chunks
+from featx.files import make_folder, open_plain, write_chunks
 from featx.head import answers
 from featx.options import home
 from featx.shipping.deployed import Model
@@ -256,8 +256,12 @@ def write_lines(path: str | Path, lines: Iterable[str], *, marked: bool = False)
     marked: with the byte order mark by which spreadsheets know UTF-8. Raises `ExportError`.
     """
     path = Path(home(path))
-    if path.exists() and not (path.is_file() and path.open("rb").read(64).startswith(_ANSWERS)):
-        raise ExportError(f"{path} was not written by featx predict, and is not replaced; give another --output")
+    if path.exists():
+        with open_plain(path) as file:
+            if not file.read(64).startswith(_ANSWERS):
+                raise ExportError(
+                    f"{path} was not written by featx predict, and is not replaced; give another --output"
+                )
     make_folder(path.parent)
     mark, data = [codecs.BOM_UTF8] * marked, (f"{encodable(line)}\n".encode() for line in lines)
     return write_chunks(path.parent, chain(mark, data), lambda: path.name)
