@@ -18,7 +18,7 @@ from featx.errors import SourceError
 from featx.files import stat_row
 from featx.sources.names import class_name, differ_in_case
 from featx.sources.source import NO_STAT, Source
-from featx.sources.splits import says_split, split_cell, split_columns
+from featx.sources.splits import says_split, split_cell, split_columns, split_folders
 from featx.text import from_json, near, printable, some
 
 PATH_COLUMNS = ("path", "file_name", "image")
@@ -73,6 +73,8 @@ def open_manifest(path: str) -> Source:
         stats.append(row)
         if row is NO_STAT:
             missing.append(f"{identity} (row {number})")
+    if not saying and (found := split_folders(ids))[0]:
+        splits, remarks = found[0], remarks + found[1]
     notes = remarks + _remarks(path, ids, labels if multilabel else [], missing, repeated)
     notes += differ_in_case(filter(None, labels))
     return Source(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from featx.errors import SourceError
-from featx.sources.names import PLAIN, SPLITS, split_of, words
+from featx.sources.names import PLAIN, SPLITS, split_of, splits_among, words
 from featx.text import near, printable, some
 
 # A column with more different values says no split.
@@ -86,6 +87,18 @@ def split_cell(cells: Sequence[tuple[Any, str]], where: str) -> str:
     if len(chosen) > 1 or not (chosen or left):
         raise SourceError(f"{where} is in {' and '.join(chosen) or 'no split'}; each image is in one split")
     return (chosen or left)[0]
+
+
+def split_folders(ids: list[str]) -> tuple[list[str], list[str]]:
+    """The splits of paths that lie in folders called like splits, `train/1.jpg` and `test/2.jpg`, with a note."""
+    folders = {os.path.dirname(id) for id in ids}
+    above = os.path.commonpath(folders) if len({os.path.isabs(folder) for folder in folders}) == 1 else ""
+    first = {folder: folder.removeprefix(above).lstrip("/").split("/")[0] for folder in folders}
+    among = splits_among(first.values())
+    if len(set(among.values())) < 2 or not all(name in among for name in first.values()):
+        return [], []
+    said = ", ".join(f"{printable(name)} is {split}" for name, split in sorted(among.items()))
+    return [among[first[os.path.dirname(id)]] for id in ids], [f"no column says the split; the folders do: {said}"]
 
 
 def _split(value: str) -> str:

@@ -399,3 +399,19 @@ def test_answers_are_not_taken_for_labels(root: Path, name: str) -> None:
 def test_a_table_without_a_header_is_told_that_the_first_row_names_the_columns(root: Path) -> None:
     with pytest.raises(SourceError, match=r"its first row names the columns.* Its columns: 'TRAIN', 'a.jpg', 'x'"):
         opened(root, "TRAIN,a.jpg,x\nTEST,b.jpg,y\n")  # Vertex AI's
+
+
+@pytest.mark.parametrize("above", ["", "data/set/"])
+def test_folders_called_like_splits_say_the_split_where_no_column_does(root: Path, above: str) -> None:
+    names = [f"{above}{name}" for name in ("train/x/1.jpg", "train/y/2.jpg", "test_images/3.jpg")]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    text = "file_name,label\n" + "".join(f"{name},x\n" for name in names)  # as Hugging Face's metadata.csv
+    source = opened(root, text)
+    assert source.splits == ["train", "train", "test"]
+    assert source.notes == ["no column says the split; the folders do: test_images is test, train is train"]
+    assert opened(root, "".join(f"{line},{'split' * (i == 0)}\n" for i, line in enumerate(text.split()))).splits is None
+    assert (
+        opened(root, text + "a.jpg,x\n").splits is None and opened(root, text.rpartition("test")[0][:-8]).splits is None
+    )
