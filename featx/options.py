@@ -115,14 +115,10 @@ def home(path: str | Path) -> str | Path:
     since `Path` forgets the dot. Raises `FeatxError` for a name that is no user's.
     """
     text = os.fspath(path)
-    if text.startswith("./~"):
-        return os.path.abspath(text)
-    full = os.path.expanduser(text) if text.startswith("~") else path
-    if full == text and text.startswith("~"):
-        if not os.path.lexists(text):
-            raise FeatxError(f"there is no user for {text!r}; write ./{text} for a file or folder of that name")
-        return os.path.abspath(text)
-    return full
+    full = os.path.expanduser(text) if text.startswith("~") else text
+    if full.startswith("~") and not os.path.lexists(full):
+        raise FeatxError(f"there is no user for {text!r}; write ./{text} for a file or folder of that name")
+    return os.path.abspath(full) if text.startswith(("~", "./~")) else path
 
 
 @functools.cache

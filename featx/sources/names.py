@@ -13,7 +13,7 @@ from featx.text import printable
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval"), "val"),
-    **dict.fromkeys(("test", "testing", "evaluation", "holdout", "heldout", "pred", "prediction"), "test"),
+    **dict.fromkeys(("test", "testing", "evaluation", "holdout", "pred", "prediction"), "test"),
 }
 # words that say no more of a folder, or of a split, than that images are in it
 PLAIN = {
@@ -21,13 +21,14 @@ PLAIN = {
     *("files", "folder", "jpg", "jpeg", "jpegs", "png", "raw", "categories", "samples"),
 }
 _OWNERS = {"my", "our", "public", "private"}
-_FUSED = re.compile(rf"({'|'.join(SPLITS)})({'|'.join(sorted(PLAIN, reverse=True))})")
+_FUSED = re.compile(rf"({'|'.join(SPLITS)})({'|'.join(PLAIN)})")
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 
 def words(name: str) -> list[str]:
     """The words of a name, in lower case and without numbers: `Test Set_2`, `testSet` and `testset` are two."""
-    parts = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    name = re.sub(r"(?i)h[eo]ld[\W_]?out", "holdout", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    parts = re.findall(r"[^\W\d_]+", name)
     fused = [_FUSED.fullmatch(part.lower()) for part in parts]
     return [word for part, two in zip(parts, fused, strict=True) for word in (two.groups() if two else [part.lower()])]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Collection
+
+from featx.files import read_plain
 
 # The figures of a run and of a sweep, in their folder plots/.
 FIGURES = ("confusion", "reliability", "map", "curves", "path", "learning", "mistakes", "predictions", "batch")
@@ -28,15 +31,9 @@ def is_own(path: str, folders: Collection[str], images: Collection[str], others:
         return bool(inside) and all(_CACHED.fullmatch(each.rstrip("/")) for each in inside)
     if name == "plots" and images:
         return all(FIGURE.fullmatch(each) or each == "trade-off.png" for each in images)
-    return any(mark in others and _holds(os.path.join(path, mark), words) for mark, words in _MARKS.items())
-
-
-def _holds(path: str, words: tuple[bytes, ...]) -> bool:
-    try:
-        if not os.path.isfile(path):  # a pipe would wait for ever
-            return False
-        with open(path, "rb") as file:
-            data = file.read(_MARK_BYTES)
-    except OSError:
-        return False
-    return all(word in data for word in words)
+    for mark, words in _MARKS.items():
+        if mark in others:
+            with contextlib.suppress(OSError):
+                data = read_plain(os.path.join(path, mark), _MARK_BYTES)
+                return all(word in data for word in words)
+    return False

@@ -54,7 +54,8 @@ def split_columns(
             continue
         said, named = {value: split for value in values if (split := _split(value))}, says_split(name)
         means = _split(" ".join(word for word in words(name) if word not in _AROUND))
-        unclear = named and (said or (all(map(_number, values)) and _FOLDS.isdisjoint(words(name))))
+        numbers = all(value.replace(".", "", 1).isdigit() for value in values)
+        unclear = named and (said or (numbers and _FOLDS.isdisjoint(words(name))))
         if len(said) == len(values):
             saying[name] = ""
         elif named and means and {value.lower() for value in values} <= _TRUE | _FALSE:
@@ -104,7 +105,3 @@ def split_folders(ids: list[str]) -> tuple[list[str], list[str]]:
 def _split(value: str) -> str:
     split, rest = split_of(value)
     return "" if rest else split
-
-
-def _number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()

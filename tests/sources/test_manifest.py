@@ -277,6 +277,7 @@ def test_parquet_without_pyarrow_names_the_extra(root: Path, monkeypatch: pytest
         ("isTest", "0.0 1.0", ["train", "test"]),
         ("is_training_image", "0 1", ["val", "train"]),  # CUB-200
         ("is_train", "no yes", ["val", "train"]),
+        ("held_out", "0 1", ["train", "test"]),
     ],
 )
 def test_a_split_column_of_another_name_is_understood_and_said(
