@@ -246,7 +246,10 @@ def own_output(root: Path) -> None:
     """A cache, a run with its figures and a sweep, as featx lays them out, with nothing in their files."""
     digest = "0123456789abcdef"
     touch(
-        root, f"cache/features/tiny-{digest}/spec.json", f"cache/memo/{digest * 2}", f"cache/engines/{digest * 2}.onnx"
+        root,
+        f"cache/features/tiny-{digest}/spec.json",
+        f"cache/memo/{digest * 2}",
+        f"cache/engines/{digest * 4}.winograd1.json",
     )
     touch(root, "export/photos-tiny/plots/confusion.png", "export/photos-tiny/plots/map.png", "export/mine/model.onnx")
     (root / "export/photos-tiny/config.json").write_text('{"data_digest": "ab", "featx": "0.1.0"}')
