@@ -26,7 +26,7 @@ from featx.head import Fitted, Head
 from featx.heads import pretrained
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete, plain
+from featx.options import Options, complete, home, plain
 from featx.solvers.examples import Examples
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -84,7 +84,9 @@ def fit_features(
     if learns:
         train = features.split("train")
         if train.y.ndim == 1 or not len(train):
-            learning.require_classes(Counter(train.labels), train.class_names)
+            learning.require_classes(
+                Counter(train.labels), train.class_names, train.report.notes if train.report else ()
+            )
         examples = Examples.of_views(views or [train.rows], train.y, groups(train.keys))
         fitted = learning.learn(head, examples, features.class_names, seed=seed, device=device, settings=settings)
     elif classifier is None:
@@ -142,7 +144,7 @@ def fit(
     learning.check_settings(head, settings)
     learns, source = learning.module(head).LEARNS, open_source(data)
     if output and rank() == 0:
-        runs.check(Path(output), None, overwrite=overwrite)
+        runs.check(Path(home(output)), None, overwrite=overwrite)
     learning.check_heads([(head, settings)], source)
     if not learns:
         backbone = own_classifier_request(request_of(backbone, asked), source, Path(asked["cache"]), settings, finetune)
@@ -150,7 +152,7 @@ def fit(
     extracted = extracted_once(source, backbone, engine, asked, finetune)
     features = extracted.features(memory=limit)
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
-    path = Path(output) if output else runs.default_path("export", config)
+    path = Path(home(output)) if output else runs.default_path("export", config)
     if finetune is None or rank() == 0:  # where processes train together, the leader writes the run
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
     if finetune is not None:

@@ -112,7 +112,9 @@ def check_heads(chosen: Sequence[tuple[str, Mapping[str, Any]]], source: Source)
     learners = [(name, settings) for name, settings in chosen if module(name).LEARNS]
     if learners and not source.multilabel:
         pairs = zip(source.labels or [], source.splits or [""] * len(source), strict=True)
-        require_classes(Counter(label for label, split in pairs if label and split in ("", "train")), list(labels))
+        require_classes(
+            Counter(label for label, split in pairs if label and split in ("", "train")), list(labels), source.notes
+        )
 
     for name, settings in learners:
         if settings:
@@ -127,15 +129,20 @@ def _rehearse(name: str, settings: Mapping[str, Any], several: bool) -> None:
     learn(name, Examples(X, np.stack([y, 1 - y], axis=1) if several else y), ["0", "1"], device="cpu", settings=own)
 
 
-def require_classes(counts: Mapping[str, int], class_names: Sequence[str]) -> None:
-    """Raise `HeadError` unless training images show at least two classes. counts: how many show each."""
+def require_classes(counts: Mapping[str, int], class_names: Sequence[str], notes: Sequence[str]) -> None:
+    """Raise `HeadError` unless training images show at least two classes. counts: how many show each; notes: on the
+    source, which may say why.
+    """
     if not counts:
         raise HeadError("there are no training images; expected class folders, or train/ with class folders")
     if len(counts) < 2:
         (only, count), *_ = counts.items()
         others = sorted(repr(name) for name in class_names if name != only)
         none = f"; of {', '.join(others[:5])} there is none to learn from: add images" if others else ""
-        raise HeadError(f"all {count} training images are {only!r}, and a classifier needs at least two classes{none}")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise HeadError(
+            f"all {count} training images are {only!r}, and a classifier needs at least two classes{none}{why}"
+        )
 
 
 def _like_measurements(labels: Mapping[str, int]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,17 @@ class Field:
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 
+def home(path: str | Path) -> str | Path:
+    """A path that begins with `~` or `~name`, from that home folder; `./~` is a folder called so, and comes back whole,
+    since `Path` forgets the dot. Raises `FeatxError` for a name that is no user's.
+    """
+    text = os.fspath(path)
+    full = os.path.expanduser(text) if text.startswith("~") else text
+    if full.startswith("~") and not os.path.lexists(full):
+        raise FeatxError(f"there is no user for {text!r}; write ./{text} for a file or folder of that name")
+    return os.path.abspath(full) if text.startswith(("~", "./~")) else path
+
+
 @functools.cache
 def fields_of(kind: Any = Options) -> dict[str, Field]:
     """The options of `Options`, `Shared` or `Running`, by name."""
@@ -162,4 +174,6 @@ def complete(
 
     for name in given:
         fields[name].check(values[name])
+    if "cache" in given:
+        values["cache"] = home(values["cache"])
     return values

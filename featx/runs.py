@@ -23,19 +23,19 @@ from featx.errors import HeadError, NewerError, RunError
 from featx.features import FeatureSpec
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head
+from featx.options import home
 from featx.records import array_bytes, array_of, convert, opened, read_record, warn_older, write_record
+from featx.sources.own import FIGURE
 from featx.stored import Compared, check_report
 from featx.text import printable
 
 # What decides the result, and so the run's name; where the data and the cache lie does not.
 IDENTITY = ("spec", "head", "settings", "data_digest", "views", "seed", "finetune")
-# What featx writes into a run's folder beside its configuration: what a fit or its page writes again, what only
-# fine-tuning writes, the figures in plots/, the files in checkpoints/, the exports (each with its record), the card.
+# What featx writes into a run's folder beside its configuration and its figures: what a fit or its page writes again,
+# what only fine-tuning writes, the files in checkpoints/, the exports (each with its record), the card.
 WRITTEN = ("report.json", "report.html", "held-out-by-key.npy", "held-out.npy", "trained-on.npy", "head.safetensors")
 TUNED = ("metrics.jsonl", "model.safetensors")
-FIGURES = ("confusion", "reliability", "map", "curves", "path", "learning", "mistakes", "predictions", "batch")
 CHECKPOINT = re.compile(r"(last|best-\d{4,})\.safetensors")
-FIGURE = re.compile(rf"({'|'.join(FIGURES)})\.png")
 EXPORTS = (
     *("model.onnx", "model-tensor.onnx", "head.onnx"),
     *(f"{stem}-{precision}.onnx" for stem in ("model", "model-tensor") for precision in ("int8", "fp16")),
@@ -131,7 +131,7 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
     if isinstance(run, Run):
         return replace(run, factory=factory) if factory else run
-    path = Path(run)
+    path = Path(home(run))
     (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
     name, trained_on = "report.json", None
     try:

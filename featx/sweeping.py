@@ -34,12 +34,13 @@ from featx.fitting import fit
 from featx.head import columns
 from featx.learning import check_heads, head_text, module, parse_head
 from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
-from featx.options import Criterion, Shared, complete
+from featx.options import Criterion, Shared, complete, home
 from featx.records import array_bytes, array_of, convert, read_record, write_record
 from featx.runs import Run, is_finished, open_run, read_config
 from featx.solvers.training import folds
 from featx.sources.opening import open_source
 from featx.sources.source import Source
+from featx.text import cell
 
 HELD_OUT = "held-out-by-key.npy"
 COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
@@ -139,14 +140,13 @@ class Sweep:
         rows = []
         for point in self.points:
             row = point.to_dict()
-            del row["behind"]
-            found = row.pop("cross_validated") or {}
+            _, found = row.pop("behind"), row.pop("cross_validated") or {}
             rows.append(row | {f"cross_validated_{name}": value for name, value in found.items()})
 
         file = io.StringIO()
         writer = csv.DictWriter(file, max(rows, key=len), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
         write_atomic(self.path / "sweep.csv", file.getvalue().encode("utf-8", "backslashreplace"))
 
     @property
@@ -215,7 +215,7 @@ def sweep(
     asked = complete(options, Shared, sweep)
     source = open_source(data)
     root = Path(source.uri).resolve()
-    path = Path(output or f"export/{root.name if root.is_dir() else root.stem}-sweep")
+    path = Path(home(output or f"export/{root.name if root.is_dir() else root.stem}-sweep"))
     requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
     check_heads(variants := [parse_head(head) for head in heads], source)
     _check(path, root, by, views, requests, variants)

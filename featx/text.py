@@ -17,6 +17,12 @@ DEEPEST = 64
 # again from its next quote, a crafted file would take hours.
 _BRACKETS = re.compile(r'[\[\]{}]|"(?:[^"\\]++|\\.?)*+"?', re.S)
 
+# Controls, and what hides or turns around the letters near it on a terminal: bidi marks, line ends, empty letters.
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+# What a spreadsheet would compute, and a number, which it may.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
+
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
     """Name what `name` may have meant, as the end of a message: ` Did you mean a, b?`, or nothing."""
@@ -39,9 +45,16 @@ def assigned(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def printable(name: str) -> str:
-    """`name` as text that any UTF-8 terminal or file takes: bytes that are not UTF-8 and control
-    characters are written as escapes, `caf\\udce9.jpg`, `two\\x0alines.jpg`."""
-    return re.sub("[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", encodable(name))
+    """`name` as text that any UTF-8 terminal or file takes: bytes that are not UTF-8, control characters and those
+    that hide or turn letters around are written as escapes, `caf\\udce9.jpg`, `two\\x0alines.jpg`, `\\u202e`."""
+    return _HIDDEN.sub(lambda found: ("\\x%02x" if found[0] < "\xff" else "\\u%04x") % ord(found[0]), encodable(name))
+
+
+def cell(value: Any) -> Any:
+    """A value for a CSV file: text that a spreadsheet would compute, `=1+1`, has `'` before it, and is `printable`."""
+    if not isinstance(value, str):
+        return value
+    return "'" * bool(_FORMULA.match(value) and not _NUMBER.fullmatch(value)) + printable(value)
 
 
 def some(names: list[str], most: int = 3) -> str:
@@ -67,6 +80,15 @@ def to_json(values: Any) -> str:
     """JSON that any reader takes: names in their own letters, but bytes of a file's name that are not UTF-8
     (lone surrogates in Python) as `\\udcXX`, which reads back as it was; NaN is refused."""
     return encodable(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def escaped(json_text: str, encoding: str) -> str:
+    """JSON as a stream of this encoding takes it: letters that it has not are `\\u` escapes, which read the same."""
+    try:
+        json_text.encode(encoding)
+    except UnicodeEncodeError:
+        return re.sub("[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], json_text)
+    return json_text
 
 
 def from_json(data: bytes | str) -> Any:

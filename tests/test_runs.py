@@ -19,9 +19,10 @@ from featx.features import FeatureSpec
 from featx.head import Head
 from featx.pixels.preprocess import Preprocess
 from featx.records import read_record, write_record
-from featx.runs import EXPORTS, FIGURES, RunConfig, check, default_path, digest, finish, open_run, read_config, start
+from featx.runs import EXPORTS, RunConfig, check, default_path, digest, finish, open_run, read_config, start
 from featx.shipping.exporting import DEFAULT
 from featx.shipping.reduction import PRECISIONS
+from featx.sources.own import FIGURES
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 INFO = BackboneInfo(

@@ -8,7 +8,7 @@ from typing import Any
 from featx.errors import BackboneError
 from featx.features import FeatureSpec
 from featx.identity import Identity
-from featx.options import Precision, StoredDtype
+from featx.options import Precision, StoredDtype, home
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert
 from featx.text import near
@@ -28,6 +28,9 @@ class BackboneRequest:
     """Seeds `random` weights."""
     preprocess: tuple[tuple[str, Any], ...] = ()
     """Fields of `Preprocess` to override, such as `(("resize", 232),)`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", str(home(self.weights)))
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "preprocess": dict(self.preprocess)}

@@ -252,6 +252,8 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
         raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
     if os.path.lexists(path) and not (path.is_file() and {"featx", "spec"} <= attribute_names(path)):
         raise StoreError(f"{path} is not a file that featx exported, so it is not replaced; give another file")
+    if path.suffix.lower() not in (".h5", ".hdf5", ".hdf"):
+        raise StoreError(f"{path} would hold HDF5: call it .h5; to save otherwise, `featx.extract(DATA).X` is an array")
     X = features.X
     step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
     parts = (np.ascontiguousarray(X[start : start + step]) for start in range(0, len(X), step))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featx.cli.base import cli
+from featx.cli.base import cli, name_variables
 from featx.cli.caching import backbones, cache, completion
 from featx.cli.shipping import check, export, inspect, predict
 from featx.cli.training import curve, evaluate, extract, fit, report, sweep
@@ -10,4 +10,5 @@ from featx.cli.training import curve, evaluate, extract, fit, report, sweep
 learning, shipping = (extract, fit, evaluate, report, curve, sweep), (export, check, predict, inspect)
 for command in (*learning, *shipping, backbones, cache, completion):
     cli.add_command(command)
+    name_variables(command)
 main = cli

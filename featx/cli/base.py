@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,8 +16,8 @@ import click
 
 from featx import __version__
 from featx.errors import FeatxError
-from featx.options import Split, fields_of, fits
-from featx.text import assigned, printable, prose, to_json
+from featx.options import Split, fields_of, fits, home
+from featx.text import assigned, escaped, printable, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 KEPT = (
@@ -26,6 +28,31 @@ KEPT = (
 
 # how help is laid out, also on the page of the documentation
 SHOWN = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class Place(click.Path):
+    """A path, in which `~` is the home folder even where no shell has put it in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(home(value), param, ctx)
+
+
+class Words(click.types.StringParamType):
+    """A repeatable text; in the environment, several of them are quoted as in a shell."""
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return shlex.split(rv)
+
+
+def name_variables(command: click.Command, prefix: str = "FEATX") -> None:
+    """Have each option read the variable that its flag names, FEATX_SWEEP_BACKBONE, whatever its parameter."""
+    prefix = f"{prefix}_{command.name}".upper()
+    for option in command.params:
+        if isinstance(option, click.Option):
+            option.envvar = f"{prefix}_{max(option.opts, key=len).lstrip('-').replace('-', '_').upper()}"
+            option.type = Words() if option.multiple and option.type is click.STRING else option.type
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        name_variables(inner, prefix)
 
 
 class Commands(click.Group):
@@ -45,6 +72,9 @@ class Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
         options["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what its encoding has not, Latin-1 for one
         with warnings.catch_warnings():
             said: set[str] = set()  # a command may open a run twice
 
@@ -63,7 +93,8 @@ class Commands(click.Group):
                 say(f"Error: {printable(str(error))}")
                 code = ERROR
             except click.ClickException as error:
-                error.show()
+                error.show(shown := io.StringIO())
+                say(shown.getvalue().rstrip("\n"))
                 code = error.exit_code
             except OSError as error:  # a full disk, a pipe or a folder that cannot be written
                 place = error.filename2 or error.filename  # the second is what a file would have been renamed to
@@ -83,19 +114,24 @@ class Commands(click.Group):
 def cli() -> None:
     """Extract features once, retrain heads in milliseconds, ship one ONNX file.
 
-    Every option can be set in the environment: FEATX_EXTRACT_WORKERS=4.
+    Every option can be set in the environment: FEATX_EXTRACT_WORKERS=4, FEATX_SWEEP_HEAD="logreg 'ridge reject=0.1'".
     Exit codes: 0 done, 1 error, 2 usage, 3 finished with images skipped, 130 interrupted.
     """
 
 
+def echo(text: str) -> None:
+    """A line on standard output, in the stream's own encoding; click would take another for ASCII."""
+    print(text, flush=True)
+
+
 def emit(values: Any) -> None:
     """Machine-readable output, on standard output."""
-    click.echo(to_json(values))
+    echo(escaped(to_json(values), sys.stdout.encoding))
 
 
 def say(text: str) -> None:
     """Prose, on standard error."""
-    click.echo(prose(text), err=True)
+    print(prose(text), file=sys.stderr, flush=True)
 
 
 def show(found: Any, as_json: bool) -> None:
@@ -129,7 +165,7 @@ def option(name: str) -> Callable[[Command], Command]:
     elif fits(1, field.hint):
         kind = click.IntRange(field.option.least)
     elif fits(Path(), field.hint):
-        kind = click.Path(file_okay=False)
+        kind = Place(file_okay=False)
     flag = f"--{name.replace('_', '-')}"
     return click.option(flag, default=field.option.default, type=kind, help=field.option.help)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featx.cli.base import DONE, ERROR, backbone_options, cache_option, cli, emit, extraction_options, json_option, say
+import featx.cli.base as base
+from featx.cli.base import DONE, ERROR, Place, cache_option, cli, echo, emit, json_option, say
 from featx.text import printable
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ def backbones(pattern: str, as_json: bool) -> None:
         emit(rows)
         return
     width = max([len(row["name"]) for row in rows], default=8)
-    click.echo(f"{'backbone':<{width}}  features  parameters  input  weights")
+    echo(f"{'backbone':<{width}}  features  parameters  input  weights")
     for row in rows:
         line = f"{row['name']:<{width}}  {row['features']:>8}  {row['parameters'] / 1e6:>8.1f} M  {row['crop']:>5}"
-        click.echo(f"{line}  {', '.join(row['weights'])}")
+        echo(f"{line}  {', '.join(row['weights'])}")
 
 
 @click.command()
@@ -45,7 +46,7 @@ def completion(shell: str) -> None:
     from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
     found = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
-    click.echo(found(cli, {}, "featx", "_FEATX_COMPLETE").source())
+    echo(found(cli, {}, "featx", "_FEATX_COMPLETE").source())
 
 
 @click.group()
@@ -54,7 +55,7 @@ def cache() -> None:
 
 
 against_option = click.option(
-    "--against", metavar="DATA", type=click.Path(), help="Which rows does DATA use? Reads no pixels."
+    "--against", metavar="DATA", type=Place(), help="Which rows does DATA use? Reads no pixels."
 )
 
 
@@ -71,7 +72,7 @@ def list_(cache: str, as_json: bool) -> None:
         return
 
     width = max([len(entry.name) for entry in found], default=4)
-    click.echo(f"{'name':<{width}}  {'MB':>9}  shards  row       what")
+    echo(f"{'name':<{width}}  {'MB':>9}  shards  row       what")
     for entry in found:
         what, shape = "spec.json is lost", "?"
         if entry.form:
@@ -80,7 +81,7 @@ def list_(cache: str, as_json: bool) -> None:
             what += f", weights {spec.weights[:8]}"
         what += f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
         line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}"
-        click.echo(printable(line))
+        echo(printable(line))
     others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
     if others:
         say(f"beside the features, and made again after `featx cache remove`: {others}")
@@ -154,11 +155,11 @@ def remove(name: str, cache: str, yes: bool) -> None:
 
 
 @cache.command("export")
-@click.argument("data", type=click.Path())
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("data", type=Place())
+@click.argument("file", type=Place(dir_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace FILE, if featx exported it.")
-@backbone_options
-@extraction_options
+@base.backbone_options
+@base.extraction_options
 def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
     """Write the features of DATA as one plain HDF5 FILE: features, labels, class names, ids, spec.
 
@@ -169,7 +170,7 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
 
     features = extract(data, **options)
     path = caching.export(features, Path(file), overwrite=overwrite)
-    click.echo(printable(str(path)))
+    echo(printable(str(path)))
     assert features.report is not None
     for image in features.report.skipped_images[:10]:
         say(f"skipped: {printable(image['id'])}: {image['reason']}")
@@ -189,4 +190,4 @@ def emit_or_say(values: dict[str, Any], as_json: bool) -> None:
         return emit(values)
     width = max(map(len, values))
     for name, value in values.items():
-        click.echo(printable(f"{name:<{width}}  {value}"))
+        echo(printable(f"{name:<{width}}  {value}"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, emit, factory_option, json_option, options_of, say, show, splits
+from featx.cli.base import DONE, SKIPPED, Place, echo, emit, factory_option, json_option, options_of, say, show, splits
 from featx.options import Input, Reduced
-from featx.text import encodable, printable, prose
+from featx.text import encodable, escaped, printable, prose
 
 parity_options = options_of(
     click.option("--parity-images", "images", default=2000, type=click.IntRange(1), help="Images compared, at most."),
@@ -19,8 +20,8 @@ parity_options = options_of(
 
 
 @click.command()
-@click.argument("run", type=click.Path(file_okay=False))
-@click.option("--output", "-o", type=click.Path(dir_okay=False), help="By default model.onnx in RUN.")
+@click.argument("run", type=Place(file_okay=False))
+@click.option("--output", "-o", type=Place(dir_okay=False), help="By default model.onnx in RUN.")
 @click.option(
     "--input",
     default="pixels",
@@ -29,7 +30,7 @@ parity_options = options_of(
 )
 @click.option("--outputs", help="Some of probabilities,logits,features,accepted; by default all.")
 @parity_options
-@click.option("--data", type=click.Path(), help="Where the run's images lie now, if they moved.")
+@click.option("--data", type=Place(), help="Where the run's images lie now, if they moved.")
 @click.option("--tolerance", type=float, help="Limit for probabilities, through the file's resize; by default 0.05.")
 @click.option(
     "--precision",
@@ -59,13 +60,13 @@ def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, 
         return DONE
     show(export(run, tolerance=tolerance, **options), as_json)
     if not as_json:
-        click.echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
+        echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE
 
 
 @click.command()
-@click.argument("model", type=click.Path(dir_okay=False))
-@click.argument("run", type=click.Path(file_okay=False))
+@click.argument("model", type=Place(dir_okay=False))
+@click.argument("run", type=Place(file_okay=False))
 @parity_options
 @factory_option
 @json_option
@@ -78,25 +79,32 @@ def check(model: str, run: str, as_json: bool, **options: Any) -> int:
 
 
 @click.command()
-@click.argument("model", type=click.Path())
-@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.argument("model", type=Place())
+@click.argument("images", nargs=-1, required=True, type=Place())
 @click.option("--top-k", "-k", default=5, type=click.IntRange(1), help="Classes named per image.")
 @click.option("--batch-size", default=32, type=click.IntRange(1))
 @click.option("--workers", type=click.IntRange(1), help="Decoding threads; by default one per core.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model; by default one per core.")
 @click.option("--provider", "providers", multiple=True, help="onnxruntime execution provider: cpu, cuda, ...")
-@click.option("--head", type=click.Path(), help="A head exported alone, for the features of MODEL.")
+@click.option("--head", type=Place(), help="A head exported alone, for the features of MODEL.")
 @click.option("--features", is_flag=True, help="Put the features into --json.")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV on standard output.")
+@click.option("--output", "-o", type=Place(dir_okay=False), help="Write the answers to FILE.csv or FILE.jsonl.")
 @json_option
-def predict(model: str, images: tuple[str, ...], as_csv: bool, as_json: bool, **options: Any) -> int:
+def predict(
+    model: str, images: tuple[str, ...], as_csv: bool, as_json: bool, output: str | None, **options: Any
+) -> int:
     """Classify IMAGES (files, folders, globs) with an exported MODEL; onnxruntime only, no torch.
 
-    --json prints one JSON object a line, as soon as its batch is done.
+    --json prints one JSON object a line, as soon as its batch is done. A file appears once all answers are in it.
     """
     from featx.shipping import prediction
     from featx.shipping.deployed import Model
 
+    if output and not (as_csv or as_json):
+        as_csv, as_json = output.lower().endswith(".csv"), output.lower().endswith((".jsonl", ".json"))
+        if not (as_csv or as_json):
+            raise click.UsageError(f"--output {printable(output)} is neither .csv nor .jsonl; add --csv or --json")
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other")
     if options["features"] and not as_json:
@@ -114,19 +122,22 @@ def predict(model: str, images: tuple[str, ...], as_csv: bool, as_json: bool, **
             if one.error is None or as_json or as_csv:
                 yield one
 
+    several = opened.activation == "sigmoid"
     if as_json:
         lines = prediction.json_lines(noted())
     elif as_csv:
-        lines = prediction.csv_lines(noted(), min(options["top_k"], len(opened.class_names)))
+        lines = prediction.csv_lines(noted(), min(options["top_k"], len(opened.class_names)), several)
     else:
-        lines = prediction.table_lines(noted())
-    for line in lines:  # in colour, or click would cut names that hold \x1b
-        click.echo(encodable(line) if as_json or as_csv else line, color=True)
+        lines = prediction.table_lines(noted(), several)
+    if output:
+        lines = iter([printable(str(prediction.write_lines(output, lines, marked=as_csv)))])
+    for line in lines:
+        echo(escaped(encodable(line), sys.stdout.encoding) if as_json and not output else line)
     return SKIPPED if failed else DONE
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=Place(dir_okay=False))
 @json_option
 def inspect(file: str, as_json: bool) -> int:
     """Show what an ONNX FILE is: classes, input contract, metrics, parts; any other file's inputs and outputs."""
@@ -136,5 +147,5 @@ def inspect(file: str, as_json: bool) -> int:
     if as_json:
         emit(found.to_dict())
     else:
-        click.echo(prose(found.text()))
+        echo(prose(found.text()))
     return DONE

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 import featx.cli.base as base
-from featx.cli.base import DONE, SKIPPED, json_option, option, options_of, say
+from featx.cli.base import DONE, SKIPPED, Place, echo, json_option, option, options_of, say
 from featx.finetuning.processes import rank
 from featx.options import Criterion
 from featx.text import printable, prose
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("data", type=click.Path())
+@click.argument("data", type=Place())
 @base.backbone_options
 @base.extraction_options
 @click.option("--dry-run", is_flag=True, help="Say how many images, how long, how much disk; write no feature.")
@@ -74,12 +74,12 @@ finetune_options = options_of(
 
 
 @click.command()
-@click.argument("data", type=click.Path())
+@click.argument("data", type=Place())
 @click.option("--head", "-H", default="logreg", help="logreg, linear, ridge, ncm or pretrained.")
 @click.option(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the head (docs/cli.md); repeatable."
 )
-@click.option("--output", "-o", type=click.Path(file_okay=False), help="The run's folder.")
+@click.option("--output", "-o", type=Place(file_okay=False), help="The run's folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing run, once a new head is fitted; your files stay.")
 @click.option("--restrict", is_flag=True, help="Pretrained head: answer mapped classes only.")
 @click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Pretrained head: name a label's class.")
@@ -114,7 +114,7 @@ def fit(data: str, report: bool, as_json: bool, **options: Any) -> int:
     if as_json:
         base.emit({"run": str(run.path), **run.report})
     else:
-        click.echo(printable(str(run.path)))
+        echo(printable(str(run.path)))
     return SKIPPED if run.report["extract"]["skipped"] else DONE
 
 
@@ -177,8 +177,8 @@ def rates(text: str) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("run", type=click.Path(file_okay=False))
-@click.argument("data", type=click.Path())
+@click.argument("run", type=Place(file_okay=False))
+@click.argument("data", type=Place())
 @click.option("--split", type=base.splits, help="Images of this split only; by default all of them.")
 @base.memory_option
 @option("device")
@@ -195,15 +195,15 @@ def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
 
 
 @click.command()
-@click.argument("run", type=click.Path(file_okay=False))
+@click.argument("run", type=Place(file_okay=False))
 def report(run: str) -> int:
     """Write report.html and plots/ of RUN again; one page that needs no network."""
-    click.echo(printable(str(write_page(run))))
+    echo(printable(str(write_page(run))))
     return DONE
 
 
 @click.command()
-@click.argument("run", type=click.Path(file_okay=False))
+@click.argument("run", type=Place(file_okay=False))
 @click.option("--sizes", help="Numbers of training images: 20,50,100.")
 @click.option("--repeats", default=5, type=click.IntRange(1), help="Subsets of each size.")
 @base.memory_option
@@ -220,7 +220,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
         raise click.BadParameter(f"{sizes!r} is not a list of whole numbers", param_hint="--sizes") from None
     found = learning_curve(run, sizes=wanted, **options)
     if not as_json:
-        click.echo(prose(found.text()))
+        echo(prose(found.text()))
     write_page(run)
     if as_json:
         base.emit(found.to_dict())
@@ -228,7 +228,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 
 
 @click.command()
-@click.argument("data", type=click.Path())
+@click.argument("data", type=Place())
 @click.option("--backbone", "-b", "backbones", multiple=True, help="Repeatable; NAME=WEIGHTS for weights of its own.")
 @click.option("--head", "-H", "heads", multiple=True, help="Repeatable; with settings: 'logreg class_weight=balanced'.")
 @click.option("--layer", "layers", multiple=True, help="Repeatable; by default features.")
@@ -237,7 +237,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @base.memory_option
 @option("weights")
 @option("seed")
-@click.option("--output", "-o", type=click.Path(file_okay=False), help="By default export/<data>-sweep.")
+@click.option("--output", "-o", type=Place(file_okay=False), help="By default export/<data>-sweep.")
 @base.cache_option
 @option("device")
 @option("workers")
@@ -260,5 +260,5 @@ def sweep(data: str, report: bool, as_json: bool, **options: Any) -> int:
     if as_json:
         base.emit({"path": str(found.path), **found.to_dict()})
     else:
-        click.echo(printable(str(found.winner.path)))
+        echo(printable(str(found.winner.path)))
     return SKIPPED if found.failed else DONE

@@ -17,7 +17,8 @@ from featx.records import read_record
 from featx.reporting import gallery, plots
 from featx.reporting.gallery import RunMaterial
 from featx.reporting.page import Drawing, Table, write_page
-from featx.runs import FIGURES, Run, open_run
+from featx.runs import Run, open_run
+from featx.sources.own import FIGURES
 from featx.sources.source import Source
 
 LISTED = 30  # files that the extraction names one by one, classes that need no scrolling

@@ -11,7 +11,7 @@ from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, NewerError
 from featx.files import MOST_NETWORK_BYTES, read_plain
 from featx.head import Activation
-from featx.options import Input
+from featx.options import Input, home
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert, warn_older
 from featx.seals import SEAL, is_current, is_sealed
@@ -60,7 +60,7 @@ class Model:
         `coreml`, `openvino`, `cpu`); by default the CPU. threads: for the model, by default
         one per core. head: a head exported alone, to apply to the features of `path`.
         """
-        self.path = Path(path)
+        self.path = Path(home(path))
         data, self.metadata = read_model(self.path)
         self.input: str = self.metadata["input"]
         if self.input == "features":
@@ -69,8 +69,8 @@ class Model:
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._head, described = None, self.metadata
         if head is not None:
-            data, described = read_model(Path(head))
-            self._require_fitting(described, Path(head))
+            data, described = read_model(head := Path(home(head)))
+            self._require_fitting(described, head)
             self._head = open_session(data, providers=providers, threads=1)
         elif "probabilities" not in self.outputs:
             raise ExportError(

@@ -14,7 +14,7 @@ from featx.engines.onnx import backbone_onnx
 from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, ParityError
 from featx.files import write_atomic
-from featx.options import Input, Split
+from featx.options import Input, Split, home
 from featx.pixels.preprocess import Preprocess
 from featx.records import write_record
 from featx.runs import Run, is_export, is_record, open_run, record_of
@@ -92,7 +92,7 @@ def check(
     record, then every image goes through it and through torch. Raises `ParityError` that names what
     differs, and `ExportError` for a file that featx did not export. factory: as for `featx.load`.
     """
-    path, opened = Path(model), open_run(run, factory)
+    path, opened = Path(home(model)), open_run(run, factory)
     data, described = read_model(path)
     proto = graph.parse(data, path)
     if described.get("precision", "fp32") != "fp32":
@@ -132,7 +132,7 @@ def backbone_path(run: Run) -> Path:
 
 def free_path(run: Run, output: str | Path | None, name: str) -> Path:
     """`output`, or `name` in the run's folder. Raises `ExportError` if it or its record would replace others' files."""
-    path = Path(output) if output else run.path / name
+    path = Path(home(output)) if output else run.path / name
     for file, ours, what in ((path, is_export, "an export"), (record_of(path), is_record, "the record of one")):
         if os.path.lexists(file) and not (file.is_file() and ours(file)):
             raise ExportError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featx.engines.wire import FORMAT_KEY
 from featx.errors import ExportError
 from featx.files import MOST_NETWORK_BYTES, read_plain
+from featx.options import home
 from featx.seals import SEAL, is_sealed
 from featx.shipping.deployed import parse_metadata
 from featx.shipping.graph import PARTS, parse, part_digests
@@ -93,7 +94,7 @@ def inspect(path: str | Path) -> Inspection:
 
     Raises `ExportError` for anything but an ONNX file.
     """
-    path = Path(path)
+    path = Path(home(path))
     try:
         data = read_plain(path, MOST_NETWORK_BYTES)
     except OSError as error:

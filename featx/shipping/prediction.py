@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, FeatxWarning, ImageError, SourceError
+from featx.files import make_folder, open_plain, write_chunks
 from featx.head import answers
+from featx.options import home
 from featx.shipping.deployed import Model
+from featx.sources.own import is_own
 from featx.sources.source import EXTENSIONS, left_out, read_image
-from featx.text import printable, some
+from featx.text import cell, encodable, printable, some
 from featx.threads import ahead
 
 Image = str | Path | bytes | np.ndarray
+# How a file of answers begins.
+_ANSWERS = (codecs.BOM_UTF8 + b"image,label,probability", b"image,label,probability", b'{"image": ')
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +170,7 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
         if not isinstance(image, str | Path):
             yield image
             continue
-        text = os.fspath(image)
+        text = os.fspath(home(image))
         found = iter([text])
         if os.path.isdir(text):
             found, lacking = _walk(text), f"{printable(text)} has no image in it ({', '.join(EXTENSIONS)})"
@@ -179,9 +185,11 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """The images in a folder and the folders in it, sorted; hidden ones are left out. Each folder is walked once,
-    so that links cannot go round in circles. Pictures of other kinds are named in a warning, at the end. Raises
-    `SourceError` for a folder that cannot be listed."""
+    """The images in a folder and the folders in it, sorted; hidden ones, and those that featx wrote, are left out.
+
+    Each folder is walked once, so that links cannot go round in circles. Pictures of other kinds are named in a
+    warning, at the end. Raises `SourceError` for a folder that cannot be listed.
+    """
     places: set[str] = set()
     others: dict[str, list[str]] = {}
     tops = [folder]
@@ -195,37 +203,42 @@ def _walk(folder: str) -> Iterator[str]:
                 folders.clear()
                 continue
             places.add(os.path.realpath(here))
+            found = sorted(name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+            if here != folder and is_own(here, folders, found, files):
+                folders.clear()
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             tops += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
-            for name in sorted(files):
-                if name.startswith("."):
-                    continue
-                if name.lower().endswith(EXTENSIONS):
-                    yield os.path.join(here, name)
-                elif why := left_out(name):
+            for name in found:
+                yield os.path.join(here, name)
+            for name in sorted(set(files) - set(found)):
+                if not name.startswith(".") and (why := left_out(name)):
                     others.setdefault(why, []).append(os.path.join(here, name))
+
     for why, names in others.items():
         warnings.warn(f"left out {some(names)}: {why}", FeatxWarning, stacklevel=1)
 
 
-def csv_lines(predictions: Iterable[Prediction], top_k: int) -> Iterator[str]:
+def csv_lines(predictions: Iterable[Prediction], top_k: int, several: bool = False) -> Iterator[str]:
     """`--csv`: a header, then a record per image, RFC 4180 without the line end; every record is as long as the header.
 
-    top_k: as for `predict`, and at most the model's number of classes, or columns stay empty.
+    top_k: as for `predict`, and at most the model's number of classes, or columns stay empty. several: of a model that
+    gives an image several labels, or none: a column `labels` as in a manifest, `ant|outdoor`, or a lone `|`.
     """
-    names = ["image", "label", "probability", "accepted", "error"]
+    names = ["image", "label", "probability", *["labels"] * several, "accepted", "error"]
     names += [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
 
     def line(values: list[Any]) -> str:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\r\n").writerow(values)  # quotes what holds a character of its line end
-        return buffer.getvalue().removesuffix("\r\n")
+        csv.writer(buffer, lineterminator="").writerow(map(cell, values))
+        return buffer.getvalue()
 
     yield line(names)
     for p in predictions:
         accepted = "" if p.accepted is None else str(p.accepted).lower()
         others = [value for pair in p.top[1:top_k] for value in pair]
-        values = [p.id, p.label, p.probability, accepted, p.error, *others]
+        labels = ["|".join(p.labels) or ("" if p.error else "|")] * several
+        values = [p.id, p.label, p.probability, *labels, accepted, p.error, *others]
         yield line(values + [None] * (len(names) - len(values)))
 
 
@@ -235,11 +248,29 @@ def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
         yield json.dumps(p.to_dict(), ensure_ascii=False)
 
 
-def table_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """For people: the image, then the classes with their probabilities, best first."""
+def table_lines(predictions: Iterable[Prediction], several: bool = False) -> Iterator[str]:
+    """For people: the image, its labels where there may be `several`, the classes with their probabilities."""
     for p in predictions:
         if p.error is not None:
             yield f"{printable(p.id)}  {printable(p.error)}"
             continue
         answer = "  ".join(f"{printable(name)} {probability:.3f}" for name, probability in p.top)
-        yield f"{printable(p.id)}  {answer}{'  (rejected)' if p.accepted is False else ''}"
+        labels = f"{'|'.join(map(printable, p.labels)) or 'no label'}  " if several else ""
+        yield f"{printable(p.id)}  {labels}{answer}{'  (rejected)' if p.accepted is False else ''}"
+
+
+def write_lines(path: str | Path, lines: Iterable[str], *, marked: bool = False) -> Path:
+    """Write answers as one file, which is there as a whole or not at all; it replaces answers, and nothing else.
+
+    marked: with the byte order mark by which spreadsheets know UTF-8. Raises `ExportError`.
+    """
+    path = Path(home(path))
+    if path.exists():
+        with open_plain(path) as file:
+            if not file.read(64).startswith(_ANSWERS):
+                raise ExportError(
+                    f"{path} was not written by featx predict, and is not replaced; give another --output"
+                )
+    make_folder(path.parent)
+    mark, data = [codecs.BOM_UTF8] * marked, (f"{encodable(line)}\n".encode() for line in lines)
+    return write_chunks(path.parent, chain(mark, data), lambda: path.name)

@@ -12,8 +12,16 @@ import numpy as np
 
 from featx.errors import SourceError
 from featx.files import stat_row
-from featx.sources.source import EXTENSIONS, NO_STAT, SPLITS, Source
+from featx.sources.names import PLAIN, SPLITS, class_name, differ_in_case, split_of, splits_among, words
+from featx.sources.own import is_own
+from featx.sources.source import EXTENSIONS, NO_STAT, Source
 from featx.text import printable, some
+
+# Folders that hold all images of a set and name no class: beside other folders, those are no classes either.
+WRAPPERS = {"images", "image", "imgs", "img", "jpg", "jpeg"}
+# Words, and kinds, of the files in which some downloads list their splits.
+LISTED, LISTS = {*SPLITS, "split", "splits", "setid"}, (".csv", ".json", ".jsonl", ".mat", ".parquet", ".tsv", ".txt")
+Tree = dict[str, "_Folder"]  # every folder at and below one, by its path under the root
 
 
 @dataclass
@@ -40,6 +48,8 @@ class _Listing:
     stats: list[np.ndarray] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+    """Folders that featx has written."""
 
     def add(self, prefix: str, found: _Folder, label: str, split: str) -> None:
         self.ids += [prefix + name for name in found.images]
@@ -57,35 +67,33 @@ def open_folder(path: str) -> Source:
     Images directly in it: a flat folder, without labels. Images below sub-folders that are all called
     train, val, valid, test or the like: splits, each with class folders or flat. Any other sub-folders:
     classes; whatever lies deeper belongs to the class, as in torchvision's `ImageFolder`, and the
-    order is `ImageFolder`'s too. Raises `SourceError` where two of these fit, or none.
+    order is `ImageFolder`'s too. A folder around all of these is looked through. What featx itself has written is
+    left out. Raises `SourceError` where two of these fit, or none.
     """
-    top = _scan(path)
-    listing = _Listing(path)
+    listing, top = _Listing(path), _scan(path)
     trees = {name: _tree(listing, name, [path]) for name in top.folders}
-    full = [name for name, tree in trees.items() if any(found.images for found in tree.values())]
-    named = [name for name in full if name.lower() in SPLITS]
-    if top.images and full:
-        raise SourceError(_both(path, top.images, full))
-    if named and len(named) < len(full):
-        classes = [name for name in full if name not in named]
-        raise SourceError(
-            f"{printable(path)} holds folders named as splits ({some(named)}) beside others "
-            f"({some(classes)}): it is unclear whether those are classes. Move one kind elsewhere, "
-            "rename it, or list the images in a manifest"
-        )
-    listing.add("", top, "", "")
-    for name in top.folders:
-        if name not in full:
-            for below, found in trees[name].items():
-                listing.add(f"{below}/", found, "", "")
-            listing.notes.append(f"folder {printable(name)!r} has no images; ignored")
-        elif named:
-            _split(listing, name, trees[name])
+    place = ""  # where the classes or splits lie, below the root
+    while True:
+        full = [name for name, tree in trees.items() if any(found.images for found in tree.values())]
+        for name in [name for name in trees if name not in full]:
+            _empty(listing, name, trees[name])
+        if top.images or len(full) != 1 or not _wraps(trees[full[0]], full[0]):
+            break
+        listing.add(place, top, "", "")
+        tree, place = trees[full[0]], f"{full[0]}/"
+        top = tree[full[0]]
+        trees = {f"{place}{child}": _below(tree, f"{place}{child}") for child in top.folders}
+
+    named = _named(path, place, top, full)
+    listing.add(place, top, "", "")
+    for name in full:
+        if named:
+            _split(listing, name, trees[name], named[name])
         else:
-            label = printable(name)
+            label = class_name(os.path.basename(name))
             for below, found in trees[name].items():
                 listing.add(f"{below}/", found, label, "")
-    _remark(listing, path, top, full, named, trees)
+    _remark(listing, path, place, named, {name: trees[name] for name in full})
     return Source(
         uri=path,
         root=Path(path),
@@ -98,50 +106,125 @@ def open_folder(path: str) -> Source:
     )
 
 
-def _remark(
-    listing: _Listing, path: str, top: _Folder, full: list[str], named: list[str], trees: dict[str, dict[str, _Folder]]
-) -> None:
+def _named(path: str, place: str, top: _Folder, full: list[str]) -> dict[str, str]:
+    """Which split each folder is; empty where they are classes. Raises `SourceError` where that is unclear."""
+    here, names = os.path.join(path, place).rstrip("/"), [name.removeprefix(place) for name in full]
+    if top.images and full:
+        raise SourceError(_both(here, top.images, names))
+    named = splits_among(names)
+    others = [name for name in names if name not in named]
+    if named and others:
+        raise SourceError(
+            f"{printable(here)} holds folders named as splits ({some([*named])}) beside others "
+            f"({some(others)}): it is unclear whether those are classes. Move one kind elsewhere, "
+            "rename it, or list the images in a manifest"
+        )
+    if len(names) > 1 and (around := [name for name in names if set(words(name)) and set(words(name)) <= WRAPPERS]):
+        raise SourceError(
+            f"{printable(here)} holds {some(around)} beside {some([n for n in names if n not in around])}: it is "
+            f"unclear whether these are classes. If the images lie in one of them, give that one, "
+            f"{printable(os.path.join(here, around[0]))}; else rename it"
+        )
+    return {place + name: split for name, split in named.items()}
+
+
+def _wraps(tree: Tree, name: str) -> bool:
+    """Whether `name`, the only folder with images, names no class: the classes, or splits, are the folders in it."""
+    inner, last = _inner(tree, name), os.path.basename(name)
+    if inner and not tree[name].images and len(splits_among(inner)) == len(inner):
+        return True
+    if split_of(last)[0]:
+        return False
+    if tree[name].images:
+        return not inner and bool(words(last)) and set(words(last)) <= PLAIN
+    if len(inner) == 1:
+        return inner[0].casefold() == last.casefold() or _wraps(tree, f"{name}/{inner[0]}")
+    return not PLAIN.isdisjoint(words(last))
+
+
+def _empty(listing: _Listing, name: str, tree: Tree) -> None:
+    """Pass over a folder without images; one that holds nothing but what featx has written is named elsewhere."""
+    for below, found in tree.items():
+        listing.add(f"{below}/", found, "", "")
+    if not any(own == name or own.startswith(f"{name}/") for own in listing.own):
+        listing.notes.append(f"folder {printable(name)!r} has no images; ignored")
+
+
+def _remark(listing: _Listing, path: str, place: str, named: dict[str, str], trees: dict[str, Tree]) -> None:
     """Note what looks like a mistake in the layout. Raises `SourceError` where there is no image."""
+    if listing.own:
+        listing.notes.append(f"left out, since featx wrote them: {some(listing.own)}")
     if not listing.ids:
-        others = f"; it holds {some(listing.ignored)}" if listing.ignored else ", or anything else"
+        names = listing.own + listing.ignored
+        others = f"; it holds {some(names)}" if names else ", or anything else"
         raise SourceError(
             f"there is no image in {printable(path)}{others}. Expected class folders, "
             f"`{printable(os.path.basename(os.path.normpath(path)))}/<class>/*.jpg`; featx takes "
             f"{', '.join(EXTENSIONS)}; a manifest can name .gif files and other names too"
         )
-    if not full:
-        tables = [name for name in top.others if name.lower().endswith((".csv", ".jsonl", ".parquet"))]
+    if place:
+        listing.notes.append(f"{printable(place)} holds all images, and is read as the data set")
+    if not all(listing.labels):
+        tables = [name for name in listing.ignored if name.lower().endswith((".csv", ".jsonl", ".parquet"))]
         if tables:
             listing.notes.append(f"{some(tables)} is ignored; give its own path to use the labels in it")
     if named:
         _compare_splits(listing)
-    elif len(full) == 1 and len(inner := _inner(trees[full[0]], full[0])) > 1:
+        odd = [f"{printable(n)} is {split}" for n, split in named.items() if os.path.basename(n).lower() not in SPLITS]
+        listing.notes += [f"read as splits: {', '.join(odd)}"] if odd else []
+    elif lists := [n for n in listing.ignored[:9999] if n.lower().endswith(LISTS) and LISTED & {*words(Path(n).stem)}]:
         listing.notes.append(
-            f"all images have one class, {printable(full[0])!r}, the only folder with images; if its "
-            f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, full[0]))}"
+            f"{some(lists)} may say which images are held out; featx does not read it, but a manifest's column split"
         )
+    name, tree = next(iter(trees.items()), ("", {}))
+    if not named and len(trees) == 1 and len(inner := _inner(tree, name)) > 1:
+        listing.notes.append(
+            f"all images have one class, {printable(name)!r}, the only folder with images; if its "
+            f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, name))}"
+        )
+    listing.notes += differ_in_case(filter(None, listing.labels))
 
 
-def _split(listing: _Listing, name: str, tree: dict[str, _Folder]) -> None:
+def _split(listing: _Listing, name: str, tree: Tree, split: str) -> None:
     """Add one split's folder: class folders, or images without labels (as a test set may be)."""
-    split = SPLITS[name.lower()]
-    full = _inner(tree, name)
-    if tree[name].images and full:
-        raise SourceError(_both(os.path.join(listing.root, name), tree[name].images, full))
-    if tree[name].images:
-        listing.notes.append(f"images directly in {name}/ have no label: {some(tree[name].images)}")
-    for child in tree[name].folders:
+    base = name
+    while len(full := _inner(tree, base)) == 1 and not tree[base].images and _nested(base, full[0], split):
+        base = f"{base}/{full[0]}"
+    where = os.path.join(listing.root, base)
+    if tree[base].images and full:
+        raise SourceError(_both(where, tree[base].images, full))
+    if len(full) > 1 and len(among := splits_among(full)) == len(full):
+        raise SourceError(
+            f"{printable(where)}, a split, holds folders named as splits ({some([*among])}): it is unclear which are "
+            "meant. Give one of both folders, or list the images in a manifest"
+        )
+    if tree[base].images:
+        listing.notes.append(f"images directly in {printable(base)}/ have no label: {some(tree[base].images)}")
+    for child in tree[base].folders:
         if child not in full:
-            listing.notes.append(f"folder {printable(f'{name}/{child}')!r} has no images; ignored")
-    labels = {child: printable(child) for child in tree[name].folders}
+            _empty(listing, f"{base}/{child}", {})
+    labels = {child: class_name(child) for child in tree[base].folders}
     for below, found in tree.items():
-        label = "" if below == name else labels[below.split("/")[1]]
-        listing.add(f"{below}/", found, label, split)
+        child = below.removeprefix(base).split("/")[1] if below.startswith(f"{base}/") else ""
+        listing.add(f"{below}/", found, labels.get(child, ""), split)
 
 
-def _inner(tree: dict[str, _Folder], name: str) -> list[str]:
+def _nested(base: str, child: str, split: str) -> bool:
+    """Whether the only folder with images in a split is that split once more, or one such as images/."""
+    said, rest = split_of(child)
+    if said == split:
+        return not rest or child.casefold() == os.path.basename(base).casefold()
+    return bool(words(child)) and set(words(child)) <= WRAPPERS
+
+
+def _below(tree: Tree, name: str) -> Tree:
+    return {below: found for below, found in tree.items() if below == name or below.startswith(f"{name}/")}
+
+
+def _inner(tree: Tree, name: str) -> list[str]:
     """The folders directly in `name` that hold an image at any depth."""
-    return sorted({below.split("/")[1] for below, found in tree.items() if found.images and below != name})
+    deeper = [below[len(name) + 1 :] for below, found in tree.items() if found.images and below.startswith(f"{name}/")]
+    return sorted({below.split("/")[0] for below in deeper})
 
 
 def _compare_splits(listing: _Listing) -> None:
@@ -156,14 +239,14 @@ def _compare_splits(listing: _Listing) -> None:
             listing.notes.append(f"{split} has classes that train has not: {some(unknown)}")
 
 
-def _tree(listing: _Listing, name: str, above: list[str]) -> dict[str, _Folder]:
+def _tree(listing: _Listing, name: str, above: list[str]) -> Tree:
     """Every folder at and below `name`, by its path under the root, in `ImageFolder`'s order.
 
     Links are followed, but within one tree each folder is listed once, however many links lead to it:
     a loop ends, and so do the many ways through folders that link to each other.
     """
     seen = {_identity(folder) for folder in above}
-    tree: dict[str, _Folder] = {}
+    tree: Tree = {}
     waiting = [name]
     links: list[str] = []
     while waiting or links:
@@ -178,7 +261,11 @@ def _tree(listing: _Listing, name: str, above: list[str]) -> dict[str, _Folder]:
             listing.notes.append(f"folder {printable(below)!r} leads back to one that is listed already")
             continue
         seen.add(identity)
-        tree[below] = found = _scan(path)
+        found = _scan(path)
+        if is_own(path, found.folders, found.images, found.others):
+            listing.own.append(below)
+            continue
+        tree[below] = found
         for child in reversed(found.folders):
             (links if child in found.links else waiting).append(f"{below}/{child}")
     return dict(sorted(tree.items()))

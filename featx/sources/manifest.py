@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,24 @@ import numpy as np
 
 from featx.errors import SourceError
 from featx.files import stat_row
-from featx.sources.source import NO_STAT, SPLITS, Source
+from featx.sources.names import class_name, differ_in_case
+from featx.sources.source import NO_STAT, Source
+from featx.sources.splits import says_split, split_cell, split_columns, split_folders
 from featx.text import from_json, near, printable, some
 
 PATH_COLUMNS = ("path", "file_name", "image")
 # joins the labels of one image
 SEPARATOR = "|"
-Row = tuple[int, Any, Any, Any]  # line or row number, path, label, split
+_DECIMAL = re.compile(r"\s*-?(0|[1-9]\d{0,14})\.\d{0,15}\s*", re.ASCII)
+Row = tuple[int, Sequence[str], Sequence[Any]]  # line or row number, the columns' names, its cells
 
 
 def open_manifest(path: str) -> Source:
     """List the images that a manifest names, in its order.
 
     Columns: `path` (or `file_name`, or `image`), relative to the manifest's folder or absolute;
-    `label`, which may be empty; `split`, optional. A missing file is listed, noted, and
-    skipped when it is read. Raises `SourceError`, which names the row, for a manifest in another form.
+    `label`, which may be empty; `split`, optional, or another column that says the split (`split_columns`). A missing
+    file is listed, noted, and skipped when it is read. Raises `SourceError`, which names the row, for another form.
     """
     root = os.path.dirname(path)
     shown = printable(path)
@@ -40,12 +45,16 @@ def open_manifest(path: str) -> Source:
     numbers: list[int] = []
     missing: list[str] = []
     repeated: list[str] = []
-    multilabel = False
-    for number, name, label, split in _rows(path):
+    multilabel, header = False, None
+    saying, remarks = split_columns(path, _rows(path), {*PATH_COLUMNS, "label"})
+    for number, names, cells in _rows(path):
         where = f"{shown}, row {number}"
-        identity = _identity(name, root, where)
-        text, joined = _label(label, where)
-        part = _split(split, where)
+        if names is not header:
+            header, (at, label_at) = names, _columns(names, where if path.lower().endswith(".jsonl") else shown)
+            splits_at = [(names.index(name), means) for name, means in saying.items() if name in names]
+        identity, row = _found(cells[at], root, where)
+        text, joined = _label(cells[label_at], where)
+        part = split_cell([(cells[i], means) for i, means in splits_at], where)
         if (place := first.setdefault(identity, len(ids))) < len(ids):
             if (labels[place], splits[place]) != (text, part):
                 raise SourceError(
@@ -61,16 +70,13 @@ def open_manifest(path: str) -> Source:
         labels.append(text)
         splits.append(part)
         numbers.append(number)
-        try:
-            found = os.stat(os.path.join(root, identity))
-            stats.append(stat_row(found) if stat.S_ISREG(found.st_mode) else NO_STAT)
-        except OSError:
-            stats.append(NO_STAT)
-        except ValueError as error:
-            raise SourceError(f"{where}: {name!r} cannot be a path ({error})") from error
-        if stats[-1] is NO_STAT:
+        stats.append(row)
+        if row is NO_STAT:
             missing.append(f"{identity} (row {number})")
-    notes = _remarks(path, ids, labels if multilabel else [], missing, repeated)
+    if not saying and (found := split_folders(ids))[0]:
+        splits, remarks = found[0], remarks + found[1]
+    notes = remarks + _remarks(path, ids, labels if multilabel else [], missing, repeated)
+    notes += differ_in_case(filter(None, labels))
     return Source(
         uri=path,
         root=Path(root),
@@ -100,18 +106,41 @@ def _remarks(path: str, ids: list[str], several: list[str], missing: list[str], 
     if repeated:
         notes.append(f"rows that repeat another count once: {some(repeated)}")
     if several:
-        example = max(several, key=lambda text: text.count(SEPARATOR))
+        example = max(several, key=lambda text: (text.count(SEPARATOR), len(text)))
         notes.append(f"images may have several labels each, separated by {SEPARATOR!r}, as in {example!r}")
     return notes
 
 
-def _identity(name: Any, root: str, where: str) -> str:
-    """A path cell as an id: `/` between parts, without `.` parts; relative where it lies under root."""
+def _found(name: Any, root: str, where: str) -> tuple[str, tuple[int, int, int, int]]:
+    """The id and the `stat_row` of the file that a path cell names; `NO_STAT` where it is not there.
+
+    A blank at an end, and an accent written as a letter of its own, may be in the file's name or in the cell alone.
+    """
     if isinstance(name, (dict, bytes)):
         raise SourceError(f"{where}: images inside a manifest are not read; give the path of a file")
     if not isinstance(name, str) or not name.strip():
         raise SourceError(f"{where}: the path is {name!r}; give the path of an image, or leave the row out")
-    path: str = name.replace(os.sep, "/")
+    bare, ways = name.strip(), [name] if name != name.strip() else []
+    ways.append(bare)
+    if not name.isascii():
+        folder, file = os.path.split(bare)
+        forms = [[unicodedata.normalize(form, part) for form in ("NFC", "NFD")] for part in (folder, file)]
+        ways += [os.path.join(above, own) for above in forms[0] for own in forms[1]]
+    for way in ways:
+        identity = _identity(way, root)
+        try:
+            found = os.stat(os.path.join(root, identity))
+        except OSError:
+            continue
+        except ValueError as error:
+            raise SourceError(f"{where}: {name!r} cannot be a path ({error})") from error
+        return identity, stat_row(found) if stat.S_ISREG(found.st_mode) else NO_STAT
+    return _identity(bare, root), NO_STAT
+
+
+def _identity(name: str, root: str) -> str:
+    """A path as an id: `/` between parts, without `.` parts; relative where it lies under root."""
+    path = name.replace(os.sep, "/")
     if os.path.isabs(path):
         base = os.path.abspath(root).replace(os.sep, "/").rstrip("/") + "/"
         if not path.startswith(base):
@@ -132,52 +161,49 @@ def _label(value: Any, where: str) -> tuple[str, bool]:
         return "", False
     if isinstance(value, bool):
         return str(value).lower(), False
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)  # one number is one class, in text as in JSON; `007` and `1e3` are names
     if isinstance(value, float) and value.is_integer():
         return str(int(value)), False  # tables with gaps turn whole numbers into floats
     if not isinstance(value, (str, int, float)):
         raise SourceError(f"{where}: a label is a text, a number or a list of these; got {value!r}")
-    text = printable(str(value)).strip()
-    if SEPARATOR not in text:
-        return text, False
-    names = [part.strip() for part in text.split(SEPARATOR)]
+    if SEPARATOR not in str(value):
+        return class_name(str(value)), False
+    names = [_label(part, where)[0] for part in str(value).split(SEPARATOR)]
     return SEPARATOR.join(dict.fromkeys(name for name in names if name)) or SEPARATOR, True
 
 
-def _split(value: Any, where: str) -> str:
-    if value is None or value != value:
-        return ""
-    text = str(value).strip().lower()
-    if text and text not in SPLITS:
-        raise SourceError(f"{where}: the split {value!r} is not one of {', '.join(SPLITS)}.{near(text, SPLITS)}")
-    return SPLITS.get(text, "")
-
-
-def _columns(found: list[str], path: str) -> tuple[str, str, str | None]:
-    """The names of the path, label and split columns among those found; upper and lower case are the same."""
-    by_name: dict[str, str] = {}
-    for name in found:
-        by_name.setdefault(str(name).strip().lower(), name)
-    paths = [by_name[name] for name in PATH_COLUMNS if name in by_name]
+def _columns(found: Sequence[str], shown: str) -> tuple[int, int]:
+    """The places of the path and label columns among those found; upper and lower case are the same."""
+    by_name: dict[str, int] = {}
+    for i, name in enumerate(found):
+        by_name.setdefault(str(name).strip().lower(), i)
+    paths = [name for name in PATH_COLUMNS if name in by_name]
+    if {"label", "probability"} <= by_name.keys() and by_name.keys() & {"error", "top"}:
+        raise SourceError(
+            f"{shown} is what `featx predict` wrote: answers, not labels. To learn from answers on purpose, copy the "
+            "columns image and label into a file of their own"
+        )
     if len(paths) == 1 and "label" in by_name:
-        return paths[0], by_name["label"], by_name.get("split")
+        return by_name[paths[0]], by_name["label"]
     if len(paths) > 1:
-        problem = f"has several columns for the path, {' and '.join(paths)}; keep one."
+        problem = f"has several columns for the path, {' and '.join(str(found[by_name[p]]) for p in paths)}; keep one."
     elif not paths:
-        problem = f"has no column `path`, nor `file_name` or `image`.{near('path', by_name)}"
+        problem = "has no column `path`, nor `file_name` or `image`; its first row names the columns."
+        problem += near("path", by_name)
     else:
         problem = f"has no column `label`; add one, which may be empty.{near('label', by_name)}"
     cells = " Separate its cells with commas." if len(found) == 1 and set(found[0]) & set(";\t") else ""
     columns = ", ".join(repr(name) for name in found) or "none"
-    raise SourceError(f"{printable(path)} {problem} Its columns: {columns}.{cells}")
+    raise SourceError(f"{shown} {problem} Its columns: {columns}.{cells}")
 
 
 def _read_csv(path: str) -> Iterator[Row]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
             header = next(reader, [])
-            name, label, split = _columns(header, path)
-            at = header.index(name), header.index(label), header.index(split) if split else None
+            _columns(header, printable(path))
             for cells in reader:
                 if not cells:
                     continue
@@ -186,12 +212,13 @@ def _read_csv(path: str) -> Iterator[Row]:
                         f"{printable(path)}, row {reader.line_num} has {len(cells)} cells, the header "
                         f"{len(header)}; put cells that hold a comma in double quotes"
                     )
-                yield reader.line_num, cells[at[0]], cells[at[1]], cells[at[2]] if at[2] is not None else None
+                yield reader.line_num, header, cells
     except csv.Error as error:
         raise SourceError(f"{printable(path)}, row {reader.line_num}: not a CSV table ({error})") from error
 
 
 def _read_jsonl(path: str) -> Iterator[Row]:
+    names: list[str] = []
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -205,8 +232,9 @@ def _read_jsonl(path: str) -> Iterator[Row]:
                 ) from error
             if not isinstance(row, dict):
                 raise SourceError(f"{printable(path)}, row {number}: {line.strip()[:40]} is not a JSON object")
-            name, label, split = _columns(list(row), f"{path}, row {number}")
-            yield number, row[name], row[label], row[split] if split else None
+            if names != list(row):
+                names = list(row)
+            yield number, names, list(row.values())
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
@@ -217,13 +245,22 @@ def _read_parquet(path: str) -> Iterator[Row]:
         raise SourceError(f"reading {printable(path)} needs pyarrow: pip install featx[parquet]") from error
     try:
         with pq.ParquetFile(path) as file:
-            name, label, split = _columns(file.schema_arrow.names, path)
-            number = 0
-            for batch in file.iter_batches(columns=[c for c in (name, label, split) if c]):
-                columns = [batch.column(c).to_pylist() if c else [None] * len(batch) for c in (name, label, split)]
+            schema, number = file.schema_arrow, 0
+            needed = {schema.names[i] for i in _columns(schema.names, printable(path))}
+            # and what may say the split: neither images nor features
+            needed |= {
+                f.name
+                for f in schema
+                if str(f.type) in ("string", "large_string", "bool")
+                or str(f.type).startswith("dictionary")
+                or (pa.types.is_primitive(f.type) and says_split(f.name))
+            }
+            names = [name for name in schema.names if name in needed]
+            for batch in file.iter_batches(columns=names):
+                columns = [batch.column(name).to_pylist() for name in names]
                 for cells in zip(*columns, strict=True):
                     number += 1
-                    yield number, *cells
+                    yield number, names, cells
     except pa.ArrowException as error:
         raise SourceError(f"{printable(path)} is not a Parquet file that can be read ({error})") from error
 

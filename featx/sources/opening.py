@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from featx.errors import SourceError
+from featx.options import home
 from featx.sources.source import Source
 from featx.text import near, printable
 
@@ -19,7 +20,7 @@ def open_source(uri: str | Path | Source) -> Source:
     """
     if isinstance(uri, Source):
         return uri
-    path = os.fspath(uri)
+    path = os.fspath(home(uri))
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featx.errors import ImageError
+from featx.options import home
 
 if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
     import numpy as np
@@ -28,17 +29,6 @@ UNREAD = (
 MAX_BYTES = 2**31
 # files beyond this are looked at before they are read whole
 LARGE = 1 << 24
-# what people call their splits, as a folder or in a manifest's `split` column, in any case
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 NO_STAT = (-1, 0, 0, 0)
 
 
@@ -105,7 +95,7 @@ def read_image(path: str | Path) -> bytes:
     """The bytes of an image file. Raises `ImageError`, whose text does not name the image."""
     try:
         # looked at before it is opened: opening a pipe would wait for ever
-        found = os.stat(path)
+        found = os.stat(path := home(path))
         if not stat.S_ISREG(found.st_mode):
             kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
             raise ImageError(f"a {kind}, not a file")

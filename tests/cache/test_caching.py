@@ -240,6 +240,9 @@ def test_export_is_plain_hdf5(tmp_path: Path) -> None:
         keys=keys,
         spec=SPEC,
     )
+    for name in ("features.csv", "features.npy", "features"):
+        with pytest.raises(StoreError, match=r"would hold HDF5: call it \.h5"):
+            caching.export(features, tmp_path / name)
     path = caching.export(features, tmp_path / "new" / "features.h5")
     with h5py.File(path) as file:
         assert np.array_equal(file["features"][()], rows) and file["features"].chunks is None

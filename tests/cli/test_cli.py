@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -180,6 +181,22 @@ def test_evaluate_measures_a_run_on_other_data(tiny: Path, here: Path, everywher
     assert "accuracy" in run("evaluate", "run", other).stderr
 
 
+def test_fitting_where_the_photographs_lie_gives_the_same_classes_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, everywhere: ColourEngine
+) -> None:
+    monkeypatch.chdir(tiny)
+    for _ in range(2):
+        report = json.loads(run("fit", ".", "-b", "tiny", "--overwrite", "--json").stdout)
+        assert report["labels"] == ["cold", "warm"] and report["extract"]["found"] == 12
+        (tiny / report["run"] / "plots").mkdir(exist_ok=True)
+        shutil.copy(tiny / "cold" / "000.png", tiny / report["run"] / "plots" / "confusion.png")  # as its page draws it
+    assert report["extract"]["notes"][0].startswith("left out, since featx wrote them: cache/")
+    monkeypatch.chdir(tiny.parent)
+    refused = run("fit", ".", "-b", "tiny")
+    assert refused.exit_code == 1 and "are 'tiny', and a classifier needs at least two classes" in refused.stderr
+    assert "if its folders (cold, warm) are the classes, give ./tiny)" in refused.stderr
+
+
 def test_backbones_are_listed_with_their_sizes() -> None:
     rows = {row["name"]: row for row in json.loads(run("backbones", "--json").stdout)}
     assert rows["resnet18"]["features"] == 512 and rows["vgg16"]["features"] == 4096
@@ -259,6 +276,79 @@ def test_control_characters_in_a_name_reach_the_terminal_as_escapes(
     assert run("fit", tiny, "-o", "a\x1b[31mname").stdout == "a\\x1b[31mname\n"
     missing = run("extract", "no\x1b[31m\nfolder").stderr
     assert "there is no no\\x1b[31m\\x0afolder" in missing
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_names_reach_a_stream_of_any_encoding(tiny: Path, here: Path, everywhere: ColourEngine, encoding: str) -> None:
+    (tiny / "cold" / "ü 🐜 \u202e.png").write_bytes(b"bad")
+    (tiny / "warm").rename(tiny / "warm ü 🐜")
+    runner, ant = CliRunner(charset=encoding), "ü 🐜".encode(encoding, "backslashreplace")
+    done = runner.invoke(cli, ["fit", str(tiny), "-o", "run ü 🐜"])
+    assert done.exit_code == 3 and done.stdout_bytes == b"run " + ant + b"\n"
+    assert b"skipped: cold/" + ant + b" \\u202e.png: " in done.stderr_bytes
+    assert b"\n  warm " + ant in done.stderr_bytes
+    done = runner.invoke(cli, ["evaluate", "run ü 🐜", str(tiny), "--json"])
+    assert json.loads(done.stdout_bytes.decode(encoding))["labels"] == ["cold", "warm ü 🐜"]
+    for arguments in (["extract", "ü 🐜"], ["cache", "info", "ü 🐜"], ["ü 🐜"]):
+        done = runner.invoke(cli, arguments)
+        assert done.exit_code in (1, 2) and ant in done.stderr_bytes
+
+
+def test_control_characters_in_an_option_reach_the_terminal_as_escapes() -> None:
+    refused = run("extract", "data", "--dtype", "a\x1b[31m", "--seed", "\u202eb")
+    assert refused.exit_code == 2 and "\\x1b[31m" in refused.stderr + run("fit", "--\x1b[31m").stderr
+    assert not set(refused.stderr + run("\x1b[31m").stderr + run("fit", "--\x1b[31m").stderr) & set("\x1b\u202e")
+
+
+def test_a_tilde_is_the_home_folder_on_the_command_line_and_in_the_environment(
+    tiny: Path, here: Path, everywhere: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = here.parent / "home"
+    shutil.copytree(tiny, home / "photos")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("FEATX_FIT_CACHE", "~/cache")
+    assert run("fit", "~/photos", "--output=~/run").stdout == f"{home / 'run'}\n"
+    assert run("evaluate", "~/run", "~/photos").exit_code == 0
+    assert {path.name for path in home.iterdir()} == {"photos", "cache", "run"} and not list(here.iterdir())
+    assert "there is no user for '~nobody-here/x'" in run("extract", "~nobody-here/x").stderr
+    (here / "~").mkdir()
+    assert run("extract", "~/photos", "--cache", "./~/cache").exit_code == 0
+    assert {path.name for path in (here / "~").iterdir()} == {"cache"}
+
+
+def test_a_tilde_is_the_home_folder_in_python(
+    tiny: Path, here: Path, everywhere: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    run = featx.fit("~/tiny", output="~/run", cache=Path("~/cache"))
+    assert run.path == tiny.parent / "run" and (tiny.parent / "cache").is_dir() and not list(here.iterdir())
+    assert featx.evaluate("~/run", Path("~/tiny")).accuracy == 1.0
+    assert featx.BackboneRequest("resnet18", "~/w.pth").weights == str(tiny.parent / "w.pth")
+
+
+def test_every_option_is_set_by_the_variable_that_its_flag_names(
+    tiny: Path, here: Path, everywhere: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def variables(command: click.Command, prefix: str) -> Iterator[tuple[str, object]]:
+        prefix = f"{prefix}_{command.name}".upper()
+        for option in command.params:
+            if isinstance(option, click.Option):
+                flag = next(flag for flag in option.opts if flag.startswith("--"))
+                yield f"{prefix}_{flag[2:].replace('-', '_').upper()}", option.envvar
+        for inner in getattr(command, "commands", {}).values():
+            yield from variables(inner, prefix)
+
+    found = [pair for command in cli.commands.values() for pair in variables(command, "FEATX")]
+    assert all(name == variable for name, variable in found) and len(found) > 100
+    assert {"FEATX_SWEEP_BACKBONE", "FEATX_FIT_SET", "FEATX_CACHE_EXPORT_BACKBONE"} <= dict(found).keys()
+    monkeypatch.setenv("FEATX_FIT_SET", "strengths=[0.5] 'folds = 3'")
+    refused = run("fit", tiny)
+    assert refused.exit_code == 1 and "'folds '" in refused.stderr
+    monkeypatch.setenv("FEATX_FIT_SET", "strengths=[0.5] folds=3")
+    monkeypatch.setenv("FEATX_FIT_JSON", "1")
+    assert json.loads(run("fit", tiny).stdout)["run"].startswith("export/")
+    monkeypatch.setenv("FEATX_SWEEP_BACKBONE", "resnet19")
+    assert "Did you mean resnet18" in run("sweep", tiny).stderr
 
 
 def test_the_module_and_the_script_are_one_program() -> None:

@@ -30,7 +30,7 @@ from featx.errors import ExportError, SourceError
 from featx.head import MULTILABEL
 from featx.shipping import graph
 from featx.shipping.deployed import Model
-from featx.shipping.prediction import csv_lines, expand, json_lines, predict, table_lines
+from featx.shipping.prediction import csv_lines, expand, json_lines, predict, table_lines, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -385,13 +385,14 @@ def test_lines_can_be_read_back(model: Path, folder: Path) -> None:
 
 def test_every_csv_record_is_as_long_as_the_header_whatever_names_hold(model: Path, tmp_path: Path) -> None:
     names = ["plain.png", "two\nlines.png", "return\r.png", 'quote".png', "comma,.png"]
+    shown = ["plain.png", "two\\x0alines.png", "return\\x0d.png", 'quote".png', "comma,.png"]
     found = list(predict(model, [picture(0)] * 4 + [b"bad"], top_k=2))
     lines = csv_lines((replace(p, id=name) for p, name in zip(found, names, strict=True)), 4)
     header, *records = csv.reader(io.StringIO("".join(f"{line}\n" for line in lines), newline=""))
     assert header == ["image", "label", "probability", "accepted", "error", "label_2", "probability_2"] + [
         f"{name}_{k}" for k in (3, 4) for name in ("label", "probability")
     ]
-    assert [record[0] for record in records] == names
+    assert [record[0] for record in records] == shown
     assert [len(record) for record in records] == [len(header)] * 5
     assert [bool(record[4]) for record in records] == [False] * 4 + [True]
     assert records[4][1:4] == [""] * 3 and records[0][7:] == [""] * 4
@@ -405,7 +406,7 @@ def test_the_command_names_no_more_classes_in_its_csv_than_the_model_has(model: 
     assert all(len(record) == len(header) and all(record[5:]) for record in records)
 
 
-def test_a_name_with_control_characters_cannot_reach_the_terminal_but_machines_read_it(
+def test_a_name_with_control_characters_cannot_reach_the_terminal_but_programs_read_it_as_json(
     model: Path, tmp_path: Path
 ) -> None:
     good, bad = tmp_path / "red\x1b[31m\nline.png", tmp_path / "title\x1b]0;x\x07.png"
@@ -421,7 +422,91 @@ def test_a_name_with_control_characters_cannot_reach_the_terminal_but_machines_r
     ):
         assert json.loads(line)["image"] == str(path)
     records = list(csv.DictReader(io.StringIO(CliRunner().invoke(cli, [*arguments, "--csv"]).stdout, newline="")))
-    assert [record["image"] for record in records] == [str(good), str(bad)]
+    escaped = [f"{tmp_path}/red\\x1b[31m\\x0aline.png", f"{tmp_path}/title\\x1b]0;x\\x07.png"]
+    assert [record["image"] for record in records] == escaped
+
+
+def test_text_that_a_spreadsheet_would_compute_stays_text_and_numbers_stay_numbers(model: Path) -> None:
+    names = ["=1+1.png", "+a", "-a", "@a", "\t=a", " =a", "＝a", "\u202egnp.exe", "-0.5", "a=b", "\x1b[31mred"]
+    shown = [
+        "'=1+1.png",
+        "'+a",
+        "'-a",
+        "'@a",
+        "'\\x09=a",
+        "' =a",
+        "'＝a",
+        "\\u202egnp.exe",
+        "-0.5",
+        "a=b",
+        "\\x1b[31mred",
+    ]
+    found = next(iter(predict(model, [picture(0)], top_k=2)))
+    top = (("=HYPERLINK(1)", -0.5), ("-2", 0.5))
+    lines = list(csv_lines([replace(found, id=name, top=top) for name in names], 2))
+    records = list(csv.DictReader(lines))
+    assert [record["image"] for record in records] == shown
+    assert {(r["label"], r["probability"], r["label_2"]) for r in records} == {("'=HYPERLINK(1)", "-0.5", "-2")}
+    (line,) = table_lines([replace(found, id="\u202egnp")])
+    assert line.startswith("\\u202egnp  class ")
+
+
+def test_csv_and_table_show_every_label_of_an_image_and_none(model: Path) -> None:
+    found = next(iter(predict(model, [picture(0)], top_k=2)))
+    answers = [replace(found, id="x", top=(("a", 0.9), ("b", 0.1)), labels=said) for said in ((), ("a",), ("a", "b"))]
+    answers.append(replace(found, id="x", top=(), labels=(), error="bad"))
+    records = list(csv.DictReader(csv_lines(answers, 2, True)))
+    assert [record["labels"] for record in records] == ["|", "a", "a|b", ""]
+    assert [r["label"] for r in records] == ["a", "a", "a", ""] and [len(r) for r in records] == [8] * 4
+    assert list(table_lines(answers, True)) == [
+        *(f"x  {said}  a 0.900  b 0.100" for said in ("no label", "a", "a|b")),
+        "x  bad",
+    ]
+
+
+def test_the_command_shows_the_labels_of_a_model_that_gives_several(tmp_path: Path, folder: Path) -> None:
+    path = exported_file(tmp_path / "m.onnx", some_head(activation="sigmoid"))
+    expected = ["|".join(p.labels) or "|" for p in predict(path, folder)]
+    table = csv.DictReader(io.StringIO(CliRunner().invoke(cli, ["predict", str(path), str(folder), "--csv"]).stdout))
+    assert [record["labels"] for record in table] == expected and len(set(expected)) > 1
+    lines = CliRunner().invoke(cli, ["predict", str(path), str(folder)]).stdout.splitlines()
+    assert [line.split("  ")[1].replace("no label", "|") for line in lines] == expected
+
+
+@pytest.mark.parametrize(("name", "flags"), [("a.csv", []), ("A.CSV", []), ("a.jsonl", []), ("a", ["--csv"])])
+def test_answers_go_into_a_file_by_its_suffix(
+    model: Path, folder: Path, tmp_path: Path, name: str, flags: list[str]
+) -> None:
+    (folder / "bad é.png").write_bytes(b"bad")
+    arguments, file = ["predict", str(model), str(folder), *flags], tmp_path / "new" / name
+    for _ in range(2):  # answers may be replaced
+        done = CliRunner().invoke(cli, [*arguments, "-o", str(file)])
+        assert done.exit_code == 3 and done.stdout == f"{file}\n", done.stderr
+    as_csv = not name.endswith("jsonl")
+    stdout = CliRunner().invoke(cli, arguments if flags else [*arguments, "--csv" if as_csv else "--json"]).stdout
+    assert file.read_bytes() == b"\xef\xbb\xbf" * as_csv + stdout.encode()
+    assert [path.name for path in file.parent.iterdir()] == [name]
+
+
+def test_a_file_of_answers_is_whole_or_as_it_was_and_replaces_nothing_else(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    write_lines(file, csv_lines(predict(model, [picture(0)]), 1), marked=True)
+    before = file.read_bytes()
+
+    def ends() -> Iterator[str]:
+        yield "image,label,probability"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lines(file, ends())
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    for content in (b"path,label\na.jpg,x\n", b""):
+        file.write_bytes(content)
+        with pytest.raises(ExportError, match="was not written by featx predict, and is not replaced"):
+            write_lines(file, [])
+        assert file.read_bytes() == content
+    refused = CliRunner().invoke(cli, ["predict", str(model), "x.png", "-o", "a.txt"])
+    assert refused.exit_code == 2 and "a.txt is neither .csv nor .jsonl; add --csv or --json" in refused.stderr
 
 
 def test_names_that_are_not_utf8_survive(model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from featx.errors import ImageError, SourceError
+from featx.shipping.prediction import expand
 from featx.sources.opening import open_source
 from featx.sources.source import EXTENSIONS, Source
 
@@ -137,10 +138,10 @@ def test_empty_class_folders_are_noted(tmp_path: Path) -> None:
 
 
 def test_classes_one_level_too_deep_are_pointed_out(tmp_path: Path) -> None:
-    root = touch(tmp_path, "images/cat/1.jpg", "images/dog/2.jpg", "docs/a.txt")
+    root = touch(tmp_path, "pets/cat/1.jpg", "pets/dog/2.jpg", "docs/a.txt")
     source = open_source(root)
-    assert set(source.labels or []) == {"images"}
-    assert any("all images have one class, 'images'" in note and "(cat, dog)" in note for note in source.notes)
+    assert set(source.labels or []) == {"pets"}
+    assert any("all images have one class, 'pets'" in note and "(cat, dog)" in note for note in source.notes)
 
 
 def test_a_folder_without_any_image_is_an_error_with_a_remedy(tmp_path: Path) -> None:
@@ -239,3 +240,53 @@ def test_a_folder_that_vanishes_while_it_is_listed_is_an_error_that_names_it(
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(SourceError, match=r"dog cannot be listed \(No such file or directory\)"):
         open_source(root)
+
+
+def own_output(root: Path) -> None:
+    """A cache, a run with its figures and a sweep, as featx lays them out, with nothing in their files."""
+    digest = "0123456789abcdef"
+    touch(
+        root,
+        f"cache/features/tiny-{digest}/spec.json",
+        f"cache/memo/{digest * 2}",
+        f"cache/engines/{digest * 4}.winograd1.json",
+    )
+    touch(root, "export/photos-tiny/plots/confusion.png", "export/photos-tiny/plots/map.png", "export/mine/model.onnx")
+    (root / "export/photos-tiny/config.json").write_text('{"data_digest": "ab", "featx": "0.1.0"}')
+    touch(root, "export/photos-sweep/runs/tiny/plots/map.png", "export/photos-sweep/plots/trade-off.png")
+    (root / "export/photos-sweep/sweep.json").write_text('{"points": [], "winner": "runs/tiny"}')
+
+
+@pytest.mark.parametrize("place", ["", "ants/", "ants/2021/"])
+def test_what_featx_has_written_among_the_images_is_left_out_and_said_once(tmp_path: Path, place: str) -> None:
+    root = touch(tmp_path, "ants/1.jpg", "ants/2021/2.jpg", "bees/3.jpg")
+    before = table(open_source(root))
+    own_output(root / place)
+    source = open_source(root)
+    assert table(source) == before
+    (note,) = source.notes
+    assert note.startswith(f"left out, since featx wrote them: {place}cache/") and note.endswith(" and 2 more")
+    assert source.ignored == [f"{place}export/mine/model.onnx"]
+    assert [Path(str(path)).name for path in expand(root)] == ["1.jpg", "2.jpg", "3.jpg"]
+
+
+def test_output_beside_splits_and_around_a_folder_of_photographs_is_left_out(tmp_path: Path) -> None:
+    root = touch(tmp_path, "photos/train/ants/1.jpg", "photos/val/ants/2.jpg")
+    for place in (root, root / "photos", root / "photos/train"):
+        own_output(place)
+        assert table(open_source(root)) == [
+            ("photos/train/ants/1.jpg", "ants", "train"),
+            ("photos/val/ants/2.jpg", "ants", "val"),
+        ]
+    with pytest.raises(SourceError, match=r"there is no image in .*; it holds plots"):
+        open_source(root / "export/photos-tiny")
+
+
+def test_a_class_may_be_called_like_the_folders_that_featx_writes(tmp_path: Path) -> None:
+    names = ("cache", "export", "plots", "features", "memo", "runs", "engines")
+    root = touch(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)), "plots/confusion.png")
+    (root / "cache/config.json").write_text('{"model_type": "vit"}')
+    source = open_source(root)
+    assert set(source.labels or []) == set(names) and len(source) == 15
+    assert not any("left out" in note for note in source.notes)
+    assert len(list(expand(root))) == 15

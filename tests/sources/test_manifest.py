@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,155 @@ def test_parquet_without_pyarrow_names_the_extra(root: Path, monkeypatch: pytest
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SourceError, match=r"needs pyarrow: pip install featx\[parquet\]"):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "splits"),
+    [
+        ("set", "train test", ["train", "test"]),
+        ("Usage", "Training PublicTest", ["train", "test"]),
+        ("data_split", "TRAIN VALIDATION", ["train", "val"]),
+        ("any name at all", "training_set dev", ["train", "val"]),
+        ("is_valid", "False True", ["train", "val"]),  # fastai
+        ("isTest", "0.0 1.0", ["train", "test"]),
+        ("is_training_image", "0 1", ["val", "train"]),  # CUB-200
+        ("is_train", "no yes", ["val", "train"]),
+        ("held_out", "0 1", ["train", "test"]),
+    ],
+)
+def test_a_split_column_of_another_name_is_understood_and_said(
+    root: Path, column: str, cells: str, splits: list[str]
+) -> None:
+    a, b = cells.split()
+    source = opened(root, f"path,label,{column}\na.jpg,x,{a}\nb.jpg,x,{b}\n")
+    assert source.splits == splits
+    (note,) = source.notes
+    assert note.startswith(f"the split is read from the column {column!r}")
+    rows = [{"path": "a.jpg", "label": "x"}, {"path": "b.jpg", "label": "x", column: b}]
+    assert opened(root, jsonl(*rows), "list.jsonl").splits == ["", splits[1]]
+    columns = {"path": ["a.jpg", "b.jpg"], "label": ["x", "x"], column: [a, b], "image_embedding": [[1.0], [2.0]]}
+    assert open_source(parquet(root / "list.parquet", columns)).splits == splits
+
+
+def test_columns_for_each_split_are_read_together(root: Path) -> None:
+    text = "path,label,train,val,test\na.jpg,x,1,0,0\nb.jpg,x,0,1,0\nsub/c.gif,x,0,0,1\n"
+    assert opened(root, text).splits == ["train", "val", "test"]
+    assert open_source(
+        parquet(root / "l.parquet", {"path": ["a.jpg", "b.jpg"], "label": ["x", "y"], "is_valid": [True, False]})
+    ).splits == ["val", "train"]
+    with pytest.raises(SourceError, match=r"row 3 is in train and test; each image is in one split"):
+        opened(root, "path,label,train,test\na.jpg,x,1,0\nb.jpg,x,1,1\n")
+    with pytest.raises(SourceError, match=r"row 2 is in no split"):
+        opened(root, text.replace("1,0,0", "0,0,0"))
+
+
+@pytest.mark.parametrize(
+    ("column", "cells"),
+    [
+        ("set", "train extra"),
+        ("set", "1 2"),
+        ("partition", "0 2"),
+        ("train_test", "0 1"),
+        ("kind", "train test unused"),
+        ("usage", "fit test"),
+    ],
+)
+def test_a_column_that_may_say_the_split_is_refused_where_its_values_are_unclear(
+    root: Path, column: str, cells: str
+) -> None:
+    names = ("a.jpg", "b.jpg", "sub/c.gif")
+    text = "".join(f"{name},x,{cell}\n" for name, cell in zip(names, cells.split(), strict=False))
+    with pytest.raises(SourceError, match=rf"the column '{column}' may say the split.*Add a column `split`, which"):
+        opened(root, f"path,label,{column}\n{text}")
+    rows = zip(f"path,label,{column}\n{text}".splitlines(), ["split", "train", "", "test"], strict=False)
+    assert (opened(root, "".join(f"{line},{split}\n" for line, split in rows)).splits or [])[:2] == ["train", ""]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells"), [("set", "A B"), ("fold", "0 1"), ("vehicle", "train bus"), ("test", "8 9.5")]
+)
+def test_a_column_that_says_something_else_is_no_split(root: Path, column: str, cells: str) -> None:
+    if column == "test":  # a measurement; 0 and 1 would be read as a split
+        cells, column = "8 9.5", "test_score"
+    a, b = cells.split()
+    source = opened(root, f"path,label,{column}\na.jpg,x,{a}\nb.jpg,y,{b}\n")
+    assert source.splits is None
+    noted = [f"the column {column!r} says no split ({a}, {b}), and is ignored"] if column in ("set", "fold") else []
+    assert source.notes == noted
+
+
+def test_two_columns_for_the_split_are_refused(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"several columns for the split, set, usage; call the right one `split`"):
+        opened(root, "path,label,set,usage\na.jpg,x,train,test\n")
+
+
+def test_blanks_around_cells_are_dropped_and_a_name_may_still_end_in_one(root: Path) -> None:
+    (root / "a, b.jpg").write_bytes(b"x")
+    (root / "end.jpg ").write_bytes(b"y")
+    source = opened(root, 'label, path\nant,  a.jpg \nant , "a, b.jpg"\nbee,sub/c.gif\nbee,end.jpg \n')
+    assert source.ids == ["a.jpg", "a, b.jpg", "sub/c.gif", "end.jpg "] and source.notes == []
+    assert source.labels == ["ant", "ant", "bee", "bee"]
+    assert opened(root, jsonl({"path": " a.jpg ", "label": " ant"}), "list.jsonl").ids == ["a.jpg"]
+
+
+def test_one_number_is_one_class_in_every_kind_of_table(root: Path) -> None:
+    cells = ["0.0", "0", "-3.0", "1.50", "1.5", "007", "1e3", "1.2.0", "v1.0", "1.0|2"]
+    expected = ["0", "0", "-3", "1.5", "1.5", "007", "1e3", "1.2.0", "v1.0", "1|2"]
+    for i in range(len(cells)):
+        (root / f"{i}.jpg").write_bytes(b"")
+    text = "path,label\n" + "".join(f"{i}.jpg,{cell}\n" for i, cell in enumerate(cells))
+    assert opened(root, text).labels == expected
+    lines = [{"path": f"{i}.jpg", "label": cell} for i, cell in enumerate(cells)]
+    assert opened(root, jsonl(*lines), "list.jsonl").labels == expected
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+@pytest.mark.parametrize(("folder", "file"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_a_name_with_accents_is_found_in_either_normal_form(root: Path, written: str, folder: str, file: str) -> None:
+    there = f"{unicodedata.normalize(folder, 'Größe')}/{unicodedata.normalize(file, 'é.jpg')}"
+    (root / there).parent.mkdir()
+    (root / there).write_bytes(b"x")
+    source = opened(root, unicodedata.normalize(written, "path,label\nGröße/é.jpg,fourmi élevée\n"))
+    assert source.ids == [there] and source.notes == [] and source.read(0) == b"x"
+    assert source.labels == [unicodedata.normalize("NFC", "fourmi élevée")]
+
+
+def test_labels_that_look_alike_are_one_class_and_case_is_pointed_out(root: Path) -> None:
+    labels = ["fire ant", " fire ant", "fire\u00a0ant", "fire  ant ", "fi\u200bre ant"]
+    lines = [{"path": name, "label": label} for name in ("a.jpg", "b.jpg") for label in labels]
+    for line in lines:
+        assert opened(root, jsonl(line), "list.jsonl").labels == ["fire ant"]
+    source = opened(root, "path,label\na.jpg,Ants\nb.jpg,ants\n")
+    assert source.notes == ["'Ants' and 'ants' are two classes, which differ in upper and lower case alone"]
+
+
+@pytest.mark.parametrize("name", ["answers.csv", "answers.jsonl"])
+def test_answers_are_not_taken_for_labels(root: Path, name: str) -> None:
+    row = {"image": "a.jpg", "label": "x", "probability": 0.9}
+    text = (
+        jsonl({**row, "top": []}) if name.endswith("l") else "image,label,probability,accepted,error\na.jpg,x,0.9,,\n"
+    )
+    with pytest.raises(SourceError, match=r"is what `featx predict` wrote: answers, not labels"):
+        opened(root, text, name)
+    assert opened(root, "image,label\na.jpg,x\n").labels == ["x"]
+
+
+def test_a_table_without_a_header_is_told_that_the_first_row_names_the_columns(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"its first row names the columns.* Its columns: 'TRAIN', 'a.jpg', 'x'"):
+        opened(root, "TRAIN,a.jpg,x\nTEST,b.jpg,y\n")  # Vertex AI's
+
+
+@pytest.mark.parametrize("above", ["", "data/set/"])
+def test_folders_called_like_splits_say_the_split_where_no_column_does(root: Path, above: str) -> None:
+    names = [f"{above}{name}" for name in ("train/x/1.jpg", "train/y/2.jpg", "test_images/3.jpg")]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    text = "file_name,label\n" + "".join(f"{name},x\n" for name in names)  # as Hugging Face's metadata.csv
+    source = opened(root, text)
+    assert source.splits == ["train", "train", "test"]
+    assert source.notes == ["no column says the split; the folders do: test_images is test, train is train"]
+    alone = "".join(line for line in text.splitlines(True) if "test" not in line)
+    blank = "".join(f"{line},{'split' * (i == 0)}\n" for i, line in enumerate(text.split()))
+    for other in (alone, blank, text + "a.jpg,x\n"):
+        assert opened(root, other).splits is None
