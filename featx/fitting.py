@@ -26,6 +26,7 @@ from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, complete, plain
 from featx.solvers.examples import Examples
+from featx.state import ordinary
 
 if TYPE_CHECKING:
     from featx.finetuning.recipes import FinetuneConfig
@@ -56,6 +57,7 @@ class Fit:
         return values | {"notes": [*values.get("notes", []), *self.notes]}
 
 
+@ordinary()
 def fit_features(
     features: Features,
     head: str = "logreg",
@@ -118,6 +120,7 @@ def measured(features: Features, fitted: Fitted, seconds: float, *, learned: boo
     return Fit(head, fitted.info, seconds, val, test, right, notes)
 
 
+@ordinary()
 def fit(
     data: Data,
     backbone: Backbone = "resnet18",

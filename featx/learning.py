@@ -19,6 +19,7 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.options import fits
 from featx.solvers.examples import Examples
+from featx.state import ordinary
 from featx.text import assigned, near
 
 
@@ -89,6 +90,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{heads.__name__}.{name}")
 
 
+@ordinary()
 def learn(
     name: str,
     examples: Examples,

@@ -21,6 +21,7 @@ from featx.metrics import Estimate
 from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
 from featx.sources.source import Source
+from featx.state import ordinary
 from featx.text import near, printable, some
 
 OTHER = "other"
@@ -140,6 +141,7 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@ordinary()
 def evaluate(
     run: str | Path | Run,
     data: str | Path | Source,
@@ -191,6 +193,7 @@ def evaluate(
     return replace(report, skipped=len(skipped))
 
 
+@ordinary()
 def evaluate_logits(
     logits: np.ndarray, y: np.ndarray, head: Head, labels: Sequence[str], ids: Sequence[str] | None = None
 ) -> Report:

@@ -199,7 +199,7 @@ def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
 
     def fails(*args: object, **kwargs: object) -> None:
         calls.append(1)
-        raise RuntimeError("no such operator\nand much more")
+        raise torch.onnx.errors.UnsupportedOperatorError("no such operator\nand much more", 18, None)
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     for _ in range(2):  # the second time it is known, and not tried again
