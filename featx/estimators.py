@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx import learning
-from featx.errors import HeadError, ImageError, SourceError
+from featx.backbones.loading import resolve
+from featx.errors import HeadError, ImageError
+from featx.extraction.job import request_of
 from featx.extraction.pipeline import sync
-from featx.pixels.preprocess import decode
+from featx.options import complete
 from featx.solvers.examples import Examples
-from featx.sources.source import Source
+from featx.sources.memory import Images
 
 
-@dataclass(frozen=True, eq=False)
-class _Images(Source):
-    """Images given one by one: an image in memory is read as the PPM file of its pixels."""
-
-    items: Sequence[Any] = ()
-
-    def take(self, numbers: np.ndarray) -> Source:
-        return replace(super().take(numbers), items=[self.items[i] for i in numbers])  # type: ignore[call-arg]
-
-    def read(self, i: int) -> bytes:
-        item = self.items[i]
-        if isinstance(item, (str, Path)):
-            return super().read(i)
-        pixels = np.asarray(decode(item))
-        return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
-
-
-class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Images -> features `[N, D]`, computed once and cached; for a `Pipeline`, `GridSearchCV` and the like.
 
-    `transform` takes a sequence of paths, Pillow images or `uint8 [H, W, 3]` arrays, or one
-    `uint8 [N, H, W, 3]` array. Parameters as for `featx.extract`. There is nothing to fit. An image that
-    cannot be read raises `ImageError`, since rows must match labels.
+    `transform` takes paths, Pillow images, bytes, open files or `uint8 [H, W, 3]` arrays, one `uint8 [N, H, W, 3]`
+    array, or a column of a table, `[N]` or `[N, 1]`. Parameters as for `featx.extract`. There is nothing to fit, and
+    the names `imagefeatures0`, ... are known before. An image that cannot be read, or a missing cell, raises
+    `ImageError`, since rows must match labels.
 
     >>> make_pipeline(ImageFeatures(backbone="resnet18"), LogisticRegression()).fit(paths, y)
     """
@@ -73,24 +56,21 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def transform(self, X: Any) -> np.ndarray:
         """N images -> `float32 | float16 [N, D]`, in their order."""
-        if isinstance(X, (str, bytes, Path, Image.Image)) or (isinstance(X, np.ndarray) and X.ndim not in (1, 4)):
-            shape = f" {list(X.shape)}; put one image into a list" if isinstance(X, np.ndarray) else ""
-            raise SourceError(
-                "expected a sequence of paths, Pillow images or uint8 [H, W, 3] arrays, or one "
-                f"uint8 [N, H, W, 3] array; got {type(X).__name__}{shape}"
-            )
-        items = list(X)
-        ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(items)]
-        if not items:
-            raise SourceError("there are no images to transform")
-        source = _Images(uri="the given images", root=Path(), ids=ids, items=items)
+        source = Images.of(X)
         extraction = sync(source, **self.get_params(deep=False))
         if skipped := extraction.report.skipped_images:
             raise ImageError(
-                f"{len(skipped)} of {len(items)} images cannot be used; the first is {skipped[0]['id']}: "
+                f"{len(skipped)} of {len(source)} images cannot be used; the first is {skipped[0]['id']}: "
                 f"{skipped[0]['reason']}"
             )
         return extraction.features().X
+
+    @property
+    def _n_features_out(self) -> int:
+        options = self.get_params(deep=False)
+        backbone = options.pop("backbone")
+        info = resolve(request_of(backbone, complete(options)), Path(self.cache))
+        return int(np.prod(info.row_shape))
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

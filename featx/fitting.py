@@ -24,7 +24,7 @@ from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete, plain
+from featx.options import Options, complete
 from featx.solvers.examples import Examples
 from featx.state import ordinary
 
@@ -87,8 +87,8 @@ def fit_features(
     elif classifier is None:
         raise HeadError(f"the {head} head is the network's own classifier, which was not given")
     else:
-        learning.check_settings(head, settings or {})
-        fitted = learning.module(head).fit(classifier, features.class_names, **(settings or {}))
+        chosen = learning.check_settings(head, settings or {})
+        fitted = learning.module(head).fit(classifier, features.class_names, **chosen)
     return measured(features, fitted, time.perf_counter() - begin, learned=learns)
 
 
@@ -150,8 +150,8 @@ def fit(
     where there is nothing to learn from and `RunError` where a run would be overwritten.
     """
     asked = complete(options, function=fit)
-    settings, limit = settings or {}, memory_for_features() if memory is None else memory
-    learning.check_settings(head, settings)
+    settings = learning.check_settings(head, settings or {})
+    limit = memory_for_features() if memory is None else memory
     learns = learning.module(head).LEARNS
     if not learns:
         backbone = own_classifier_request(request_of(backbone, asked), Path(asked["cache"]), finetune)
@@ -160,7 +160,10 @@ def fit(
     features = extracted.features(memory=limit)
     if not features.class_names:
         uri = extracted.source.uri
-        raise HeadError(f"{uri} has no labels: put the images into one folder a class, or name a manifest")
+        raise HeadError(
+            f"{uri} has no labels: put the images into one "
+            "folder a class, or name a manifest; or fit featx.HeadClassifier on featx.ImageFeatures and labels"
+        )
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
     path = Path(output) if output else runs.default_path("export", config)
     if finetune is None or rank() == 0:  # where processes train together, the leader writes the run
@@ -300,7 +303,7 @@ def configuration(
         spec=features.spec,
         views=len(extracted.stores) - 1,
         head=head,
-        settings=plain(settings),
+        settings=settings,
         finetune=finetune.to_dict() if finetune else None,
         seed=seed,
         class_names=features.class_names,

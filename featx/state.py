@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from featx.devices import available_threads
+
+
+Session = TypeVar("Session")
 
 
 class Together:
@@ -57,6 +62,7 @@ FILTERS = Together(warnings.catch_warnings)
 """Around every change of the filters of warnings: threads that change them by turns would not bring them back."""
 _one = threading.RLock()
 _torch_forked = False
+_lost: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @contextmanager
@@ -95,11 +101,19 @@ def torch_threads(wanted: int | None = None) -> int:
     return 1 if _torch_forked else wanted or available_threads()
 
 
+def lost_by_fork(session: Session) -> Session:
+    """What has threads of its own: in the child of a fork these are gone, and to free it would wait for them."""
+    _lost.add(session)
+    return session
+
+
 def _after_fork() -> None:
-    """In the child, other threads' locks are held for ever, and torch's threads are gone."""
+    """In the child, other threads' locks are held for ever, and the threads of torch and onnxruntime are gone."""
     global _one, _torch_forked
     _one = threading.RLock()
     _torch.lock, FILTERS.lock = threading.Lock(), threading.Lock()
+    for session in list(_lost):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
     if "torch" in sys.modules:
         import torch
 

@@ -189,7 +189,7 @@ def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
 
 
 def _rewritten(model: Path, tolerance: float) -> bytes | None:
-    """The graph with fewer multiplications; empty where that gains nothing or changes the rows, None after a failure."""
+    """The graph with fewer multiplications; empty where that gains nothing or changes the rows, None if it failed."""
     import onnx
 
     from featx.engines.winograd import rewritten

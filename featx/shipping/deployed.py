@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from featx.devices import available_threads
 from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, NewerError
 from featx.files import MOST_NETWORK_BYTES, read_plain
@@ -15,6 +17,7 @@ from featx.options import Input
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert, warn_older
 from featx.seals import SEAL, is_current, is_sealed
+from featx.state import lost_by_fork
 from featx.text import from_json, near
 
 FORMAT = "1"
@@ -61,6 +64,13 @@ class Model:
         one per core. head: a head exported alone, to apply to the features of `path`.
         """
         self.path = Path(path)
+        self._again = {
+            "path": self.path.absolute(),
+            "providers": providers,
+            "threads": threads,
+            "head": head if head is None else Path(head).absolute(),
+        }
+        self._process = os.getpid()
         data, self.metadata = read_model(self.path)
         self.input: str = self.metadata["input"]
         if self.input == "features":
@@ -81,6 +91,16 @@ class Model:
         self.activation: str = described["activation"]
         self.threshold: float | None = described["threshold"]
         self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._again | {"metadata": self.metadata}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the file where it lies. Raises `ExportError` where another one lies there by now."""
+        metadata = state.pop("metadata")
+        self.__init__(**state)  # type: ignore[misc]
+        if self.metadata != metadata:
+            raise ExportError(f"{self.path} is another export than the one this Model was made of; open it by its path")
 
     def _require_fitting(self, metadata: dict[str, Any], path: Path) -> None:
         """Raise `ExportError` unless a head exported alone takes the features of this file."""
@@ -103,6 +123,14 @@ class Model:
 
         features: give `float32 [N, D]` as well. Raises `ExportError` where the file cannot be run on these images.
         """
+        images = np.asarray(images)
+        if images.ndim != 4:
+            raise ExportError(
+                f"expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}; "
+                "featx.predict(model, images) takes images of any kind"
+            )
+        if self._process != os.getpid():  # a fork has left the session's threads behind, which it would wait for
+            self.__setstate__(self.__getstate__())
         names = ["probabilities"] if self._head is None else []
         if features or self._head is not None:
             self.require_features()
@@ -162,14 +190,14 @@ def open_session(model: bytes, *, providers: list[str] | None = None, threads: i
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or available_threads()
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # else bytes in a format of onnxruntime's own, which `scan` does not read, can lie between an ONNX file's fields
     options.add_session_config_entry("session.load_model_format", "ONNX")
     chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
     try:
-        return onnxruntime.InferenceSession(model, options, providers=chosen)
+        return lost_by_fork(onnxruntime.InferenceSession(model, options, providers=chosen))
     except Exception as error:  # as above
         raise ExportError(f"onnxruntime does not take the file: {error}") from error
 
