@@ -16,7 +16,6 @@ import numpy as np
 
 from featx.devices import available_threads
 
-
 Session = TypeVar("Session")
 
 
