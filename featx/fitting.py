@@ -159,10 +159,9 @@ def fit(
     extracted = extracted_once(data, backbone, engine, asked, finetune)
     features = extracted.features(memory=limit)
     if not features.class_names:
-        uri = extracted.source.uri
         raise HeadError(
-            f"{uri} has no labels: put the images into one "
-            "folder a class, or name a manifest; or fit featx.HeadClassifier on featx.ImageFeatures and labels"
+            f"{extracted.source.uri} has no labels: put the images into one folder a class, or name a manifest, or fit "
+            "featx.HeadClassifier on features and labels"
         )
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
     path = Path(output) if output else runs.default_path("export", config)

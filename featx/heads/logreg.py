@@ -61,9 +61,6 @@ def fit(
     with single_thread():  # passes over many rows bring their own threads
         task, fold, counted = _training.prepared(examples, class_names, folds, seed)
         weights = _training.class_weights(task, class_weight)
-        # the solver's steps expect a mean of 1, so what the weights are in total goes to the strengths
-        mean = 1.0 if weights is None else float(weights.mean())
-        weights = None if weights is None else weights / mean
         info: dict[str, Any] = {"notes": task.notes}
         design = Design(task, fold, weights, scored=examples.scored, torch_device=_gpu(task, device))
 
@@ -73,14 +70,14 @@ def fit(
                 chosen = UNMEASURED
                 info["notes"].append(f"strength {chosen} was taken without measuring")
         elif len(grid) > 1 or calibrate or reject is not None or threshold is not None:
-            path = Path(design, grid * mean, np.arange(fold.max() + 1), tolerance=GAP)
+            path = Path(design, grid, np.arange(fold.max() + 1), tolerance=GAP)
             best = path.search()
             chosen, start = float(grid[best]), path.solved[best].A.mean(axis=1, keepdims=True)
             held_out = _held_out(design, path.solved[best], fold, counted)
-            info["cross_validation"] = _measured(path, grid, counted, weights, held_out, task, fold)
-            info["notes"] += _remarks(path, grid)
+            info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
+            info["notes"] += _remarks(path)
 
-        weight, bias = _last(design, chosen * mean, start, info)
+        weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
         head = finish(head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject)
     return Fitted(head, info | {"strength": chosen})
@@ -103,37 +100,28 @@ def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.nda
 
 
 def _measured(
-    path: Path,
-    grid: np.ndarray,
-    counted: np.ndarray,
-    weights: np.ndarray | None,
-    held_out: np.ndarray,
-    task: Task,
-    fold: np.ndarray,
+    path: Path, counted: np.ndarray, weights: np.ndarray | None, held_out: np.ndarray, task: Task, fold: np.ndarray
 ) -> dict[str, Any]:
-    total = float(counted.sum() if weights is None else weights[counted].sum())
+    total = float(counted.sum() if weights is None else weights[counted].sum() / weights.mean())
+    share = None if task.weights is None else task.weights[counted]
     solved = sorted(i for i, found in path.solved.items() if found.converged.all() or i == path.best)
     return {
         "folds": int(fold.max()) + 1,
-        "strengths": [float(grid[i]) for i in solved],
+        "strengths": [float(path.strengths[i]) for i in solved],
         "log_loss": [path.held(i) / total for i in solved],
         "best_log_loss": path.held(path.best) / total,
-        "accuracy": float(
-            np.average(
-                right(held_out, task.y[counted]), weights=None if task.weights is None else task.weights[counted]
-            )
-        ),
+        "accuracy": float(np.average(right(held_out, task.y[counted]), weights=share)),
         "passes": path.passes,
     }
 
 
-def _remarks(path: Path, grid: np.ndarray) -> list[str]:
-    notes, last = [], len(grid) - 1
+def _remarks(path: Path) -> list[str]:
+    notes, last = [], len(path.strengths) - 1
     if last and path.best in (0, last):
-        notes.append(f"the best strength, {grid[path.best]:g}, is at the end of the grid")
+        notes.append(f"the best strength, {path.strengths[path.best]:g}, is at the end of the grid")
     lost = sorted(i for i, found in path.solved.items() if not found.converged.all())
     if lost:
-        listed = ", ".join(f"{grid[i]:.3g}" for i in lost)
+        listed = ", ".join(f"{path.strengths[i]:.3g}" for i in lost)
         gap = max(float(path.solved[i].gap.max()) for i in lost)
         notes.append(f"cross-validation: not solved, taken to be worse: strengths {listed} (relative gap {gap:.1e})")
     return notes

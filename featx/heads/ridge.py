@@ -14,6 +14,7 @@ from featx.solvers import training as _training
 from featx.solvers.design import SCRATCH, Design, spread
 from featx.solvers.examples import Examples
 from featx.solvers.finishing import finish
+from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
@@ -52,14 +53,7 @@ def fit(
         counted = _training.counted(able, examples.scored)
         info: dict[str, Any] = {"notes": [*task.notes, *notes]}
 
-        # rows times the square roots of their weights are those of a problem without weights
-        rows = task
-        if task.weights is not None:
-            flat = np.zeros_like(task.mean), np.ones_like(task.scale)
-            rows = replace(
-                task, X=task.standard() * np.sqrt(weights, dtype=np.float32)[:, None], mean=flat[0], scale=flat[1]
-            )
-        design = Design(rows, np.full(task.X.shape[0], -1))
+        design = Design(task if task.weights is None else _rooted(task, weights), np.full(task.X.shape[0], -1))
         groups = None if examples.groups is None else np.asarray(examples.groups)[design.order]
         targets = (2 * task.one_hot() - 1)[design.order]
         left_out = LeftOut(design, targets, groups, counted[design.order], weights[design.order])
@@ -87,6 +81,12 @@ def fit(
             reject=reject,
         )
     return Fitted(head, info | {"penalty": penalty})
+
+
+def _rooted(task: Task, weights: np.ndarray) -> Task:
+    """Rows times the square roots of their weights `[N]`, which are those of a problem without weights; in memory."""
+    X = task.standard() * np.sqrt(weights, dtype=np.float32)[:, None]
+    return replace(task, X=X, mean=np.zeros_like(task.mean), scale=np.ones_like(task.scale))
 
 
 def _choose(left_out: LeftOut, grid: np.ndarray, info: dict[str, Any]) -> float:

@@ -64,12 +64,8 @@ class Model:
         one per core. head: a head exported alone, to apply to the features of `path`.
         """
         self.path = Path(path)
-        self._again = {
-            "path": self.path.absolute(),
-            "providers": providers,
-            "threads": threads,
-            "head": head if head is None else Path(head).absolute(),
-        }
+        whole = self.path.absolute(), head if head is None else Path(head).absolute()
+        self._again = {"path": whole[0], "providers": providers, "threads": threads, "head": whole[1]}
         self._process = os.getpid()
         data, self.metadata = read_model(self.path)
         self.input: str = self.metadata["input"]

@@ -59,14 +59,26 @@ def one_by_one(given: Any) -> Iterator[Any]:
     An open file is read from its start if it can go back there. Generators and the like are read as they are needed.
     Raises `SourceError` for anything that is not `TAKEN`, with what is near it.
     """
-    if hasattr(given, "__array__") and not hasattr(given, "columns"):
-        given = _array(given)
-    batch = isinstance(given, np.ndarray) and (given.ndim in (1, 4) or given.dtype.kind in "OUST")
-    if not batch and given is not None and (image := _single(given)) is not None:
+    columns = ", ".join(map(str, getattr(given, "columns", [])))
+    if hasattr(given, "columns") and len(given.columns) != 1:
+        raise SourceError(
+            f"a table with the columns {columns} was given; give the column of images alone, or, to use labels and "
+            "splits, write it as a manifest: table.to_csv('data.csv', index=False)"
+        )
+    given = _array(given) if hasattr(given, "__array__") else given
+    several = isinstance(given, np.ndarray) and (given.ndim in (1, 4) or given.dtype.kind in "OUST")
+    if not several and (image := _single(given)) is not None:
         yield image
         return
 
-    for number, item in enumerate(_several(given)):
+    if isinstance(given, np.ndarray) and given.ndim < 3:  # [N] or [N, 1]
+        given = given if given.ndim == 2 and given.shape[1] != 1 else given.ravel()
+    if isinstance(given, Mapping | set | frozenset) or not (
+        isinstance(given, Iterable) or hasattr(given, "__getitem__")
+    ):
+        raise SourceError(f"what was given is {_near(given)}; expected {TAKEN}")
+    # a data set that has numbers alone may answer any number
+    for number, item in enumerate(given if isinstance(given, Iterable) else map(given.__getitem__, range(len(given)))):
         image = _single(item)
         if image is None and not _missing(item):
             raise SourceError(f"image {number} of those given is {_near(item)}; expected {TAKEN}")
@@ -85,43 +97,18 @@ def _single(item: Any) -> Any:
         return item
     if hasattr(item, "read"):
         return _contents(item)
-    if hasattr(item, "__array__") and not hasattr(item, "columns"):
-        array = _array(item)
-        return array if array.ndim > 1 and array.dtype.kind not in "OUST" else None
-    return None
+    array = _array(item) if hasattr(item, "__array__") else np.empty(0)
+    return array if array.ndim > 1 and array.dtype.kind not in "OUST" else None
 
 
 def _own(image: Any) -> Any:
     """A copy, where a generator may put its next frame into the same image while threads still read it."""
-    if not isinstance(image, Image.Image | np.ndarray):
-        return image
-    try:
+    with suppress(AttributeError, OSError, SyntaxError, ValueError):  # bytes; what cannot be decoded is named later
         copied = image.copy()
-    except Exception:  # it cannot be decoded, which the threads say
-        return image
-    if isinstance(image, Image.Image):
-        copied.format = image.format  # type: ignore[union-attr]
-    return copied
-
-
-def _several(given: Any) -> Iterable[Any]:
-    """The items of a container, of a table's only column, or of a data set that has a length and numbers alone."""
-    if hasattr(given, "columns"):
-        if len(given.columns) != 1:
-            raise SourceError(
-                f"a table with the columns {', '.join(map(str, given.columns))} was given; give the column of images "
-                "alone, or, to use labels and splits, write it as a manifest: table.to_csv('data.csv', index=False)"
-            )
-        given = _array(given)
-    if isinstance(given, np.ndarray):
-        if given.ndim == 2 and given.shape[1] != 1:
-            raise SourceError(f"an array {list(given.shape)} of {given.dtype} was given; expected {TAKEN}")
-        return given.ravel() if given.ndim <= 2 else given
-    if isinstance(given, Mapping | set | frozenset) or (
-        not isinstance(given, Iterable) and not (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
-    ):
-        raise SourceError(f"what was given is {_near(given)}; expected {TAKEN}")
-    return given if isinstance(given, Iterable) else (given[i] for i in range(len(given)))
+        if isinstance(image, Image.Image):
+            copied.format = image.format
+        return copied
+    return image
 
 
 def _array(given: Any) -> np.ndarray:
@@ -144,17 +131,15 @@ def _contents(file: Any) -> bytes:
 
 
 def _missing(item: Any) -> bool:
-    nan = isinstance(item, float | np.floating) and bool(np.isnan(item))
-    nat = isinstance(item, np.datetime64 | np.timedelta64) and bool(np.isnat(item))
-    return item is None or nan or nat or type(item).__name__ in ("NAType", "NaTType")
+    number = isinstance(item, float | np.floating | np.datetime64)
+    return item is None or type(item).__name__ in ("NAType", "NaTType") or (number and bool(item != item))
 
 
 def _near(item: Any) -> str:
     """What something is, and how to get the images out of it."""
-    name = f"of type {type(item).__name__}"
+    name = "None" if item is None else f"of type {type(item).__name__}"
     if isinstance(item, Mapping):
-        keys = ", ".join(str(key) for key in list(item)[:5])
-        return f"{name}, with {keys or 'nothing in it'} (the images alone may be one of these values)"
+        return f"{name}, with {', '.join(map(str, list(item)[:5]))} (the images alone may be one of these values)"
     if isinstance(item, tuple):
         return f"{name} and length {len(item)} (images alone would be `[image for image, label in data]`)"
-    return name if item is not None else "None"
+    return f"{name} {list(item.shape)}" if isinstance(item, np.ndarray) else name
