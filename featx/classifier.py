@@ -14,6 +14,7 @@ from featx.errors import WeightsError
 from featx.head import Head
 from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
+from featx.state import ordinary
 
 BATCH = 32
 
@@ -33,6 +34,7 @@ class Classifier:
     def class_names(self) -> tuple[str, ...]:
         return self.head.class_names
 
+    @ordinary()
     def features(self, images: np.ndarray) -> np.ndarray:
         """`uint8 [N, 3, H, W]` -> `float32 [N, D]`."""
         with torch.inference_mode():
@@ -49,6 +51,7 @@ class Classifier:
         return self.head.probabilities(self(images))
 
 
+@ordinary()
 def load(run: str | Path | Run, *, factory: str | None = None) -> Classifier:
     """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed.
 

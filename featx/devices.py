@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,36 @@ from featx.errors import FeatxError
 from featx.options import fields_of
 
 
-def available_threads() -> int:
-    """The cores this process may use."""
+def available_threads(root: Path = Path("/")) -> int:
+    """The cores this process may use, by its affinity and by the quotas of its control groups, below `root`."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cores, _quota(root)))
+
+
+@functools.cache  # solvers ask in every pass
+def _quota(root: Path) -> int:
+    found = _limits(root, ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])
+    return min((math.ceil(quota / period) for quota, period in found if quota > 0 and period > 0), default=1 << 20)
+
+
+def _limits(root: Path, *names: list[str]) -> Iterator[tuple[float, float]]:
+    """The two numbers in these files (Linux's control groups of version 2, then 1), of this process's groups and of
+    all those around them. A container may see its own group alone, at the top.
+    """
+    top = root / "sys/fs/cgroup"
+    groups = {top}
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(errors="replace").splitlines():
+            _, kinds, path = line.split(":", 2)
+            for mount in (top / kinds, *(top / kind for kind in kinds.split(","))):
+                own = mount / path.lstrip("/")
+                groups |= {mount, own, *(above for above in own.parents if above.is_relative_to(mount))}
+    for group in groups:
+        for files in names:
+            with suppress(OSError, ValueError):  # `max`: no limit
+                first, second = " ".join((group / name).read_text() for name in files).split()
+                yield float(first), float(second)
 
 
 def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:
@@ -35,7 +63,7 @@ def _libraries() -> Any:
 
 def free_memory() -> float:
     """Bytes of main memory that this process may still take."""
-    return max(0.0, min(_machine_memory(), _group_memory()))
+    return max(0.0, min(_machine_memory(), group_memory()))
 
 
 def memory_for_features() -> float:
@@ -43,13 +71,10 @@ def memory_for_features() -> float:
     return free_memory() / 5
 
 
-def _group_memory() -> float:
-    """What the limit of a container (Linux's control group, version 2) leaves; infinity where there is none."""
-    try:
-        limit, used = (float(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        return limit - used
-    except (OSError, ValueError):
-        return float("inf")
+def group_memory(root: Path = Path("/")) -> float:
+    """What the limits of this process's control groups leave, in bytes; infinity where there are none."""
+    found = _limits(root, ["memory.max", "memory.current"], ["memory.limit_in_bytes", "memory.usage_in_bytes"])
+    return min((limit - used for limit, used in found), default=float("inf"))
 
 
 def _machine_memory() -> float:

@@ -55,5 +55,9 @@ class ExportError(FeatxError):
     """An ONNX file that could not be made, or is not what was measured."""
 
 
+class UnexportableError(ExportError):
+    """A network that no exporter of the installed torch has a way for: trying again gives the same."""
+
+
 class ParityError(ExportError):
     """An exported file that answers differently from the classifier it came from."""

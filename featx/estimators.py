@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featx import learning
-from featx.errors import HeadError, ImageError, SourceError
+from featx.backbones.loading import resolve
+from featx.errors import HeadError, ImageError
+from featx.extraction.job import request_of
 from featx.extraction.pipeline import sync
-from featx.pixels.decoding import decode
+from featx.options import complete
 from featx.solvers.examples import Examples
-from featx.sources.source import Source
+from featx.sources.memory import Images
+from featx.state import ordinary
+from featx.text import near
 
 
-@dataclass(frozen=True, eq=False)
-class _Images(Source):
-    """Images given one by one: an image in memory is read as the PPM file of its pixels."""
-
-    items: Sequence[Any] = ()
-
-    def take(self, numbers: np.ndarray) -> Source:
-        return replace(super().take(numbers), items=[self.items[i] for i in numbers])  # type: ignore[call-arg]
-
-    def read(self, i: int) -> bytes:
-        item = self.items[i]
-        if isinstance(item, (str, Path)):
-            return super().read(i)
-        pixels = np.asarray(decode(item))
-        return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
-
-
-class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Images -> features `[N, D]`, computed once and cached; for a `Pipeline`, `GridSearchCV` and the like.
 
-    `transform` takes a sequence of paths, Pillow images or `uint8 [H, W, 3]` arrays, or one
-    `uint8 [N, H, W, 3]` array. Parameters as for `featx.extract`. There is nothing to fit. An image that
-    cannot be read raises `ImageError`, since rows must match labels.
+    `transform` takes paths, Pillow images, bytes, open files or `uint8 [H, W, 3]` arrays, one `uint8 [N, H, W, 3]`
+    array, or a column of a table, `[N]` or `[N, 1]`. Parameters as for `featx.extract`. There is nothing to fit, and
+    the names `imagefeatures0`, ... are known before. An image that cannot be read, or a missing cell, raises
+    `ImageError`, since rows must match labels.
 
     >>> make_pipeline(ImageFeatures(backbone="resnet18"), LogisticRegression()).fit(paths, y)
     """
@@ -73,24 +59,21 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def transform(self, X: Any) -> np.ndarray:
         """N images -> `float32 | float16 [N, D]`, in their order."""
-        if isinstance(X, (str, bytes, Path, Image.Image)) or (isinstance(X, np.ndarray) and X.ndim not in (1, 4)):
-            shape = f" {list(X.shape)}; put one image into a list" if isinstance(X, np.ndarray) else ""
-            raise SourceError(
-                "expected a sequence of paths, Pillow images or uint8 [H, W, 3] arrays, or one "
-                f"uint8 [N, H, W, 3] array; got {type(X).__name__}{shape}"
-            )
-        items = list(X)
-        ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(items)]
-        if not items:
-            raise SourceError("there are no images to transform")
-        source = _Images(uri="the given images", root=Path(), ids=ids, items=items)
+        source = Images.of(X)
         extraction = sync(source, **self.get_params(deep=False))
         if skipped := extraction.report.skipped_images:
             raise ImageError(
-                f"{len(skipped)} of {len(items)} images cannot be used; the first is {skipped[0]['id']}: "
+                f"{len(skipped)} of {len(source)} images cannot be used; the first is {skipped[0]['id']}: "
                 f"{skipped[0]['reason']}"
             )
         return extraction.features().X
+
+    @property
+    def _n_features_out(self) -> int:
+        options = self.get_params(deep=False)
+        backbone = options.pop("backbone")
+        info = resolve(request_of(backbone, complete(options)), Path(self.cache))
+        return int(np.prod(info.row_shape))
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -121,20 +104,28 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
         self.device = device
 
-    def fit(self, X: Any, y: Any, groups: Any = None) -> HeadClassifier:
-        """X: `[N, D]`; y: `[N]` of any kind of label; groups: `[N]`, rows that share a fold."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, groups: Any = None) -> HeadClassifier:
+        """X: `[N, D]`; y: `[N]` of any kind of label; sample_weight: `[N]`, 0 or more: a row counts as so many equal
+        rows; groups: `[N]`, rows that share a fold, by default equal rows.
+        """
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
         check_classification_targets(y)
-        self.classes_, numbers = np.unique(y, return_inverse=True)
+        weights = np.ones(len(X))
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        kept = weights > 0
+        self.classes_, numbers = np.unique(y[kept], return_inverse=True)
         if len(self.classes_) < 2:
-            raise HeadError(f"classifier cannot be fitted: y holds one class, {self.classes_[0]!r}")
+            only = f"one class, {self.classes_[0]!r}" if len(self.classes_) else "no row of a weight above 0"
+            raise HeadError(f"classifier cannot be fitted: y holds {only}")
+        groups = None if groups is None else np.unique(np.asarray(groups)[kept], return_inverse=True)[1]
         fitted = learning.learn(
             self.head,
-            Examples(X, numbers.astype(np.int64), groups),
+            _distinct(X[kept], numbers.astype(np.int64), groups, weights[kept]),
             [str(i) for i in range(len(self.classes_))],
             seed=self.random_state or 0,
             device=self.device,
-            settings=self.settings,
+            settings=self._settings(),
         )
         self.head_, self.info_ = fitted.head, fitted.info
         return self
@@ -149,13 +140,47 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         logits = self._logits(X)
         return np.asarray(self.head_.probabilities(logits))
 
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """The logarithms of `predict_proba`, `float32 [N, C]`; that of 0 is minus infinity."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(self.predict_proba(X)))
+
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each row, `[N]`; a head's threshold rejects nothing here."""
         answers = self._logits(X).argmax(axis=1)
         return np.asarray(self.classes_[answers])
 
+    def _settings(self) -> dict[str, Any]:
+        """The head's settings, with class weights by the numbers that it knows the classes by."""
+        settings = dict(self.settings or {})
+        if isinstance(named := settings.get("class_weight"), Mapping):
+            number = {label: str(i) for i, label in enumerate(self.classes_.tolist())}
+            if unknown := [label for label in named if label not in number]:
+                hint = near(str(unknown[0]), map(str, number))
+                known = ", ".join(map(repr, list(number)[:10]))
+                raise HeadError(f"class_weight names {unknown[0]!r}; the classes are {known}.{hint}")
+            settings["class_weight"] = {number[label]: weight for label, weight in named.items()}
+        return settings
+
+    @ordinary()
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "head_")
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
         # in double precision, so that a row's answer does not depend on the rows beside it
         return np.asarray(np.asarray(X, np.float64) @ self.head_.weight.T.astype(np.float64) + self.head_.bias)
+
+
+def _distinct(X: np.ndarray, y: np.ndarray, groups: np.ndarray | None, weights: np.ndarray) -> Examples:
+    """Rows with their labels. Where some are equal, or weighted: each once, with the sum of its weights, in an order
+    that depends on their content alone. So weights give the same head as repeated rows, bit for bit.
+    """
+    bits = np.ascontiguousarray(X).view(f"u{X.itemsize}")
+    factors = np.random.default_rng(0).integers(1 << 62, size=bits.shape[1] + 2, dtype=np.uint64) * 2 + 1
+    content = np.einsum("nd,d->n", bits, factors[2:], dtype=np.uint64, casting="unsafe")
+    own = content if groups is None else groups.astype(np.uint64)
+    digest = content + y.astype(np.uint64) * factors[0] + own * factors[1]
+    _, first, inverse = np.unique(digest, return_index=True, return_inverse=True)
+    if len(first) == len(X) and (weights == 1).all():
+        return Examples(X, y, groups)
+    shared = np.unique(own[first], return_inverse=True)[1]
+    return Examples(X[first], y[first], shared, weights=np.bincount(inverse, weights))

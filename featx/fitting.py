@@ -26,10 +26,11 @@ from featx.head import Fitted, Head
 from featx.heads import pretrained
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete, home, plain
+from featx.options import Options, complete, home
 from featx.solvers.examples import Examples
 from featx.sources.opening import open_source
 from featx.sources.source import Source
+from featx.state import ordinary
 
 if TYPE_CHECKING:
     from featx.finetuning.recipes import FinetuneConfig
@@ -60,6 +61,7 @@ class Fit:
         return values | {"notes": [*values.get("notes", []), *self.notes]}
 
 
+@ordinary()
 def fit_features(
     features: Features,
     head: str = "logreg",
@@ -92,8 +94,8 @@ def fit_features(
     elif classifier is None:
         raise HeadError(f"the {head} head is the network's own classifier, which was not given")
     else:
-        learning.check_settings(head, settings or {})
-        fitted = learning.module(head).fit(classifier, features.class_names, **(settings or {}))
+        chosen = learning.check_settings(head, settings or {})
+        fitted = learning.module(head).fit(classifier, features.class_names, **chosen)
     return measured(features, fitted, time.perf_counter() - begin, learned=learns)
 
 
@@ -111,6 +113,7 @@ def measured(features: Features, fitted: Fitted, seconds: float, *, learned: boo
     return Fit(head, fitted.info, seconds, val, test, right, notes)
 
 
+@ordinary()
 def fit(
     data: Data,
     backbone: Backbone = "resnet18",
@@ -140,8 +143,8 @@ def fit(
     where there is nothing to learn from and `RunError` where a run would be overwritten.
     """
     asked = complete(options, function=fit)
-    settings, limit = settings or {}, memory_for_features() if memory is None else memory
-    learning.check_settings(head, settings)
+    settings = learning.check_settings(head, settings or {})
+    limit = memory_for_features() if memory is None else memory
     learns, source = learning.module(head).LEARNS, open_source(data)
     if output and rank() == 0:
         runs.check(Path(home(output)), None, overwrite=overwrite)
@@ -297,7 +300,7 @@ def configuration(
         spec=features.spec,
         views=len(extracted.stores) - 1,
         head=head,
-        settings=plain(settings),
+        settings=settings,
         finetune=finetune.to_dict() if finetune else None,
         seed=seed,
         class_names=features.class_names,

@@ -14,6 +14,7 @@ from featx.errors import HeadError
 from featx.features import Rows
 from featx.records import TENSOR_SEAL, convert, tensor_metadata
 from featx.seals import escape, seal
+from featx.state import ordinary
 from featx.text import from_json
 
 Activation = Literal["softmax", "sigmoid"]
@@ -31,6 +32,7 @@ def answers(probabilities: np.ndarray, activation: str) -> np.ndarray:
     return np.asarray(np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None])
 
 
+@ordinary()
 def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """Logits `[N, C]` -> probabilities `float32 [N, C]` in [0, 1]; softmax rows add up to 1."""
     z = np.asarray(logits, np.float64)
@@ -84,6 +86,7 @@ class Head:
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise HeadError("the head holds NaN or infinite weights; its fit did not converge")
 
+    @ordinary()
     def __call__(self, X: Rows) -> np.ndarray:
         """Features `[N, D]`, an array or a table that is read by slices -> logits `float32 [N, C]`.
 

@@ -19,9 +19,10 @@ import numpy as np
 from featx import heads
 from featx.errors import HeadError
 from featx.head import Fitted
-from featx.options import fits
+from featx.options import fits, plain
 from featx.solvers.examples import Examples
 from featx.sources.source import Source
+from featx.state import ordinary
 from featx.text import assigned, near, some
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.I)
@@ -70,8 +71,11 @@ def settings_of(name: str) -> dict[str, inspect.Parameter]:
     }
 
 
-def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise `HeadError` for an unknown head, settings that it does not have, and values of another type."""
+def check_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, `plain`. Raises `HeadError` for an unknown head, settings that it does not have, and values of
+    another type.
+    """
+    settings = {key: plain(value) for key, value in settings.items()}
     known, kinds = settings_of(name), get_type_hints(module(name).fit)
     for key, value in settings.items():
         if key not in known:
@@ -84,6 +88,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
             wanted = known[key].annotation
             wanted = wanted if isinstance(wanted, str) else inspect.formatannotation(wanted)
             raise HeadError(f"the setting {key} of --head {name} is {wanted}, not {value!r}")
+    return settings
 
 
 @functools.cache
@@ -102,7 +107,10 @@ def check_heads(chosen: Sequence[tuple[str, Mapping[str, Any]]], source: Source)
     """
     labels = Counter(filter(None, source.labels or []))
     if not labels:
-        raise HeadError(f"{source.uri} has no labels: put the images into one folder a class, or name a manifest")
+        raise HeadError(
+            f"{source.uri} has no labels: put the images into one folder a class, or name a manifest, or fit "
+            "featx.HeadClassifier on features and labels"
+        )
     if _like_measurements(labels) and not source.multilabel:
         raise HeadError(
             f"the labels of {source.uri} are {len(labels):,} different numbers for {labels.total():,} images "
@@ -152,6 +160,7 @@ def _like_measurements(labels: Mapping[str, int]) -> bool:
     return len(labels) > sum(labels.values()) / 2 or not all(float(label).is_integer() for label in labels)
 
 
+@ordinary()
 def learn(
     name: str,
     examples: Examples,
@@ -164,8 +173,7 @@ def learn(
     """Fit a head to examples. Raises `HeadError` for settings that it does not take, for a head that learns nothing,
     and for a table that is read by slices where the head needs it in memory.
     """
-    check_settings(name, settings or {})
-    chosen = module(name)
+    settings, chosen = check_settings(name, settings or {}), module(name)
     if not chosen.LEARNS:
         raise HeadError(f"the {name} head learns nothing from training images; use {able('LEARNS')}")
     if not chosen.STREAMS and not isinstance(examples.X, np.ndarray):
@@ -173,5 +181,5 @@ def learn(
             f"--head {name} holds the features in memory, and {examples.X.shape[0]:,} rows of {examples.X.shape[1]} "
             f"take more than they may; use a head that reads them in parts ({able('STREAMS')}), or a larger --memory"
         )
-    fitted: Fitted = chosen.fit(examples, class_names, seed=seed, device=device, **(settings or {}))
+    fitted: Fitted = chosen.fit(examples, class_names, seed=seed, device=device, **settings)
     return fitted

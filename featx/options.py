@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -110,7 +110,7 @@ class Field:
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 
-def home(path: str | Path) -> str | Path:
+def home(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """A path that begins with `~` or `~name`, from that home folder; `./~` is a folder called so, and comes back whole,
     since `Path` forgets the dot. Raises `FeatxError` for a name that is no user's.
     """
@@ -148,18 +148,25 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON gives it back: tuples and arrays are lists, numpy's numbers are Python's."""
-    if hasattr(value, "tolist"):  # numpy is not imported, which takes longer than `--help`
-        return value.tolist()
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+    """A setting as JSON gives it back: tuples, ranges, arrays and columns are lists, numpy's numbers are Python's,
+    paths and the names in a mapping are texts.
+    """
+    for name in ("tolist", "to_list"):  # numpy is not imported, which takes longer than `--help`
+        if hasattr(value, name):
+            return getattr(value, name)()
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, Mapping):
+        return {str(plain(name)): plain(item) for name, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return value
 
 
 def complete(
     given: Mapping[str, Any], kind: Any = Options, function: Callable[..., Any] | None = None
 ) -> dict[str, Any]:
-    """All options of a kind, those given checked, the others at their defaults.
+    """All options of a kind, those given checked and `plain`, the others at their defaults.
 
     Raises `FeatxError` for an unknown option, with near matches, and for a value out of range. function: the one that
     was called; near matches may be its own parameters, too.
@@ -170,9 +177,9 @@ def complete(
             own = inspect.signature(function).parameters if function else {}
             known = [*fields, *(parameter for parameter in own if parameter != "options")]
             raise FeatxError(f"there is no option {name!r}; there are {', '.join(known)}.{near(name, known)}")
-    values = {name: field.option.default for name, field in fields.items()} | dict(given)
-
-    for name in given:
+    values = {name: field.option.default for name, field in fields.items()}
+    for name, value in given.items():
+        values[name] = plain(value)
         fields[name].check(values[name])
     if "cache" in given:
         values["cache"] = home(values["cache"])

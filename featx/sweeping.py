@@ -34,7 +34,7 @@ from featx.fitting import fit
 from featx.head import columns
 from featx.learning import check_heads, head_text, module, parse_head
 from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
-from featx.options import Criterion, Shared, complete, home
+from featx.options import Criterion, Shared, complete, home, plain
 from featx.records import array_bytes, array_of, convert, read_record, write_record
 from featx.runs import Run, is_finished, open_run, read_config
 from featx.solvers.training import folds
@@ -226,7 +226,7 @@ def sweep(
     place = _Place(path, source, limit, engine, asked, _former_speeds(path))
     found: list[tuple[Point, np.ndarray | None]] = []
     failed: list[dict[str, str]] = []
-    for request, count, (head, settings) in product(requests, dict.fromkeys(views), variants):
+    for request, count, (head, settings) in product(requests, dict.fromkeys(plain(views)), variants):
         if not module(head).LEARNS and count != min(views):
             continue  # views change nothing
         try:
@@ -263,7 +263,7 @@ def _check(path: Path, data: Path, by: str, views: Sequence[int], *grid: Sequenc
     """Raise `FeatxError` for what is wrong with a sweep as a whole; `RunError` where another one would be replaced."""
     if by not in CRITERIA:
         raise FeatxError(f"a sweep chooses by {' or '.join(CRITERIA)}, not {by!r}")
-    if not all(grid) or not views or min(views) < 0:
+    if not all(grid) or not len(views) or min(views) < 0:
         raise FeatxError("a sweep needs at least one backbone, layer, head and number of views")
     ours = path.is_dir() and ({each.name for each in path.iterdir()} <= {"runs"} or _former_speeds(path))
     if path.exists() and not ours:

@@ -19,12 +19,13 @@ from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.errors import BackboneError, WeightsError
 from featx.files import read_plain, stat_row
 from featx.records import convert, unsealed, write_sealed
+from featx.state import one_at_a_time, ordinary
 from featx.text import near
 
 if TYPE_CHECKING:
     from featx.backbones.backbone import Backbone
 
-RESOLVED_VERSION = 2  # raised when `BackboneInfo` or how it is found changes; old memos are then misses
+RESOLVED_VERSION = 3  # raised when `BackboneInfo` or how it is found changes; old memos are then misses
 
 
 def zoo_names() -> list[str]:
@@ -51,6 +52,8 @@ def locate(name: str) -> tuple[str, str]:
     return "torchvision", name
 
 
+@one_at_a_time()
+@ordinary()
 def load_backbone(request: BackboneRequest) -> Backbone:
     """Load the requested network, in eval mode on the CPU. Imports torch; its random generators stay as they were.
 

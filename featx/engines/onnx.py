@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import available_threads
 from featx.engines.engine import CPU_BATCH
 from featx.engines.wire import scan
-from featx.errors import ExportError, StoreError
+from featx.errors import ExportError, StoreError, UnexportableError
 from featx.features import TOLERANCE, difference
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.records import read_record, write_record
+from featx.state import FILTERS, one_at_a_time, ordinary
 
 OPSET = 18
 WEIGHTS_PER_IMAGE = 16 << 20  # bytes of weights that justify one more image per piece
@@ -42,8 +44,8 @@ class Known(TypedDict, total=False):
     libraries: dict[str, str]
     sha256: str
     """The graph's file; none where it could not be made."""
-    error: str
-    """Why it could not be made."""
+    never: str
+    """Why it can never be made. Files of older versions have an `error` instead, which may have passed since."""
     of: str
     """The SHA-256 of the graph that this one was made of."""
     plain: bool
@@ -70,6 +72,7 @@ class OnnxEngine:
         most = min(max(2, model.stat().st_size // WEIGHTS_PER_IMAGE), 16, -(-self.batch_size // threads))
         self.piece = -(-self.batch_size // -(-self.batch_size // most))  # pieces of one size, none small at the end
         self.session = session(model, 1)
+        self.threads, self.process = threads, os.getpid()
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="featx-embed")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -78,6 +81,9 @@ class OnnxEngine:
 
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
         """Queue the batch's pieces; the function returned waits for their rows."""
+        if self.process != os.getpid():  # a fork has left the threads behind
+            self.process = os.getpid()
+            self.executor = ThreadPoolExecutor(self.threads, thread_name_prefix="featx-embed")
         starts = range(0, len(images), self.piece)
         pieces = [self.executor.submit(self._run, images[start : start + self.piece]) for start in starts]
         return lambda: np.concatenate([piece.result() for piece in pieces])
@@ -103,13 +109,15 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+@one_at_a_time()
+@ordinary()
 def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> Path:
     """The exported backbone, in `cache/engines/`; torch exports it where it is missing.
 
     Input `images`, `uint8 [N, 3, crop, crop]`; output `features`, `float32 [N, *row_shape]`; opset 18, one
     file, any N. The file is used only while it has the SHA-256 it was written with: a flipped bit would be
-    in every feature. Raises `ExportError` where the network cannot be exported; later calls raise it at
-    once, until a library changes.
+    in every feature. One thread exports while the others wait. Raises `ExportError` where the export fails, and
+    `UnexportableError` where it always will; later calls raise that at once, until a library changes.
     """
     graph = {
         "backbone": info.name,
@@ -127,16 +135,16 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     known = _recorded(path)
     if _intact(path, known):
         return path
-    if "error" in known and known.get("libraries") == libraries:
-        raise ExportError(known["error"])
+    if "never" in known and known.get("libraries") == libraries:
+        raise UnexportableError(known["never"])
 
     module = loaded(request, info).module
     known = {"graph": graph, "libraries": libraries}
     try:
         _keep(path, to_onnx(module, info), known)
-    except ExportError as error:
+    except UnexportableError as error:
         with contextlib.suppress(OSError):  # without a record the next run tries again
-            write_record(path.with_suffix(".json"), {**known, "error": str(error)})
+            write_record(path.with_suffix(".json"), {**known, "never": str(error)})
         raise
     except OSError as error:
         raise StoreError(
@@ -145,6 +153,8 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     return path
 
 
+@one_at_a_time()
+@ordinary()
 def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
     """The file to run for an exported backbone: one beside it with fewer multiplications, where that pays.
 
@@ -165,6 +175,8 @@ def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
 
     with contextlib.suppress(OSError):  # disk full or read-only: this run uses the export, and the next tries again
         data = _rewritten(model, tolerance)
+        if data is None:
+            return model
         for old in model.parent.glob(f"{model.stem}.winograd*"):  # of other revisions: they are large
             revision = old.name.removeprefix(f"{model.stem}.winograd")
             if re.fullmatch(r"\d+\.(onnx|json)", revision) and old.stem != path.stem:
@@ -176,8 +188,8 @@ def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
     return model
 
 
-def _rewritten(model: Path, tolerance: float) -> bytes:
-    """The graph with fewer multiplications; empty where that gains nothing or changes the rows."""
+def _rewritten(model: Path, tolerance: float) -> bytes | None:
+    """The graph with fewer multiplications; empty where that gains nothing or changes the rows, None if it failed."""
     import onnx
 
     from featx.engines.winograd import rewritten
@@ -190,10 +202,8 @@ def _rewritten(model: Path, tolerance: float) -> bytes:
     try:
         reference, rows = _rows_of_noise(model), _rows_of_noise(data)  # one session at a time
         return data if difference(rows, reference) <= tolerance else b""
-    except MemoryError:
-        raise
-    except Exception:  # a graph that the rewriting does not foresee runs as it was exported
-        return b""
+    except Exception as error:  # a graph that the rewriting does not foresee runs as it was exported
+        return b"" if _lasting(error) else None
 
 
 def _noise(*shape: int) -> np.ndarray:
@@ -230,7 +240,8 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def to_onnx(module: Any, info: BackboneInfo) -> bytes:
-    """Export a backbone's `module` and compare it with torch on three images of noise. Raises `ExportError`.
+    """Export a backbone's `module` and compare it with torch on three images of noise. Raises `ExportError`, and
+    `UnexportableError` where neither way can ever work.
 
     torch's tracing exporter takes 0.3 s for ResNet-18 and 1.9 s for DenseNet-161. Where it fails, or is gone
     from torch, the one that captures the program runs, which takes 2.3 s and 10.2 s. Tracing copies the
@@ -241,12 +252,12 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
 
     size = 4 * sum(tensor.numel() for tensor in module.state_dict().values())
     if size > MAX_BYTES:
-        raise ExportError(f"{info.name} is larger than the 2 GB that one ONNX file holds")
+        raise UnexportableError(f"{info.name} is larger than the 2 GB that one ONNX file holds")
     images = torch.from_numpy(_noise(3, info.preprocess.crop, info.preprocess.crop))
     with torch.inference_mode():
         reference = module(images).numpy()
 
-    reasons = []
+    reasons, lasting = [], True
     for capture in (False, True) if size < LARGE_BYTES else (True, False):
         try:
             with _quiet():
@@ -256,11 +267,13 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
             apart = difference(_rows_of_noise(data), reference)
         except Exception as error:  # the exporters let any error of their stages through
             reasons.append(_reason(error))
+            lasting = lasting and _lasting(error)
             continue
         if apart <= TOLERANCE["fp32"]:
             return data
         reasons.append(f"its rows differ from torch's by {apart:.1e}, more than {TOLERANCE['fp32']:g}")
-    raise ExportError(f"{info.name} cannot be exported to ONNX ({'; or, by another way: '.join(reasons)})")
+    kind = UnexportableError if lasting else ExportError
+    raise kind(f"{info.name} cannot be exported to ONNX ({'; or, by another way: '.join(reasons)})")
 
 
 def export(module: Any, images: Any, capture: bool = False) -> Any:
@@ -281,10 +294,23 @@ def export(module: Any, images: Any, capture: bool = False) -> Any:
     return onnx.load_from_string(buffer.getvalue())
 
 
+def _root(error: BaseException) -> BaseException:
+    """The first cause of an error: an exporter wraps its own advice around it."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _lasting(error: BaseException) -> bool:
+    """Whether an error says that there is no way for a network. All others, such as of memory, disks or what else goes
+    on in the process, may be gone the next time.
+    """
+    kind = type(_root(error))
+    of_exporter = kind.__module__.startswith("torch.") and "OutOfMemory" not in kind.__name__
+    return of_exporter or kind.__name__ in ("NotImplementedError", "NotImplemented", "InvalidGraph")
+
+
 def _reason(error: BaseException) -> str:
-    """The first cause of an error in one line: an exporter wraps its own advice, in colours, around the cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The first cause of an error in one line, without colours."""
+    error = _root(error)
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
     return ": ".join([type(error).__name__, *[line for line in lines if line][:1]])
 
@@ -304,7 +330,7 @@ def strip(model: Any) -> None:
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress, advice and deprecation notes off the terminal."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings(action="ignore"):
+    with FILTERS, warnings.catch_warnings(action="ignore"):
         logging.disable(logging.ERROR)
         try:
             yield

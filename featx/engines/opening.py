@@ -12,8 +12,10 @@ from featx.engines.engine import CPU_BATCH, Engine
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
 from featx.errors import ExportError, FeatxError
 from featx.features import TOLERANCE
+from featx.state import ordinary
 
 
+@ordinary()
 def open_engine(
     request: BackboneRequest,
     info: BackboneInfo,

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from featx.backbones.backbone import Backbone, Trunk
-from featx.devices import available_threads
 from featx.errors import FeatxError
+from featx.state import ordinary, torch_threads
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_BATCH = 256
@@ -30,11 +30,12 @@ class CpuEngine:
 
     def __init__(self, backbone: Backbone, precision: str, batch_size: int, threads: int | None = None) -> None:
         self.batch_size = batch_size
-        self.threads = threads or available_threads()
+        self.threads = torch_threads(threads)
         self.module = prepared(backbone.module, DTYPES[precision], torch.device("cpu"))
         crop = backbone.info.preprocess.crop
         self.images = torch.zeros((batch_size, 3, crop, crop), dtype=torch.uint8)
 
+    @ordinary()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """`uint8 [B, 3, crop, crop]`, B <= batch_size -> `float32 [B, *row_shape]`."""
         checked(images, self.images)

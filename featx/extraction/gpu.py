@@ -21,6 +21,7 @@ from featx.extraction.loader import Loaded, Loader
 from featx.features import cosines
 from featx.pixels.jpeg import Encoded
 from featx.pixels.preprocess import CLOSE
+from featx.state import FILTERS
 from featx.threads import ahead
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class GpuDecoder:
         Closing the iterator ends the thread, and the loader's. Raises `FeatxError` where there is no GPU, and where
         its pixels give other features than Pillow's.
         """
-        with closing(self.loader(numbers, encoded=True)) as loaded, warnings.catch_warnings():
+        with closing(self.loader(numbers, encoded=True)) as loaded, FILTERS, warnings.catch_warnings():
             # torchvision warns that its decoders will move, and torch that a file's bytes are read-only
             warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)

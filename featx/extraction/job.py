@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from featx.engines.engine import Engine
 from featx.engines.opening import open_engine
 from featx.extraction.loader import Loaded, Loader
 from featx.features import FeatureSpec
+from featx.options import plain
 from featx.pixels.preprocess import DECODERS, GPU
 from featx.pixels.views import view_names
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 
-Data = str | Path | Source
-"""A folder, a manifest, or a source."""
+Data = str | Path | Source | Iterable[Any]
+"""A folder, a manifest, a source, or images without labels: paths, or what `featx.predict` takes in memory."""
 Backbone = str | BackboneRequest | BackboneInfo
 """A name, a request, or the `BackboneInfo` of an earlier run, for which nothing is loaded."""
 
@@ -86,7 +87,7 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
     Raises `SourceError`, `BackboneError`, and `FeatxError` for a GPU that is not here.
     """
     begin = time.perf_counter()
-    cache = Path(options["cache"])
+    cache = Path(options["cache"]).absolute()  # stores are read later, perhaps from another working folder
     source = open_source(data)
     request = request_of(backbone, options)
     check_place(request, cache, options["device"])
@@ -108,7 +109,7 @@ def request_of(backbone: Backbone, options: dict[str, Any]) -> BackboneRequest:
     if isinstance(backbone, BackboneInfo):
         request = BackboneRequest(backbone.name, options["weights"], backbone.layer, options["seed"])
     elif isinstance(backbone, BackboneRequest):
-        request = backbone
+        request = BackboneRequest.from_dict(plain(backbone.to_dict()))
     else:
         request = BackboneRequest(backbone, options["weights"], options["layer"], options["seed"])
     if options["decode"] == "exact":

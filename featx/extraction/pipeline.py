@@ -24,6 +24,7 @@ from featx.extraction.result import Extraction
 from featx.extraction.timing import Timing
 from featx.features import Features
 from featx.options import Options, complete
+from featx.state import FILTERS, ordinary
 
 
 def extract(
@@ -50,6 +51,7 @@ def sync(
     return run(prepare(data, backbone, complete(options, function=sync)), engine)
 
 
+@ordinary()
 def run(job: Job, engine: Engine | None = None) -> Extraction:
     """Run a job in this process: what `sync` does once it knows the images and the backbone."""
     begin = time.perf_counter() - job.seconds
@@ -86,6 +88,7 @@ def compute(
     loader = Loader(job.source, job.info.preprocess, stores, job.threads)
 
     with ExitStack() as stack:  # left in reverse: threads end, rows are committed, keys are remembered
+        stack.enter_context(FILTERS)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.")  # notes on odd EXIF, once an image
         stack.callback(table.record)

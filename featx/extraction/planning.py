@@ -27,6 +27,7 @@ from featx.extraction.report import ExtractionReport
 from featx.options import Options, complete
 from featx.pixels.preprocess import GPU
 from featx.records import read_record, write_record
+from featx.state import ordinary
 
 # Files with unknown keys are read, up to so many bytes; the rest count as missing.
 READ_BYTES = 1 << 30
@@ -80,6 +81,7 @@ class Plan:
         return "\n".join(lines)
 
 
+@ordinary()
 def plan(
     data: Data, backbone: Backbone = "resnet18", *, engine: Engine | None = None, **options: Unpack[Options]
 ) -> Plan:

@@ -27,6 +27,7 @@ from featx.finetuning.recipes import FinetuneConfig
 from featx.finetuning.training import Inputs, Setup
 from featx.head import Head, columns
 from featx.runs import own_folder
+from featx.state import FILTERS
 
 HOLDOUT = "holdout"
 
@@ -215,7 +216,7 @@ def _wrap(network: layers.Tuned, settings: FinetuneConfig, world: World) -> nn.M
         model = torch.compile(model)  # type: ignore[assignment]
     if world.size > 1:
         # statistics of batch norm stay each process's own; the leader's are measured and saved
-        with warnings.catch_warnings():  # newer releases have another name for it, which older ones lack
+        with FILTERS, warnings.catch_warnings():  # newer releases have another name for it, which older ones lack
             warnings.simplefilter("ignore", FutureWarning)
             model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return model

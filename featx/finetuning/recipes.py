@@ -9,7 +9,7 @@ from typing import Any, Literal, ParamSpec, Protocol, get_args, get_origin, get_
 
 from featx.errors import TrainingError
 from featx.finetuning.augment import Augmentation
-from featx.options import fits
+from featx.options import fits, plain
 from featx.text import near
 
 P = ParamSpec("P")
@@ -102,6 +102,8 @@ class FinetuneConfig:
     """For everything that is drawn."""
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         if isinstance(self.freeze, str | list):
             object.__setattr__(self, "freeze", (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze))
         for name, kind in get_type_hints(FinetuneConfig).items():

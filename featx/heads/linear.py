@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
+from featx.solvers.finishing import finish
 from featx.solvers.training import Task
 from featx.text import near
 
@@ -78,7 +79,7 @@ def fit(
     label_smoothing: float = 0.0,
     standardise: bool | None = None,
     folds: int = 5,
-    class_weight: str | None = None,
+    class_weight: str | Mapping[str, float] | None = None,
     calibrate: bool = False,
     threshold: float | None = None,
     reject: float | None = None,
@@ -115,9 +116,7 @@ def fit(
     weight, bias, held_out = _fitted(task, sgd, decays, weights, fold, counted & measure, device, info)
 
     head = task.head(weight, bias)
-    head = _training.finish(
-        head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
-    )
+    head = finish(head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject)
     return Fitted(head, info)
 
 
@@ -139,8 +138,9 @@ def _fitted(
     Z = torch.from_numpy(task.standard()).to(choose_device(device))
     count = int(fold.max()) + 1 if counted.any() else 0
     masks = np.stack([fold != k for k in range(count)] + [np.ones(len(fold), bool)], axis=1)
-    masks = masks * (1.0 if row_weights is None else row_weights[:, None])
-    lr = _largest_step(task, Z, sgd.momentum, float(decays.max())) if sgd.lr is None else sgd.lr
+    shares = np.ones(len(fold)) if row_weights is None else row_weights / row_weights.mean()
+    masks = masks * shares[:, None]
+    lr = _largest_step(task, Z, shares, sgd.momentum, float(decays.max())) if sgd.lr is None else sgd.lr
     sgd = replace(sgd, lr=lr, batch_size=min(sgd.batch_size, len(fold)))
     targets, trained, rates = (torch.from_numpy(a.astype(np.float32)) for a in (task.one_hot(), masks, decays))
     weight, bias, curve = _train(Z, targets.to(Z.device), trained.to(Z.device), rates.to(Z.device), sgd, task.several)
@@ -153,7 +153,8 @@ def _fitted(
             part = torch.einsum("nd,scd->snc", Z[numbers], weight[k]) + bias[k][:, None]
             logits[:, numbers.cpu()] = part.cpu()
         each = metrics.binary_losses if task.several else metrics.losses
-        loss = np.array([each(part[counted].numpy(), task.y[counted]).mean() for part in logits])
+        held = [each(part[counted].numpy(), task.y[counted]).reshape(int(counted.sum()), -1) for part in logits]
+        loss = np.array([np.average(rows.mean(axis=1), weights=shares[counted]) for rows in held])
         best = int(np.argmin(loss))
         held_out = logits[best, counted].numpy()
         info["cross_validation"] = {"weight_decays": decays.tolist(), "log_loss": loss.tolist(), "folds": count}
@@ -164,18 +165,18 @@ def _fitted(
     return weight[-1, best].cpu().numpy(), bias[-1, best].cpu().numpy(), held_out
 
 
-def _largest_step(task: Task, Z: torch.Tensor, momentum: float, decay: float) -> float:
+def _largest_step(task: Task, Z: torch.Tensor, shares: np.ndarray, momentum: float, decay: float) -> float:
     """Heavy-ball SGD is stable below `2 (1 + momentum) / L`; a quarter of it leaves room for batch noise.
 
     L, the largest curvature of the mean loss, is at most 1/2 (softmax) or 1/4 (sigmoid) of the largest
-    eigenvalue of `Z^T Z / N`, here by 20 power iterations, plus the decay.
+    eigenvalue of `Z^T Z / N` with weighted rows, here by 20 power iterations, plus the decay.
     """
     import torch
 
-    v = torch.ones(Z.shape[1], device=Z.device)
+    v, w = torch.ones(Z.shape[1], device=Z.device), torch.from_numpy(shares.astype(np.float32)).to(Z.device)
     eigenvalue = 1.0
     for _ in range(20):
-        v = Z.T @ (Z @ (v / v.norm())) / len(Z)
+        v = Z.T @ (w * (Z @ (v / v.norm()))) / len(Z)
         eigenvalue = float(v.norm())
     bound = (0.25 if task.several else 0.5) * max(eigenvalue, 1.0) + decay
     return 0.5 * (1 + momentum) / bound

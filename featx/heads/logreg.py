@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from featx.head import Fitted, right
 from featx.solvers import training as _training
 from featx.solvers.design import Design
 from featx.solvers.examples import Examples
+from featx.solvers.finishing import finish
 from featx.solvers.newton import Solution
 from featx.solvers.path import Path, climb, minimise
 from featx.solvers.training import Task
@@ -36,7 +37,7 @@ def fit(
     device: str = "auto",
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 5,
-    class_weight: str | None = None,
+    class_weight: str | Mapping[str, float] | None = None,
     calibrate: bool = False,
     threshold: float | None = None,
     reject: float | None = None,
@@ -49,8 +50,9 @@ def fit(
     `folds` stratified folds of these rows is taken; only scored rows count, also for calibration and rejection.
     With one strength there is no cross-validation, unless calibration or a threshold needs it. Columns are
     standardised once, over all rows, without their labels.
-    class_weight: None or `balanced`. calibrate: fold in the temperature that is best on held-out rows.
-    threshold, reject: see `_training.finish`.
+    class_weight: None, `balanced` or weights by class name. calibrate: fold in the temperature that
+    is best on held-out rows.
+    threshold, reject: see `featx.solvers.finishing.finish`.
     device: `auto` takes a GPU, where there is one, for a fit that is large enough to gain by it; `cuda`
     requires one, `cpu` takes none.
     Raises `HeadError`.
@@ -77,9 +79,7 @@ def fit(
 
         weight, bias = _last(design, chosen, start, info)
         head = task.head(weight, bias)
-        head = _training.finish(
-            head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
-        )
+        head = finish(head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject)
     return Fitted(head, info | {"strength": chosen})
 
 
@@ -102,14 +102,15 @@ def _held_out(design: Design, found: Solution, fold: np.ndarray, counted: np.nda
 def _measured(
     path: Path, counted: np.ndarray, weights: np.ndarray | None, held_out: np.ndarray, task: Task, fold: np.ndarray
 ) -> dict[str, Any]:
-    total = float(counted.sum() if weights is None else weights[counted].sum())
+    total = float(counted.sum() if weights is None else weights[counted].sum() / weights.mean())
+    share = None if task.weights is None else task.weights[counted]
     solved = sorted(i for i, found in path.solved.items() if found.converged.all() or i == path.best)
     return {
         "folds": int(fold.max()) + 1,
         "strengths": [float(path.strengths[i]) for i in solved],
         "log_loss": [path.held(i) / total for i in solved],
         "best_log_loss": path.held(path.best) / total,
-        "accuracy": float(right(held_out, task.y[counted]).mean()),
+        "accuracy": float(np.average(right(held_out, task.y[counted]), weights=share)),
         "passes": path.passes,
     }
 

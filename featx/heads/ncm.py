@@ -10,6 +10,7 @@ import numpy as np
 from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
+from featx.solvers.finishing import finish
 from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
@@ -30,7 +31,7 @@ def fit(
     The rows are read in blocks. With several labels per image, the mean of each label's rows competes with the
     mean of all others. Answers do not depend on t; probabilities do: t has the least log-loss over held-out
     folds, drawn towards sqrt(D) while their rows are few; without folds it is sqrt(D).
-    threshold, reject: see `_training.finish`. device: unused. Raises `HeadError`.
+    threshold, reject: see `featx.solvers.finishing.finish`. device: unused. Raises `HeadError`.
     """
     task, fold, counted = _training.prepared(examples, class_names, folds, seed)
     info: dict[str, Any] = {"notes": task.notes}
@@ -52,9 +53,7 @@ def fit(
         info["notes"].append("probabilities are not calibrated: no image could be held out")
 
     calibrate = held_out is not None
-    head = _training.finish(
-        head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject
-    )
+    head = finish(head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject)
     return Fitted(head, info)
 
 
@@ -64,20 +63,20 @@ def _class_sums(task: Task, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     targets = task.one_hot()
     targets = np.concatenate([targets, 1 - targets], axis=1) if task.several else targets
-    folds = int(fold.max()) + 2
+    folds, own = int(fold.max()) + 2, np.ones(len(fold)) if task.weights is None else task.weights
     sums = np.zeros((folds, targets.shape[1], task.X.shape[1]))
     counts = np.zeros((folds, targets.shape[1]))
     for rows, part in _training.blocks(task.X):
         Z = task.standardise(part)
         for k in range(folds):
-            t = targets[rows] * (fold[rows] == (k if k < folds - 1 else -1))[:, None]
+            t = targets[rows] * own[rows, None] * (fold[rows] == (k if k < folds - 1 else -1))[:, None]
             sums[k] += t.T @ Z
             counts[k] += t.sum(axis=0)
     return sums, counts
 
 
 def _affine(sums: np.ndarray, counts: np.ndarray, several: bool) -> tuple[np.ndarray, np.ndarray]:
-    means = sums / np.maximum(counts, 1)[:, None]
+    means = sums / np.where(counts > 0, counts, 1)[:, None]
     weight, bias = means, -0.5 * (means**2).sum(axis=1)
     if several:
         (here, absent), (here_bias, absent_bias) = np.split(weight, 2), np.split(bias, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.design import SCRATCH, Design, spread
 from featx.solvers.examples import Examples
+from featx.solvers.finishing import finish
+from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
@@ -40,18 +43,20 @@ def fit(
     one group are left out together, `(I - H_GG)^-1 r_G`. Rows that count are the scored ones whose class has
     another group to be learned from; without any, the penalty is `UNMEASURED`. The logits are the scores over
     the temperature with the least log-loss on left-out rows, or, without such rows, the scores.
-    threshold, reject: see `_training.finish`. seed, device: unused. Raises `HeadError`.
+    threshold, reject: see `featx.solvers.finishing.finish`. seed, device: unused. Raises `HeadError`.
     """
     grid = _training.ascending(penalties, "penalties are positive numbers")
     with single_thread():
-        task = _training.check(examples.X, examples.y, class_names)
+        task = _training.check(examples.X, examples.y, class_names, examples.weights)
+        weights = np.ones(task.X.shape[0]) if task.weights is None else task.weights / task.weights.mean()
         able, notes = _training.measurable(task.y, examples.groups)
         counted = _training.counted(able, examples.scored)
         info: dict[str, Any] = {"notes": [*task.notes, *notes]}
 
-        design = Design(task, np.full(task.X.shape[0], -1))
+        design = Design(task if task.weights is None else _rooted(task, weights), np.full(task.X.shape[0], -1))
         groups = None if examples.groups is None else np.asarray(examples.groups)[design.order]
-        left_out = LeftOut(design, (2 * task.one_hot() - 1)[design.order], groups, counted[design.order])
+        targets = (2 * task.one_hot() - 1)[design.order]
+        left_out = LeftOut(design, targets, groups, counted[design.order], weights[design.order])
 
         scores = None
         if counted.any():
@@ -64,7 +69,7 @@ def fit(
             info["notes"].append("probabilities are not calibrated: no image could be left out")
 
         shrunk = left_out.coefficients / (design.eigenvalues + penalty * design.count)
-        head = _training.finish(
+        head = finish(
             task.head(*design.affine(np.concatenate([shrunk, left_out.centre[:, None]], 1))),
             task,
             info,
@@ -76,6 +81,12 @@ def fit(
             reject=reject,
         )
     return Fitted(head, info | {"penalty": penalty})
+
+
+def _rooted(task: Task, weights: np.ndarray) -> Task:
+    """Rows times the square roots of their weights `[N]`, which are those of a problem without weights; in memory."""
+    X = task.standard() * np.sqrt(weights, dtype=np.float32)[:, None]
+    return replace(task, X=X, mean=np.zeros_like(task.mean), scale=np.ones_like(task.scale))
 
 
 def _choose(left_out: LeftOut, grid: np.ndarray, info: dict[str, Any]) -> float:
@@ -108,19 +119,24 @@ class LeftOut:
         targets: np.ndarray,
         groups: np.ndarray | None = None,
         counted: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
         dtype: Any = None,
     ) -> None:
-        """targets `float32 [N, C]`, groups `int [N]` and the rows that count, `bool [N]`, in `design`'s order,
-        whose rows are rotated here, once. dtype: of the arithmetic; by default double precision for small data.
+        """targets `float32 [N, C]`, groups `int [N]`, the rows that count, `bool [N]`, and weights `float [N]` of mean
+        1, all in `design`'s order, whose rows are times the square roots of the weights. The rows are rotated here,
+        once. dtype: of the arithmetic; by default double precision for small data.
         """
         self.design, self.targets = design, targets
         self.dtype = dtype = dtype or (np.float64 if design.count * design.size < EXACT else np.float32)
         self.counted = np.ones(design.count, bool) if counted is None else counted
         self.alone, self.blocks = _shared_groups(groups, design.count, design.size - 1)
         design.rotate(dtype)
-        self.centre = targets.mean(axis=0, dtype=np.float64)
+        self.weights = np.ones(design.count) if weights is None else weights
+        self.centre = (targets * self.weights[:, None]).mean(axis=0, dtype=np.float64)
         """`[C]`."""
-        T, (C, width) = (targets - self.centre).astype(dtype), (targets.shape[1], design.rows.shape[1] - 1)
+        self.root = np.sqrt(self.weights)[:, None]
+        self.T = T = ((targets - self.centre) * self.root).astype(dtype)
+        C, width = targets.shape[1], design.rows.shape[1] - 1
 
         def product(rows: slice, into: np.ndarray) -> None:
             into += T[rows].T @ np.asarray(design.rows[rows], dtype)[:, :-1]
@@ -132,8 +148,7 @@ class LeftOut:
 
     def errors(self, penalties: np.ndarray) -> np.ndarray:
         """Mean squared left-out errors `float64 [S]` of every penalty."""
-        design, dtype, S = self.design, self.dtype, len(penalties)
-        T = (self.targets - self.centre).astype(dtype)
+        design, dtype, S, T = self.design, self.dtype, len(penalties), self.T
         C, size = T.shape[1], design.size - 1
         inverse = 1 / (design.eigenvalues[:, None] + penalties)  # [rank, S]
         solve = (self.coefficients.T[:, None, :] * inverse[:, :, None]).reshape(size, S * C).astype(dtype)
@@ -152,38 +167,38 @@ class LeftOut:
         for members in self.blocks:
             Q = design.rotated(members.ravel(), np.float64).reshape(*members.shape, size)
             for s, penalty in enumerate(penalties):
-                residual = self._together(Q, T[members], penalty)
+                residual = self._together(Q, members, penalty)
                 errors[s] += (residual[self.counted[members]] ** 2).sum()
-        return np.asarray(errors / (self.counted.sum() * C))
+        return np.asarray(errors / (self.weights[self.counted].sum() * C))
 
     def scores(self, penalty: float) -> np.ndarray:
         """Each row's scores when it is left out, `float32 [N, C]`, in `design`'s order."""
-        design, dtype, targets = self.design, self.dtype, self.targets
+        design, dtype, targets, root = self.design, self.dtype, self.targets, self.root.astype(self.dtype)
         values, scores = design.eigenvalues + penalty, np.empty(targets.shape, np.float32)
         solve, shrunk = (self.coefficients / values).T.astype(dtype), (1 / values).astype(dtype)
 
         def left_out(rows: slice, _: None) -> None:
             fitted, kept = self._fitted(rows, solve, shrunk)
-            scores[rows] = targets[rows] - (targets[rows] - self.centre.astype(dtype) - fitted) / kept[:, None]
+            scores[rows] = targets[rows] - (self.T[rows] - fitted) / (kept[:, None] * root[rows])
 
         step, flops = max(64, SCRATCH // (design.size + targets.shape[1])), float(design.count) * design.size**2
         spread(left_out, design.count, step, lambda: None, flops)
         for members in self.blocks:
             Q = design.rotated(members.ravel(), np.float64).reshape(*members.shape, -1)
-            T = targets[members] - self.centre
-            scores[members] = targets[members] - self._together(Q, T, penalty)
+            scores[members] = targets[members] - self._together(Q, members, penalty) / self.root[members]
         return scores
 
     def _fitted(self, rows: slice, solve: np.ndarray, shrunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Centred scores of rows that are not left out, and `1 - h`, with h a row's own share of its fit."""
         Q = self.design.rotated(rows, self.dtype)
-        return Q @ solve, np.maximum(1 - ((Q * Q) @ shrunk + 1 / self.design.count), 1e-9)
+        own = (self.weights[rows] / self.design.count).astype(self.dtype)
+        return Q @ solve, np.maximum(1 - ((Q * Q) @ shrunk + (own if shrunk.ndim == 1 else own[:, None])), 1e-9)
 
-    def _together(self, Q: np.ndarray, T: np.ndarray, penalty: float) -> np.ndarray:
+    def _together(self, Q: np.ndarray, members: np.ndarray, penalty: float) -> np.ndarray:
         """Left-out residuals `[G, k, C]` of groups whose rotated rows are Q `float64 [G, k, rank]`."""
         values = self.design.eigenvalues + penalty
-        residual = T - Q @ (self.coefficients / values).T
-        hat = (Q / values) @ np.swapaxes(Q, 1, 2) + 1 / self.design.count
+        residual, root = self.T[members] - Q @ (self.coefficients / values).T, self.root[members]
+        hat = (Q / values) @ np.swapaxes(Q, 1, 2) + root @ np.swapaxes(root, 1, 2) / self.design.count
         left_out: np.ndarray = np.linalg.solve(np.eye(Q.shape[1]) - hat, residual)
         return left_out
 

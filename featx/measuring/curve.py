@@ -20,6 +20,7 @@ from featx.options import Options
 from featx.records import convert, write_record
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
+from featx.state import ordinary
 
 RESAMPLES = 1000
 MAX_SIZES = 7
@@ -81,6 +82,7 @@ class Curve:
         return "\n".join(["images  accuracy  95% interval      subsets", *lines, self.verdict])
 
 
+@ordinary()
 def learning_curve(
     run: str | Path | Run,
     *,

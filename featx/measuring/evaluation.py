@@ -22,6 +22,7 @@ from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
 from featx.sources.opening import open_source
 from featx.sources.source import Source
+from featx.state import ordinary
 from featx.text import near, printable, some
 
 OTHER = "other"
@@ -141,6 +142,7 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@ordinary()
 def evaluate(
     run: str | Path | Run,
     data: str | Path | Source,
@@ -206,6 +208,7 @@ def _require_known(run: Run, source: Source) -> None:
         )
 
 
+@ordinary()
 def evaluate_logits(
     logits: np.ndarray, y: np.ndarray, head: Head, labels: Sequence[str], ids: Sequence[str] | None = None
 ) -> Report:

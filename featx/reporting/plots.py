@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from featx.files import write_atomic
 from featx.metrics import wilson
+from featx.state import FILTERS
 from featx.text import printable
 
 # Drawn as such in PNG files; in a page `svg` makes CSS variables of them, which follow light and dark.
@@ -84,7 +85,7 @@ def png(figure: Figure, path: Path, dpi: int = 150) -> None:
 
 def _saved(figure: Figure, **options: Any) -> bytes:
     file = io.BytesIO()
-    with warnings.catch_warnings():
+    with FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser has it, a PNG file shows a box
         figure.savefig(file, **options)
     figure.set_layout_engine("none")  # it stays where it is; a layout takes longer than drawing

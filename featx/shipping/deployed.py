@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from featx.devices import available_threads
 from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, NewerError
 from featx.files import MOST_NETWORK_BYTES, read_plain
@@ -15,6 +17,7 @@ from featx.options import Input, home
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert, warn_older
 from featx.seals import SEAL, is_current, is_sealed
+from featx.state import lost_by_fork
 from featx.text import from_json, near
 
 FORMAT = "1"
@@ -60,7 +63,10 @@ class Model:
         `coreml`, `openvino`, `cpu`); by default the CPU. threads: for the model, by default
         one per core. head: a head exported alone, to apply to the features of `path`.
         """
-        self.path = Path(home(path))
+        self.path, head = Path(home(path)), None if head is None else Path(home(head))
+        whole = self.path.absolute(), head and head.absolute()
+        self._again = {"path": whole[0], "providers": providers, "threads": threads, "head": whole[1]}
+        self._process = os.getpid()
         data, self.metadata = read_model(self.path)
         self.input: str = self.metadata["input"]
         if self.input == "features":
@@ -69,7 +75,7 @@ class Model:
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._head, described = None, self.metadata
         if head is not None:
-            data, described = read_model(head := Path(home(head)))
+            data, described = read_model(head)
             self._require_fitting(described, head)
             self._head = open_session(data, providers=providers, threads=1)
         elif "probabilities" not in self.outputs:
@@ -81,6 +87,16 @@ class Model:
         self.activation: str = described["activation"]
         self.threshold: float | None = described["threshold"]
         self.preprocess = Preprocess.from_dict(self.metadata["preprocess"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._again | {"metadata": self.metadata}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the file where it lies. Raises `ExportError` where another one lies there by now."""
+        metadata = state.pop("metadata")
+        self.__init__(**state)  # type: ignore[misc]
+        if self.metadata != metadata:
+            raise ExportError(f"{self.path} is another export than the one this Model was made of; open it by its path")
 
     def _require_fitting(self, metadata: dict[str, Any], path: Path) -> None:
         """Raise `ExportError` unless a head exported alone takes the features of this file."""
@@ -103,6 +119,14 @@ class Model:
 
         features: give `float32 [N, D]` as well. Raises `ExportError` where the file cannot be run on these images.
         """
+        images = np.asarray(images)
+        if images.ndim != 4:
+            raise ExportError(
+                f"expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}; "
+                "featx.predict(model, images) takes images of any kind"
+            )
+        if self._process != os.getpid():  # a fork has left the session's threads behind, which it would wait for
+            self.__setstate__(self.__getstate__())
         names = ["probabilities"] if self._head is None else []
         if features or self._head is not None:
             self.require_features()
@@ -162,14 +186,14 @@ def open_session(model: bytes, *, providers: list[str] | None = None, threads: i
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or available_threads()
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # else bytes in a format of onnxruntime's own, which `scan` does not read, can lie between an ONNX file's fields
     options.add_session_config_entry("session.load_model_format", "ONNX")
     chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
     try:
-        return onnxruntime.InferenceSession(model, options, providers=chosen)
+        return lost_by_fork(onnxruntime.InferenceSession(model, options, providers=chosen))
     except Exception as error:  # as above
         raise ExportError(f"onnxruntime does not take the file: {error}") from error
 

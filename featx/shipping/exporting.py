@@ -24,6 +24,7 @@ from featx.shipping.deployed import FORMAT, read_model
 from featx.shipping.gate import IMAGES, gate_images
 from featx.shipping.parity import Parity
 from featx.sources.source import Source
+from featx.state import ordinary
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -33,6 +34,7 @@ DEFAULT = {"pixels": "model.onnx", "tensor": "model-tensor.onnx", "features": "h
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "log_loss", "mean_average_precision")
 
 
+@ordinary()
 def export(
     run: str | Path | Run,
     *,
@@ -83,6 +85,7 @@ def export(
     return found
 
 
+@ordinary()
 def check(
     model: str | Path, run: str | Path | Run, *, images: int = IMAGES, split: Split = "val", factory: str | None = None
 ) -> Parity:

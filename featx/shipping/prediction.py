@@ -24,12 +24,14 @@ from featx.files import make_folder, open_plain, write_chunks
 from featx.head import answers
 from featx.options import home
 from featx.shipping.deployed import Model
+from featx.sources.memory import MISSING, one_by_one
 from featx.sources.own import is_own
 from featx.sources.source import EXTENSIONS, left_out, read_image
 from featx.text import cell, encodable, printable, some
 from featx.threads import ahead
 
-Image = str | Path | bytes | np.ndarray
+Image = Any
+"""What `featx.sources.memory` takes."""
 # How a file of answers begins.
 _ANSWERS = (codecs.BOM_UTF8 + b"image,label,probability", b"image,label,probability", b'{"image": ')
 
@@ -88,13 +90,15 @@ def predict(
 ) -> Iterator[Prediction]:
     """One `Prediction` per image, in order, as soon as its batch is done.
 
-    images: a file, a folder (with the folders in it), a glob (`photos/**/*.jpg`), an image file's bytes,
-    `uint8 [H, W, 3]` RGB, or an iterable of these, which is read as it is needed: memory does not grow
-    with it. workers: decoding threads, by default one per core; they decode the next images while
-    onnxruntime computes. model: a path, or a `Model` with threads, providers or a head of your choice.
+    images: a file, a folder (with the folders in it), a glob (`photos/**/*.jpg`), an image file's bytes, a Pillow
+    image, an open file (read from its start), `uint8 [H, W, 3]` RGB, a batch `[N, H, W, 3]`, a column of a table, or
+    an iterable of these, which is read as it is needed: memory does not grow with it. workers: decoding threads, by
+    default one per core; they decode the next images while onnxruntime computes. model: a path, or a `Model` with
+    threads, providers or a head of your choice.
 
     An image that cannot be used gives a prediction with an `error`, and the others go on. Raises
-    `ExportError` for a file that featx did not export, `SourceError` for a folder without images.
+    `ExportError` for a file that featx did not export, `SourceError` for a folder without images and for what is
+    no image, such as a number or a mapping.
     """
     if batch_size < 1 or top_k < 1:
         raise ExportError(f"batch_size and top_k start at 1; got {batch_size} and {top_k}")
@@ -109,7 +113,7 @@ def _predict(
 ) -> Iterator[Prediction]:
     def load(numbered: tuple[int, Image]) -> tuple[str, np.ndarray | ImageError]:
         number, image = numbered
-        name = os.fspath(image) if isinstance(image, str | Path) else f"image {number}"
+        name = image if isinstance(image, str) else f"image {number}"
         try:
             return name, pixels(model, image)
         except ImageError as error:
@@ -138,6 +142,8 @@ def pixels(model: Model, image: Image) -> np.ndarray:
     `uint8 [resize, resize, 3]` around the crop, which the graph's own resize leaves as it is; or
     `uint8 [3, crop, crop]` where the file takes that. Raises `ImageError`.
     """
+    if image is None:
+        raise ImageError(MISSING)
     data = read_image(image) if isinstance(image, str | Path) else image
     if model.input == "tensor":
         return model.preprocess(data)
@@ -164,13 +170,13 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
     """Single images out of what `predict` takes: folders are walked in order, globs filled in.
 
     In a folder, images are recognised by their names, as in class folders; files named one by one may be anything
-    that decodes. Raises `SourceError` for a folder or a glob without images.
+    that decodes. Raises `SourceError` for a folder or a glob without images, and for what is no image at all.
     """
-    for image in [images] if isinstance(images, str | Path | bytes | np.ndarray) else images:
-        if not isinstance(image, str | Path):
-            yield image
+    for text in one_by_one(images):
+        if not isinstance(text, str):
+            yield text
             continue
-        text = os.fspath(home(image))
+        text = os.fspath(home(text))
         found = iter([text])
         if os.path.isdir(text):
             found, lacking = _walk(text), f"{printable(text)} has no image in it ({', '.join(EXTENSIONS)})"

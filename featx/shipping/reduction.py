@@ -24,6 +24,7 @@ from featx.shipping.deployed import open_session
 from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put
 from featx.shipping.gate import BATCH, IMAGES, Images, batches, gate_images
 from featx.shipping.parity import distances
+from featx.state import ordinary
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -98,6 +99,7 @@ class Reduction:
         )
 
 
+@ordinary()
 def export_reduced(
     run: str | Path | Run,
     precision: Reduced,

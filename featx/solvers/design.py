@@ -42,9 +42,8 @@ class Design:
         scored: np.ndarray | None = None,
         torch_device: str = "",
     ) -> None:
-        """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, the rows whose
-        held-out loss counts. torch_device: the device on which torch makes the passes, `cuda:0`; empty for numpy.
-        A memory map, and anything that is not an array, is streamed in blocks.
+        """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, rows whose held-out loss
+        counts. torch_device: where torch makes the passes, `cuda:0`; empty for numpy. What is no array is streamed.
         """
         several = task.several
         self.paired = not several and len(task.class_names) == 2  # one column for both classes
@@ -61,7 +60,8 @@ class Design:
         y = task.y[order]
         self.y: Array = y[:, None] if self.paired else y
         self.fold: Array = fold[order]
-        self.weights: Array = np.ones(self.count) if weights is None else weights[order]
+        self.mean = 1.0 if weights is None else float(weights.mean())  # the solver's steps expect weights around 1
+        self.weights: Array = np.ones(self.count) if weights is None else weights[order] / self.mean
         self.scored: Array = np.ones(self.count, bool) if scored is None else scored[order]
         self.rotation: np.ndarray | None = None  # float64 [D, rank]: coordinates -> standardised features
         self.dual: np.ndarray | None = None  # set where rows were rotated instead

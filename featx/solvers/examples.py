@@ -23,6 +23,8 @@ class Examples:
     """`int [N]`: rows that share a number share a fold, and are left out together. None: each row is alone."""
     scored: np.ndarray | None = None
     """`bool [N]`: the held-out rows that count when a head chooses. None: all of them."""
+    weights: np.ndarray | None = None
+    """`float [N]` above 0: a row counts as so many equal rows of its group. None: 1 each."""
 
     @classmethod
     def of_views(cls, views: Sequence[Rows], y: np.ndarray, groups: np.ndarray | None = None) -> Examples:

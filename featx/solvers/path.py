@@ -24,7 +24,7 @@ def minimise(
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
     from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and until the held-out loss no longer changes.
     """
-    found = Solution.unsolved(strengths, member, start)
+    found = Solution.unsolved(strengths * design.mean, member, start)
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance)
@@ -78,7 +78,7 @@ class Path:
 
     def __init__(self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5) -> None:
         self.design, self.strengths, self.members, self.tolerance = design, strengths, members, tolerance
-        self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / strengths[:, None]
+        self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / (design.mean * strengths[:, None])
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
         """By the index of the strength: a problem per member."""

@@ -1,19 +1,19 @@
-"""What every trained head shares: checked input, scaling, folds, calibration, the reject threshold."""
+"""What every trained head shares: checked input, scaling, weights, folds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 
-from featx import metrics
 from featx.errors import HeadError
 from featx.features import Rows
 from featx.head import Activation, Head
+from featx.options import fits
 from featx.solvers.examples import Examples
+from featx.text import near
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
 # A column whose spread is below this share of its mean is rounding noise, not information.
@@ -21,8 +21,6 @@ CONSTANT = 1e-6
 # Logits are clipped this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would
 # make the products denormal, which takes ten times as long.
 FLOOR = -60.0
-LEAST_REJECT = 0.5
-"""Nobody asks for answers that are wrong more often than right: a smaller `reject` means something else."""
 
 
 def blocks(X: Rows) -> Iterator[tuple[slice, np.ndarray]]:
@@ -48,6 +46,8 @@ class Task:
     """`float64 [D]`: the standard deviation (of N). Infinite for constant columns, which standardises them to 0
     and folds whatever weight they have to exactly 0."""
     notes: list[str] = field(default_factory=list)
+    weights: np.ndarray | None = None
+    """`float64 [N]`, see `Examples`."""
 
     @property
     def several(self) -> bool:
@@ -81,18 +81,22 @@ class Task:
         return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, activation)
 
 
-def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
+def check(X: Rows, y: np.ndarray, class_names: Sequence[str], weights: np.ndarray | None = None) -> Task:
     """Check training data and measure its columns, in one pass over X.
 
-    X: float `[N, D]`; y: `int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image.
-    Raises `HeadError` for shapes or labels that do not fit, NaN or infinite features (the first such row is named),
-    fewer than two classes with images, and features that are all constant.
+    X: float `[N, D]`; y: `int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image; weights: see `Examples`.
+    Raises `HeadError` for shapes, labels or weights that do not fit, NaN or infinite features (the first such row is
+    named), fewer than two classes with images, and features that are all constant.
     """
     y, names, notes = np.asarray(y), list(class_names), []
     if len(X.shape) != 2 or not X.shape[0] or not X.shape[1]:
         raise HeadError(f"expected features [N, D] with rows and columns, got {list(X.shape)}")
     if len(y) != X.shape[0]:
         raise HeadError(f"{X.shape[0]} rows of features and {len(y)} labels do not match")
+    if weights is not None:
+        weights = np.asarray(weights, np.float64)
+        if weights.shape != y.shape[:1] or not (np.isfinite(weights) & (weights > 0)).all():
+            raise HeadError(f"weights are {len(y)} finite numbers above 0; leave rows of weight 0 out")
 
     if y.ndim == 2:
         if y.shape[1] != len(names) or not np.isin(y, (0, 1)).all():
@@ -116,24 +120,26 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str]) -> Task:
         some = ", ".join(repr(names[i]) for i in left_out[:5])
         notes.append(f"{len(left_out)} classes cannot be learned from these training images: {some}")
 
-    mean, scale, constant = _columns(X)
+    mean, scale, constant = _columns(X, weights)
     if constant.all():
         raise HeadError("all features are constant: every image looks the same to this backbone and layer")
     if constant.any():
         notes.append(f"{int(constant.sum())} of {len(constant)} feature columns are constant and get no weight")
-    return Task(X, y, tuple(names[i] for i in kept), mean, scale, notes)
+    return Task(X, y, tuple(names[i] for i in kept), mean, scale, notes, weights)
 
 
-def _columns(X: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(X: Rows, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and constancy of each column; sums are relative to the first row: nothing cancels."""
     first = np.asarray(X[0:1], np.float32)
     total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    shares = np.ones(X.shape[0], np.float32) if weights is None else (weights / weights.mean()).astype(np.float32)
     for rows, part in blocks(X):
         for start in range(0, len(part), 512):  # small enough to stay in the cache
             with np.errstate(over="ignore", invalid="ignore"):
-                centred = part[start : start + 512] - first
-                total += np.ones(len(centred), np.float32) @ centred
-                squares += np.einsum("nd,nd->d", centred, centred)
+                centred, share = part[start : start + 512] - first, shares[rows][start : start + 512]
+                total += share @ centred
+                weighted = centred if weights is None else centred * share[:, None]
+                squares += np.einsum("nd,nd->d", weighted, centred)
         if not (np.isfinite(total).all() and np.isfinite(squares).all()):
             bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
             where = f"row {rows.start + bad[0]}" if len(bad) else f"rows {rows.start} to {rows.stop}"
@@ -166,7 +172,7 @@ def prepared(
     """A checked task, with notes on its folds, too; its `folds`, `int64 [N]`, `count` of them; and the rows that are
     measured when they are held out, `bool [N]`.
     """
-    task = check(examples.X, examples.y, class_names)
+    task = check(examples.X, examples.y, class_names, examples.weights)
     fold, notes = folds(task.y, count, groups=examples.groups, seed=seed)
     return replace(task, notes=[*task.notes, *notes]), fold, counted(fold >= 0, examples.scored)
 
@@ -259,140 +265,28 @@ def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
     return np.asarray(able & scored)
 
 
-def class_weights(task: Task, class_weight: str | None) -> np.ndarray | None:
-    """Row weights `float64 [N]` with mean 1, None for all 1. `balanced`: N / (C * images of the class).
+def class_weights(task: Task, class_weight: str | Mapping[str, float] | None) -> np.ndarray | None:
+    """Row weights `float64 [N]`, those of the task times those of the classes; None for all 1.
 
-    Raises `HeadError` for another `class_weight`, and for `balanced` with several labels per image.
+    class_weight: `balanced` (N / (C * images of the class), each image counted by its weight), or weights above 0 by
+    class name, 1 for a name that is left out. Raises `HeadError` for others, and with several labels per image.
     """
     if class_weight is None:
-        return None
-    if class_weight != "balanced":
-        raise HeadError(f"class_weight is None or 'balanced', not {class_weight!r}")
+        return task.weights
     if task.several:
-        raise HeadError("class_weight='balanced' needs one label per image")
-    counts = np.bincount(task.y)
-    return np.asarray((len(task.y) / (len(counts) * counts))[task.y])
-
-
-def finish(
-    head: Head,
-    task: Task,
-    info: dict[str, Any],
-    held_out: np.ndarray | None,
-    counted: np.ndarray,
-    *,
-    measured_on: str = "held-out folds of the training images",
-    calibrate: bool,
-    threshold: float | None,
-    reject: float | None,
-) -> Head:
-    """Apply what is measured on held-out rows: a calibration temperature, then a reject threshold.
-
-    held_out: logits `[M, C]` of the rows `counted`, `bool [N]`, each by the fold that left it out; None without
-    such rows. threshold: the probability below which an answer is rejected; reject: an accuracy in [0.5, 1), which
-    takes the lowest threshold that reaches it on held-out rows. Writes its figures to `info`. Raises `HeadError`
-    for both at once, numbers out of range, `reject` with several labels per image, and held-out rows that are missing.
-    """
-    if reject is not None and not LEAST_REJECT <= reject < 1:
-        meant = f"reject={reject / 100:g}" if 50 <= reject < 100 else "reject=0.95"
-        raise HeadError(
-            f"reject is the accuracy that answers must reach, at least {LEAST_REJECT} and below 1, not {reject}: with "
-            f"{meant} the images of whose class the head is not sure enough are rejected, as many as that takes"
-        )
-    if threshold is not None and reject is not None:
-        raise HeadError("give threshold (a probability) or reject (an accuracy to reach), not both")
-    if not (calibrate or threshold is not None or reject is not None):
-        return head
-    if task.several and reject is not None:
-        raise HeadError("reject needs one label per image")
-    if held_out is None:
-        if calibrate or reject is not None:
-            raise HeadError("calibration and reject need held-out folds; there are too few training images")
-        return _with(head, 1.0, threshold)
-
-    y, temperature = task.y[counted], 1.0
-    if calibrate:
-        temperature = _temperature(held_out, y)
-        info["calibration"] = {
-            "temperature": temperature,
-            "ece_before": _ece(head, held_out, y),
-            "ece_after": _ece(head, held_out / temperature, y),
-            "measured_on": measured_on,
-        }
-
-    if not task.several and (threshold is not None or reject is not None):
-        probabilities = head.probabilities(held_out / temperature)
-        confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
-        if reject is not None:
-            threshold = _threshold(confidence, right, reject)
-        answered = confidence >= threshold
-        info["rejection"] = {
-            "threshold": threshold,
-            "coverage": float(answered.mean()),
-            "accuracy": float(right[answered].mean()) if answered.any() else 0.0,
-            "accuracy_without": float(right.mean()),
-            "measured_on": measured_on,
-        }
-    return _with(head, temperature, threshold)
-
-
-def _with(head: Head, temperature: float, threshold: float | None) -> Head:
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise HeadError(f"a threshold is a probability in [0, 1], not {threshold}")
-    weight, bias = head.weight / np.float32(temperature), head.bias / np.float32(temperature)
-    return Head(weight, bias, head.class_names, head.activation, threshold)
-
-
-def _ece(head: Head, logits: np.ndarray, y: np.ndarray) -> float:
-    p = head.probabilities(logits)
-    if y.ndim == 2:
-        said = head.answers(p)
-        return metrics.calibration_error(np.where(said, p, 1 - p).ravel(), (said == (y > 0)).ravel())
-    return metrics.calibration_error(p.max(axis=1), p.argmax(axis=1) == y)
-
-
-def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
-    """The most probable temperature in [1/1000, 1000]: least log-loss, summed over rows, plus `(log T)^2 / 2`.
-
-    That term is a standard normal prior on log T. Few rows are often all answered right; their log-loss falls
-    for ever as T goes to 0, and the first mistake on a new image then costs all that was gained. A weak prior
-    is the remedy of Gelman, Jakulin, Pittau and Su (2008, Annals of Applied Statistics 2, 1360-1383) for
-    logistic regression on linearly separable rows. At T = 1/5 or 5 it weighs as much as two rows answered blindly, so
-    it hardly affects hundreds of images with some mistakes among them. T = 1 is a natural centre: probabilities
-    of a logistic fit, ridge's scores of -1 and 1, distances over sqrt(D). Platt's smoothed targets (1999), the
-    other usual remedy, give new rows a higher log-loss, except for logistic fits to fewer than a hundred images.
-
-    Newton's method over `-log T`; a step out of the bracket is replaced by a bisection.
-    """
-    z = np.asarray(logits, np.float64)
-    low, high, u = -np.log(1e3), np.log(1e3), 0.0
-    for _ in range(60):
-        scale = np.exp(u)
-        if y.ndim == 2:
-            p = 0.5 * (1 + np.tanh(0.5 * scale * z))
-            slope, curve = (z * (p - y)).sum(), (z * z * p * (1 - p)).sum()
-        else:
-            p = np.exp(scale * (z - z.max(axis=1, keepdims=True)))
-            p /= p.sum(axis=1, keepdims=True)
-            mean = np.einsum("nc,nc->n", p, z)
-            slope = (mean - z[np.arange(len(y)), y]).sum()
-            curve = np.einsum("nc,nc,nc->", p, z, z) - (mean**2).sum()
-        # from derivatives over 1 / T to those over its logarithm, and the prior's
-        slope, curve = scale * slope + u, scale**2 * curve + scale * slope + 1
-        low, high = (u, high) if slope < 0 else (low, u)
-        step = u - slope / curve if curve > 0 else np.inf
-        if abs(step - u) < 1e-6:
-            break
-        u = float(step) if low < step < high else float(low + high) / 2
-    return float(np.exp(-u))
-
-
-def _threshold(confidence: np.ndarray, right: np.ndarray, accuracy: float) -> float:
-    """The lowest confidence from which on the answers reach `accuracy`; HeadError where none does."""
-    order = np.argsort(-confidence, kind="stable")
-    reached = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    last = np.append(np.diff(confidence[order]) != 0, True)  # equal confidences are answered together
-    good = np.flatnonzero((reached >= accuracy) & last)
-    if not len(good):
-        raise HeadError(f"no threshold reaches an accuracy of {accuracy:.3g} on held-out images")
-    return float(confidence[order[good[-1]]])
+        raise HeadError(f"class_weight={class_weight!r} needs one label per image")
+    own = np.ones(len(task.y)) if task.weights is None else task.weights
+    if class_weight == "balanced":
+        totals = np.bincount(task.y, own)
+        return np.asarray(own * (totals.sum() / (len(totals) * totals))[task.y])
+    if isinstance(class_weight, str):
+        raise HeadError(f"class_weight is None or 'balanced', or weights by class name, not {class_weight!r}")
+    for name, weight in class_weight.items():
+        if name not in task.class_names:
+            known = list(task.class_names)
+            raise HeadError(f"class_weight names {name!r}, of which there is no training image.{near(name, known)}")
+        if not fits(weight, float) or not 0 < weight < np.inf:
+            raise HeadError(
+                f"the weight of a class is a number above 0, not {weight!r}; to leave a class out, leave its images out"
+            )
+    return np.asarray(own * np.array([float(class_weight.get(name, 1)) for name in task.class_names])[task.y])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
+from typing import Any
 
 from featx.errors import SourceError
 from featx.options import home
@@ -12,14 +12,19 @@ from featx.sources.source import Source
 from featx.text import near, printable
 
 
-def open_source(uri: str | Path | Source) -> Source:
-    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest; a `Source` is returned.
+def open_source(uri: Any) -> Source:
+    """List a data set: a folder of images, or a `.csv`, `.jsonl` or `.parquet` manifest; a `Source` is returned, and
+    anything else holds images without labels, see `featx.sources.memory`.
 
     Folders: `root/class/**/*.jpg`, `root/{train,val,test}/class/**/*.jpg`, or images without labels
     directly in `root`. docs/data.md shows each. Raises `SourceError` for anything else.
     """
     if isinstance(uri, Source):
         return uri
+    if not isinstance(uri, str | os.PathLike):
+        from featx.sources.memory import Images
+
+        return Images.of(uri)
     path = os.fspath(home(uri))
     try:
         found = os.stat(path)

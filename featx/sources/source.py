@@ -91,7 +91,7 @@ def left_out(name: str) -> str | None:
     return f"featx does not read {suffix}; convert it to JPEG or PNG" if suffix in UNREAD else None
 
 
-def read_image(path: str | Path) -> bytes:
+def read_image(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file. Raises `ImageError`, whose text does not name the image."""
     try:
         # looked at before it is opened: opening a pipe would wait for ever

@@ -21,11 +21,12 @@ from sharing import session_cache
 
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.engines.onnx import OnnxEngine, _reason, accelerated, backbone_onnx, to_onnx
+from featx.engines.onnx import OnnxEngine, _lasting, _reason, accelerated, backbone_onnx, to_onnx
 from featx.engines.opening import open_engine
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import ExportError, FeatxError, StoreError, WeightsError
 from featx.features import TOLERANCE, difference
+from featx.records import read_record, write_record
 
 REQUEST = calibrated("resnet18")
 
@@ -203,7 +204,7 @@ def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
 
     def fails(*args: object, **kwargs: object) -> None:
         calls.append(1)
-        raise RuntimeError("no such operator\nand much more")
+        raise torch.onnx.errors.UnsupportedOperatorError("aten::no such operator", 18, None)
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     for _ in range(2):  # the second time it is known, and not tried again
@@ -217,6 +218,52 @@ def test_where_export_fails_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
     with torch.inference_mode():
         reference = load_backbone(request).module(torch.from_numpy(pixels)).numpy()
     assert difference(engine(pixels), reference) <= TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (torch.onnx.errors.UnsupportedOperatorError("aten::x", 18, None), True),
+        (torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode(None), True),  # type: ignore[arg-type]
+        (NotImplementedError("aten::x"), True),
+        (MemoryError(), False),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (torch.OutOfMemoryError(), False),
+    ],
+)
+def test_only_an_error_that_will_come_again_lasts(error: Exception, lasts: bool) -> None:
+    assert _lasting(error) == lasts
+    wrapped = torch.onnx.OnnxExporterError("This is step 1/3")
+    wrapped.__cause__ = error
+    assert _lasting(wrapped) == lasts
+
+
+def test_what_went_wrong_once_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small, real = resolve(request, tmp_path), torch.onnx.export
+
+    def fails(*args: object, dynamo: bool, **kwargs: object) -> None:
+        if dynamo:  # one of the two ways can never work, the other may
+            raise torch.onnx.errors.SymbolicValueError("no way", None)  # type: ignore[arg-type]
+        raise MemoryError
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.warns(RuntimeWarning, match="torch runs it instead"):
+        assert open_engine(request, small, cache=tmp_path, device="cpu").name == "torch-cpu"
+    monkeypatch.setattr(torch.onnx, "export", real)
+    assert open_engine(request, small, cache=tmp_path, device="cpu").name == "onnxruntime"
+
+
+def test_a_record_of_an_older_version_that_nothing_works_heals(tmp_path: Path) -> None:
+    request = BackboneRequest("small:backbone_normed", weights="random")
+    small = resolve(request, tmp_path)
+    path = backbone_onnx(request, small, tmp_path)
+    record = read_record(path.with_suffix(".json"))[0]
+    path.unlink()
+    known = {name: record[name] for name in ("graph", "libraries")}
+    write_record(path.with_suffix(".json"), known | {"error": "cannot be exported (KeyError: 'a')"})
+    assert backbone_onnx(request, small, tmp_path).read_bytes()
 
 
 def test_where_tracing_fails_the_program_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,4 +133,4 @@ def test_the_largest_step_is_stable_and_no_larger() -> None:
     task = _training.check(X, y, names)
     Z = torch.from_numpy(task.standard())
     largest = np.linalg.eigvalsh((Z.T @ Z / len(Z)).numpy())[-1]
-    assert linear._largest_step(task, Z, 0.9, 0.0) == pytest.approx(0.95 / (0.5 * largest), rel=0.1)
+    assert linear._largest_step(task, Z, np.ones(len(Z)), 0.9, 0.0) == pytest.approx(0.95 / (0.5 * largest), rel=0.1)

@@ -14,6 +14,7 @@ from featx import learning, metrics
 from featx.cache.streaming import Stacked
 from featx.errors import HeadError
 from featx.head import Fitted
+from featx.solvers import finishing
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 
@@ -214,7 +215,7 @@ def test_the_temperature_is_the_most_probable_one() -> None:
 
         for loss, labels in ((one, y), (each, several)):
             best = minimize_scalar(loss, bounds=(-6.5, 6.5), method="bounded", options={"xatol": 1e-6}).x
-            assert _training._temperature(z, labels) == pytest.approx(np.exp(best), rel=1e-4)
+            assert finishing._temperature(z, labels, np.ones(len(z))) == pytest.approx(np.exp(best), rel=1e-4)
 
 
 def test_many_images_with_mistakes_among_them_set_the_temperature_alone() -> None:
@@ -222,9 +223,11 @@ def test_many_images_with_mistakes_among_them_set_the_temperature_alone() -> Non
     z = rng.normal(size=(5000, 4))
     y = (z + rng.gumbel(size=z.shape)).argmax(axis=1)  # drawn with the softmax of z
     for true in (0.2, 1.0, 5.0):
-        assert _training._temperature(z * true, y) == pytest.approx(true, rel=0.05)
+        assert finishing._temperature(z * true, y, np.ones(len(z))) == pytest.approx(true, rel=0.05)
         several = rng.random(z.shape) < 1 / (1 + np.exp(-z))
-        assert _training._temperature(z * true, several.astype(np.float32)) == pytest.approx(true, rel=0.05)
+        assert finishing._temperature(z * true, several.astype(np.float32), np.ones(len(z))) == pytest.approx(
+            true, rel=0.05
+        )
 
 
 def test_columns_are_scaled_as_scikit_learn_scales_them() -> None:
