@@ -25,6 +25,8 @@ Split = Literal["train", "val", "test"]
 Input = Literal["pixels", "tensor", "features"]
 Reduced = Literal["int8", "fp16"]
 Criterion = Literal["accuracy", "log_loss"]
+Interpolation = Literal["bilinear", "bicubic"]
+CropMode = Literal["center", "squash", "border", "pad"]
 
 
 @dataclass(frozen=True)
