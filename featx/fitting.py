@@ -24,7 +24,7 @@ from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete, plain
+from featx.options import Options, Preprocessing, complete, fields_of, plain
 from featx.solvers.examples import Examples
 
 if TYPE_CHECKING:
@@ -220,7 +220,8 @@ def fine_tuned(
 
     # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
     base = {name: config.to_dict()[name] for name in runs.PARTS}
-    extracted = sync(extracted.source, tuned.request, **{**options, "views": 0})
+    options = options | dict.fromkeys(fields_of(Preprocessing)) | {"views": 0}  # the request has them all
+    extracted = sync(extracted.source, tuned.request, **options)
     features = extracted.features(memory=memory)
     request = replace(tuned.request, weights=Path(tuned.request.weights).name)
     config = replace(config, request=request, backbone=extracted.info, spec=features.spec, base=base)
@@ -285,8 +286,8 @@ def configuration(
 ) -> runs.RunConfig:
     """What `config.json` says before any fine-tuning."""
     request = extracted.request
-    if Path(request.weights).is_file():  # a run can be loaded from any working folder
-        request = replace(request, weights=str(Path(request.weights).resolve()))
+    if request.file:  # a run can be loaded from any working folder
+        request = request.at(request.file.resolve())
     config = runs.RunConfig(
         featx=__version__,
         data=str(Path(extracted.source.uri).resolve()),

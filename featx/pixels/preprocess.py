@@ -82,8 +82,8 @@ class Preprocess(Identity):
             raise FeatxError(f"interpolation {self.interpolation!r} is not one of {', '.join(RESAMPLE)}")
         if not 0 < self.crop <= self.resize * (1 if self.crop_mode == "center" else 2) or self.resize > MAX_SIDE:
             raise FeatxError(
-                f"a crop of {self.crop} px does not fit into a short side of {self.resize} px, {MAX_SIDE} at most; crop "
-                "modes border and pad show up to twice as much, with the colour of the mean or black around the image"
+                f"a crop of {self.crop} px does not fit into a short side of {self.resize} px, {MAX_SIDE} at most; "
+                "crop modes border and pad show up to twice as much, on the colour of the mean or on black"
             )
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, self.mean)):
             raise FeatxError(f"mean and std need three numbers; got {self.mean} and {self.std}")
@@ -121,6 +121,16 @@ class Preprocess(Identity):
         """The colour beyond the image, `uint8` RGB."""
         return tuple(round(255 * value) for value in self.mean) if self.crop_mode == "border" else (0, 0, 0)
 
+    @property
+    def target(self) -> str:
+        """For people: what the resize brings to `resize` pixels."""
+        return {"squash": "both sides", "border": "the long side"}.get(self.crop_mode, "the short side")
+
+    @property
+    def beyond(self) -> str:
+        """For people: what a crop shows beyond the image; empty where it shows nothing."""
+        return f" on a ground of RGB {self.fill}" if self.pads else ""
+
     def square(self, image: Image.Image, side: int) -> np.ndarray:
         """The `uint8 [side, side, 3]` around the crop, `crop <= side`, and `side <= resize` or `crop`, after resizing.
 
@@ -147,6 +157,8 @@ class Preprocess(Identity):
         if self.crop <= self.resize:
             return self.square(image, self.resize)
         wide, high = (min(size, self.crop) for size in self.resized(*image.size))
+        # rounding may have put a side beyond the aspect ratio allowed: two pixels of what lies around it bring it back
+        wide, high = (n + 2 * (n * MAX_ASPECT < other) for n, other in ((wide, high), (high, wide)))
         left, top = (self.crop - wide) // 2, (self.crop - high) // 2
         return self.square(image, self.crop)[top : top + high, left : left + wide]
 
