@@ -131,7 +131,7 @@ class Field:
             raise FeatxError(f"{self.name} is {self.option.least} or more, not {value}")
         if self.option.pattern and not re.fullmatch(self.option.pattern, value):
             raise FeatxError(f"{self.name} is {self.option.help.removesuffix('.')}, not {value!r}")
-        if fits(1, self.hint) and value >= 2**63:  # what numpy and torch both take
+        if fits(value, int) and value >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 

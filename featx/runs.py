@@ -123,13 +123,15 @@ class Run:
         request, preprocess = self.config.request, self.config.spec.preprocess
         own = replace(request, preprocess=tuple(vars(preprocess).items()))
         if self.weights is not None:
-            moved = own.at(self.weights)
-            if not self._fits(moved):
-                raise WeightsError(
-                    f"{self.weights} holds other weights than {self.path} was fitted on "
-                    f"({self.config.backbone.weights_digest[:12]}): give the same ones, wherever they lie, or fit again"
-                )
-            return moved
+            with contextlib.suppress(WeightsError):  # without the part that was taken, if they were saved by themselves
+                if self._fits(moved := own.at(self.weights)):
+                    return moved
+            if self._fits(moved := replace(own, weights=os.fspath(self.weights))):
+                return moved
+            raise WeightsError(
+                f"{self.weights} holds other weights than {self.path} was fitted on "
+                f"({self.config.backbone.weights_digest[:12]}): give the same ones, wherever they lie, or fit again"
+            )
         if request.file and not request.file.exists():
             return self._found(own) or request
         if request.file is None or source == "custom":
@@ -168,7 +170,8 @@ class Run:
 def open_run(run: str | Path | Run, factory: str | None = None, weights: str | Path | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory, weights: see `Run`."""
     if isinstance(run, Run):
-        return replace(run, factory=factory or run.factory, weights=weights or run.weights)
+        named = replace(run, factory=factory or run.factory, weights=weights or run.weights)
+        return named if factory or weights else run
     path = Path(run)
     (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
     name, trained_on = "report.json", None

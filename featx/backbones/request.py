@@ -103,7 +103,8 @@ def preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of preprocessing that are given, for `BackboneRequest.preprocess`. Raises `BackboneError`."""
     given = {name: plain(options[name]) for name in fields_of(Preprocessing) if options.get(name) is not None}
     for name in given.keys() & {"mean", "std"}:
-        value = [given[name]] * 3 if isinstance(given[name], int | float) else given[name]
+        value = list(given[name]) if isinstance(given[name], list | tuple) else [given[name]]
+        value *= 3 if len(value) == 1 else 1
         if len(value) != 3 or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
             raise BackboneError(
                 f"{name} is three numbers from 0 to 1, of red, green and blue, or one for all; got {given[name]!r}. "

@@ -33,8 +33,8 @@ class _Inert:
 
     def __init__(self, *_args: object, **_named: object) -> None: ...
 
-    def __new__(cls, *_args: object, **_named: object) -> _Inert:
-        return super().__new__(cls)
+    def __setstate__(self, state: object) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
 @dataclass(eq=False)
@@ -52,8 +52,6 @@ class Tensors:
     """The place of the mapping, or of the module, that holds each tensor."""
     versions: dict[str, Any] = field(default_factory=dict)
     """torch's `_metadata`, by place: old files tell their network by it how to read them."""
-    twice: set[str] = field(default_factory=set)
-    """Places that two tensors share once the names of wrappers are left out."""
 
     def below(self, place: str) -> dict[str, Tensor]:
         """The tensors at a place, named from there on."""
@@ -74,9 +72,8 @@ class Tensors:
             place, group, value = waiting.pop()
             if isinstance(value, Tensor):
                 if place in self.tensors and not _equal(self.tensors[place], value):
-                    self.twice.add(place)
-                self.tensors.setdefault(place, value)
-                self.groups[place] = group
+                    raise WeightsError(f"{self.path} holds two tensors called {place}, one with `module.` before it")
+                self.tensors[place], self.groups[place] = value, group
                 continue
             children = {} if id(value) in seen else dict(_children(value))
             seen.add(id(value))
@@ -175,7 +172,7 @@ def _plain(name: str) -> str:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a, b)
 
 
 def first_line(error: Exception) -> str:
@@ -212,9 +209,7 @@ def load_state(network: nn.Module, found: Tensors, what: str, head: str | None =
 
     given = found.below(place)
     start = f"{place}." if place else ""
-    if doubled := sorted(name for name in own if start + name in found.twice):
-        raise WeightsError(f"{found.path} holds two tensors each for {some(doubled)}, once with `module.` and once not")
-    versions = {name.removeprefix(start): v for name, v in found.versions.items() if f"{name}.".startswith(start)}
+    versions = {name[len(start) :]: v for name, v in found.versions.items() if f"{name}.".startswith(start)}
     remark = _fill(network, given, versions, what, head)
 
     others = [other for other in fitting if other != place and not _same(own, found, other, place)]

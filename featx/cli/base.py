@@ -118,12 +118,12 @@ def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Co
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on standard output.")
 
 
-def _numbers(text: str) -> list[float]:
-    """`0.485,0.456,0.406`. Raises `ValueError`, which click reports with this function's name."""
-    return [float(number) for number in text.split(",")]
-
-
-_numbers.__name__ = "numbers separated by commas"
+def numbers(text: str) -> list[float]:
+    """`0.485,0.456,0.406`; click shows the text of a `ValueError`."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is not numbers separated by commas") from None
 
 
 def option(name: str) -> Callable[[Command], Command]:
@@ -133,7 +133,7 @@ def option(name: str) -> Callable[[Command], Command]:
     if field.choices:
         kind = click.Choice(field.choices)
     elif fits([], field.hint):
-        kind = _numbers
+        kind = numbers
     elif fits(0.5, field.hint):
         kind = click.FloatRange(field.option.least)
     elif fits(1, field.hint):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ _TRANSFORM_INPUT = ("googlenet", "inception_v3")
 
 def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its torchvision name. Raises `BackboneError` and `WeightsError`."""
-    known = models.list_models(module=models)
+    known: Any = models.list_models(module=models)
     if name not in known:
         raise BackboneError(
             f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
@@ -43,9 +44,10 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         note = f"random, seed {request.seed}"
     elif request.file:
         found, note = read(request), f"local file {request.file.name}"
-        published = _published(name, request.file)
-        chosen = published or chosen
-        whose = f", torchvision's {chosen.name}" if published else request.assumed(chosen.name)
+        if known := published(models.get_model_weights(name), request.file):
+            chosen, whose = known, f", torchvision's {known.name}"
+        else:
+            whose = request.assumed(chosen.name)
     else:
         chosen = _named(name, request.weights)
         found, note = read(replace(request, weights=str(_download(chosen)))), f"pretrained {chosen.name}"
@@ -119,9 +121,9 @@ def preprocessing(weights: Any) -> Preprocess:
     )
 
 
-def _published(name: str, file: Path) -> Any:
+def published(members: Iterable[Any], file: Path) -> Any:
     """The weights enum whose file this is, by its SHA-256, or else by its name; None for weights of somebody's own."""
-    prefixes = {_prefix(member): member for member in models.get_model_weights(name)}
+    prefixes = {_prefix(member): member for member in members}
     with contextlib.suppress(OSError), open(file, "rb") as data:  # a folder
         digest = hashlib.file_digest(data, "sha256").hexdigest()
         own = [member for prefix, member in prefixes.items() if digest.startswith(prefix)]
