@@ -52,13 +52,14 @@ class Classifier:
 
 
 @ordinary()
-def load(run: str | Path | Run, *, factory: str | None = None) -> Classifier:
+def load(run: str | Path | Run, *, factory: str | None = None, weights: str | Path | None = None) -> Classifier:
     """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed.
 
     factory: the `package.module:function` that made the backbone. Where the run names one, it is imported only if it
-    is named here, too (`RunError`).
+    is named here, too (`RunError`). weights: the file with the run's weights, where that lies elsewhere now; without
+    it, a renamed file is found by its content in the folder where it was. Other weights are a `WeightsError`.
     """
-    opened = open_run(run, factory)
+    opened = open_run(run, factory, weights)
     backbone, fitted_on = load_backbone(opened.request), opened.config.backbone.weights_digest
     if backbone.info.weights_digest != fitted_on:
         raise WeightsError(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from featx import __version__, learning, runs
+from featx.backbones.loading import check as check_backbone
 from featx.backbones.loading import load_backbone, resolve
-from featx.backbones.request import BackboneRequest
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import memory_for_features
 from featx.engines.engine import Engine
 from featx.errors import HeadError
@@ -26,7 +27,7 @@ from featx.head import Fitted, Head
 from featx.heads import pretrained
 from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.views import average, measure_gain
-from featx.options import Options, complete, home
+from featx.options import Options, Preprocessing, complete, fields_of, home
 from featx.solvers.examples import Examples
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -145,6 +146,8 @@ def fit(
     asked = complete(options, function=fit)
     settings = learning.check_settings(head, settings or {})
     limit = memory_for_features() if memory is None else memory
+    if not isinstance(backbone, BackboneInfo):
+        check_backbone(request_of(backbone, asked), Path(asked["cache"]))
     learns, source = learning.module(head).LEARNS, open_source(data)
     if output and rank() == 0:
         runs.check(Path(home(output)), None, overwrite=overwrite)
@@ -216,7 +219,8 @@ def fine_tuned(
 
     # the tuned backbone is one like any other from here on: cached, loaded and exported by its file
     base = {name: config.to_dict()[name] for name in runs.PARTS}
-    extracted = sync(extracted.source, tuned.request, **{**options, "views": 0})
+    options = options | dict.fromkeys(fields_of(Preprocessing)) | {"views": 0}  # the request has them all
+    extracted = sync(extracted.source, tuned.request, **options)
     features = extracted.features(memory=memory)
     request = replace(tuned.request, weights=Path(tuned.request.weights).name)
     config = replace(config, request=request, backbone=extracted.info, spec=features.spec, base=base)
@@ -288,8 +292,8 @@ def configuration(
 ) -> runs.RunConfig:
     """What `config.json` says before any fine-tuning."""
     request = extracted.request
-    if Path(request.weights).is_file():  # a run can be loaded from any working folder
-        request = replace(request, weights=str(Path(request.weights).resolve()))
+    if request.file:  # a run can be loaded from any working folder
+        request = request.at(request.file.resolve())
     config = runs.RunConfig(
         featx=__version__,
         data=str(Path(extracted.source.uri).resolve()),

@@ -26,6 +26,8 @@ Split = Literal["train", "val", "test"]
 Input = Literal["pixels", "tensor", "features"]
 Reduced = Literal["int8", "fp16"]
 Criterion = Literal["accuracy", "log_loss"]
+Interpolation = Literal["bilinear", "bicubic"]
+CropMode = Literal["center", "squash", "border", "pad"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Option:
 
     default: Any
     help: str
-    least: int | None = None
+    least: float | None = None
     """The smallest number allowed."""
     pattern: str = ""
     """A regular expression that a text must match, which `help` puts into words."""
@@ -51,11 +53,34 @@ class Running(TypedDict, total=False):
     workers: Annotated[int | None, Option(None, "Decoding threads; by default one per core.", least=1)]
 
 
-class Shared(Running, total=False):
+class Preprocessing(TypedDict, total=False):
+    """What the network sees of an image, in place of what its weights were trained with."""
+
+    size: Annotated[int | None, Option(None, "Side of the square that the network sees, in pixels.", least=1)]
+    crop_pct: Annotated[float | None, Option(None, "SIZE as a share of the resize: 0.875.", least=0.1)]
+    crop_mode: Annotated[
+        CropMode | None,
+        Option(
+            None,
+            "center resizes the short side and crops; squash resizes both sides; border resizes the long one, on the "
+            "mean's colour; pad is center with black around (CROP_PCT above 1).",
+        ),
+    ]
+    interpolation: Annotated[Interpolation | None, Option(None, "Of the resize, antialiased.")]
+    mean: Annotated[Sequence[float] | None, Option(None, "Of red, green and blue, from 0 to 1: 0.485,0.456,0.406.")]
+    std: Annotated[Sequence[float] | None, Option(None, "As --mean.")]
+
+
+class Shared(Running, Preprocessing, total=False):
     """What all points of a sweep have in common."""
 
     weights: Annotated[
-        str, Option("pretrained", "pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file.")
+        str,
+        Option(
+            "pretrained",
+            "pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file; FILE#PART for one of the "
+            "networks in it, such as state_dict_ema.",
+        ),
     ]
     seed: Annotated[int, Option(0, "Random seed: of random weights, views and heads.", least=0)]
     cache: Annotated[str | Path, Option("cache", "Cache folder.")]
@@ -89,12 +114,13 @@ class Field:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of a closed set; empty for an open one."""
-        return get_args(self.hint) if get_origin(self.hint) is Literal else ()
+        """The values of a closed set, without None; empty for an open one."""
+        closed = (hint for hint in (self.hint, *get_args(self.hint)) if get_origin(hint) is Literal)
+        return get_args(next(closed, None))
 
     def check(self, value: Any) -> None:
         """Raise `FeatxError` for a value that the option does not take."""
-        if self.choices and value not in self.choices:
+        if self.choices and value not in self.choices and not fits(value, self.hint):
             raise FeatxError(
                 f"{self.name} is one of {', '.join(self.choices)}, not {value!r}.{near(str(value), self.choices)}"
             )
@@ -102,11 +128,11 @@ class Field:
             raise FeatxError(f"{self.name} is {inspect.formatannotation(self.hint)}, not {value!r}")
         if value is None:
             return
-        if self.option.least is not None and value < self.option.least:
+        if self.option.least is not None and not value >= self.option.least:  # NaN is not
             raise FeatxError(f"{self.name} is {self.option.least} or more, not {value}")
         if self.option.pattern and not re.fullmatch(self.option.pattern, value):
             raise FeatxError(f"{self.name} is {self.option.help.removesuffix('.')}, not {value!r}")
-        if fits(1, self.hint) and value >= 2**63:  # what numpy and torch both take
+        if fits(value, int) and value >= 2**63:  # what numpy and torch both take
             raise FeatxError(f"{self.name} is less than 2**63, not {value}")
 
 

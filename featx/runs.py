@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from featx.backbones.loading import locate
-from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.backbones.loading import locate, resolve
+from featx.backbones.request import SUFFIXES, BackboneInfo, BackboneRequest
 from featx.engines.wire import FORMAT_KEY, scan
-from featx.errors import HeadError, NewerError, RunError
+from featx.errors import FeatxError, HeadError, NewerError, RunError, WeightsError
 from featx.features import FeatureSpec
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head
@@ -103,12 +103,15 @@ class Run:
     """`uint64 [M]`: `short_keys` of the training images, sorted; None where it is unknown, as in older runs."""
     factory: str | None = field(default=None, repr=False)
     """`package.module:function` that the user has named, and which may be imported if the run names it, too."""
+    weights: str | Path | None = field(default=None, repr=False)
+    """Where the user says that the weights file lies now."""
 
     @cached_property
     def request(self) -> BackboneRequest:
-        """How its backbone is loaded. Raises `RunError` for a factory that the user has not named.
+        """How its backbone is loaded: with the run's own preprocessing, and from where its weights lie now.
 
-        The folder may be anyone's: it is read, and what it names runs no code.
+        The folder may be anyone's: it is read, and what it names runs no code. Raises `RunError` for a factory that the
+        user has not named, and `WeightsError` for a weights file that is not there, or other weights than the run's.
         """
         source, name = locate(self.config.request.name)
         if source == "custom" and name != (self.factory or "").removeprefix("custom/"):
@@ -117,7 +120,42 @@ class Run:
                 f"{self.path} was fitted with {name}{other}: code that is not featx's, imported only if you name it; "
                 f"if you trust it, add --factory {shlex.quote(name)} (factory={name!r} in Python)"
             )
-        return self.config.request
+        request, preprocess = self.config.request, self.config.spec.preprocess
+        own = replace(request, preprocess=tuple(vars(preprocess).items()))
+        if self.weights is not None:
+            with contextlib.suppress(WeightsError):  # without the part that was taken, if they were saved by themselves
+                if self._fits(moved := own.at(self.weights)):
+                    return moved
+            if self._fits(moved := replace(own, weights=os.fspath(self.weights))):
+                return moved
+            raise WeightsError(
+                f"{self.weights} holds other weights than {self.path} was fitted on "
+                f"({self.config.backbone.weights_digest[:12]}): give the same ones, wherever they lie, or fit again"
+            )
+        if request.file and not request.file.exists():
+            return self._found(own) or request
+        if request.file is None or source == "custom":
+            return request
+        # an older featx may have chosen other preprocessing for this file
+        return request if resolve(request, Path(self.config.cache)).preprocess == preprocess else own
+
+    def _fits(self, request: BackboneRequest) -> bool:
+        return resolve(request, Path(self.config.cache)).weights_digest == self.config.backbone.weights_digest
+
+    def _found(self, request: BackboneRequest) -> BackboneRequest | None:
+        """The same weights under another name, in the folder where they were or in the run's, by their digest."""
+        assert request.file is not None
+        with contextlib.suppress(OSError):
+            for file in (file for folder in (request.file.parent, self.path) for file in sorted(folder.glob("*"))):
+                moved = request.at(file)
+                with contextlib.suppress(FeatxError):
+                    alike = (
+                        file.name.endswith(SUFFIXES) and 1 < file.stat().st_size / self.config.backbone.parameters < 40
+                    )
+                    if alike and self._fits(moved):
+                        print(printable(f"{request.file} is not there; {file} holds the same weights"), file=sys.stderr)
+                        return moved
+        return None
 
     def require_alike(self, several: bool, data: object) -> None:
         """Raise `HeadError` where one of the run and the data has several labels for an image."""
@@ -127,10 +165,10 @@ class Run:
             raise HeadError(f"{self.path} was fitted on {mine}, and {data} has {theirs}: they cannot be compared")
 
 
-def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
-    """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
+def open_run(run: str | Path | Run, factory: str | None = None, weights: str | Path | None = None) -> Run:
+    """Read a finished run. Raises `RunError` for anything else. factory, weights: see `Run`."""
     if isinstance(run, Run):
-        return replace(run, factory=factory) if factory else run
+        return replace(run, factory=factory or run.factory, weights=weights or run.weights)
     path = Path(home(run))
     (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
     name, trained_on = "report.json", None
@@ -155,7 +193,7 @@ def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
         raise _damaged(path / name, error) from error
     if not current:
         warn_older(path)
-    return Run(path, config, report, head, trained_on, factory)
+    return Run(path, config, report, head, trained_on, factory, weights)
 
 
 def _written(path: Path, name: str, files: dict[str, str]) -> bytes:
@@ -174,7 +212,7 @@ def read_config(path: Path) -> tuple[RunConfig, bool]:
     values, current = _read(path, "config.json")
     try:
         config = RunConfig.from_dict(values)
-        places = {"data": config.data, "cache": config.cache, "weights": config.request.weights}
+        places = {"data": config.data, "cache": config.cache, "weights": _file(config)}
         moved = {
             name: os.path.realpath(path / relative)
             for name, relative in convert(values.get("from_here", {}), dict[str, str]).items()
@@ -187,15 +225,20 @@ def read_config(path: Path) -> tuple[RunConfig, bool]:
         places |= moved
     if config.base:  # fine-tuned: its network lies in the run, wherever the run lies now
         places["weights"] = str(path.absolute() / "model.safetensors")
-    request = replace(config.request, weights=places["weights"])
+    request = config.request.at(places["weights"])
     return replace(config, data=places["data"], cache=places["cache"], request=request), current
+
+
+def _file(config: RunConfig) -> str:
+    """The weights without the part that is taken of them: a path, where they are local."""
+    return str(config.request.file or config.request.weights)
 
 
 def write_config(path: Path, config: RunConfig) -> None:
     """Write `config.json`, with where the data, the cache and the weights lie from the run's folder."""
     here = path.resolve()
     relative: dict[str, str] = {}
-    for name, place in (("data", config.data), ("cache", config.cache), ("weights", config.request.weights)):
+    for name, place in (("data", config.data), ("cache", config.cache), ("weights", _file(config))):
         with contextlib.suppress(ValueError):  # on another drive
             relative |= {name: os.path.relpath(place, here)} if os.path.isabs(place) else {}
     write_record(path / "config.json", config.to_dict() | {"from_here": relative})

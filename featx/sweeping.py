@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import numpy as np
 
 from featx import metrics
-from featx.backbones.loading import locate, resolve
-from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.backbones.table import names
+from featx.backbones.loading import check
+from featx.backbones.request import BackboneInfo, BackboneRequest, preprocessing
 from featx.devices import memory_for_features
 from featx.engines.engine import Engine, measure_speed
 from featx.engines.onnx import backbone_onnx
@@ -33,144 +30,16 @@ from featx.files import read_plain, write_atomic
 from featx.fitting import fit
 from featx.head import columns
 from featx.learning import check_heads, head_text, module, parse_head
-from featx.measuring.views import FOLDS, Difference, held_out, paired, scores
-from featx.options import Criterion, Shared, complete, home, plain
-from featx.records import array_bytes, array_of, convert, read_record, write_record
+from featx.measuring.swept import CRITERIA, CrossValidated, Point, Sweep
+from featx.measuring.views import FOLDS, held_out, paired, scores
+from featx.options import Criterion, Preprocessing, Shared, complete, fields_of, home, plain
+from featx.records import array_bytes, array_of, convert, read_record
 from featx.runs import Run, is_finished, open_run, read_config
 from featx.solvers.training import folds
 from featx.sources.opening import open_source
 from featx.sources.source import Source
-from featx.text import cell
 
 HELD_OUT = "held-out-by-key.npy"
-COLUMNS = ["backbone", "head", "views", "cross-validated", "log-loss", "difference to best", "validation"]
-COLUMNS += ["images/s", "MB"]
-CRITERIA = get_args(Criterion)
-
-
-@dataclass(frozen=True)
-class CrossValidated:
-    """What held-out training images say of a head; 95 % intervals."""
-
-    accuracy: float
-    low: float
-    high: float
-    log_loss: float
-    log_loss_low: float
-    log_loss_high: float
-    images: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """One backbone, layer, head and number of views: a run, and its scores."""
-
-    name: str
-    run: str
-    """Its folder, from the sweep's."""
-    backbone: str
-    layer: str
-    head: str
-    """With its settings, as `parse_head` reads it."""
-    views: int
-    cross_validated: CrossValidated | None
-    """None where there are too few images for folds."""
-    accuracy: float | None
-    """On the validation images, with its 95 % interval and log-loss; None where there are none."""
-    low: float | None
-    high: float | None
-    log_loss: float | None
-    images_per_second: float
-    """The backbone alone."""
-    megabytes: float
-    """The exported backbone and the head, 10**6 bytes."""
-    parameters: int
-    fit_seconds: float
-    behind: Difference | None = None
-    """The criterion on the same held-out images, this point's less the winner's; None for the winner."""
-
-    @property
-    def cells(self) -> list[Any]:
-        """Its row in a table of `COLUMNS`; None for what is not known."""
-        found, behind = self.cross_validated, self.behind
-        return [
-            self.backbone + ("" if self.layer == "features" else f", {self.layer}"),
-            self.head,
-            self.views,
-            _between(found.accuracy, found.low, found.high) if found else None,
-            f"{found.log_loss:.3f}" if found else None,
-            f"{behind.value:+.3f} ({behind.low:+.3f} to {behind.high:+.3f})" if behind else None,
-            None if self.accuracy is None else _between(self.accuracy, self.low, self.high),
-            f"{self.images_per_second:g}",
-            f"{self.megabytes:.1f}",
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _between(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """What a sweep found: `sweep.json`, `sweep.csv` and `runs/`; `featx.reporting.comparison` adds a page."""
-
-    path: Path
-    data: str
-    """What was swept over: the source's `uri`."""
-    points: list[Point]
-    """One for each point that could be fitted, best first, by the criterion."""
-    failed: list[dict[str, str]]
-    """`point` and `error` of those that could not."""
-    by: str
-
-    @property
-    def winner(self) -> Run:
-        """A run like any other: evaluate it, export it."""
-        return open_run(self.path / self.points[0].run, self.points[0].backbone)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"by": self.by, "points": [point.to_dict() for point in self.points], "failed": self.failed}
-
-    def write(self) -> None:
-        """Write `sweep.json` and `sweep.csv`, a line for each point."""
-        write_record(self.path / "sweep.json", {"by": self.by, "winner": self.points[0].run, **self.to_dict()})
-        rows = []
-        for point in self.points:
-            row = point.to_dict()
-            _, found = row.pop("behind"), row.pop("cross_validated") or {}
-            rows.append(row | {f"cross_validated_{name}": value for name, value in found.items()})
-
-        file = io.StringIO()
-        writer = csv.DictWriter(file, max(rows, key=len), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
-        write_atomic(self.path / "sweep.csv", file.getvalue().encode("utf-8", "backslashreplace"))
-
-    @property
-    def verdict(self) -> str:
-        """How the first was chosen, and how many of the others may be as good."""
-        first, *others = self.points
-        if first.cross_validated is None:
-            return "Too few training images to cross-validate: nothing was chosen, the first of the grid comes first."
-        near = sum(1 for p in others if p.behind and p.behind.low <= 0 <= p.behind.high)
-        criterion, images = self.by.replace("_", "-"), first.cross_validated.images
-        text = f"Chosen by cross-validated {criterion} on {images:,} training images: {first.run}. "
-        text += "Validation images were not used to pick the winner."
-        if near:
-            which = f"None of the other {near} is"
-            which = which if near == len(others) else f"{near} of the other {len(others)} are not"
-            text += f" {which} measurably worse on these images."
-        return text
-
-    def text(self) -> str:
-        """A table for a terminal, best first."""
-        rows = [COLUMNS, *([str("–" if v is None else v) for v in point.cells] for point in self.points)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self.verdict, *(f"failed: {f['point']}: {f['error']}" for f in self.failed)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +54,8 @@ class _Place:
     """What `fit` and `sync` take: seed, cache, device and the others of `Shared`."""
     speeds: dict[str, float]
     """Images per second, by a former sweep's point and by the features' spec: heads on one backbone share its speed."""
+    labels: dict[str, str]
+    """What tells local weights apart, by the weights of a request."""
 
 
 def sweep(
@@ -213,17 +84,19 @@ def sweep(
     named and left out. Raises `FeatxError` where all fail, for a wrong grid, and for a folder with other data's sweep.
     """
     asked = complete(options, Shared, sweep)
+    requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
+    variants = [parse_head(head) for head in heads]
+    asked |= dict.fromkeys(fields_of(Preprocessing))  # the requests have them
     source = open_source(data)
+    check_heads(variants, source)
     root = Path(source.uri).resolve()
     path = Path(home(output or f"export/{root.name if root.is_dir() else root.stem}-sweep"))
-    requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
-    check_heads(variants := [parse_head(head) for head in heads], source)
     _check(path, root, by, views, requests, variants)
     if engine is not None and len(requests) > 1:
         raise FeatxError(f"one engine runs one backbone and layer, and the grid has {len(requests)}")
 
     limit = memory_for_features() if memory is None else memory
-    place = _Place(path, source, limit, engine, asked, _former_speeds(path))
+    place = _Place(path, source, limit, engine, asked, _former_speeds(path), _labels(requests))
     found: list[tuple[Point, np.ndarray | None]] = []
     failed: list[dict[str, str]] = []
     for request, count, (head, settings) in product(requests, dict.fromkeys(plain(views)), variants):
@@ -232,7 +105,9 @@ def sweep(
         try:
             found.append(_point(place, request, head, settings, count))
         except FeatxError as error:
-            name = " ".join([f"{request.name}/{request.layer}", head_text(head, settings), f"{count} views"])
+            which = place.labels.get(request.weights, "") if isinstance(request, BackboneRequest) else ""
+            words = [f"{request.name}/{request.layer}", which, head_text(head, settings), f"{count} views"]
+            name = " ".join(filter(None, words))
             failed.append({"point": name, "error": str(error)})
             continue
         found.sort(key=lambda each: _rank(each[0], by))
@@ -246,17 +121,31 @@ def sweep(
 
 
 def _request(backbone: Backbone, layer: str, options: dict[str, Any]) -> BackboneRequest | BackboneInfo:
-    """A backbone of the grid as a request. Raises `BackboneError` for a mistyped name, which fails the whole grid."""
+    """A backbone of the grid as a request. Raises `BackboneError` for what fails the whole grid: a mistyped name, or a
+    file that is not there."""
+    asked = tuple(preprocessing(options).items())
     if isinstance(backbone, BackboneInfo):
-        return backbone
+        return replace(
+            backbone, preprocess=BackboneRequest(backbone.name, preprocess=asked).override(backbone.preprocess)
+        )
     if isinstance(backbone, BackboneRequest):
-        return replace(backbone, layer=layer)
-    name, _, own = backbone.partition("=")
-    request = BackboneRequest(name, own or options["weights"], layer, options["seed"])
-    kind, network = locate(name)
-    if kind == "torchvision" and network not in names():
-        resolve(request, Path(options["cache"]))  # the error names near matches, unless this torchvision is newer
-    return request
+        request = replace(backbone, layer=layer)
+    else:
+        name, _, own = backbone.partition("=")
+        request = BackboneRequest(name, own or options["weights"], layer, options["seed"])
+    check(request, Path(options["cache"]))
+    return replace(request, preprocess=(*request.preprocess, *asked))
+
+
+def _labels(requests: Sequence[BackboneRequest | BackboneInfo]) -> dict[str, str]:
+    """What tells local weights apart: a file's name, with as many of its folders as that takes."""
+    files = {r.weights: Path(r.weights).parts for r in requests if isinstance(r, BackboneRequest) and r.file}
+    labels: dict[str, str] = {}
+    for size in range(1, max(map(len, files.values()), default=0) + 1):
+        labels = {weights: "/".join(parts[-size:]) for weights, parts in files.items()}
+        if len(set(labels.values())) == len(files):
+            break
+    return labels
 
 
 def _check(path: Path, data: Path, by: str, views: Sequence[int], *grid: Sequence[object]) -> None:
@@ -303,6 +192,7 @@ def _point(
         name=name,
         run=f"runs/{name}",
         backbone=info.name.removeprefix("torchvision/"),
+        weights=place.labels.get(request.weights, info.weights_note),
         layer=request.layer,
         head=head_text(head, settings),
         views=views,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from featx import __version__
 from featx.backbones import zoos
-from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.backbones.request import MISSING, BackboneInfo, BackboneRequest
+from featx.backbones.table import names
 from featx.errors import BackboneError, WeightsError
 from featx.files import read_plain, stat_row
 from featx.records import convert, unsealed, write_sealed
@@ -52,6 +53,17 @@ def locate(name: str) -> tuple[str, str]:
     return "torchvision", name
 
 
+def check(request: BackboneRequest, cache: Path) -> None:
+    """Raise `BackboneError` or `WeightsError` for a name or a file that cannot be, without torch where it is known."""
+    source, name = locate(request.name)
+    if request.file and not request.file.exists():
+        raise WeightsError(MISSING.format(request.file))
+    if source == "torchvision" and name not in names():
+        load_backbone(request)  # the error names near matches, unless this torchvision is newer
+    if source == "timm" and _remembered(_memo(request, cache)) is None:
+        importlib.import_module(f"{zoos.__name__}.timm").find(name)
+
+
 @one_at_a_time()
 @ordinary()
 def load_backbone(request: BackboneRequest) -> Backbone:
@@ -72,17 +84,12 @@ def resolve(request: BackboneRequest, cache: Path | None) -> BackboneInfo:
     A memo is valid while the library versions and the weights file's size, times and inode stay the same;
     a damaged one is ignored. Custom factories are always loaded: their code may change.
     """
-    source, name = locate(request.name)
-    if cache is None or source == "custom":
+    if cache is None or locate(request.name)[0] == "custom":
         return load_backbone(request).info
 
-    memo = Path(cache) / "resolved" / f"{_memo_key(request, source, name)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # absent or damaged
-        values = unsealed(read_plain(memo))
-        files = convert(values["files"], dict[str, list[int]])
-        if all(list(stat_row(os.stat(path))) == stats for path, stats in files.items()):
-            return BackboneInfo.from_dict(values["info"])
-
+    memo = _memo(request, cache)
+    if info := _remembered(memo):
+        return info
     backbone = load_backbone(request)
     if backbone.files is not None:
         with contextlib.suppress(OSError):  # without a memo the next run loads the network again
@@ -101,14 +108,26 @@ def loaded(request: BackboneRequest, info: BackboneInfo) -> Backbone:
     return backbone
 
 
-def _memo_key(request: BackboneRequest, source: str, name: str) -> str:
-    """A hash of all that the answer depends on and that is known without torch."""
-    weights = Path(request.weights)
-    file = [str(weights.absolute()), *stat_row(os.stat(weights))] if weights.is_file() else None
+def _remembered(memo: Path) -> BackboneInfo | None:
+    """What a memo says, where it is there, undamaged, and still true of the weights files."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        values = unsealed(read_plain(memo))
+        files = convert(values["files"], dict[str, list[int]])
+        if all(list(stat_row(os.stat(path))) == stats for path, stats in files.items()):
+            return BackboneInfo.from_dict(values["info"])
+    return None
+
+
+def _memo(request: BackboneRequest, cache: Path) -> Path:
+    """Where the answer is remembered: by a hash of all that it depends on and that is known without torch."""
+    source, name = locate(request.name)
+    weights = request.file
+    file = [str(weights.absolute()), *stat_row(os.stat(weights))] if weights and weights.exists() else None
     versions = [_version(package) for package in ("torch", "torchvision", "timm")]
     places = [os.environ.get(k) for k in ("TORCH_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")]
     asked = [source, name, request.to_dict(), file, versions, places, __version__, RESOLVED_VERSION]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return Path(cache) / "resolved" / f"{digest}.json"
 
 
 def _version(package: str) -> str | None:

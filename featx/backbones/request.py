@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from featx.errors import BackboneError
 from featx.features import FeatureSpec
 from featx.identity import Identity
-from featx.options import Precision, StoredDtype, home
+from featx.options import Precision, Preprocessing, StoredDtype, fields_of, home, plain
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert
 from featx.text import near
+
+MISSING = "the weights file {} is not there; --weights FILE (weights= in Python) says where it is now"
+ASSUMED = ", preprocessed as "
+"""In a note on local weights: whose preprocessing they are given, as it is not known which they were trained with."""
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".pth.tar", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -21,16 +30,42 @@ class BackboneRequest:
     name: str
     """`resnet18`, `timm/vit_small_patch14_dinov2.lvd142m`, `package.module:factory`."""
     weights: str = "pretrained"
-    """`pretrained`, an enum name (`IMAGENET1K_V2`), `random`, or the path of a .pth / .safetensors file."""
+    """`pretrained`, an enum name (`IMAGENET1K_V2`), `random`, or a file: .pth, .safetensors and the like, one of its
+    shards, an `*.index.json`, or a folder with these. After `#` comes the part to take: `best.pth#state_dict_ema`."""
     layer: str = "features"
     """`features` (the input of the last Linear), `logits`, or a module's dotted name."""
     seed: int = 0
     """Seeds `random` weights."""
     preprocess: tuple[tuple[str, Any], ...] = ()
-    """Fields of `Preprocess` to override, such as `(("resize", 232),)`."""
+    """Fields of `Preprocess` to override, such as `(("resize", 232),)`; also `size`, the crop with a resize in
+    proportion, and `crop_pct`, the crop as a share of the resize. A dict will do, and numpy's numbers."""
 
     def __post_init__(self) -> None:
+        pairs = [(name, plain(value)) for name, value in dict(self.preprocess).items()]
+        pairs = [(name, tuple(value) if isinstance(value, list) else value) for name, value in pairs]
+        object.__setattr__(self, "preprocess", tuple(pairs))
         object.__setattr__(self, "weights", str(home(self.weights)))
+
+    @property
+    def file(self) -> Path | None:
+        """The file or folder of local weights, which may be missing; None for published and random ones."""
+        place = self.weights[: len(self.weights) - len(self.part) - 1] if self.part else self.weights
+        local = place.endswith(SUFFIXES) or "/" in place or "\\" in place or os.path.exists(place)
+        return Path(place) if local and place not in ("pretrained", "random") else None
+
+    @property
+    def part(self) -> str:
+        """The part of the file to take; empty for all of it, or the one that featx takes by itself."""
+        return "" if os.path.exists(self.weights) else self.weights.rpartition("#")[2] * ("#" in self.weights)
+
+    def assumed(self, weights: str) -> str:
+        """For a note on local weights: that these published ones' preprocessing is assumed; empty where it is said."""
+        return "" if {name for name, _ in self.preprocess} - {"pixels"} else f"{ASSUMED}{weights}"
+
+    def at(self, file: str | Path) -> BackboneRequest:
+        """The same with its weights in another file; a part named there counts instead of this one's."""
+        moved = replace(self, weights=os.fspath(file))
+        return moved if moved.part or not self.part else replace(self, weights=f"{file}#{self.part}")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "preprocess": dict(self.preprocess)}
@@ -40,18 +75,43 @@ class BackboneRequest:
         """Raises `ValueError`."""
         values = convert(values, dict[str, Any])
         given = convert(values.get("preprocess", {}), dict[str, Any]).items()
-        pairs = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in given)
-        return convert({**values, "preprocess": pairs}, cls)
+        return convert({**values, "preprocess": tuple(given)}, cls)
 
     def override(self, preprocess: Preprocess) -> Preprocess:
-        """`preprocess` with the request's own fields. Raises `BackboneError` for an unknown field."""
-        known = [field.name for field in fields(Preprocess)]
+        """`preprocess` with the request's own fields. Raises `FeatxError` for an unknown field or a wrong value."""
+        known = [*(field.name for field in fields(Preprocess)), "size", "crop_pct"]
         for name, _ in self.preprocess:
             if name not in known:
                 raise BackboneError(
                     f"unknown preprocessing field {name!r}; there are {', '.join(known)}.{near(name, known)}"
                 )
-        return Preprocess.from_dict({**preprocess.to_dict(), **dict(self.preprocess)})
+        given = dict(self.preprocess)
+        for name, other in (("size", "crop"), ("crop_pct", "resize")):
+            if name in given and other in given:
+                raise BackboneError(f"{name} decides the {other}: give one of them")
+            fields_of(Preprocessing)[name].check(given.get(name))
+        size, share = given.pop("size", None), given.pop("crop_pct", None)
+        crop = given.get("crop", preprocess.crop) if size is None else size
+        if share is not None:
+            given["resize"] = math.floor(crop / share)
+        elif size is not None:
+            given.setdefault("resize", crop * preprocess.resize // preprocess.crop)
+        return Preprocess.from_dict({**preprocess.to_dict(), "crop": crop, **given})
+
+
+def preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of preprocessing that are given, for `BackboneRequest.preprocess`. Raises `BackboneError`."""
+    given = {name: plain(options[name]) for name in fields_of(Preprocessing) if options.get(name) is not None}
+    for name in given.keys() & {"mean", "std"}:
+        value = list(given[name]) if isinstance(given[name], list | tuple) else [given[name]]
+        value *= 3 if len(value) == 1 else 1
+        if len(value) != 3 or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
+            raise BackboneError(
+                f"{name} is three numbers from 0 to 1, of red, green and blue, or one for all; got {given[name]!r}. "
+                "Divide by 255 what is meant for 0 to 255"
+            )
+        given[name] = tuple(map(float, value))
+    return given
 
 
 @dataclass(frozen=True)

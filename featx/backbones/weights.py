@@ -1,10 +1,13 @@
-"""Read weights files without running code from them, and say why one does not fit a network."""
+"""Read weights files without running code from them, find a network's tensors in them, and say why one does not fit."""
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +15,136 @@ import torch
 from torch import Tensor, nn
 
 from featx.backbones.backbone import replace_module
+from featx.backbones.request import MISSING, BackboneRequest
 from featx.backbones.table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
-from featx.files import open_plain, stat_row
-from featx.text import some
+from featx.files import open_plain, read_plain, stat_row
+from featx.records import convert
+from featx.text import from_json, near, some
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-# Keys under which training scripts save a state dict, and prefixes that they add to its names.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
-
-
-def is_file(weights: str) -> bool:
-    """Whether a request's `weights` names a file, which may be missing, and not a set of published weights."""
-    return weights.endswith(SUFFIXES) or "/" in weights or "\\" in weights or Path(weights).is_file()
+# What wrappers put into tensors' names, at any place: DataParallel, torch.compile, FSDP, activation checkpoints.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|shadow)(?![a-z])", re.I)
+_SHARD = re.compile(r"(.*-)\d{5}(-of-(\d{5})\.\w+)")
 
 
-def first_line(error: Exception) -> str:
-    """An error's first line, or its type where it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+class _Inert:
+    """What stands in for an object of any class that a file holds beside its tensors: nothing of that class is run."""
+
+    def __init__(self, *_args: object, **_named: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The tensors of a .pth or .safetensors file, and its `stat_row` by path. Runs no code from the file.
+@dataclass(eq=False)
+class Tensors:
+    """What a weights file holds."""
 
-    Removes wrappers such as `{"state_dict": ...}` and prefixes such as `module.`. Raises `WeightsError`.
+    path: Path
+    part: str
+    """The part of it that is asked for, `state_dict_ema`; empty for featx's own choice."""
+    files: dict[str, list[int]]
+    """The `stat_row` of each file that was read."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """By their places in the file without the names of wrappers, joined by dots: `state_dict.features.0.weight`."""
+    groups: dict[str, str] = field(default_factory=dict)
+    """The place of the mapping, or of the module, that holds each tensor."""
+    versions: dict[str, Any] = field(default_factory=dict)
+    """torch's `_metadata`, by place: old files tell their network by it how to read them."""
+
+    def below(self, place: str) -> dict[str, Tensor]:
+        """The tensors at a place, named from there on."""
+        start = f"{place}." if place else ""
+        return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+
+    def unwrapped(self) -> dict[str, Tensor]:
+        """The tensors of the mapping that holds most of them, without a prefix that all of them have."""
+        state = self.below(self.part or Counter(self.groups.values()).most_common(1)[0][0])
+        while state and any(all(name.startswith(start) for name in state) for start in ("model.", "network.", "net.")):
+            state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+        return state
+
+    def add(self, value: Any) -> None:
+        """Take in all tensors of what was read. Each container is looked into once, however it is referred to."""
+        waiting, seen = [("", "", value)], set[int]()
+        while waiting:
+            place, group, value = waiting.pop()
+            if isinstance(value, Tensor):
+                if place in self.tensors and not _equal(self.tensors[place], value):
+                    raise WeightsError(f"{self.path} holds two tensors called {place}, one with `module.` before it")
+                self.tensors[place], self.groups[place] = value, group
+                continue
+            children = {} if id(value) in seen else dict(_children(value))
+            seen.add(id(value))
+            if not isinstance(value, _Inert):
+                group = place
+            versions = getattr(value, "_metadata", None)
+            for module, known in versions.items() if isinstance(versions, Mapping) else ():
+                self.versions[_plain(f"{place}.{module}")] = known
+            named = [(_plain(f"{place}.{name}"), group, child) for name, child in children.items()]
+            waiting += reversed(named)
+
+
+def read(request: BackboneRequest) -> Tensors:
+    """The tensors of the file, or of the files, that a request's weights name. Runs no code from them.
+
+    Raises `WeightsError` for what cannot be read.
     """
+    path = request.file
+    assert path is not None
+    found = Tensors(path, _plain(request.part), {})
+    for file in _shards(path):
+        loaded, found.files[str(file.absolute())] = _load(file)
+        found.add(loaded)
+    if not found.tensors:
+        raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
+    return found
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that hold the weights: of a folder, an index (`*.index.json`), or a shard `NAME-00001-of-00003.*`."""
+    if path.is_dir():
+        inside = sorted(each for each in path.iterdir() if each.is_file())
+        chosen = [each for each in inside if each.name.endswith(".index.json")]
+        chosen = chosen or [each for each in inside if each.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
+        if len({_SHARD.sub(r"\1\2", each.name) for each in chosen}) != 1:
+            names = some([each.name for each in chosen or inside], 10)
+            raise WeightsError(f"the folder {path} holds not one set of weights but {names or 'nothing'}; name a file")
+        return _shards(chosen[0])
+    if shard := _SHARD.fullmatch(path.name):
+        parts = {f"{shard[1]}{i:05}{shard[2]}" for i in range(1, int(shard[3]) + 1)}
+    elif path.suffix == ".json":
+        try:
+            index = convert(from_json(read_plain(path)), dict[str, Any])
+            parts = set(convert(index.get("weight_map"), dict[str, str]).values())
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path} is not an index of weights files ({error})") from error
+    else:
+        return [path]
+    if outside := sorted(name for name in parts if Path(name).name != name):
+        raise WeightsError(f"{path} names {some(outside)}, and a part of the weights lies beside it")
+    return [path.with_name(name) for name in sorted(parts)]
+
+
+def _load(path: Path) -> tuple[Any, list[int]]:
+    """What a file holds, and its `stat_row`."""
     try:
         with open_plain(path) as file:  # a pipe would wait for ever, a device never end
             stats = list(stat_row(os.fstat(file.fileno())))
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            loaded: Any = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path), stats
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True), stats
+        except pickle.UnpicklingError:
+            # settings, counters or the module itself beside the tensors: each object of a class becomes an inert one
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+                return torch.load(path, map_location="cpu", weights_only=True), stats
     except FileNotFoundError:
-        raise WeightsError(f"the weights file {path} is not there") from None
+        raise WeightsError(MISSING.format(path)) from None
     except pickle.UnpicklingError as error:
         text = str(error)
         if "Unsupported operand" in text or ("weights_only" not in text and "Unsupported" not in text):
@@ -59,27 +155,115 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         ) from error
     except Exception as error:  # zip, pickle and safetensors each raise their own
         raise WeightsError(f"{path} cannot be read as {path.suffix or 'weights'} ({first_line(error)})") from error
-    return unwrap(loaded, path), {str(path.absolute()): stats}
 
 
-def unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The innermost state dict, with the network's own names."""
-    given = loaded if isinstance(loaded, Mapping) else {}
-    for key in _WRAPPERS:
-        if isinstance(given.get(key), Mapping):
-            return unwrap(given[key], path)
-    tensors = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(name), child) for name, child in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(i), child) for i, child in enumerate(value))
+    elif isinstance(value, _Inert):  # a whole module, as `torch.save(model)` writes it
+        for kind in ("_parameters", "_buffers", "_modules"):
+            yield from _children(vars(value).get(kind, {}))
 
-    # old files carry versions, which tell their network how to read them
-    versions: Any = getattr(loaded, "_metadata", None)
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), ""):
-        tensors, versions = {name.removeprefix(prefix): t for name, t in tensors.items()}, None
-    state = _State(tensors)
-    if versions is not None:
-        state._metadata = versions
-    return state
+
+def _plain(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word and word not in _WRAPPERS)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a, b)
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line, or its type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a network was given of a file."""
+
+    note: str
+    """For people, after the file's name: which part where there was a choice, and what was left out."""
+    whole: bool
+    """Whether the classifier is the network's own, whose classes are known."""
+
+
+def load_state(network: nn.Module, found: Tensors, what: str, head: str | None = None) -> Taken:
+    """Load each of a network's tensors from the one place of a file where all of them are, whatever its name.
+
+    Tensors that are no part of the network are left out, and named in the note. Where several places fit, averaged
+    weights yield to plain ones. head: the dotted name of the classifier's last layer. Where the file has another number
+    of classes, a layer of that size replaces it; where the file has none under this name, an Identity does.
+    Raises `WeightsError`, which names what is missing, unexpected or of another shape, or the places to choose from.
+    """
+    own = {_plain(name): tensor for name, tensor in network.state_dict().items()}
+    ends = f"{_plain(head)}." if head else "\0"
+    near_by = Counter(start for name in found.tensors for start, end in _cuts(name) if end in own)
+    fitting = [place for place, _ in near_by.most_common() if _fits(own, found.below(place), ends)]
+    place = _chosen(found, fitting, own, ends, what)
+    if place is None:
+        closest = None if found.part or not near_by else near_by.most_common(1)[0][0]
+        raise _misfit(network, found.unwrapped() if closest is None else found.below(closest), what)
+
+    given = found.below(place)
+    start = f"{place}." if place else ""
+    versions = {name[len(start) :]: v for name, v in found.versions.items() if f"{name}.".startswith(start)}
+    remark = _fill(network, given, versions, what, head)
+
+    others = [other for other in fitting if other != place and not _same(own, found, other, place)]
+    used = {start + name for name in given if name in own or name.startswith((ends, *AUXILIARY))}
+    groups, elsewhere = {found.groups[name] for name in used}, tuple(f"{p}." for p in fitting if p not in ("", place))
+    beside = [name for name in found.tensors if found.groups[name] in groups and not name.startswith(elsewhere)]
+    foreign = [name for name in beside if name not in used]
+    note = f"#{place}" if place and (others or found.part) else ""
+    note += f" (also there: {', '.join(f'#{other}' for other in others)})" if others and not found.part else ""
+    note += f", {remark}" if remark else ""
+    return Taken(note + (f", leaving out {some(foreign)}" if foreign else ""), not remark)
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """A tensor's name cut at each dot: its place, and its name from there on."""
+    words = name.split(".")
+    yield from ((".".join(words[:i]), ".".join(words[i:])) for i in range(len(words)))
+
+
+def _fits(own: Mapping[str, Tensor], given: Mapping[str, Tensor], ends: str) -> bool:
+    """Whether all of a network but its classifier is there, and nothing more of its modules."""
+    tops = {name.partition(".")[0] for name in own}
+    body = {
+        name: t for name, t in own.items() if not name.startswith(ends) and not name.endswith("num_batches_tracked")
+    }
+    return all(name in given and given[name].shape == t.shape for name, t in body.items()) and all(
+        name in own or name.startswith((ends, *AUXILIARY)) or name.partition(".")[0] not in tops for name in given
+    )
+
+
+def _chosen(found: Tensors, fitting: list[str], own: Mapping[str, Tensor], ends: str, what: str) -> str | None:
+    """The place to load from; None where nothing fits. Raises `WeightsError` for an unknown part, and for a choice."""
+    asked = [place for place in fitting if f".{found.part}." in f".{place}."] if found.part else fitting
+    if fitting and not asked:
+        there = ", ".join(place or "(no name)" for place in fitting)
+        raise WeightsError(
+            f"{found.path} has no part {found.part!r} that fits; there is {there}.{near(found.part, fitting)}"
+        )
+    best = [place for place in asked if place == found.part] or asked
+    best = [place for place in best if any(name.startswith(ends) for name in found.below(place))] or best
+    best = [place for place in best if not _AVERAGED.search(place)] or best
+    different = [place for i, place in enumerate(best) if not any(_same(own, found, place, b) for b in best[:i])]
+    if len(different) > 1:
+        raise WeightsError(
+            f"{what}: the file holds {len(different)} networks that fit, {', '.join(sorted(different))}; choose one, "
+            f"such as --weights {found.path}#{min(different)}"
+        )
+    return different[0] if different else None
+
+
+def _same(own: Iterable[str], found: Tensors, a: str, b: str) -> bool:
+    """Whether the network is the same at two places."""
+    first, second = found.below(a), found.below(b)
+    return all(name in first and name in second and _equal(first[name], second[name]) for name in own)
 
 
 class _State(dict[str, Tensor]):
@@ -88,54 +272,49 @@ class _State(dict[str, Tensor]):
     _metadata: Any
 
 
-def load_state(network: nn.Module, state: dict[str, Tensor], what: str, head: str | None = None) -> str:
-    """Load all of `state` into `network`; return a note about its classifier, empty where that is the network's own.
-
-    head: the dotted name of the classifier's last layer. Where the file has another number of classes,
-    a layer of that size replaces it; where the file has none under this name, an Identity does.
-    Raises `WeightsError`, which names what is missing, unexpected or of another shape.
-    """
-    own = network.state_dict()
-    # a file may have auxiliary classifiers, which only help training; counters may be missing, as no output needs them
-    given = _State({k: v for k, v in state.items() if k in own or not k.startswith(AUXILIARY)})
-    for name, tensor in own.items():
-        if name.endswith("num_batches_tracked"):
-            given.setdefault(name, tensor)
-
-    note = ""
+def _fill(
+    network: nn.Module, given: Mapping[str, Tensor], versions: dict[str, Any], what: str, head: str | None
+) -> str:
+    """Load a network from its tensors, by plain names; a remark on the classifier, empty where it is its own."""
+    own, remark = network.state_dict(), ""
     if head is not None:
-        weight, ours = given.get(f"{head}.weight"), own[f"{head}.weight"]
-        inside = {k for k in given if k.startswith(f"{head}.")}
-        if weight is None or {f"{head}.weight", f"{head}.bias"} & own.keys() != inside:
+        weight, ours = given.get(_plain(f"{head}.weight")), own[f"{head}.weight"]
+        inside = {name for name in given if name.startswith(f"{_plain(head)}.")}
+        if weight is None or {_plain(n) for n in (f"{head}.weight", f"{head}.bias") if n in own} != inside:
             replace_module(network, head, nn.Identity())
-            given = _State({k: v for k, v in given.items() if k not in inside})
-            note = "without the network's own classifier"
+            remark = "without the network's own classifier"
         elif weight.ndim == ours.ndim and weight.shape[0] != ours.shape[0] and weight.shape[1:] == ours.shape[1:]:
             replace_module(network, head, _sized(network.get_submodule(head), len(weight)))
-            note = f"its own classifier has {len(weight)} classes, whose names are not known"
+            remark = f"its own classifier has {len(weight)} classes, whose names are not known"
         own = network.state_dict()
 
+    # counters may be missing, as no output needs them
+    state = _State({name: given.get(_plain(name), t) for name, t in own.items()})
+    # files of torch's first years lack versions; then those that the network would write today are assumed
+    state._metadata = versions or own._metadata  # type: ignore[attr-defined]
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{what} does not fit: {str(error).splitlines()[-1].strip()}.") from error
+    return remark
+
+
+def _misfit(network: nn.Module, given: Mapping[str, Tensor], what: str) -> WeightsError:
+    own = {_plain(name): t for name, t in network.state_dict().items()}
     shapes = [
         f"{name} is {list(given[name].shape)}, expected {list(own[name].shape)}"
         for name in own.keys() & given.keys()
         if given[name].shape != own[name].shape
     ]
-    differences = {
-        "missing": own.keys() - given.keys(),
-        "unexpected": given.keys() - own.keys(),
+    differences: dict[str, Iterable[str]] = {
+        "missing": [n for n in own.keys() - given.keys() if not n.endswith("num_batches_tracked")],
+        "unexpected": [n for n in given.keys() - own.keys() if not n.startswith(AUXILIARY)],
         "of another shape": shapes,
     }
-    problems = [f"{len(names)} {label}: {some(sorted(names))}" for label, names in differences.items() if names]
-    # files of torch's first years lack versions; then those that the network would write today are assumed
-    given._metadata = getattr(state, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
-    if not problems:
-        try:
-            network.load_state_dict(given, strict=True)
-        except RuntimeError as error:
-            problems = [str(error).splitlines()[-1].strip()]
-    if problems:
-        raise WeightsError(f"{what} does not fit: {'; '.join(problems)}.{_looks_like(state)}")
-    return note
+    problems = [
+        f"{len(names)} {label}: {some(names)}" for label, each in differences.items() if (names := sorted(each))
+    ]
+    return WeightsError(f"{what} does not fit: {'; '.join(problems)}.{_looks_like(given)}")
 
 
 def _looks_like(state: Mapping[str, Tensor]) -> str:

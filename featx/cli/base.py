@@ -16,7 +16,7 @@ import click
 
 from featx import __version__
 from featx.errors import FeatxError
-from featx.options import Split, fields_of, fits, home
+from featx.options import Preprocessing, Split, fields_of, fits, home
 from featx.text import assigned, escaped, printable, prose, to_json
 
 DONE, ERROR, SKIPPED, INTERRUPTED = 0, 1, 3, 130
@@ -156,14 +156,26 @@ def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Co
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on standard output.")
 
 
+def numbers(text: str) -> list[float]:
+    """`0.485,0.456,0.406`; click shows the text of a `ValueError`."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is not numbers separated by commas") from None
+
+
 def option(name: str) -> Callable[[Command], Command]:
     """The command line's form of one of `featx.options.Options`."""
     field = fields_of()[name]
-    kind: click.ParamType[Any] | None = None
+    kind: Any = None
     if field.choices:
         kind = click.Choice(field.choices)
+    elif fits([], field.hint):
+        kind = numbers
+    elif fits(0.5, field.hint):
+        kind = click.FloatRange(field.option.least)
     elif fits(1, field.hint):
-        kind = click.IntRange(field.option.least)
+        kind = click.IntRange(None if field.option.least is None else int(field.option.least))
     elif fits(Path(), field.hint):
         kind = Place(file_okay=False)
     flag = f"--{name.replace('_', '-')}"
@@ -184,9 +196,15 @@ factory_option = click.option(
     metavar="PACKAGE.MODULE:FUNCTION",
     help="The factory of your own that made RUN's backbone: what a run names is imported only if you name it, too.",
 )
+weights_option = click.option(
+    "--weights", metavar="FILE", help="Where RUN's weights lie now, if they moved: they must be the same."
+)
+run_options = options_of(weights_option, factory_option)
+preprocessing_options = options_of(*map(option, fields_of(Preprocessing)))
 backbone_options = options_of(
     click.option("--backbone", "-b", default="resnet18", help="See `featx backbones`."),
     *map(option, ("weights", "layer", "seed")),
+    preprocessing_options,
 )
 extraction_options = options_of(
     *map(option, ("cache", "device", "precision", "dtype", "batch_size", "workers", "views", "decode"))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, Place, echo, emit, factory_option, json_option, options_of, say, show, splits
+from featx.cli.base import DONE, SKIPPED, Place, echo, emit, json_option, options_of, run_options, say, show, splits
 from featx.options import Input, Reduced
 from featx.text import encodable, escaped, printable, prose
 
@@ -41,7 +41,7 @@ parity_options = options_of(
 @click.option("--max-loss", default=0.5, help="int8, fp16: points of accuracy that may be lost.")
 @click.option("--max-changed", default=5.0, help="int8, fp16: answers that may change, in points of the images.")
 @click.option("--provider", "providers", multiple=True, help="int8, fp16: execution provider to measure speed on.")
-@factory_option
+@run_options
 @json_option
 def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, as_json: bool, **options: Any) -> int:
     """Write RUN as one ONNX file, after comparing it with the torch classifier on the run's own images.
@@ -68,7 +68,7 @@ def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, 
 @click.argument("model", type=Place(dir_okay=False))
 @click.argument("run", type=Place(file_okay=False))
 @parity_options
-@factory_option
+@run_options
 @json_option
 def check(model: str, run: str, as_json: bool, **options: Any) -> int:
     """Compare a deployed MODEL with its RUN: is it unchanged, and does it still give the same answers?"""

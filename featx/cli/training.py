@@ -183,7 +183,7 @@ def rates(text: str) -> dict[str, Any]:
 @base.memory_option
 @option("device")
 @option("workers")
-@base.factory_option
+@base.run_options
 @json_option
 def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
     """Evaluate RUN on other labelled DATA, with the same backbone and cache."""
@@ -208,7 +208,7 @@ def report(run: str) -> int:
 @click.option("--repeats", default=5, type=click.IntRange(1), help="Subsets of each size.")
 @base.memory_option
 @option("device")
-@base.factory_option
+@base.run_options
 @json_option
 def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
     """Would more images help? Fit RUN's head on parts of its training images; the report then shows it."""
@@ -237,6 +237,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @base.memory_option
 @option("weights")
 @option("seed")
+@base.preprocessing_options
 @click.option("--output", "-o", type=Place(file_okay=False), help="By default export/<data>-sweep.")
 @base.cache_option
 @option("device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from featx.backbones.loading import resolve
-from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.backbones.request import BackboneInfo, BackboneRequest, preprocessing
 from featx.cache.store import FeatureStore
 from featx.devices import available_threads, choose_device, decoding_device
 from featx.engines.engine import Engine
 from featx.engines.opening import open_engine
 from featx.extraction.loader import Loaded, Loader
 from featx.features import FeatureSpec
-from featx.options import plain
+from featx.options import home, plain
 from featx.pixels.preprocess import DECODERS, GPU
 from featx.pixels.views import view_names
 from featx.sources.opening import open_source
@@ -82,20 +83,21 @@ class Job:
 
 
 def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
-    """List the images, resolve the backbone; options: all of `featx.options.Options`.
+    """Resolve the backbone, list the images; options: all of `featx.options.Options`.
 
     Raises `SourceError`, `BackboneError`, and `FeatxError` for a GPU that is not here.
     """
     begin = time.perf_counter()
     cache = Path(options["cache"]).absolute()  # stores are read later, perhaps from another working folder
-    source = open_source(data)
     request = request_of(backbone, options)
+    if isinstance(data, str | os.PathLike) and not os.path.exists(home(data)):
+        open_source(data)  # says so before weights are loaded
     check_place(request, cache, options["device"])
-
     if isinstance(backbone, BackboneInfo):
         info = replace(backbone, preprocess=request.override(backbone.preprocess))
     else:
         info = resolve(request, cache)
+    source = open_source(data)
     names = view_names(options["seed"], options["views"])
     specs = tuple(info.spec(view=name, precision=options["precision"], dtype=options["dtype"]) for name in names)
     seconds = time.perf_counter() - begin
@@ -112,10 +114,10 @@ def request_of(backbone: Backbone, options: dict[str, Any]) -> BackboneRequest:
         request = BackboneRequest.from_dict(plain(backbone.to_dict()))
     else:
         request = BackboneRequest(backbone, options["weights"], options["layer"], options["seed"])
-    if options["decode"] == "exact":
-        return request
-    others = [pair for pair in request.preprocess if pair[0] != "pixels"]
-    return replace(request, preprocess=(*others, ("pixels", DECODERS[options["decode"]])))
+    asked = preprocessing(options)
+    if options["decode"] != "exact":
+        asked["pixels"] = DECODERS[options["decode"]]
+    return replace(request, preprocess=tuple((dict(request.preprocess) | asked).items()))
 
 
 def check_place(request: BackboneRequest, cache: Path, device: str) -> None:

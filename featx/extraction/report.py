@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from featx.backbones.request import ASSUMED
 from featx.cache.store import FeatureStore
 from featx.errors import SourceError
 from featx.extraction.job import Job
@@ -135,7 +136,12 @@ def describe(
         {source.ids[i]: labels[i] for i in same} for same in copies if labels and len({labels[i] for i in same}) > 1
     ]
 
-    notes = list(source.notes)
+    notes, note, preprocess = list(source.notes), job.info.weights_note, job.info.preprocess
+    if ASSUMED in note:
+        notes.append(
+            f"{note} (resize {preprocess.resize}, crop {preprocess.crop}, {preprocess.interpolation}), which is "
+            "assumed; --size, --crop-pct, --crop-mode, --interpolation, --mean and --std say otherwise"
+        )
     if conflicts:
         notes.append(f"{len(conflicts)} images appear with the same bytes under several labels")
     notes += [note for store in stores for note in store.notes]

@@ -58,7 +58,7 @@ class Pixels:
         self.extraction, self.numbers, self.views = material.extraction, numbers, views
         self.device = material.device
         preprocess = self.extraction.info.preprocess
-        self.side = preprocess.resize if STRETCHED in views else preprocess.crop
+        self.side = max(preprocess.resize, preprocess.crop) if STRETCHED in views else preprocess.crop
         self.aspects = np.ones(len(numbers))
         """`float64 [N]`: width / height of each image; known once it was decoded."""
         self._executor = ThreadPoolExecutor(material.workers, thread_name_prefix="featx-pixels")

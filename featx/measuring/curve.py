@@ -92,6 +92,7 @@ def learning_curve(
     device: str = "auto",
     memory: float | None = None,
     factory: str | None = None,
+    weights: str | Path | None = None,
 ) -> Curve:
     """Fit a run's head on parts of its training images, and write `curve.json` into its folder.
 
@@ -99,11 +100,11 @@ def learning_curve(
     each size, stratified, drawn with `seed` (default: the run's), each within the next larger one; duplicates
     stay together. Measured on the run's validation images, which choose nothing: each subset's head chooses
     inside the subset. Intervals are for other images and other subsets; that of all training images is the report's.
-    memory: as for `featx.fit`; factory: as for `featx.load`.
+    memory: as for `featx.fit`; factory, weights: as for `featx.load`.
 
     Raises `RunError` where the data are not the run's any more, `HeadError` where nothing can be learned or measured.
     """
-    opened = open_run(run, factory)
+    opened = open_run(run, factory, weights)
     config = opened.config
     if not learning.module(config.head).LEARNS:
         raise HeadError(

@@ -151,18 +151,19 @@ def evaluate(
     cache: str | Path | None = None,
     memory: float | None = None,
     factory: str | None = None,
+    weights: str | Path | None = None,
     engine: Engine | None = None,
     **options: Unpack[Running],
 ) -> Report:
     """Measure a run's head on labelled data: its backbone, its precision, its cache unless another is given.
 
     split: `train`, `val` or `test`, to measure these rows only; by default all that have a label.
-    memory: as for `featx.fit`; factory: as for `featx.load`. engine: what runs the backbone that the run records,
-    which is then not loaded. options: `device`, `batch_size` and `workers` of `featx.extract`.
+    memory: as for `featx.fit`; factory, weights: as for `featx.load`. engine: what runs the backbone that the run
+    records, which is then not loaded. options: `device`, `batch_size` and `workers` of `featx.extract`.
     Raises `RunError` for a folder without a finished run, `HeadError` where there is no labelled image.
     """
     asked = complete(options, Running, evaluate)
-    opened = open_run(run, factory)
+    opened = open_run(run, factory, weights)
     spec, head = opened.config.spec, opened.head
     asked |= {"precision": spec.precision, "dtype": spec.dtype, "cache": cache or opened.config.cache}
     source = open_source(data)

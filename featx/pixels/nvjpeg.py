@@ -69,7 +69,8 @@ class Gpu:
             for _, (left, top, right, bottom), mirrored in e.looks
         ]
         crop, interpolation = self.preprocess.crop, self.preprocess.interpolation
-        views = iter(resized([image for image, _ in looks], [box for _, box in looks], crop, interpolation))
+        fill = self.preprocess.fill if self.preprocess.pads else None
+        views = iter(resized([image for image, _ in looks], [box for _, box in looks], crop, interpolation, fill))
         pairs = zip(part, images, strict=True)
         return [None if image is None else list(islice(views, len(e.looks))) for e, image in pairs]
 

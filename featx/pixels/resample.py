@@ -13,11 +13,13 @@ from featx.pixels.preprocess import Box
 TOGETHER = 32
 
 
-def resized(images: Sequence[Tensor], boxes: Sequence[Box], side: int, interpolation: str) -> list[Tensor]:
+def resized(
+    images: Sequence[Tensor], boxes: Sequence[Box], side: int, interpolation: str, fill: Sequence[int] | None = None
+) -> list[Tensor]:
     """A box of each image, `uint8 [3, H, W]` -> `uint8 [3, side, side]`, on their device.
 
     A box whose left is beyond its right is mirrored. First across, then down, each rounded to 8 bits, as
-    `Preprocess.render` does it.
+    `Preprocess.square` does it. fill: the colour of what boxes show beyond the image; None where they show none.
     """
     out: list[Tensor] = []
     for start in range(0, len(images), TOGETHER):
@@ -29,12 +31,19 @@ def resized(images: Sequence[Tensor], boxes: Sequence[Box], side: int, interpola
         for image, x, y in zip(some, across, down, strict=True):
             _, height, width = image.shape
             narrow = (image.float() @ x[:, :width].T).add_(0.5).floor_().clamp_(0, 255)
-            out.append((y[:, :height] @ narrow).add_(0.5).clamp_(0, 255).to(torch.uint8))
+            made = (y[:, :height] @ narrow).add_(0.5).clamp_(0, 255).to(torch.uint8)
+            if fill is not None:
+                inside = (y.sum(1) > 0)[:, None] & (x.sum(1) > 0)
+                made = made.where(inside, torch.tensor(fill, dtype=torch.uint8, device=made.device)[:, None, None])
+            out.append(made)
     return out
 
 
 def _weights(starts: Tensor, stops: Tensor, sizes: list[int], side: int, interpolation: str) -> Tensor:
-    """`float32 [B, side, max(sizes)]`: the weight of each pixel of an axis in each of `side` pixels of a box."""
+    """`float32 [B, side, max(sizes)]`: the weight of each pixel of an axis in each of `side` pixels of a box.
+
+    All are 0 for those beyond the image.
+    """
     pixels = torch.arange(max(sizes), device=starts.device)
     scale = ((stops - starts) / side)[:, None]
     centres = starts[:, None] + (torch.arange(side, device=starts.device) + 0.5) * scale
@@ -45,5 +54,6 @@ def _weights(starts: Tensor, stops: Tensor, sizes: list[int], side: int, interpo
     else:
         far = (((x - 5) * x + 8) * x - 4) * -0.5
         weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far.masked_fill_(x >= 2, 0))
-    weights *= pixels < torch.tensor(sizes, device=starts.device)[:, None, None]
-    return weights.div_(weights.sum(2, keepdim=True))
+    ends = torch.tensor(sizes, device=starts.device)[:, None]
+    weights *= (pixels < ends[..., None]) & ((centres > 0) & (centres < ends))[..., None]
+    return weights.div_(weights.sum(2, keepdim=True).clamp_(min=1e-6))

@@ -46,8 +46,11 @@ def look(preprocess: Preprocess, width: int, height: int, key: bytes, view: str)
 
 def pixels(preprocess: Preprocess, image: Image.Image, key: bytes, view: str) -> np.ndarray:
     """`uint8 [3, crop, crop]` of one view of a decoded image."""
-    box, mirrored = look(preprocess, *image.size, key, view)
-    array = preprocess.render(image, box, preprocess.crop, mirrored)
+    if view == CENTER:
+        array = preprocess.square(image, preprocess.crop)
+    else:
+        box, mirrored = look(preprocess, *image.size, key, view)
+        array = preprocess.render(image, box, preprocess.crop, mirrored)
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from featx.measuring.swept import COLUMNS, Point, Sweep
 from featx.reporting import plots
 from featx.reporting.page import Drawing, Table, strip_paths, write_page
-from featx.sweeping import COLUMNS, Point, Sweep
 
 
-def _plotted(point: Point) -> dict[str, Any]:
+def _plotted(point: Point, points: list[Point]) -> dict[str, Any]:
     """A point for the plot: its validation accuracy or, without validation images, the cross-validated one."""
     values = point.to_dict()
+    if any(other.weights != point.weights for other in points if other.backbone == point.backbone):
+        values["backbone"] += f" {point.weights}"
     if point.accuracy is None:
         values |= values["cross_validated"] or {"accuracy": 0.0, "low": 0.0, "high": 1.0}
     return values
@@ -26,7 +28,7 @@ def write(sweep: Sweep) -> None:
     rows = [[str(place), *p.cells] for place, p in enumerate(points, 1)]
     write_page(
         sweep.path / "sweep.html",
-        {"trade-off": Drawing(plots.trade_off([_plotted(p) for p in points], winner=0), note, 1040)},
+        {"trade-off": Drawing(plots.trade_off([_plotted(p, points) for p in points], winner=0), note, 1040)},
         title=f"{data.name} · sweep of {len(points)} run{'s' if len(points) > 1 else ''}",
         chosen=sweep.verdict,
         best=points[0].run,

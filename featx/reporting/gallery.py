@@ -46,7 +46,7 @@ class RunMaterial:
     def clean(self, sentence: str) -> str:
         """`sentence` without this machine's folders: what lies in them keeps its name."""
         config = self.run.config
-        paths = [config.data, config.cache, config.request.weights]
+        paths = [config.data, config.cache, str(config.request.file or "")]
         return strip_paths(sentence, [Path(p).parent for p in paths if os.path.isabs(p)])
 
     def picture(self, id: str) -> Image.Image | None:

@@ -66,7 +66,7 @@ def card(run: Run) -> str:
             [row[name] for name in ("label", "precision", "recall", "f1", "support")]
             for row in sorted(report.get("per_class", []), key=lambda row: -row["support"])
         ],
-        "preprocess": vars(config.spec.preprocess),
+        "preprocess": config.spec.preprocess,
     }
     text = resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)

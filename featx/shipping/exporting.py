@@ -46,6 +46,7 @@ def export(
     data: str | Path | Source | None = None,
     tolerance: float | None = None,
     factory: str | None = None,
+    weights: str | Path | None = None,
 ) -> Parity:
     """Write a run as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
@@ -56,14 +57,14 @@ def export(
     images: how many are compared, at most, of `split` (`val`, `test` or `train`), those with the
     smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
     tolerance: on probabilities through the file's resize, in [0, 1], instead of 0.05; above 0.03 on features too.
-    factory: as for `featx.load`.
+    factory, weights: as for `featx.load`.
 
     Where images, labels or splits have changed since the fit, the file is compared all the same, and an accuracy
     is stated only if the head has learned from none of these images. Where this backbone was verified on these
     images before, only the head is run, without torch. Raises `ParityError` where the file exceeds a limit, and
     `ExportError` where something that featx did not export is at `output`; both leave it untouched.
     """
-    opened = open_run(run, factory)
+    opened = open_run(run, factory, weights)
     path = free_path(opened, output, DEFAULT.get(input, "model.onnx"))
     model = build(opened, input, outputs)
     parts = graph.part_digests(model.graph)
@@ -87,15 +88,21 @@ def export(
 
 @ordinary()
 def check(
-    model: str | Path, run: str | Path | Run, *, images: int = IMAGES, split: Split = "val", factory: str | None = None
+    model: str | Path,
+    run: str | Path | Run,
+    *,
+    images: int = IMAGES,
+    split: Split = "val",
+    factory: str | None = None,
+    weights: str | Path | None = None,
 ) -> Parity:
     """Check that a file is an unmodified export of a run, and still gives the same answers.
 
     Its classes, its preprocessing, and every node and weight of its parts are compared with the run's
     record, then every image goes through it and through torch. Raises `ParityError` that names what
-    differs, and `ExportError` for a file that featx did not export. factory: as for `featx.load`.
+    differs, and `ExportError` for a file that featx did not export. factory, weights: as for `featx.load`.
     """
-    path, opened = Path(home(model)), open_run(run, factory)
+    path, opened = Path(home(model)), open_run(run, factory, weights)
     data, described = read_model(path)
     proto = graph.parse(data, path)
     if described.get("precision", "fp32") != "fp32":
@@ -210,16 +217,16 @@ def contract(run: Run, input: str) -> str:
             f"features: float32 [N, {run.head.weight.shape[1]}], as a file with input pixels or tensor and "
             f"spec_digest {run.config.spec.digest} gives them."
         )
-    size = f"{p.resize} pixels ({p.interpolation}, antialiased)"
     done = "scales and normalises them itself: give whole numbers from 0 to 255."
     if input == "tensor":
         return (
-            f"images: uint8 [N, 3, {p.crop}, {p.crop}], RGB, the short side resized to {size} and the centre "
-            f"cropped. The file {done}"
+            f"images: uint8 [N, 3, {p.crop}, {p.crop}], RGB, {p.target} resized to {p.resize} pixels "
+            f"({p.interpolation}, antialiased) and the centre cropped{p.beyond}. The file {done}"
         )
     return (
         "images: uint8 [N, H, W, 3], RGB, upright, of any size up to an aspect ratio of 1:64. The file resizes "
-        f"the short side to {size}, crops the centre to {p.crop} x {p.crop}, and {done}"
+        f"{p.target} to {p.resize} pixels ({p.interpolation}, antialiased), crops the centre to {p.crop} x {p.crop}"
+        f"{p.beyond}, and {done}"
     )
 
 

@@ -108,11 +108,11 @@ def resizes(model: ModelProto) -> bool:
 def pixels_part(preprocess: Preprocess) -> Part:
     """`images` uint8 `[N, H, W, 3]` -> `backbone/images` uint8 `[N, 3, crop, crop]`.
 
-    The arithmetic of `Preprocess`: the short side becomes `resize`, the long one `resize * long // short`
-    (integers, as `int(resize * long / short)` rounds), antialiased without weights outside the image, and
-    the crop's offset is rounded half to even. Pixels are within 2 levels of Pillow's, mostly within 1. An image
-    with a zero side or an aspect ratio beyond 1:64 would need gigabytes: node `GUARD` then fails, by an
-    index out of bounds, before anything is resized.
+    The arithmetic of `Preprocess`: in mode `center` the short side becomes `resize`, the long one
+    `resize * long // short` (integers, as `int(resize * long / short)` rounds), antialiased without weights outside the
+    image, and the crop's offset is rounded half to even. Pixels are within 2 levels of Pillow's, mostly within 1. An
+    image with a zero side or an aspect ratio beyond 1:64 would need gigabytes: node `GUARD` then fails, by an index out
+    of bounds, before anything is resized.
     """
     part = Part("preprocess")
     one = part.integers("one", [1])
@@ -125,8 +125,18 @@ def pixels_part(preprocess: Preprocess) -> Part:
     guard = part.node("Gather", [part.integers("zero", [0]), index], GUARD.removeprefix("preprocess/"))
     # dividing by zero ends the process in some runtimes before the guard is looked at
     divisor = part.node("Add", [part.node("Max", [short, one], "short_or_one"), guard], "divisor")
-    scaled = part.node("Mul", [size, part.integers("resize", [preprocess.resize])], "scaled")
-    resized = part.node("Div", [scaled, divisor], "resized_size")
+    resize = part.integers("resize", [preprocess.resize])
+    if preprocess.crop_mode == "squash":
+        resized = part.node("Add", [part.node("Concat", [resize, resize], "square", axis=0), guard], "resized_size")
+    elif preprocess.crop_mode == "border":  # in double precision, as `Preprocess.resized` computes it
+        most = part.node("Add", [part.node("Max", [long, one], "longest"), guard], "longest_checked")
+        double = [part.node("Cast", [v], f"double_{i}", to=11) for i, v in enumerate((size, most, resize))]
+        ratio = part.node("Div", double[1:], "ratio")
+        rounded = part.node("Round", [part.node("Div", [double[0], ratio], "resized_double")], "resized_rounded")
+        resized = part.node("Max", [part.node("Cast", [rounded], "resized_whole", to=7), one], "resized_size")
+    else:
+        scaled = part.node("Mul", [size, resize], "scaled")
+        resized = part.node("Div", [scaled, divisor], "resized_size")
     batch = part.node("Shape", ["images"], "batch", start=0, end=1)
     # sizes of all four axes: onnxruntime's optimizer breaks a Resize with `axes` when it moves a Transpose
     sizes = part.node("Concat", [batch, resized, part.integers("channels", [3])], "sizes", axis=0)
@@ -139,13 +149,37 @@ def pixels_part(preprocess: Preprocess) -> Part:
     spare = part.node("Cast", [part.node("Sub", [resized, crop], "spare")], "spare_float", to=1)
     half = part.node("Mul", [spare, part.constant("half", np.array(0.5, np.float32))], "half_spare")
     start = part.node("Cast", [part.node("Round", [half], "offset_float")], "offset", to=7)
-    end = part.node("Add", [start, crop], "offset_end")
-    cut = part.node("Slice", [whole, start, end, part.integers("axes", [1, 2])], "cropped")
+    if preprocess.pads:
+        cut = _padded(part, whole, start, resized, crop, preprocess.fill)
+    else:
+        end = part.node("Add", [start, crop], "offset_end")
+        cut = part.node("Slice", [whole, start, end, part.integers("axes", [1, 2])], "cropped")
     turned = part.node("Transpose", [cut], "channels_first", perm=[0, 3, 1, 2])
     # says the shape that is known here, for the runtimes that plan by it
     shape = part.integers("shape", [0, 3, preprocess.crop, preprocess.crop])
     part.node("Reshape", [turned, shape], "pixels", output=PIXELS)
     return part
+
+
+def _padded(part: Part, whole: str, start: str, resized: str, crop: str, fill: tuple[int, ...]) -> str:
+    """The crop of an image that may be smaller; what lies beyond it has the colour `fill`."""
+    taken = part.node("Min", [resized, crop], "taken")
+    first = part.node("Max", [start, part.integers("edge", [0])], "first")
+    end = part.node("Add", [first, taken], "end")
+    cut = part.node("Slice", [whole, first, end, part.integers("axes", [1, 2])], "cropped")
+    lacking = part.node("Sub", [crop, taken], "lacking")
+    before = part.node("Div", [lacking, part.integers("two", [2])], "before")
+    none = part.integers("none", [0])
+    pads = [none, before, none, none, part.node("Sub", [lacking, before], "after"), none]
+    widths = part.node("Concat", pads, "pad_widths", axis=0)
+    padded = part.node("Pad", [cut, widths], "padded")
+    if not any(fill):
+        return padded
+    single = part.integers("single", [1])
+    shape = part.node("Concat", [single, taken, single], "inside_shape", axis=0)
+    inside = part.node("Expand", [part.constant("yes", np.ones(1, np.uint8)), shape], "inside")
+    mask = part.node("Cast", [part.node("Pad", [inside, widths], "inside_padded")], "is_inside", to=9)
+    return part.node("Where", [mask, padded, part.constant("fill", np.array(fill, np.uint8))], "filled")
 
 
 def _head_part(head: Head, outputs: tuple[str, ...], features: str) -> Part:

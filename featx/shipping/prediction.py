@@ -124,7 +124,7 @@ def _predict(
     with closing(ahead(load, todo, threads=workers, window=window, name="featx-decode")) as loaded:
         while batch := list(islice(loaded, batch_size)):
             arrays = [found for _, found in batch if not isinstance(found, ImageError)]
-            outputs = model(np.stack(arrays), features=features) if arrays else {}
+            outputs = _together(model, arrays, features) if arrays else {}
             rows = iter(range(len(arrays)))
             for name, found in batch:
                 if isinstance(found, ImageError):
@@ -136,10 +136,16 @@ def _predict(
                 yield answer(model, name, outputs["probabilities"][row].copy(), top_k=top_k, features=vector)
 
 
-def pixels(model: Model, image: Image) -> np.ndarray:
-    """What the file takes for one image, in one size for images of any size, so that they can share a batch.
+def _together(model: Model, arrays: list[np.ndarray], features: bool) -> dict[str, np.ndarray]:
+    """What the file gives for a batch; one by one where sizes differ, as they do around a crop beyond the image."""
+    if len({array.shape for array in arrays}) == 1:
+        return model(np.stack(arrays), features=features)
+    alone = [model(array[None], features=features) for array in arrays]
+    return {name: np.concatenate([found[name] for found in alone]) for name in alone[0]}
 
-    `uint8 [resize, resize, 3]` around the crop, which the graph's own resize leaves as it is; or
+
+def pixels(model: Model, image: Image) -> np.ndarray:
+    """What the file takes for one image: `Preprocess.fitted`, which the graph's own resize leaves as it is; or
     `uint8 [3, crop, crop]` where the file takes that. Raises `ImageError`.
     """
     if image is None:
@@ -148,7 +154,7 @@ def pixels(model: Model, image: Image) -> np.ndarray:
     if model.input == "tensor":
         return model.preprocess(data)
     with model.preprocess.decoded(data) as decoded:
-        return model.preprocess.square(decoded, model.preprocess.resize)
+        return model.preprocess.fitted(decoded)
 
 
 def answer(

@@ -114,6 +114,7 @@ def export_reduced(
     max_changed: float = 5.0,
     providers: list[str] | None = None,
     factory: str | None = None,
+    weights: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Reduction:
     """Write a run as an ONNX file in `int8` or `fp16`, by default `model-int8.onnx` in its folder.
@@ -124,7 +125,7 @@ def export_reduced(
     2 images or `max_changed` points. Otherwise `ExportError` gives the figures. clock: seconds, to measure speed by.
     Other arguments as for `export`.
     """
-    opened = open_run(run, factory)
+    opened = open_run(run, factory, weights)
     if precision not in PRECISIONS:
         raise ExportError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
     if input == "features":

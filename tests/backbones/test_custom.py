@@ -238,7 +238,7 @@ def test_timm_names_and_weights_that_are_not_there(timm, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop_mode": "squash"}, "crops the centre only"),
+        ({"crop_mode": "zoom"}, "featx knows center, squash, border"),
         ({"input_size": (3, 224, 160)}, "square RGB"),
         ({"interpolation": "lanczos"}, "override `interpolation`"),
     ],

@@ -61,7 +61,7 @@ def test_features_logits_and_export_are_torchvisions_own(name: str) -> None:
     assert info.class_names is not None
     assert len(info.class_names) == 1000
     assert info.class_names[310] == "ant"
-    assert info.weights_note == f"local file {name}.pth"
+    assert info.weights_note == f"local file {name}.pth, preprocessed as IMAGENET1K_V1"
     if squeeze:
         assert backbone.classifier is None
     else:

@@ -167,7 +167,7 @@ def test_every_way_of_saving_the_same_weights_is_the_same_backbone(tmp_path: Pat
     save_file(state, tmp_path / "safe.safetensors")
     for name in (*files, "safe.safetensors"):
         info = load_backbone(BackboneRequest(SQUEEZE, weights=str(tmp_path / name))).info
-        assert info.weights_note == f"local file {name}"
+        assert info.weights_note == f"local file {name}, preprocessed as IMAGENET1K_V1"
         assert replace(info, weights_note=reference.weights_note) == reference
 
 
@@ -277,7 +277,7 @@ def test_bad_files_are_named_and_run_nothing(tmp_path: Path, capfd: pytest.Captu
         "empty.pth": "cannot be read|damaged",
         "text.safetensors": "cannot be read",
         "code.pth": "pickled objects",
-        "nested.pth": "holds no state dict",
+        "nested.pth": "does not fit: 52 missing",
         "absent.pth": "is not there",
     }.items():
         with pytest.raises(WeightsError, match=message) as caught:

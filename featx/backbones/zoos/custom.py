@@ -32,7 +32,7 @@ from torch import nn
 
 from featx.backbones.backbone import Backbone, Origin, build, is_affine, tensors_digest, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import is_file, load_state, read_state
+from featx.backbones.weights import load_state, read
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
@@ -49,10 +49,9 @@ def load(request: BackboneRequest, name: str) -> Backbone:
     network.eval()
 
     note = f"as {name} makes them"
-    if is_file(request.weights):
-        path = Path(request.weights)
-        load_state(network, read_state(path)[0], f"{path} as {name}")
-        note = f"local file {path.name}"
+    if request.file:
+        taken = load_state(network, read(request), f"{request.file} as {name}")
+        note = f"local file {request.file.name}{taken.note}"
     elif request.weights == "random":
         note += f", seed {request.seed}"
     elif request.weights != "pretrained":

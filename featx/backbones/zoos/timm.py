@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,29 +13,17 @@ from torchvision.models import ResNet18_Weights
 
 from featx.backbones.backbone import Backbone, Origin, build, is_affine, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import first_line, is_file, load_state, read_state
+from featx.backbones.weights import Taken, first_line, load_state, read
 from featx.errors import BackboneError, WeightsError
 from featx.files import stat_row
-from featx.pixels.preprocess import RESAMPLE, Preprocess
+from featx.pixels.preprocess import CROP_MODES, RESAMPLE, Preprocess
 from featx.text import near
 
 
 def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its timm name. Raises `BackboneError` and `WeightsError`."""
-    try:
-        import timm
-    except ImportError as error:
-        raise BackboneError(f"timm networks need the extra: pip install featx[timm] ({error})") from error
+    timm, tagged = find(name)
     bare = name.partition(".")[0]
-    if not timm.is_model(bare):
-        known = timm.list_models()
-        raise BackboneError(f"timm has no network {bare!r}; timm.list_models() lists {len(known)}.{near(bare, known)}")
-    tagged = timm.list_pretrained(f"{bare}.*")
-    if name != bare and name not in tagged:
-        raise BackboneError(
-            f"timm has no weights {name!r}; there are {', '.join(tagged) or 'none'}.{near(name, tagged)}"
-        )
-
     config: Any = timm.get_pretrained_cfg(name)
     preprocess = request.override(preprocessing(name, config, dict(request.preprocess)))
     options: dict[str, Any] = {}
@@ -50,16 +37,16 @@ def load(request: BackboneRequest, name: str) -> Backbone:
     if request.weights == "pretrained":
         network, files = _pretrained(timm, name, config, options)
         note = f"pretrained {config.tag or 'default'}"
-    elif request.weights == "random" or is_file(request.weights):
+    elif request.weights == "random" or request.file:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)
             network = timm.create_model(name, pretrained=False, **options)
         note = f"random, seed {request.seed}"
-        if is_file(request.weights):
-            network, files, remark = _from_file(timm, name, network, Path(request.weights), options)
-            note = f"local file {Path(request.weights).name}"
-            if remark:
-                note, class_names = f"{note}, {remark}", None
+        if request.file:
+            network, files, taken = _from_file(timm, name, network, request, options)
+            note = f"local file {request.file.name}{taken.note}"
+            class_names = class_names if taken.whole else None
+            note += request.assumed(config.tag) if name == bare and config.tag else ""
     else:
         raise WeightsError(
             f"timm has no weights {request.weights!r}: it picks them by the name's tag, such as "
@@ -75,6 +62,24 @@ def load(request: BackboneRequest, name: str) -> Backbone:
     return build(request, origin, network, cut, head)
 
 
+def find(name: str) -> tuple[Any, list[str]]:
+    """timm itself, and the names of its weights for a network. Raises `BackboneError` for an unknown name."""
+    try:
+        import timm
+    except ImportError as error:
+        raise BackboneError(f"timm networks need the extra: pip install featx[timm] ({error})") from error
+    bare = name.partition(".")[0]
+    if not timm.is_model(bare):
+        known = timm.list_models()
+        raise BackboneError(f"timm has no network {bare!r}; timm.list_models() lists {len(known)}.{near(bare, known)}")
+    tagged = timm.list_pretrained(f"{bare}.*")
+    if name != bare and name not in tagged:
+        raise BackboneError(
+            f"timm has no weights {name!r}; there are {', '.join(tagged) or 'none'}.{near(name, tagged)}"
+        )
+    return timm, tagged
+
+
 def preprocessing(name: str, config: Any, overrides: dict[str, Any]) -> Preprocess:
     """The evaluation transform of a `PretrainedCfg`: resize to crop / crop_pct, crop the centre.
 
@@ -83,9 +88,12 @@ def preprocessing(name: str, config: Any, overrides: dict[str, Any]) -> Preproce
     channels, height, width = config.input_size
     if channels != 3 or height != width:
         raise BackboneError(f"timm/{name} takes {channels} x {height} x {width}; featx feeds square RGB")
-    if config.crop_mode not in (None, "center"):
-        raise BackboneError(f"timm/{name} was trained with crop mode {config.crop_mode!r}; featx crops the centre only")
+    mode: Any = config.crop_mode or "center"
+    if mode not in CROP_MODES:
+        raise BackboneError(f"timm/{name} crops by {mode!r}; featx knows {', '.join(CROP_MODES)}")
     interpolation, crop = overrides.get("interpolation", config.interpolation), overrides.get("crop", height)
+    crop = overrides.get("size", crop)
+    crop = crop if isinstance(crop, int) else height  # the override will say what is wrong with it
     if interpolation not in RESAMPLE:
         raise BackboneError(
             f"timm/{name} resizes by {interpolation!r}; featx knows {', '.join(RESAMPLE)}: "
@@ -93,7 +101,8 @@ def preprocessing(name: str, config: Any, overrides: dict[str, Any]) -> Preproce
         )
 
     resize = math.floor(crop / (config.crop_pct or 0.875))
-    return Preprocess(resize, crop, interpolation, tuple(config.mean), tuple(config.std))
+    mode = "pad" if mode == "center" and crop > resize else mode
+    return Preprocess(resize, crop, interpolation, tuple(config.mean), tuple(config.std), crop_mode=mode)
 
 
 def _pre_logits(self: Any, pixels: Tensor) -> Tensor:
@@ -146,14 +155,15 @@ def _pretrained(timm: Any, name: str, config: Any, options: dict[str, Any]) -> t
 
 
 def _from_file(
-    timm: Any, name: str, network: nn.Module, path: Path, options: dict[str, Any]
-) -> tuple[nn.Module, dict[str, list[int]], str]:
+    timm: Any, name: str, network: nn.Module, request: BackboneRequest, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, list[int]], Taken]:
     """Load a file as timm writes them, or else as its authors did, by timm's own converters."""
-    state, files = read_state(path)
+    found = read(request)
     try:
-        return network, files, load_state(network, state, f"{path} as timm/{name}", _head(network))
+        return network, found.files, load_state(network, found, f"{request.file} as timm/{name}", _head(network))
     except WeightsError:
         with contextlib.suppress(Exception):  # the first error says what the file and the network hold
-            overlay = {"state_dict": state, "custom_load": False}
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options), files, ""
+            overlay = {"state_dict": found.unwrapped(), "custom_load": False}
+            made = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+            return made, found.files, Taken("", True)
         raise

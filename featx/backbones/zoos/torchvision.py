@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
 import socket
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,7 +18,7 @@ from torchvision import models
 
 from featx.backbones.backbone import Backbone, Origin, build, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import is_file, load_state, read_state
+from featx.backbones.weights import load_state, read
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
@@ -26,7 +30,7 @@ _TRANSFORM_INPUT = ("googlenet", "inception_v3")
 
 def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its torchvision name. Raises `BackboneError` and `WeightsError`."""
-    known = models.list_models(module=models)
+    known: Any = models.list_models(module=models)
     if name not in known:
         raise BackboneError(
             f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
@@ -35,38 +39,38 @@ def load(request: BackboneRequest, name: str) -> Backbone:
 
     chosen = first_weights(name)  # whose preprocessing `random` and local files get
     files: dict[str, list[int]] | None = {}
-    state, path = None, Path(request.weights)
+    found, whose = None, ""
     if request.weights == "random":
         note = f"random, seed {request.seed}"
-    elif is_file(request.weights):
-        state, files = read_state(path)
-        note = f"local file {path.name}"
+    elif request.file:
+        found, note = read(request), f"local file {request.file.name}"
+        if known := published(models.get_model_weights(name), request.file):
+            chosen, whose = known, f", torchvision's {known.name}"
+        else:
+            whose = request.assumed(chosen.name)
     else:
         chosen = _named(name, request.weights)
-        path = _download(chosen)
-        state, files = read_state(path)
-        note = f"pretrained {chosen.name}"
+        found, note = read(replace(request, weights=str(_download(chosen)))), f"pretrained {chosen.name}"
 
     preprocess = request.override(preprocessing(chosen))
     network = create(name, preprocess.crop, seed=request.seed)
     last = last_layer(name, network)
     class_names = chosen.meta.get("categories")
-    if state is not None:
+    if found is not None:
         if name.startswith("densenet"):
-            state = _renamed(state)
-        remark = load_state(network, state, f"{path} as {name}", last)
-        if remark:
-            note, class_names = f"{note}, {remark}", None
+            found.tensors, found.groups = _renamed(found.tensors), _renamed(found.groups)
+        taken = load_state(network, found, f"{found.path} as {name}", last)
+        files, note, class_names = found.files, note + taken.note, class_names if taken.whole else None
 
     layer = network.get_submodule(last)
     if isinstance(layer, nn.Identity) and request.layer == "logits":
-        raise BackboneError(f"{path} holds no classifier, so {name} has no logits; use layer features")
+        raise BackboneError(f"{request.weights} holds no classifier, so {name} has no logits; use layer features")
     if name.startswith("squeezenet"):
         # its classifier is a convolution, a ReLU and a pool, not an affine map of the pooled features
         cut = without(network, "classifier", nn.AdaptiveAvgPool2d(1))
     else:
         cut = without(network, last)
-    origin = Origin(f"torchvision/{name}", preprocess, tuple(class_names) if class_names else None, note, files)
+    origin = Origin(f"torchvision/{name}", preprocess, tuple(class_names) if class_names else None, note + whose, files)
     return build(request, origin, network, cut, last if isinstance(layer, nn.Linear) else None)
 
 
@@ -117,6 +121,22 @@ def preprocessing(weights: Any) -> Preprocess:
     )
 
 
+def published(members: Iterable[Any], file: Path) -> Any:
+    """The weights enum whose file this is, by its SHA-256, or else by its name; None for weights of somebody's own."""
+    prefixes = {_prefix(member): member for member in members}
+    with contextlib.suppress(OSError), open(file, "rb") as data:  # a folder
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+        own = [member for prefix, member in prefixes.items() if digest.startswith(prefix)]
+        own += [member for prefix, member in prefixes.items() if f"-{prefix}." in file.name]
+        return own[0] if own else None
+    return None
+
+
+def _prefix(weights: Any) -> str:
+    """The start of the SHA-256 of the file of a weights enum, which torchvision puts into its name."""
+    return Path(urlparse(weights.url).path).stem.rpartition("-")[2]
+
+
 def _named(name: str, weights: str) -> Any:
     known = models.get_model_weights(name)
     if weights == "pretrained":
@@ -142,8 +162,7 @@ def _download(weights: Any) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch sets none, and would wait for ever
-        prefix = file.rpartition("-")[2].partition(".")[0]  # torchvision names files by their SHA-256's start
-        torch.hub.download_url_to_file(weights.url, str(path), prefix, progress=False)
+        torch.hub.download_url_to_file(weights.url, str(path), _prefix(weights), progress=False)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise WeightsError(
             f"the weights file {file} could not be downloaded ({error}). Fetch {weights.url} where there is a "
