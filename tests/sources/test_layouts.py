@@ -148,6 +148,7 @@ def test_a_layout_that_could_be_two_things_is_refused_with_what_to_do(files: str
         ("asl_alphabet_train asl_alphabet_test", "train test"),
         ("PublicTest PrivateTest", "test test"),
         ("training validation evaluation", "train val test"),
+        ("test_a test_b Hold-out", "test test test"),
         *((name, "") for name in ("test_tube beaker", "bullet_train steam_train car", "training_shoe boot")),
         *((name, "") for name in ("train_station contest latest", "train_val_test developer", "2017 2018")),
     ],
