@@ -128,6 +128,8 @@ def test_a_well_known_layout_is_understood(name: str, tmp_path: Path) -> None:
         ("images/Abyssinian_1.jpg annotations/trimaps/Abyssinian_1.png", "give that one"),  # Oxford pets
         ("train/1.jpg bus/2.jpg car/3.jpg", "named as splits (train) beside others (bus, car)"),
         ("simpsons_dataset/bart/1.jpg kaggle_simpson_testset/2.jpg", "named as splits (kaggle_simpson_testset)"),
+        ("cat/train/1.jpg cat/test/2.jpg dog/train/3.jpg", "cat holds folders named as splits (test, train)"),
+        ("bottle/train/good/1.png bottle/test/bad/2.png bottle/ground_truth/3.png", "Give it alone"),  # MVTec's
         ("train/train/a/1.jpg train/test/a/2.jpg val/a/3.jpg", "train, a split, holds folders named as splits"),
     ],
 )
