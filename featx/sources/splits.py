@@ -97,7 +97,7 @@ def split_folders(ids: list[str]) -> tuple[list[str], list[str]]:
     said = {folder: next((among[part] for part in folder.split("/") if part in among), "") for folder in folders}
     if "" in said.values() or len(set(said.values())) < 2:
         return [], []
-    one = {split: folder for folder, split in said.items()}
+    one = {split: folder for folder, split in sorted(said.items())}
     note = ", ".join(f"{printable(folder)} is {split}" for split, folder in sorted(one.items()))
     return [said[os.path.dirname(id)] for id in ids], [f"no column says the split; the folders do: {note}"]
 
