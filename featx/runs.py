@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from featx.backbones import moved
 from featx.backbones.loading import locate, resolve
-from featx.backbones.request import SUFFIXES, BackboneInfo, BackboneRequest
+from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.engines.wire import FORMAT_KEY, scan
-from featx.errors import FeatxError, HeadError, NewerError, RunError, WeightsError
+from featx.errors import HeadError, NewerError, RunError, WeightsError
 from featx.features import FeatureSpec
 from featx.files import MOST_NETWORK_BYTES, read_plain, sweep, write_atomic
 from featx.head import Head
@@ -122,40 +123,20 @@ class Run:
             )
         request, preprocess = self.config.request, self.config.spec.preprocess
         own = replace(request, preprocess=tuple(vars(preprocess).items()))
+        cache, info = Path(self.config.cache), self.config.backbone
         if self.weights is not None:
-            with contextlib.suppress(WeightsError):  # without the part that was taken, if they were saved by themselves
-                if self._fits(moved := own.at(self.weights)):
-                    return moved
-            if self._fits(moved := replace(own, weights=os.fspath(self.weights))):
-                return moved
+            if moved_to := moved.at(own, self.weights, info.weights_digest, cache):
+                return moved_to
             raise WeightsError(
                 f"{self.weights} holds other weights than {self.path} was fitted on "
-                f"({self.config.backbone.weights_digest[:12]}): give the same ones, wherever they lie, or fit again"
+                f"({info.weights_digest[:12]}): give the same ones, wherever they lie, or fit again"
             )
         if request.file and not request.file.exists():
-            return self._found(own) or request
+            return moved.near(own, info, (request.file.parent, self.path), cache) or request
         if request.file is None or source == "custom":
             return request
         # an older featx may have chosen other preprocessing for this file
-        return request if resolve(request, Path(self.config.cache)).preprocess == preprocess else own
-
-    def _fits(self, request: BackboneRequest) -> bool:
-        return resolve(request, Path(self.config.cache)).weights_digest == self.config.backbone.weights_digest
-
-    def _found(self, request: BackboneRequest) -> BackboneRequest | None:
-        """The same weights under another name, in the folder where they were or in the run's, by their digest."""
-        assert request.file is not None
-        with contextlib.suppress(OSError):
-            for file in (file for folder in (request.file.parent, self.path) for file in sorted(folder.glob("*"))):
-                moved = request.at(file)
-                with contextlib.suppress(FeatxError):
-                    alike = (
-                        file.name.endswith(SUFFIXES) and 1 < file.stat().st_size / self.config.backbone.parameters < 40
-                    )
-                    if alike and self._fits(moved):
-                        print(printable(f"{request.file} is not there; {file} holds the same weights"), file=sys.stderr)
-                        return moved
-        return None
+        return request if resolve(request, cache).preprocess == preprocess else own
 
     def require_alike(self, several: bool, data: object) -> None:
         """Raise `HeadError` where one of the run and the data has several labels for an image."""
@@ -168,7 +149,8 @@ class Run:
 def open_run(run: str | Path | Run, factory: str | None = None, weights: str | Path | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory, weights: see `Run`."""
     if isinstance(run, Run):
-        return replace(run, factory=factory or run.factory, weights=weights or run.weights)
+        named = replace(run, factory=factory or run.factory, weights=weights or run.weights)
+        return named if factory or weights else run
     path = Path(home(run))
     (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
     name, trained_on = "report.json", None

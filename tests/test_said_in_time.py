@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import COLOURS, ColourEngine, write_images
 
 import featx
+from featx.cli import cli
 from featx.errors import FeatxError, HeadError, RunError
 from featx.heads import pretrained
 from featx.learning import check_heads
@@ -172,3 +174,14 @@ def test_a_split_that_there_is_not_names_the_one_that_was_meant(
     assert len(features.split("test")) == len(features.split("")) == 0
     unlabelled = features.relabel({features.ids[0]: None})
     assert np.array_equal(unlabelled.split("").ids, features.ids[:1])
+
+
+def test_a_file_that_cannot_hold_the_exported_features(
+    tiny: Path, tmp_path: Path, everywhere: ColourEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.h5").write_text("text")
+    for name, says in (("feats.csv", "would hold HDF5: call it .h5"), ("mine.h5", "is there already")):
+        result = CliRunner().invoke(cli, ["cache", "export", str(tiny), name])
+        assert result.exit_code == 1 and says in result.stderr
+    assert everywhere.images == 0 and (tmp_path / "mine.h5").read_text() == "text"

@@ -8,9 +8,9 @@ from structure import all_patches, code_lines, long_functions, package_files
 LONGER: dict[str, str] = {}
 
 
-def test_the_package_has_at_most_14_000_lines_of_code() -> None:
+def test_the_package_has_at_most_14_500_lines_of_code() -> None:
     """13,000 before it took what people bring: layouts, names, kinds of images and of checkpoints, pipelines."""
-    assert sum(map(code_lines, package_files())) <= 14_000
+    assert sum(map(code_lines, package_files())) <= 14_500
 
 
 def test_functions_have_at_most_60_lines() -> None:

@@ -246,14 +246,9 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     also where any other file is at `path`.
     """
     from featx import __version__
-    from featx.cache.hdf5 import attribute_names, plan, utf8
+    from featx.cache.hdf5 import plan, utf8
 
-    if path.exists() and not overwrite:
-        raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
-    if os.path.lexists(path) and not (path.is_file() and {"featx", "spec"} <= attribute_names(path)):
-        raise StoreError(f"{path} is not a file that featx exported, so it is not replaced; give another file")
-    if path.suffix.lower() not in (".h5", ".hdf5", ".hdf"):
-        raise StoreError(f"{path} would hold HDF5: call it .h5; to save otherwise, `featx.extract(DATA).X` is an array")
+    check_export(path, overwrite)
     X = features.X
     step = max(1, COPY_BYTES // max(1, X[:1].nbytes))
     parts = (np.ascontiguousarray(X[start : start + step]) for start in range(0, len(X), step))
@@ -269,6 +264,18 @@ def export(features: Features, path: Path, *, overwrite: bool = False) -> Path:
     except OSError as error:
         raise StoreError(f"{path} cannot be written ({error.strerror or error})") from error
     return path
+
+
+def check_export(path: Path, overwrite: bool) -> None:
+    """Raise `StoreError` where `export` may not write, which is known before any extraction."""
+    from featx.cache.hdf5 import attribute_names
+
+    if path.suffix.lower() not in (".h5", ".hdf5", ".hdf"):
+        raise StoreError(f"{path} would hold HDF5: call it .h5; to save otherwise, `featx.extract(DATA).X` is an array")
+    if path.exists() and not overwrite:
+        raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
+    if os.path.lexists(path) and not (path.is_file() and {"featx", "spec"} <= attribute_names(path)):
+        raise StoreError(f"{path} is not a file that featx exported, so it is not replaced; give another file")
 
 
 def _entry(path: Path) -> Entry:

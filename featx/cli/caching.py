@@ -168,6 +168,7 @@ def export_(data: str, file: str, overwrite: bool, **options: Any) -> int:
     from featx.cache import caching
     from featx.extraction.pipeline import extract
 
+    caching.check_export(Path(file), overwrite)
     features = extract(data, **options)
     path = caching.export(features, Path(file), overwrite=overwrite)
     echo(printable(str(path)))

@@ -20,7 +20,7 @@ import numpy as np
 
 from featx.devices import available_threads
 from featx.errors import ExportError, FeatxWarning, ImageError, SourceError
-from featx.files import make_folder, open_plain, write_chunks
+from featx.files import make_folder, open_plain, sweep, write_chunks
 from featx.head import answers
 from featx.options import home
 from featx.shipping.deployed import Model
@@ -284,5 +284,6 @@ def write_lines(path: str | Path, lines: Iterable[str], *, marked: bool = False)
                     f"{path} was not written by featx predict, and is not replaced; give another --output"
                 )
     make_folder(path.parent)
+    sweep(path.parent)
     mark, data = [codecs.BOM_UTF8] * marked, (f"{encodable(line)}\n".encode() for line in lines)
     return write_chunks(path.parent, chain(mark, data), lambda: path.name)

@@ -34,18 +34,9 @@ def finish(
     takes the lowest threshold that reaches it on held-out rows. Writes its figures to `info`. Raises `HeadError`
     for both at once, numbers out of range, `reject` with several labels per image, and held-out rows that are missing.
     """
-    if reject is not None and not LEAST_REJECT <= reject < 1:
-        meant = f"reject={reject / 100:g}" if 50 <= reject < 100 else "reject=0.95"
-        raise HeadError(
-            f"reject is the accuracy that answers must reach, at least {LEAST_REJECT} and below 1, not {reject}: with "
-            f"{meant} the images of whose class the head is not sure enough are rejected, as many as that takes"
-        )
-    if threshold is not None and reject is not None:
-        raise HeadError("give threshold (a probability) or reject (an accuracy to reach), not both")
+    _check_reject(reject, threshold, task.several)
     if not (calibrate or threshold is not None or reject is not None):
         return head
-    if task.several and reject is not None:
-        raise HeadError("reject needs one label per image")
     if held_out is None:
         if calibrate or reject is not None:
             raise HeadError("calibration and reject need held-out folds; there are too few training images")
@@ -76,6 +67,21 @@ def finish(
             "measured_on": measured_on,
         }
     return _with(head, temperature, threshold)
+
+
+def _check_reject(reject: float | None, threshold: float | None, several: bool) -> None:
+    if reject is None:
+        return
+    if not LEAST_REJECT <= reject < 1:
+        meant = f"reject={reject / 100:g}" if 50 <= reject < 100 else "reject=0.95"
+        raise HeadError(
+            f"reject is the accuracy that answers must reach, at least {LEAST_REJECT} and below 1, not {reject}: with "
+            f"{meant} the images of whose class the head is not sure enough are rejected, as many as that takes"
+        )
+    if threshold is not None:
+        raise HeadError("give threshold (a probability) or reject (an accuracy to reach), not both")
+    if several:
+        raise HeadError("reject needs one label per image")
 
 
 def _with(head: Head, temperature: float, threshold: float | None) -> Head:

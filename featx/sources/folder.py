@@ -90,7 +90,12 @@ def open_folder(path: str) -> Source:
         if named:
             _split(listing, name, trees[name], named[name])
         else:
-            label = class_name(os.path.basename(name))
+            label, within = class_name(os.path.basename(name)), splits_among(_inner(trees[name], name))
+            if len(set(within.values())) > 1:
+                raise SourceError(
+                    f"{printable(os.path.join(path, name))} holds folders named as splits ({some([*within])}): it is "
+                    "unclear whether it is a class. Give it alone, or lay the images out as train/<class>, test/<class>"
+                )
             for below, found in trees[name].items():
                 listing.add(f"{below}/", found, label, "")
     _remark(listing, path, place, named, {name: trees[name] for name in full})

@@ -21,7 +21,9 @@ from featx.sources.source import NO_STAT, Source
 from featx.sources.splits import says_split, split_cell, split_columns, split_folders
 from featx.text import from_json, near, printable, some
 
-PATH_COLUMNS = ("path", "file_name", "image")
+# the names of the columns that must be there; the later ones, which other tools write, count where no first one is
+PATHS = (("path", "file_name", "image"), ("filename", "filepath", "image_path", "file"))
+LABELS = (("label",), ("class", "class_name", "category"))
 # joins the labels of one image
 SEPARATOR = "|"
 _DECIMAL = re.compile(r"\s*-?(0|[1-9]\d{0,14})\.\d{0,15}\s*", re.ASCII)
@@ -46,7 +48,7 @@ def open_manifest(path: str) -> Source:
     missing: list[str] = []
     repeated: list[str] = []
     multilabel, header = False, None
-    saying, remarks = split_columns(path, _rows(path), {*PATH_COLUMNS, "label"})
+    saying, remarks = split_columns(path, _rows(path), {name for names in (*PATHS, *LABELS) for name in names})
     for number, names, cells in _rows(path):
         where = f"{shown}, row {number}"
         if names is not header:
@@ -178,17 +180,22 @@ def _columns(found: Sequence[str], shown: str) -> tuple[int, int]:
     by_name: dict[str, int] = {}
     for i, name in enumerate(found):
         by_name.setdefault(str(name).strip().lower(), i)
-    paths = [name for name in PATH_COLUMNS if name in by_name]
+    paths, labels = (
+        next(filter(None, ([name for name in names if name in by_name] for names in each)), [])
+        for each in (PATHS, LABELS)
+    )
     if {"label", "probability"} <= by_name.keys() and by_name.keys() & {"error", "top"}:
         raise SourceError(
             f"{shown} is what `featx predict` wrote: answers, not labels. To learn from answers on purpose, copy the "
             "columns image and label into a file of their own"
         )
-    if len(paths) == 1 and "label" in by_name:
-        return by_name[paths[0]], by_name["label"]
-    if len(paths) > 1:
-        problem = f"has several columns for the path, {' and '.join(str(found[by_name[p]]) for p in paths)}; keep one."
-    elif not paths:
+    if len(paths) == len(labels) == 1:
+        return by_name[paths[0]], by_name[labels[0]]
+    for several, what in ((paths, "path"), (labels, "label")):
+        if len(several) > 1:
+            listed = " and ".join(str(found[by_name[name]]) for name in several)
+            raise SourceError(f"{shown} has several columns for the {what}, {listed}; keep one.")
+    if not paths:
         problem = "has no column `path`, nor `file_name` or `image`; its first row names the columns."
         problem += near("path", by_name)
     else:

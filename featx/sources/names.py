@@ -41,10 +41,10 @@ def split_of(name: str) -> tuple[str, str]:
     """
     found = words(name)
     said = [word for word in found if word in SPLITS]
-    others = [word for word in found if word not in SPLITS and word not in PLAIN | _OWNERS]
+    others = [word for word in found if word not in SPLITS and word not in _OWNERS and len(word) > 1]
     if len(said) != 1:
         return "", ""
-    return SPLITS[said[0]], " ".join(others) if len(others) + 1 == len(found) else ""
+    return SPLITS[said[0]], " ".join(others) if PLAIN.isdisjoint(others) else ""
 
 
 def splits_among(names: Iterable[str]) -> dict[str, str]:

@@ -93,13 +93,13 @@ def split_cell(cells: Sequence[tuple[Any, str]], where: str) -> str:
 def split_folders(ids: list[str]) -> tuple[list[str], list[str]]:
     """The splits of paths that lie in folders called like splits, `train/1.jpg` and `test/2.jpg`, with a note."""
     folders = {os.path.dirname(id) for id in ids}
-    above = os.path.commonpath(folders) if len({os.path.isabs(folder) for folder in folders}) == 1 else ""
-    first = {folder: folder.removeprefix(above).lstrip("/").split("/")[0] for folder in folders}
-    among = splits_among(first.values())
-    if len(set(among.values())) < 2 or not all(name in among for name in first.values()):
+    among = splits_among({part for folder in folders for part in folder.split("/")})
+    said = {folder: next((among[part] for part in folder.split("/") if part in among), "") for folder in folders}
+    if "" in said.values() or len(set(said.values())) < 2:
         return [], []
-    said = ", ".join(f"{printable(name)} is {split}" for name, split in sorted(among.items()))
-    return [among[first[os.path.dirname(id)]] for id in ids], [f"no column says the split; the folders do: {said}"]
+    one = {split: folder for folder, split in sorted(said.items())}
+    note = ", ".join(f"{printable(folder)} is {split}" for split, folder in sorted(one.items()))
+    return [said[os.path.dirname(id)] for id in ids], [f"no column says the split; the folders do: {note}"]
 
 
 def _split(value: str) -> str:

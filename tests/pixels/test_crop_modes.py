@@ -14,7 +14,8 @@ from onnx_files import average_backbone, exported_file, some_head
 from PIL import Image
 
 from featx.errors import FeatxError
-from featx.pixels.preprocess import RESAMPLE, Preprocess, decode
+from featx.pixels.decoding import decode
+from featx.pixels.preprocess import RESAMPLE, Preprocess
 from featx.pixels.resample import resized
 from featx.pixels.views import augmented, pixels
 from featx.shipping import graph

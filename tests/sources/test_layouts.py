@@ -128,6 +128,8 @@ def test_a_well_known_layout_is_understood(name: str, tmp_path: Path) -> None:
         ("images/Abyssinian_1.jpg annotations/trimaps/Abyssinian_1.png", "give that one"),  # Oxford pets
         ("train/1.jpg bus/2.jpg car/3.jpg", "named as splits (train) beside others (bus, car)"),
         ("simpsons_dataset/bart/1.jpg kaggle_simpson_testset/2.jpg", "named as splits (kaggle_simpson_testset)"),
+        ("cat/train/1.jpg cat/test/2.jpg dog/train/3.jpg", "cat holds folders named as splits (test, train)"),
+        ("bottle/train/good/1.png bottle/test/bad/2.png bottle/ground_truth/3.png", "Give it alone"),  # MVTec's
         ("train/train/a/1.jpg train/test/a/2.jpg val/a/3.jpg", "train, a split, holds folders named as splits"),
     ],
 )
@@ -148,6 +150,7 @@ def test_a_layout_that_could_be_two_things_is_refused_with_what_to_do(files: str
         ("asl_alphabet_train asl_alphabet_test", "train test"),
         ("PublicTest PrivateTest", "test test"),
         ("training validation evaluation", "train val test"),
+        ("test_a test_b Hold-out", "test test test"),
         *((name, "") for name in ("test_tube beaker", "bullet_train steam_train car", "training_shoe boot")),
         *((name, "") for name in ("train_station contest latest", "train_val_test developer", "2017 2018")),
     ],

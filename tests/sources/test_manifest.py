@@ -402,17 +402,32 @@ def test_a_table_without_a_header_is_told_that_the_first_row_names_the_columns(r
         opened(root, "TRAIN,a.jpg,x\nTEST,b.jpg,y\n")  # Vertex AI's
 
 
-@pytest.mark.parametrize("above", ["", "data/set/"])
+@pytest.mark.parametrize("above", ["", "data/set/", "x/"])
 def test_folders_called_like_splits_say_the_split_where_no_column_does(root: Path, above: str) -> None:
-    names = [f"{above}{name}" for name in ("train/x/1.jpg", "train/y/2.jpg", "test_images/3.jpg")]
+    names = [f"{above}{name}" for name in ("train/test/1.jpg", "train/y/2.jpg", "test_images/3.jpg")]
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     text = "file_name,label\n" + "".join(f"{name},x\n" for name in names)  # as Hugging Face's metadata.csv
     source = opened(root, text)
     assert source.splits == ["train", "train", "test"]
-    assert source.notes == ["no column says the split; the folders do: test_images is test, train is train"]
+    (note,) = source.notes
+    assert note.startswith(f"no column says the split; the folders do: {above}test_images is test, {above}train/")
     alone = "".join(line for line in text.splitlines(True) if "test" not in line)
     blank = "".join(f"{line},{'split' * (i == 0)}\n" for i, line in enumerate(text.split()))
     for other in (alone, blank, text + "a.jpg,x\n"):
         assert opened(root, other).splits is None
+
+
+@pytest.mark.parametrize("header", ["filename,class", "filepath,label", "class_name,image_path", "File,Category"])
+def test_columns_as_other_tools_name_them(root: Path, header: str) -> None:
+    rows = ["a.jpg,ant", "b.jpg,bee"] if header.lower().startswith("file") else ["ant,a.jpg", "bee,b.jpg"]
+    source = opened(root, "\n".join([header, *rows]))
+    assert (source.ids, source.labels) == (["a.jpg", "b.jpg"], ["ant", "bee"])
+
+
+def test_of_several_columns_for_one_thing_the_usual_name_counts_or_one_is_asked_for(root: Path) -> None:
+    source = opened(root, "filename,path,class,label\nx,a.jpg,insect,ant\n")
+    assert (source.ids, source.labels) == (["a.jpg"], ["ant"])
+    with pytest.raises(SourceError, match="several columns for the label, class and category; keep one"):
+        opened(root, "path,class,category\na.jpg,insect,ant\n")

@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 from featx.errors import HeadError, SourceError
 from featx.extraction.pipeline import sync
 from featx.fitting import fit
-from featx.pixels.preprocess import decode
+from featx.pixels.decoding import decode
 from featx.sources.memory import Images, one_by_one
 
 
