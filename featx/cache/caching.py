@@ -270,12 +270,12 @@ def check_export(path: Path, overwrite: bool) -> None:
     """Raise `StoreError` where `export` may not write, which is known before any extraction."""
     from featx.cache.hdf5 import attribute_names
 
-    if path.suffix.lower() not in (".h5", ".hdf5", ".hdf"):
-        raise StoreError(f"{path} would hold HDF5: call it .h5; to save otherwise, `featx.extract(DATA).X` is an array")
     if path.exists() and not overwrite:
         raise StoreError(f"{path} is there already; give another file, or --overwrite to replace it")
     if os.path.lexists(path) and not (path.is_file() and {"featx", "spec"} <= attribute_names(path)):
         raise StoreError(f"{path} is not a file that featx exported, so it is not replaced; give another file")
+    if path.suffix.lower() not in (".h5", ".hdf5", ".hdf"):
+        raise StoreError(f"{path} would hold HDF5: call it .h5; to save otherwise, `featx.extract(DATA).X` is an array")
 
 
 def _entry(path: Path) -> Entry:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from featx.pixels.readers import BITS, PHOTOMETRIC, limit, opened
 
 # What decoding one image may take, in bytes: RGB with alpha of `MAX_PIXELS` fits.
 MOST_BYTES = 3 << 29
+LARGE_BYTES = 1 << 28
 # Encoders write about 10 scans of a progressive JPEG. Each one passes over all the pixels.
 MOST_SCANS, SCANNED_PIXELS = 100, 1 << 29
 # in or behind a scan, where 0xff 0x00 is a byte of the scan and 0xff 0xd0 to 0xd7 divide it
@@ -49,6 +51,9 @@ class Room:
         with self._changed:
             self._changed.wait_for(lambda: self.free >= size)
             self.free -= size
+        if size > LARGE_BYTES:
+            with suppress(AttributeError, OSError, TypeError):  # not Linux
+                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a thread has freed for that thread
         try:
             yield
         finally:
@@ -65,7 +70,7 @@ if hasattr(os, "register_at_fork"):  # a child has none of the threads that hold
 def decode(data: bytes | Image.Image | np.ndarray, short: int | None = None) -> Image.Image:
     """`decoded`, for an image that is kept: only while it is decoded does it wait for other threads."""
     with decoded(data, short) as image:
-        return image
+        return image if image is data else image._new(image.im)
 
 
 @contextmanager
@@ -78,7 +83,8 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
 
     The orientation of EXIF or XMP is applied, alpha is dropped as `Image.convert("RGB")` drops it, 12- and 16-bit grey
     is scaled to 8 bits (Pillow alone would clip it). Large images wait for each other: until the block is left, the
-    image counts in `ROOM`. No global setting of Pillow changes what the bytes give. Raises `ImageError`.
+    image counts in `ROOM`, and then it is closed. No global setting of Pillow changes what the bytes give. Raises
+    `ImageError`.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
@@ -101,7 +107,11 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
             image = image if image.mode == "RGB" else image.convert("RGB")
         if image is not data:  # `data` itself belongs to the caller, and was upright
             image.info.clear()  # Pillow copies EXIF and XMP to what it turns: decoding that would turn it again
-        yield image
+        try:
+            yield image
+        finally:
+            if image is not data:
+                image.close()  # before others take its room
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _tiff(data: bytes) -> Any:
         with suppress(SyntaxError):
             image = module.TiffImageFile(io.BytesIO(data))
             tags = image.tag_v2
-            apart = tags.get(PLANES) == 2 or (tags.get(PHOTOMETRIC) == 6 and tags.get(SUBSAMPLING) != (1, 1))
+            apart = tags.get(PLANES) == 2 or (tags.get(PHOTOMETRIC) == 6 and tags.get(SUBSAMPLING, (1, 1)) != (1, 1))
             if module is libtiff or not apart:
                 return image
     raise ImageError(_unread(data, own))
