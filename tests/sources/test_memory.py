@@ -162,6 +162,8 @@ def test_lists_of_paths_are_extracted_as_their_folder_is_and_need_labels_to_be_f
     paths = sorted(tiny.glob("*/*.png"))
     whole = sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache").features()
     assert engine.images == 12
+    assert isinstance(whole.X, np.memmap)  # joblib hands it to other processes by the name of its file
+    assert Path(str(whole.X.filename)).is_relative_to(tmp_path / "cache") and Path(str(whole.X.filename)).is_file()
     given = sync([*paths, None], COLOURS, engine=engine, cache=tmp_path / "cache")
     assert engine.images == 12  # the same bytes: nothing is computed
     assert np.array_equal(given.features().X, whole.X) and given.report.skipped_images[0]["id"] == "row 12"
