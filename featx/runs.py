@@ -132,6 +132,10 @@ class Run:
 def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
     if isinstance(run, Run):
+        if not run.path.is_dir():
+            raise RunError(
+                f"there is no {run.path.absolute()} any more; if the working folder changed, open the run again"
+            )
         return replace(run, factory=factory) if factory else run
     path = Path(run)
     (config, sealed), (report, current) = read_config(path), _read(path, "report.json")
