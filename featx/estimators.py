@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 
 from featx import learning
 from featx.backbones.loading import resolve
@@ -66,7 +66,8 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 f"{len(skipped)} of {len(source)} images cannot be used; the first is {skipped[0]['id']}: "
                 f"{skipped[0]['reason']}"
             )
-        return extraction.features().X
+        rows: np.ndarray = extraction.features().X
+        return rows if rows.flags.writeable else rows.copy()  # later steps may work in place
 
     @property
     def _n_features_out(self) -> int:
@@ -110,18 +111,21 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
         check_classification_targets(y)
+        check_consistent_length(X, groups)
         weights = np.ones(len(X))
         if sample_weight is not None:
             weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        kept = weights > 0
-        self.classes_, numbers = np.unique(y[kept], return_inverse=True)
+        if not (kept := weights > 0).all():
+            X, y, weights = X[kept], y[kept], weights[kept]
+            groups = None if groups is None else np.asarray(groups)[kept]
+        self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             only = f"one class, {self.classes_[0]!r}" if len(self.classes_) else "no row of a weight above 0"
             raise HeadError(f"classifier cannot be fitted: y holds {only}")
-        groups = None if groups is None else np.unique(np.asarray(groups)[kept], return_inverse=True)[1]
+        groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
         fitted = learning.learn(
             self.head,
-            _distinct(X[kept], numbers.astype(np.int64), groups, weights[kept]),
+            _distinct(X, numbers.astype(np.int64), groups, weights),
             [str(i) for i in range(len(self.classes_))],
             seed=self.random_state or 0,
             device=self.device,

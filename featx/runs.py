@@ -149,6 +149,10 @@ class Run:
 def open_run(run: str | Path | Run, factory: str | None = None, weights: str | Path | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory, weights: see `Run`."""
     if isinstance(run, Run):
+        if not run.path.is_dir():
+            raise RunError(
+                f"there is no {run.path.absolute()} any more; if the working folder changed, open the run again"
+            )
         named = replace(run, factory=factory or run.factory, weights=weights or run.weights)
         return named if factory or weights else run
     path = Path(home(run))

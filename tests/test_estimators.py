@@ -143,6 +143,7 @@ def test_a_column_of_paths_goes_through_a_pipeline(column: tuple[np.ndarray, Ima
     expected = features.transform(list(paths[:, 0]))
     assert expected.shape == (12, 8) and np.array_equal(features.transform(paths), expected)
     assert np.array_equal(features.transform(Path(paths[0, 0])), expected[:1])
+    assert expected.flags.writeable  # the next step may work in place
     table = np.concatenate([paths, np.arange(12)[:, None].astype(object)], axis=1)
     columns = ColumnTransformer([("images", features, [0])], remainder="passthrough")
     assert np.array_equal(columns.fit_transform(table).astype(np.float32)[:, :8], expected)

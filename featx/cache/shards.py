@@ -90,7 +90,9 @@ class Shard:
     def map(self, folder: Path, form: Form) -> np.ndarray:
         """The rows, memory-mapped: `[N, *row_shape]`. Raises `StaleError`."""
         with self.open(folder) as file:
-            return np.memmap(file, form.dtype, "r", self.rows_at, (self.count, *form.row_shape))
+            rows = np.memmap(file, form.dtype, "r", self.rows_at, (self.count, *form.row_shape))
+        rows.filename = str((folder / self.name).absolute())  # by which joblib hands maps to other processes
+        return rows
 
 
 @dataclass(frozen=True)

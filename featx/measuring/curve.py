@@ -16,7 +16,7 @@ from featx.extraction.pipeline import sync
 from featx.features import Features, LazyRows, groups, taken
 from featx.measuring.views import scores
 from featx.metrics import Estimate
-from featx.options import Options
+from featx.options import Options, plain
 from featx.records import convert, write_record
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
@@ -118,11 +118,11 @@ def learning_curve(
     train, held = features.split("train"), features.split("val")
     if not len(held):
         raise HeadError("there are no validation images to measure on")
-    wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(sizes))
+    wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(plain(sizes)))
     if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
         raise HeadError(f"sizes lie between 2 and the {len(train)} training images, not {list(wanted)}")
 
-    seed = config.seed if seed is None else seed
+    seed = config.seed if seed is None else int(seed)
     group = groups(train.keys)
     orders = [nested_order(train.y, group, seed + r) for r in range(repeats)]
     right: list[np.ndarray] = []

@@ -180,7 +180,8 @@ def evaluate(
     features = features.take(np.flatnonzero(features.labelled & (not split or features.splits == split)))
     if not len(features):
         raise HeadError(
-            f"there is no labelled image in {data}; put images into one folder per class, or name a manifest"
+            f"there is no labelled image in {extraction.source.uri}; put images into one folder per class, or name a "
+            "manifest"
         )
 
     report = evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)

@@ -13,10 +13,11 @@ import torch
 from conftest import COLOURS, ColourEngine, write_images
 from PIL import Image, ImageSequence
 
-from featx.errors import HeadError, SourceError
+from featx.errors import HeadError, RunError, SourceError
 from featx.extraction.pipeline import sync
 from featx.fitting import fit
 from featx.pixels.decoding import decode
+from featx.runs import open_run
 from featx.sources.memory import Images, one_by_one
 
 
@@ -162,6 +163,8 @@ def test_lists_of_paths_are_extracted_as_their_folder_is_and_need_labels_to_be_f
     paths = sorted(tiny.glob("*/*.png"))
     whole = sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache").features()
     assert engine.images == 12
+    assert isinstance(whole.X, np.memmap)  # joblib hands it to other processes by the name of its file
+    assert Path(str(whole.X.filename)).is_relative_to(tmp_path / "cache") and Path(str(whole.X.filename)).is_file()
     given = sync([*paths, None], COLOURS, engine=engine, cache=tmp_path / "cache")
     assert engine.images == 12  # the same bytes: nothing is computed
     assert np.array_equal(given.features().X, whole.X) and given.report.skipped_images[0]["id"] == "row 12"
@@ -169,10 +172,13 @@ def test_lists_of_paths_are_extracted_as_their_folder_is_and_need_labels_to_be_f
         fit(paths, COLOURS, engine=engine, cache=tmp_path / "cache", output=tmp_path / "run")
 
 
-def test_a_cache_named_from_the_working_folder_is_found_from_another(
+def test_a_cache_is_found_from_another_working_folder_and_a_run_says_that_it_is_not(
     tiny: Path, tmp_path: Path, engine: ColourEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     extraction = sync(tiny, COLOURS, engine=engine, cache="cache")
+    run = fit(tiny, COLOURS, "ncm", engine=engine, cache="cache", output="run")
     monkeypatch.chdir("/")
     assert extraction.features().X.shape == (12, 48)
+    with pytest.raises(RunError, match=r"run any more; if the working folder changed, open the run again"):
+        open_run(run)
