@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from featx import __version__, learning, runs
-from featx.backbones.loading import check as check_backbone
 from featx.backbones.loading import load_backbone, resolve
-from featx.backbones.request import BackboneInfo, BackboneRequest
+from featx.backbones.request import BackboneRequest
 from featx.devices import memory_for_features
 from featx.engines.engine import Engine
 from featx.errors import HeadError
@@ -146,8 +145,6 @@ def fit(
     asked = complete(options, function=fit)
     settings = learning.check_settings(head, settings or {})
     limit = memory_for_features() if memory is None else memory
-    if not isinstance(backbone, BackboneInfo):
-        check_backbone(request_of(backbone, asked), Path(asked["cache"]))
     learns, source = learning.module(head).LEARNS, open_source(data)
     if output and rank() == 0:
         runs.check(Path(home(output)), None, overwrite=overwrite)

@@ -83,8 +83,8 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
 
     The orientation of EXIF or XMP is applied, alpha is dropped as `Image.convert("RGB")` drops it, 12- and 16-bit grey
     is scaled to 8 bits (Pillow alone would clip it). Large images wait for each other: until the block is left, the
-    image counts in `ROOM`, and then it is closed. No global setting of Pillow changes what the bytes give. Raises
-    `ImageError`.
+    image counts in `ROOM`, and must not be used after it. No global setting of Pillow changes what the bytes give.
+    Raises `ImageError`.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
@@ -110,7 +110,7 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
         try:
             yield image
         finally:
-            if image is not data:
+            if image is not data and size > LARGE_BYTES:
                 image.close()  # before others take its room
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from featx.errors import FeatxError, ImageError
 from featx.identity import ADDED, Identity
 from featx.options import CropMode
-from featx.pixels.decoding import decode, decoded
+from featx.pixels.decoding import decoded
 
 # The largest short side that images are resized to; networks of today take up to 1,024.
 MAX_SIDE = 8192
@@ -85,20 +85,13 @@ class Preprocess(Identity):
         with self.decoded(data) as image:
             return np.ascontiguousarray(self.square(image, self.crop).transpose(2, 0, 1))
 
-    def decode(self, data: bytes | Image.Image | np.ndarray) -> Image.Image:
-        """`decoding.decode` with the decoder that `pixels` names. Raises `FeatxError` for an unknown one."""
-        return decode(data, self._short())
-
     def decoded(self, data: bytes | Image.Image | np.ndarray) -> AbstractContextManager[Image.Image]:
-        """`decoding.decoded`, likewise."""
-        return decoded(data, self._short())
-
-    def _short(self) -> int | None:
+        """`decoding.decoded` with the decoder that `pixels` names. Raises `FeatxError` for an unknown one."""
         if self.pixels not in DECODERS.values():
             raise FeatxError(
                 f"pixels {self.pixels!r} is not one of {', '.join(DECODERS.values())}, the decoders of this featx"
             )
-        return 2 * self.resize if self.pixels == FAST else None
+        return decoded(data, 2 * self.resize if self.pixels == FAST else None)
 
     def shrinks(self, data: bytes, size: tuple[int, int]) -> bool:
         """Whether `FAST` would decode an image file of this width and height at a smaller scale, and does not yet."""

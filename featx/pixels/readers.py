@@ -31,21 +31,21 @@ HEAD_BYTES = 64  # what `kind` looks at
 STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP", b"GIF87a": "GIF", b"GIF89a": "GIF"}
 STARTS |= dict.fromkeys((b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0"), "TIFF")
 STARTS |= {b"P%c" % kind: "PPM" for kind in b"0123456fy"}
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"hei": "HEIF", b"hev": "HEIF", b"mif1": "HEIF", b"msf1": "HEIF"}
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT, SUBSAMPLING = 258, 259, 262, 284, 339, 530  # tags of TIFF
 
 
 def kind(head: bytes) -> str:
     """Which of `FORMATS` the first `HEAD_BYTES` bytes of a file are of. Raises `ImageError` for any other file."""
-    found = [name for start, name in STARTS.items() if head.startswith(start)]
+    found = next((name for start, name in STARTS.items() if head.startswith(start)), None)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        found = ["WEBP"]
+        found = "WEBP"
     if head[4:8] == b"ftyp":
         brands = head[8 : int.from_bytes(head[:4], "big")]
-        known = {b"avif": "AVIF", b"avis": "AVIF", b"hei": "HEIF", b"hev": "HEIF", b"mif1": "HEIF", b"msf1": "HEIF"}
-        found = [name for brand, name in known.items() if brand in brands]
+        found = next((name for brand, name in BRANDS.items() if brand in brands), None)
     if not found:
         raise ImageError(f"not an image in a format of {', '.join(FORMATS)}" if head else "an empty file")
-    return found[0]
+    return found
 
 
 def opened(data: bytes) -> Any:

@@ -112,8 +112,8 @@ def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
             data = source.read(i)
             if content_key(data) != images.keys[i].tobytes():
                 raise ImageError("it has changed since it was listed")
-            image = preprocess.decode(data)
-            return np.asarray(image), preprocess(image)
+            with preprocess.decoded(data) as image:
+                return np.asarray(image), preprocess.square(image, preprocess.crop).transpose(2, 0, 1)
         except ImageError as error:
             raise ExportError(f"{source.ids[i]}, an image to compare the file on: {error}") from error
 

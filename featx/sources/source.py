@@ -21,10 +21,8 @@ EXTENSIONS = (
     *(".jfif", ".jpe", ".mpo", ".avif", ".heic", ".heif", ".hif", ".pbm", ".pnm"),
 )
 # Suffixes of other pictures: a folder's user may think that featx reads them.
-UNREAD = (
-    *(".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".xcf", ".svg", ".eps", ".ico", ".tga", ".exr", ".hdr", ".dcm", ".jxr"),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw", ".raw"),
-)
+UNREAD = [".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".xcf", ".svg", ".eps", ".ico", ".tga", ".exr", ".hdr", ".dcm"]
+UNREAD += [".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw", ".raw"]  # of cameras
 # more than any image within `readers.MAX_PIXELS` needs; a disk image named .jpg would fill the memory
 MAX_BYTES = 2**31
 # files beyond this are looked at before they are read whole
