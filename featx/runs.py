@@ -132,7 +132,7 @@ class Run:
 def open_run(run: str | Path | Run, factory: str | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory: see `Run.factory`."""
     if isinstance(run, Run):
-        if not run.path.is_dir():
+        if not is_finished(run.path):
             raise RunError(
                 f"there is no {run.path.absolute()} any more; if the working folder changed, open the run again"
             )
