@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
 import warnings
@@ -99,7 +98,7 @@ def torch_threads(wanted: int | None = None) -> int:
     return 1 if _torch_forked else wanted or available_threads()
 
 
-def _after_fork() -> None:
+def after_fork() -> None:
     """In the child, other threads' locks are held for ever, and the threads of torch and onnxruntime are gone."""
     global _one, _torch_forked
     _one = threading.RLock()
@@ -111,7 +110,3 @@ def _after_fork() -> None:
 
         _torch_forked = True
         torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
