@@ -14,6 +14,15 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 if "onnxruntime" in sys.modules:  # imported before featx: the id is written, what else it reports can be stopped
     sys.modules["onnxruntime"].disable_telemetry_events()
 
+
+def _after_fork() -> None:
+    if {"torch", "featx.state"} & set(sys.modules):
+        importlib.import_module("featx.state").after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 # name -> module; imported when first used, so that `import featx` loads no torch, h5py or scikit-learn
 _PUBLIC = {
     "BackboneRequest": "backbones.request",

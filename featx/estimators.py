@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from featx.options import complete
 from featx.solvers.examples import Examples
 from featx.sources.memory import Images
 from featx.state import ordinary
-from featx.text import near
 
 
 class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -126,10 +124,10 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fitted = learning.learn(
             self.head,
             _distinct(X, numbers.astype(np.int64), groups, weights),
-            [str(i) for i in range(len(self.classes_))],
+            [str(label) for label in self.classes_.tolist()],
             seed=self.random_state or 0,
             device=self.device,
-            settings=self._settings(),
+            settings=self.settings,
         )
         self.head_, self.info_ = fitted.head, fitted.info
         return self
@@ -153,18 +151,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The likeliest class of each row, `[N]`; a head's threshold rejects nothing here."""
         answers = self._logits(X).argmax(axis=1)
         return np.asarray(self.classes_[answers])
-
-    def _settings(self) -> dict[str, Any]:
-        """The head's settings, with class weights by the numbers that it knows the classes by."""
-        settings = dict(self.settings or {})
-        if isinstance(named := settings.get("class_weight"), Mapping):
-            number = {label: str(i) for i, label in enumerate(self.classes_.tolist())}
-            if unknown := [label for label in named if label not in number]:
-                hint = near(str(unknown[0]), map(str, number))
-                known = ", ".join(map(repr, list(number)[:10]))
-                raise HeadError(f"class_weight names {unknown[0]!r}; the classes are {known}.{hint}")
-            settings["class_weight"] = {number[label]: weight for label, weight in named.items()}
-        return settings
 
     @ordinary()
     def _logits(self, X: Any) -> np.ndarray:

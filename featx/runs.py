@@ -149,7 +149,7 @@ class Run:
 def open_run(run: str | Path | Run, factory: str | None = None, weights: str | Path | None = None) -> Run:
     """Read a finished run. Raises `RunError` for anything else. factory, weights: see `Run`."""
     if isinstance(run, Run):
-        if not run.path.is_dir():
+        if not is_finished(run.path):
             raise RunError(
                 f"there is no {run.path.absolute()} any more; if the working folder changed, open the run again"
             )

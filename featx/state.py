@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from featx.devices import available_threads
-
-Session = TypeVar("Session")
 
 
 class Together:
@@ -61,7 +58,8 @@ FILTERS = Together(warnings.catch_warnings)
 """Around every change of the filters of warnings: threads that change them by turns would not bring them back."""
 _one = threading.RLock()
 _torch_forked = False
-_lost: weakref.WeakSet[Any] = weakref.WeakSet()
+HAVE_THREADS: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Sessions of onnxruntime: in the child of a fork their threads are gone, and to free one would wait for them."""
 
 
 @contextmanager
@@ -100,25 +98,15 @@ def torch_threads(wanted: int | None = None) -> int:
     return 1 if _torch_forked else wanted or available_threads()
 
 
-def lost_by_fork(session: Session) -> Session:
-    """What has threads of its own: in the child of a fork these are gone, and to free it would wait for them."""
-    _lost.add(session)
-    return session
-
-
-def _after_fork() -> None:
+def after_fork() -> None:
     """In the child, other threads' locks are held for ever, and the threads of torch and onnxruntime are gone."""
     global _one, _torch_forked
     _one = threading.RLock()
     _torch.lock, FILTERS.lock = threading.Lock(), threading.Lock()
-    for session in list(_lost):
+    for session in list(HAVE_THREADS):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
     if "torch" in sys.modules:
         import torch
 
         _torch_forked = True
         torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -116,9 +116,7 @@ def test_classes_are_weighted_by_their_own_names(rare: tuple[np.ndarray, ...]) -
     by_row = HeadClassifier(settings={"strengths": 0.1}).fit(X, y, np.where(y == "rare", 5.0, 1.0))
     assert np.array_equal(words.predict_proba(X), numbers.predict_proba(X)[:, ::-1])
     np.testing.assert_allclose(words.predict_proba(X), by_row.predict_proba(X), atol=0.05)  # other means and deviations
-    with pytest.raises(
-        HeadError, match=r"class_weight names 'rear'; the classes are 'rare', 'usual'. Did you mean rare"
-    ):
+    with pytest.raises(HeadError, match=r"class_weight names 'rear', .* Did you mean rare"):
         HeadClassifier(settings={"class_weight": {"rear": 5.0}}).fit(X, y)
 
 

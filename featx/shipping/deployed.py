@@ -17,7 +17,7 @@ from featx.options import Input, home
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert, warn_older
 from featx.seals import SEAL, is_current, is_sealed
-from featx.state import lost_by_fork
+from featx.state import HAVE_THREADS
 from featx.text import from_json, near
 
 FORMAT = "1"
@@ -193,9 +193,11 @@ def open_session(model: bytes, *, providers: list[str] | None = None, threads: i
     options.add_session_config_entry("session.load_model_format", "ONNX")
     chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
     try:
-        return lost_by_fork(onnxruntime.InferenceSession(model, options, providers=chosen))
+        session = onnxruntime.InferenceSession(model, options, providers=chosen)
     except Exception as error:  # as above
         raise ExportError(f"onnxruntime does not take the file: {error}") from error
+    HAVE_THREADS.add(session)
+    return session
 
 
 def _providers(available: list[str], asked: list[str]) -> list[str]:
