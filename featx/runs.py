@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -123,38 +124,32 @@ class Run:
         request, preprocess = self.config.request, self.config.spec.preprocess
         own = replace(request, preprocess=tuple(vars(preprocess).items()))
         if self.weights is not None:
-            with contextlib.suppress(WeightsError):  # without the part that was taken, if they were saved by themselves
-                if self._fits(moved := own.at(self.weights)):
-                    return moved
-            if self._fits(moved := replace(own, weights=os.fspath(self.weights))):
+            alone = replace(own, weights=os.fspath(self.weights))  # without the part that was taken, if saved by itself
+            if moved := self._same([own.at(self.weights), alone]):
                 return moved
+            resolve(alone, Path(self.config.cache))  # says what cannot be read
             raise WeightsError(
                 f"{self.weights} holds other weights than {self.path} was fitted on "
                 f"({self.config.backbone.weights_digest[:12]}): give the same ones, wherever they lie, or fit again"
             )
         if request.file and not request.file.exists():
-            return self._found(own) or request
+            size, folders = self.config.backbone.parameters, (request.file.parent, self.path)
+            files = [file for folder in folders for file in sorted(folder.glob("*")) if file.name.endswith(SUFFIXES)]
+            moved = self._same(own.at(file) for file in files if size < file.stat().st_size < 40 * size)
+            if moved:
+                print(printable(f"{request.file} is not there; {moved.weights} is the same"), file=sys.stderr)
+            return moved or request
         if request.file is None or source == "custom":
             return request
         # an older featx may have chosen other preprocessing for this file
         return request if resolve(request, Path(self.config.cache)).preprocess == preprocess else own
 
-    def _fits(self, request: BackboneRequest) -> bool:
-        fitted_on = self.config.backbone.weights_digest
-        return resolve(request, Path(self.config.cache)).weights_digest == fitted_on
-
-    def _found(self, request: BackboneRequest) -> BackboneRequest | None:
-        """The same weights under another name, in the folder where they were or in the run's, by their digest."""
-        assert request.file is not None
-        size = self.config.backbone.parameters
-        with contextlib.suppress(OSError):
-            for file in (file for folder in (request.file.parent, self.path) for file in sorted(folder.glob("*"))):
-                moved = request.at(file)
-                with contextlib.suppress(FeatxError):
-                    alike = file.name.endswith(SUFFIXES) and size < file.stat().st_size < 40 * size
-                    if alike and self._fits(moved):
-                        print(printable(f"{request.file} is not there; {file} holds the same weights"), file=sys.stderr)
-                        return moved
+    def _same(self, requests: Iterable[BackboneRequest]) -> BackboneRequest | None:
+        """The first of these whose weights are the run's, by the digest of their tensors."""
+        for request in requests:
+            with contextlib.suppress(FeatxError):
+                if resolve(request, Path(self.config.cache)).weights_digest == self.config.backbone.weights_digest:
+                    return request
         return None
 
     def require_alike(self, y: np.ndarray, data: object) -> None:
