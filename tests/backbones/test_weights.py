@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import shutil
 from collections import defaultdict
@@ -19,11 +20,13 @@ from small import normed, plain
 from torch import Tensor, nn
 from torchvision import models
 
+import featx
 from featx.backbones.loading import load_backbone
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import load_state, read
+from featx.backbones.weights import load_state, read_state
 from featx.backbones.zoos import torchvision
 from featx.errors import FeatxError, WeightsError
+from featx.options import Options, Preprocessing, fields_of
 from featx.pixels.preprocess import Preprocess
 
 State = dict[str, Tensor]
@@ -44,7 +47,7 @@ def loaded(content: Any, folder: Path, part: str = "") -> tuple[float, str]:
     network = normed()
     wanted = network.state_dict()["conv1.weight"].clone()
     network.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()})
-    taken = load_state(network, read(BackboneRequest("x", f"{folder}/a.pth{part}")), "a.pth as small", "fc")
+    taken = load_state(network, read_state(folder / "a.pth", part[1:]), "a.pth as small", "fc")
     (factor,) = [f for f in (1.0, 2.0) if torch.equal(network.state_dict()["conv1.weight"], wanted * f)]
     for name, tensor in network.state_dict().items():
         assert not tensor.is_floating_point() or torch.equal(tensor, state(factor)[name])
@@ -151,7 +154,7 @@ def test_weights_in_several_files_are_one_network(tmp_path: Path) -> None:
         save_file({name: state()[name].clone() for name in some}, file)
 
     def check(path: Path) -> None:
-        network, found = plain_zeros(), read(BackboneRequest("x", str(path)))
+        network, found = plain_zeros(), read_state(path)
         load_state(network, found, "small", "fc")
         assert torch.equal(network.state_dict()["fc.weight"], state()["fc.weight"])
         assert set(found.files) == {str(file) for file in files}
@@ -182,7 +185,7 @@ def plain_zeros() -> nn.Module:
 
 def test_a_network_without_norms_has_no_counters_to_miss(tmp_path: Path) -> None:
     torch.save({"model": plain().state_dict()}, tmp_path / "a.pth")
-    assert load_state(plain(), read(BackboneRequest("x", f"{tmp_path}/a.pth")), "small", "fc").whole
+    assert load_state(plain(), read_state(tmp_path / "a.pth"), "small", "fc").whole
 
 
 # --- whose preprocessing
@@ -260,3 +263,9 @@ def test_a_file_that_is_torchvisions_is_read_whatever_it_holds_beside(tmp_path: 
     reference = load_backbone(BackboneRequest("squeezenet1_1", str(weights_file("squeezenet1_1")))).info
     assert info.weights_digest == reference.weights_digest
     assert info.weights_note.startswith("local file a.pth, preprocessed")
+
+
+def test_every_option_of_preprocessing_is_one_of_extract_and_of_the_transformer() -> None:
+    parameters = inspect.signature(featx.ImageFeatures).parameters
+    assert fields_of(Preprocessing).keys() <= fields_of(Options).keys() & parameters.keys()
+    assert all(parameters[name].default is None for name in fields_of(Preprocessing))
