@@ -17,6 +17,7 @@ from torchvision import models
 
 from featx.backbones.backbone import Backbone, Origin, build, without
 from featx.backbones.request import BackboneRequest
+from featx.backbones.table import unknown
 from featx.backbones.weights import load_state, read_state
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
@@ -29,12 +30,9 @@ _TRANSFORM_INPUT = ("googlenet", "inception_v3")
 
 def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its torchvision name. Raises `BackboneError` and `WeightsError`."""
-    known: Any = models.list_models(module=models)
+    known = models.list_models(module=models)
     if name not in known:
-        raise BackboneError(
-            f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
-            f"timm's are called timm/NAME, your own package.module:factory.{near(name, known)}"
-        )
+        raise unknown(name, known)
 
     chosen = first_weights(name)  # whose preprocessing `random` and local files get
     files: dict[str, list[int]] | None = {}
