@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         batch_size: int | None = None,
         workers: int | None = None,
         decode: str = "exact",
+        size: int | None = None,
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+        interpolation: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         # scikit-learn wants each parameter as an attribute of its name
         self.__dict__.update({name: value for name, value in locals().items() if name != "self"})

@@ -59,12 +59,7 @@ class Preprocessing(TypedDict, total=False):
     size: Annotated[int | None, Option(None, "Side of the square that the network sees, in pixels.", least=1)]
     crop_pct: Annotated[float | None, Option(None, "SIZE as a share of the resize: 0.875.", least=0.1)]
     crop_mode: Annotated[
-        CropMode | None,
-        Option(
-            None,
-            "center resizes the short side and crops; squash resizes both sides; border resizes the long one, on the "
-            "mean's colour; pad is center with black around (CROP_PCT above 1).",
-        ),
+        CropMode | None, Option(None, "Crop the centre, squash it all, add a border or black (docs/weights.md).")
     ]
     interpolation: Annotated[Interpolation | None, Option(None, "Of the resize, antialiased.")]
     mean: Annotated[Sequence[float] | None, Option(None, "Of red, green and blue, from 0 to 1: 0.485,0.456,0.406.")]
@@ -75,12 +70,7 @@ class Shared(Running, Preprocessing, total=False):
     """What all points of a sweep have in common."""
 
     weights: Annotated[
-        str,
-        Option(
-            "pretrained",
-            "pretrained, random, a name such as IMAGENET1K_V2, or a .pth / .safetensors file; FILE#PART for one of the "
-            "networks in it, such as state_dict_ema.",
-        ),
+        str, Option("pretrained", "pretrained, random, a name (IMAGENET1K_V2), a file, FILE#PART (docs/weights.md).")
     ]
     seed: Annotated[int, Option(0, "Random seed: of random weights, views and heads.", least=0)]
     cache: Annotated[str | Path, Option("cache", "Cache folder.")]

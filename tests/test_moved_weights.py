@@ -71,7 +71,7 @@ def test_a_renamed_file_is_found_in_its_folder_by_its_content(project: Path, tmp
     try:
         result = run("evaluate", project / "run", project / "data", "--factory", FACTORY)
         assert result.exit_code == 0, result.stderr
-        assert "best.pth is not there" in result.stderr and "renamed.pth holds the same weights" in result.stderr
+        assert "best.pth is not there" in result.stderr and "renamed.pth#state_dict_ema is the same" in result.stderr
     finally:
         (project / "w" / "renamed.pth").rename(project / "w" / "best.pth")
 

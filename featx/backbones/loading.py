@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from featx import __version__
 from featx.backbones import zoos
 from featx.backbones.request import MISSING, BackboneInfo, BackboneRequest
-from featx.backbones.table import names
+from featx.backbones.table import names, table, unknown
 from featx.errors import BackboneError, WeightsError
 from featx.files import read_plain, stat_row
 from featx.records import convert, unsealed, write_sealed
@@ -55,13 +55,20 @@ def locate(name: str) -> tuple[str, str]:
 
 def check(request: BackboneRequest, cache: Path) -> None:
     """Raise `BackboneError` or `WeightsError` for a name or a file that cannot be, without torch where it is known."""
+    source, name = _quick(request)
+    if source == "timm" and _remembered(_memo(request, cache)) is None:
+        importlib.import_module(f"{zoos.__name__}.timm").find(name)
+
+
+def _quick(request: BackboneRequest) -> tuple[str, str]:
+    """`locate`, after what can be refused at once: a file that is not there, a name that this torchvision lacks."""
     source, name = locate(request.name)
     if request.file and not request.file.exists():
         raise WeightsError(MISSING.format(request.file))
-    if source == "torchvision" and name not in names():
-        load_backbone(request)  # the error names near matches, unless this torchvision is newer
-    if source == "timm" and _remembered(_memo(request, cache)) is None:
-        importlib.import_module(f"{zoos.__name__}.timm").find(name)
+    same = (_version("torchvision") or "").partition("+")[0] == table()["torchvision"]
+    if source == "torchvision" and same and name not in names():
+        raise unknown(name, names())
+    return source, name
 
 
 @one_at_a_time()
@@ -72,7 +79,7 @@ def load_backbone(request: BackboneRequest) -> Backbone:
     Raises `BackboneError` for an unknown name, layer or factory and `WeightsError` for weights that are
     missing or do not fit.
     """
-    source, name = locate(request.name)
+    source, name = _quick(request)
     module: ModuleType = importlib.import_module(f"{zoos.__name__}.{source}")
     backbone: Backbone = module.load(request, name)
     return backbone

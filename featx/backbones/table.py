@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from featx.errors import BackboneError
+from featx.text import near
+
 # Parts that only help training; a state dict may lack them.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
@@ -38,6 +41,13 @@ def listing() -> list[dict[str, Any]]:
     """
     keys = ("name", "features", "parameters", "crop", "weights", "default")
     return [{key: row[key] for key in keys} for row in table()["networks"]]
+
+
+def unknown(name: str, known: list[str]) -> BackboneError:
+    return BackboneError(
+        f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
+        f"timm's are called timm/NAME, your own package.module:factory.{near(name, known)}"
+    )
 
 
 def names() -> list[str]:

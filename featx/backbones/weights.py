@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featx.backbones.backbone import replace_module
-from featx.backbones.request import MISSING, BackboneRequest
+from featx.backbones.request import MISSING
 from featx.backbones.table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
 from featx.files import open_plain, read_plain, stat_row
@@ -86,14 +86,12 @@ class Tensors:
             waiting += reversed(named)
 
 
-def read(request: BackboneRequest) -> Tensors:
-    """The tensors of the file, or of the files, that a request's weights name. Runs no code from them.
+def read_state(path: Path, part: str = "") -> Tensors:
+    """The tensors of a file, or of the files of which it is one, or the index, or the folder. Runs no code from them.
 
-    Raises `WeightsError` for what cannot be read.
+    part: see `Tensors`. Raises `WeightsError` for what cannot be read.
     """
-    path = request.file
-    assert path is not None
-    found = Tensors(path, _plain(request.part), {})
+    found = Tensors(path, _plain(part), {})
     for file in _shards(path):
         loaded, found.files[str(file.absolute())] = _load(file)
         found.add(loaded)

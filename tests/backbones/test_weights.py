@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import shutil
 from collections import defaultdict
@@ -19,11 +20,13 @@ from small import normed, plain
 from torch import Tensor, nn
 from torchvision import models
 
+import featx
 from featx.backbones.loading import load_backbone
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import load_state, read
+from featx.backbones.weights import load_state, read_state
 from featx.backbones.zoos import torchvision
 from featx.errors import FeatxError, WeightsError
+from featx.options import Options, Preprocessing, fields_of
 from featx.pixels.preprocess import Preprocess
 
 State = dict[str, Tensor]
@@ -44,10 +47,11 @@ def loaded(content: Any, folder: Path, part: str = "") -> tuple[float, str]:
     network = normed()
     wanted = network.state_dict()["conv1.weight"].clone()
     network.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()})
-    taken = load_state(network, read(BackboneRequest("x", f"{folder}/a.pth{part}")), "a.pth as small", "fc")
+    taken = load_state(network, read_state(folder / "a.pth", part[1:]), "a.pth as small", "fc")
     (factor,) = [f for f in (1.0, 2.0) if torch.equal(network.state_dict()["conv1.weight"], wanted * f)]
+    scaled = state(factor)
     for name, tensor in network.state_dict().items():
-        assert not tensor.is_floating_point() or torch.equal(tensor, state(factor)[name])
+        assert not tensor.is_floating_point() or torch.equal(tensor, scaled[name])
     return factor, taken.note
 
 
@@ -147,11 +151,12 @@ def test_weights_in_several_files_are_one_network(tmp_path: Path) -> None:
     names, folder = list(state()), tmp_path / "shards"
     folder.mkdir()
     files = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    saved = {name: tensor.clone() for name, tensor in state().items()}
     for file, some in zip(files, (names[:9], names[9:]), strict=True):
-        save_file({name: state()[name].clone() for name in some}, file)
+        save_file({name: saved[name] for name in some}, file)
 
     def check(path: Path) -> None:
-        network, found = plain_zeros(), read(BackboneRequest("x", str(path)))
+        network, found = plain_zeros(), read_state(path)
         load_state(network, found, "small", "fc")
         assert torch.equal(network.state_dict()["fc.weight"], state()["fc.weight"])
         assert set(found.files) == {str(file) for file in files}
@@ -182,7 +187,7 @@ def plain_zeros() -> nn.Module:
 
 def test_a_network_without_norms_has_no_counters_to_miss(tmp_path: Path) -> None:
     torch.save({"model": plain().state_dict()}, tmp_path / "a.pth")
-    assert load_state(plain(), read(BackboneRequest("x", f"{tmp_path}/a.pth")), "small", "fc").whole
+    assert load_state(plain(), read_state(tmp_path / "a.pth"), "small", "fc").whole
 
 
 # --- whose preprocessing
@@ -203,14 +208,14 @@ def test_torchvisions_own_file_is_known_by_its_content_or_its_name(tmp_path: Pat
 
 
 def test_a_local_v2_file_gets_v2s_preprocessing_and_any_other_file_says_what_is_assumed(tmp_path: Path) -> None:
-    torch.save(torchvision.create("resnet50", 224).state_dict(), tmp_path / "resnet50-11ad3fa6.pth")
-    info = load_backbone(BackboneRequest("resnet50", str(tmp_path / "resnet50-11ad3fa6.pth"))).info
+    torch.save(torchvision.create("mobilenet_v2", 224).state_dict(), tmp_path / "mobilenet_v2-7ebf99e0.pth")
+    info = load_backbone(BackboneRequest("mobilenet_v2", str(tmp_path / "mobilenet_v2-7ebf99e0.pth"))).info
     assert (info.preprocess.resize, info.preprocess.crop) == (232, 224)
-    assert info.weights_note == "local file resnet50-11ad3fa6.pth, torchvision's IMAGENET1K_V2"
-    shutil.move(tmp_path / "resnet50-11ad3fa6.pth", tmp_path / "mine.pth")
-    info = load_backbone(BackboneRequest("resnet50", str(tmp_path / "mine.pth"))).info
+    assert info.weights_note == "local file mobilenet_v2-7ebf99e0.pth, torchvision's IMAGENET1K_V2"
+    shutil.move(tmp_path / "mobilenet_v2-7ebf99e0.pth", tmp_path / "mine.pth")
+    info = load_backbone(BackboneRequest("mobilenet_v2", str(tmp_path / "mine.pth"))).info
     assert (info.preprocess.resize, info.weights_note) == (256, "local file mine.pth, preprocessed as IMAGENET1K_V1")
-    asked = BackboneRequest("resnet50", str(tmp_path / "mine.pth"), preprocess=(("crop_pct", 0.965),))
+    asked = BackboneRequest("mobilenet_v2", str(tmp_path / "mine.pth"), preprocess=(("crop_pct", 0.965),))
     info = load_backbone(asked).info
     assert (info.preprocess.resize, info.weights_note) == (232, "local file mine.pth")
 
@@ -260,3 +265,9 @@ def test_a_file_that_is_torchvisions_is_read_whatever_it_holds_beside(tmp_path: 
     reference = load_backbone(BackboneRequest("squeezenet1_1", str(weights_file("squeezenet1_1")))).info
     assert info.weights_digest == reference.weights_digest
     assert info.weights_note.startswith("local file a.pth, preprocessed")
+
+
+def test_every_option_of_preprocessing_is_one_of_extract_and_of_the_transformer() -> None:
+    parameters = inspect.signature(featx.ImageFeatures).parameters
+    assert fields_of(Preprocessing).keys() <= fields_of(Options).keys() & parameters.keys()
+    assert all(parameters[name].default is None for name in fields_of(Preprocessing))

@@ -32,7 +32,7 @@ from torch import nn
 
 from featx.backbones.backbone import Backbone, Origin, build, is_affine, tensors_digest, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import load_state, read
+from featx.backbones.weights import load_state, read_state
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
@@ -50,7 +50,7 @@ def load(request: BackboneRequest, name: str) -> Backbone:
 
     note = f"as {name} makes them"
     if request.file:
-        taken = load_state(network, read(request), f"{request.file} as {name}")
+        taken = load_state(network, read_state(request.file, request.part), f"{request.file} as {name}")
         note = f"local file {request.file.name}{taken.note}"
     elif request.weights == "random":
         note += f", seed {request.seed}"

@@ -13,7 +13,7 @@ from torchvision.models import ResNet18_Weights
 
 from featx.backbones.backbone import Backbone, Origin, build, is_affine, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import Taken, first_line, load_state, read
+from featx.backbones.weights import Taken, first_line, load_state, read_state
 from featx.errors import BackboneError, WeightsError
 from featx.files import stat_row
 from featx.pixels.preprocess import CROP_MODES, RESAMPLE, Preprocess
@@ -158,7 +158,8 @@ def _from_file(
     timm: Any, name: str, network: nn.Module, request: BackboneRequest, options: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, list[int]], Taken]:
     """Load a file as timm writes them, or else as its authors did, by timm's own converters."""
-    found = read(request)
+    assert request.file is not None
+    found = read_state(request.file, request.part)
     try:
         return network, found.files, load_state(network, found, f"{request.file} as timm/{name}", _head(network))
     except WeightsError:

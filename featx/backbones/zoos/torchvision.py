@@ -7,7 +7,6 @@ import hashlib
 import re
 import socket
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,7 +17,8 @@ from torchvision import models
 
 from featx.backbones.backbone import Backbone, Origin, build, without
 from featx.backbones.request import BackboneRequest
-from featx.backbones.weights import load_state, read
+from featx.backbones.table import unknown
+from featx.backbones.weights import load_state, read_state
 from featx.errors import BackboneError, WeightsError
 from featx.pixels.preprocess import Preprocess
 from featx.text import near
@@ -30,12 +30,9 @@ _TRANSFORM_INPUT = ("googlenet", "inception_v3")
 
 def load(request: BackboneRequest, name: str) -> Backbone:
     """Load a network by its torchvision name. Raises `BackboneError` and `WeightsError`."""
-    known: Any = models.list_models(module=models)
+    known = models.list_models(module=models)
     if name not in known:
-        raise BackboneError(
-            f"torchvision has no classification network {name!r}; `featx backbones` lists the {len(known)} it has, "
-            f"timm's are called timm/NAME, your own package.module:factory.{near(name, known)}"
-        )
+        raise unknown(name, known)
 
     chosen = first_weights(name)  # whose preprocessing `random` and local files get
     files: dict[str, list[int]] | None = {}
@@ -43,14 +40,14 @@ def load(request: BackboneRequest, name: str) -> Backbone:
     if request.weights == "random":
         note = f"random, seed {request.seed}"
     elif request.file:
-        found, note = read(request), f"local file {request.file.name}"
+        found, note = read_state(request.file, request.part), f"local file {request.file.name}"
         if known := published(models.get_model_weights(name), request.file):
             chosen, whose = known, f", torchvision's {known.name}"
         else:
             whose = request.assumed(chosen.name)
     else:
         chosen = _named(name, request.weights)
-        found, note = read(replace(request, weights=str(_download(chosen)))), f"pretrained {chosen.name}"
+        found, note = read_state(_download(chosen)), f"pretrained {chosen.name}"
 
     preprocess = request.override(preprocessing(chosen))
     network = create(name, preprocess.crop, seed=request.seed)
