@@ -32,6 +32,6 @@ def near(request: BackboneRequest, info: BackboneInfo, folders: Iterable[Path], 
                 # 1 to 8 bytes a parameter, and whatever a training script keeps beside them
                 alike = file.name.endswith(SUFFIXES) and 1 < file.stat().st_size / info.parameters < 40
                 if alike and resolve(moved := request.at(file), cache).weights_digest == info.weights_digest:
-                    print(printable(f"{request.file} is not there; {file} holds the same weights"), file=sys.stderr)
+                    print(printable(f"{request.file} is not there; {moved.weights} is the same"), file=sys.stderr)
                     return moved
     return None
