@@ -18,7 +18,7 @@ from importlib.util import find_spec, module_from_spec
 from types import SimpleNamespace
 from typing import Any
 
-from PIL import Image, TiffImagePlugin, features
+from PIL import Image
 
 from featx.errors import ImageError
 
@@ -54,11 +54,17 @@ def opened(data: bytes) -> Any:
     found = kind(data[:HEAD_BYTES])
     if found == "HEIF":
         return _heif(data)
-    if found == "AVIF" and not features.check("avif"):
+    if found == "AVIF" and not _has_avif():
         raise ImageError("an AVIF image, which this Pillow does not read; `pip install --upgrade pillow`")
     if found == "TIFF":
         return _tiff(data)
     return reader(found)(io.BytesIO(data))
+
+
+def _has_avif() -> bool:
+    from PIL import features
+
+    return bool(features.check("avif"))
 
 
 def limit(size: Sequence[int], **options: Any) -> None:
@@ -126,13 +132,15 @@ def _own(name: str, **given: Any) -> Any:
 def reader(name: str) -> Any:
     """The class of Pillow's, in a copy of its own, that reads a format."""
     plugin = {"WEBP": "WebP"}.get(name, name.capitalize())
-    return getattr(_own(f"{plugin}ImagePlugin", **_FILES), f"{plugin}ImageFile")
+    return getattr(_own(f"{plugin}ImagePlugin", **_files()), f"{plugin}ImageFile")
 
 
 @cache
 def _tiff_modules() -> tuple[Any, Any]:
     """Pillow's TIFF module twice, with the kinds of samples that are decoded rightly; the second always by libtiff."""
-    own, libtiff = _own("TiffImagePlugin", **_FILES), _own("TiffImagePlugin", **_FILES)
+    from PIL import TiffImagePlugin
+
+    own, libtiff = _own("TiffImagePlugin", **_files()), _own("TiffImagePlugin", **_files())
     libtiff.READ_LIBTIFF = True
     for module in (own, libtiff):  # `Image.getexif` asserts that a TIFF image is of Pillow's own class
         mask = {"__class__": property(lambda self: TiffImagePlugin.TiffImageFile)}
@@ -149,8 +157,11 @@ def _tiff_modules() -> tuple[Any, Any]:
     return own, libtiff
 
 
-Image.preinit()  # registers the decoders that Pillow has in Python
-_IMAGE = SimpleNamespace(**vars(Image))
-vars(_IMAGE).update({name: lambda *values: None for name in vars(Image) if name.startswith("register_")})
-_IMAGE._decompression_bomb_check = limit
-_FILES = {"Image": _IMAGE, "ImageFile": _own("ImageFile", Image=_IMAGE)}
+@cache
+def _files() -> dict[str, Any]:
+    """What the readers import from Pillow. Made when the first image is read: a run on cached features needs none."""
+    Image.preinit()  # registers the decoders that Pillow has in Python
+    image = SimpleNamespace(**vars(Image))
+    vars(image).update({name: lambda *values: None for name in vars(Image) if name.startswith("register_")})
+    image._decompression_bomb_check = limit
+    return {"Image": image, "ImageFile": _own("ImageFile", Image=image)}
