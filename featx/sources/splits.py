@@ -70,8 +70,8 @@ def split_columns(
         elif unclear or marks or len(set(said.values())) > 1:
             raise SourceError(
                 f"{shown}: the column {name!r} may say the split, and it is unclear what "
-                f"{some(sorted(values - said.keys()))} means there{', beside empty cells' * marks}. Add a column `split`, which "
-                "decides alone, with train, val, test or nothing in each cell"
+                f"{some(sorted(values - said.keys()))} means there{', beside empty cells' * marks}. Add a column "
+                "`split`, which decides alone, with train, val, test or nothing in each cell"
             )
         elif named:
             notes.append(f"the column {name!r} says no split ({some(sorted(values))}), and is ignored")
