@@ -182,9 +182,17 @@ def _remark(listing: _Listing, path: str, place: str, named: dict[str, str], tre
             f"{some(lists)} may say which images are held out; featx does not read it, but a manifest's column split"
         )
     name, tree = next(iter(trees.items()), ("", {}))
-    if not named and len(trees) == 1 and len(inner := _inner(tree, name)) > 1:
+    while len(inner := _inner(tree, name)) == 1 and not tree[name].images:
+        name = f"{name}/{inner[0]}"
+    among = {tuple(_inner(tree, name)) for name, tree in trees.items()}
+    if not named and len(trees) > 1 and len(among) == 1 and len(min(among)) > 1:
         listing.notes.append(
-            f"all images have one class, {printable(name)!r}, the only folder with images; if its "
+            f"the classes {some([*trees])} all hold the same folders ({some([*among.pop()])}): if those are the "
+            "classes and these are splits, rename these to train, val and test"
+        )
+    if not named and len(trees) == 1 and len(inner) > 1:
+        listing.notes.append(
+            f"all images have one class, {max(listing.labels)!r}, the only folder with images; if its "
             f"folders ({some(inner)}) are the classes, give {printable(os.path.join(path, name))}"
         )
     listing.notes += differ_in_case(filter(None, listing.labels))

@@ -99,7 +99,7 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
             raise ImageError(f"a {kind}, not a file")
         if found.st_size > MAX_BYTES:
             raise ImageError(f"{found.st_size:,} bytes are more than the {MAX_BYTES:,} of an image")
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:  # a buffer would be put before the rest: twice the memory
             if found.st_size > LARGE:
                 from featx.pixels import readers
 

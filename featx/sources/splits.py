@@ -14,8 +14,11 @@ from featx.text import near, printable, some
 MOST = 12
 # Words that columns for splits are called by, beside those of the splits; words around them; values of `is_valid`.
 _SETS, _FOLDS = {"split", "splits", "set", "subset", "partition", "phase", "usage"}, {"fold", "folds", "kfold"}
+_SETS |= {"tvt", "traintest", "trainvaltest", "traintestsplit"}
 _AROUND = {"is", "in", "for"}
 _SAYING = _SETS | _FOLDS | SPLITS.keys()
+# Values that say a split where the column's name does, but which one is a guess; what tables write into empty cells.
+_SHORT, _GAPS = {"tr", "trn", "tra", "te", "tst", "ts", "va", "vl", "vld"}, {"nan", "none", "null", "na", "n/a", "<na>"}
 _TRUE, _FALSE = {"1", "1.0", "true", "yes", "t", "y"}, {"0", "0.0", "false", "no", "f", "n"}
 
 
@@ -39,7 +42,7 @@ def split_columns(
     for _, names, cells in rows:
         for name, cell in zip(names, cells, strict=True):
             if len(values := seen.setdefault(name, set())) <= MOST:
-                values.add("" if cell is None or cell != cell else str(cell).strip())
+                values.add(_text(cell))
         if names is not header:
             header, found = names, {str(name).strip().lower() for name in names}
             if "split" in found or (found <= others and not path.lower().endswith(".jsonl")):
@@ -49,22 +52,26 @@ def split_columns(
 
     saying, notes, shown = {}, [], printable(path)
     for name, values in seen.items():
+        gaps, lower = "" in values, {value.lower() for value in values} - {""}
         values.discard("")
         if not values or len(values) > MOST or str(name).strip().lower() in others:
             continue
         said, named = {value: split for value in values if (split := _split(value))}, says_split(name)
         means = _split(" ".join(word for word in words(name) if word not in _AROUND))
         numbers = all(value.replace(".", "", 1).isdigit() for value in values)
-        unclear = named and (said or (numbers and _FOLDS.isdisjoint(words(name))))
+        unclear = named and (said or lower & _SHORT or (numbers and _FOLDS.isdisjoint(words(name))))
+        # nothing but `x` and gaps in `is_test`, or but 1 and gaps in `is_train`: which rows are held out is a guess
+        known = _FALSE if means == "train" else _TRUE | _FALSE
+        marks = bool(named and means and gaps and len(values) == 1 and not lower <= known)
         if len(said) == len(values):
             saying[name] = ""
-        elif named and means and {value.lower() for value in values} <= _TRUE | _FALSE:
+        elif named and means and not marks and lower <= _TRUE | _FALSE:
             saying[name] = means
-        elif unclear or len(set(said.values())) > 1:
+        elif unclear or marks or len(set(said.values())) > 1:
             raise SourceError(
                 f"{shown}: the column {name!r} may say the split, and it is unclear what "
-                f"{some([value for value in sorted(values) if value not in said])} means there. Add a column `split`, "
-                "which decides alone, with train, val, test or nothing in each cell"
+                f"{some(sorted(values - said.keys()))} means there{', beside empty cells' * marks}. Add a column "
+                "`split`, which decides alone, with train, val, test or nothing in each cell"
             )
         elif named:
             notes.append(f"the column {name!r} says no split ({some(sorted(values))}), and is ignored")
@@ -76,7 +83,7 @@ def split_columns(
 
 def split_cell(cells: Sequence[tuple[Any, str]], where: str) -> str:
     """The split that a row's cells say, each with what 1 stands for in its column; empty where they say none."""
-    texts = [("" if cell is None or cell != cell else str(cell).strip(), means) for cell, means in cells]
+    texts = [(_text(cell), means) for cell, means in cells]
     if not any(text for text, _ in texts):
         return ""
     if not texts[0][1]:
@@ -100,6 +107,11 @@ def split_folders(ids: list[str]) -> tuple[list[str], list[str]]:
     one = {split: folder for folder, split in sorted(said.items())}
     note = ", ".join(f"{printable(folder)} is {split}" for split, folder in sorted(one.items()))
     return [said[os.path.dirname(id)] for id in ids], [f"no column says the split; the folders do: {note}"]
+
+
+def _text(cell: Any) -> str:
+    text = "" if cell is None or cell != cell else str(cell).strip()
+    return "" if text.lower() in _GAPS else text
 
 
 def _split(value: str) -> str:

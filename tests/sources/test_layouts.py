@@ -169,3 +169,21 @@ def test_a_class_that_has_folders_of_its_own_stays_one_and_is_pointed_out(tmp_pa
     root = laid_out(tmp_path, "cat/2021/1.jpg cat/2022/2.jpg")
     assert rows(root) == {":cat"}
     assert "if its folders (2021, 2022) are the classes, give" in open_source(root).notes[0]
+
+
+def test_folders_deeper_than_one_that_may_be_the_classes_are_pointed_out(tmp_path: Path) -> None:
+    root = laid_out(tmp_path, "eurosat/2750/Forest/1.jpg eurosat/2750/River/2.jpg eurosat/EuroSAT.zip")
+    assert rows(root) == {":eurosat"}
+    (note,) = open_source(root).notes
+    assert "one class, 'eurosat'" in note and f"(Forest, River) are the classes, give {root / 'eurosat/2750'}" in note
+
+
+@pytest.mark.parametrize("names", ["horse-or-human validation-horse-or-human", "trn tst", "Testdaten Trainingsdaten"])
+def test_classes_that_all_hold_the_same_folders_are_pointed_out(names: str, tmp_path: Path) -> None:
+    first, second = names.split()
+    laid_out(tmp_path, f"{first}/horse/1.jpg {first}/human/2.jpg {second}/horse/3.jpg {second}/human/4.jpg")
+    assert f"the classes {first}, {second} all hold the same folders (horse, human)" in open_source(tmp_path).notes[0]
+
+
+def test_a_folder_for_the_images_in_every_class_needs_no_note(tmp_path: Path) -> None:
+    assert open_source(laid_out(tmp_path, "cat/images/1.jpg dog/images/2.jpg")).notes == []

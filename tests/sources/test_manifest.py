@@ -294,6 +294,13 @@ def test_a_split_column_of_another_name_is_understood_and_said(
     assert open_source(parquet(root / "list.parquet", columns)).splits == splits
 
 
+def test_what_tables_write_for_nothing_is_no_split(root: Path) -> None:
+    for column, first in (("Split", "train"), ("set", "train"), ("is_test", "0")):
+        for gap in ("nan", "NA", "None", "<NA>", " "):
+            source = opened(root, f"path,label,{column}\na.jpg,x,{first}\nb.jpg,x,{gap}\nsub/c.gif,x,{first}\n")
+            assert source.splits == ["train", "", "train"]
+
+
 def test_columns_for_each_split_are_read_together(root: Path) -> None:
     text = "path,label,train,val,test\na.jpg,x,1,0,0\nb.jpg,x,0,1,0\nsub/c.gif,x,0,0,1\n"
     assert opened(root, text).splits == ["train", "val", "test"]
@@ -315,6 +322,10 @@ def test_columns_for_each_split_are_read_together(root: Path) -> None:
         ("train_test", "0 1"),
         ("kind", "train test unused"),
         ("usage", "fit test"),
+        ("set", "tr te"),
+        ("tvt", "0 1"),
+        ("is_test", "x nan"),  # a mark, and empty cells
+        ("is_train", "1 NA"),
     ],
 )
 def test_a_column_that_may_say_the_split_is_refused_where_its_values_are_unclear(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from featx.errors import ImageError, SourceError
 from featx.sources.opening import open_source
-from featx.sources.source import MAX_BYTES, Source
+from featx.sources.source import MAX_BYTES, Source, read_image
 from featx.text import printable
 
 # bytes, label, split of each image; listing reads no image, so that any bytes will do
@@ -204,3 +205,14 @@ def test_listing_imports_none_of_the_heavy_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_large_file_is_in_memory_once(tmp_path: Path) -> None:
+    data = b"\xff\xd8\xff" + bytes(17 << 20)
+    (tmp_path / "a.jpg").write_bytes(data)
+    tracemalloc.start()
+    try:
+        assert read_image(tmp_path / "a.jpg") == data
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * len(data)
+    finally:
+        tracemalloc.stop()
