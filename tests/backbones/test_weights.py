@@ -280,6 +280,15 @@ def test_a_file_that_is_torchvisions_is_read_whatever_it_holds_beside(tmp_path: 
     assert info.weights_note.startswith("local file a.pth, preprocessed")
 
 
+@pytest.mark.parametrize("name", ["swin_t", "googlenet"])
+def test_a_network_that_a_file_will_fill_is_built_without_drawing_and_has_all_its_tables(name: str) -> None:
+    with torchvision._Undrawn():
+        network = torchvision.create(name, 224)
+    buffers = dict(torchvision.create(name, 224).named_buffers())
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in network.named_buffers())
+    assert not network.get_parameter(f"{torchvision.last_layer(name, network)}.weight").any()
+
+
 def test_every_option_of_preprocessing_is_one_of_extract_and_of_the_transformer() -> None:
     parameters = inspect.signature(featx.ImageFeatures).parameters
     assert fields_of(Preprocessing).keys() <= fields_of(Options).keys() & parameters.keys()
