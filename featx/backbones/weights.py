@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._weights_only_unpickler import _get_allowed_globals
 
 from featx.backbones.backbone import replace_module
 from featx.backbones.request import MISSING
@@ -28,13 +31,42 @@ _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|shadow)(?![a-z])", re.
 _SHARD = re.compile(r"(.*-)\d{5}(-of-(\d{5})\.\w+)")
 
 
-class _Inert:
+class _Inert(dict[Any, Any]):
     """What stands in for an object of any class that a file holds beside its tensors: nothing of that class is run."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    dump_patches = False  # torch asks the class of a module
 
     def __init__(self, *_args: object, **_named: object) -> None: ...
 
+    def __call__(self, *_args: object, **_named: object) -> _Inert:
+        return _Inert()
+
     def __setstate__(self, state: object) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {})
+
+    def append(self, item: object) -> None:
+        self[len(self)] = item
+
+    add = append
+
+
+class _Unpickler(pickle._Unpickler):
+    """Makes tensors and plain containers, and something inert of all else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _get_allowed_globals().get(f"{module}.{name}", _Inert)
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type) or hasattr(self.stack[-2], "__globals__"):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("changes a class or a function")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+
+def _load_inert(file: IO[bytes], **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
 
 
 @dataclass(eq=False)
@@ -77,7 +109,7 @@ class Tensors:
                 continue
             children = {} if id(value) in seen else dict(_children(value))
             seen.add(id(value))
-            if not isinstance(value, _Inert):
+            if value or not isinstance(value, _Inert):
                 group = place
             versions = getattr(value, "_metadata", None)
             for module, known in versions.items() if isinstance(versions, Mapping) else ():
@@ -130,29 +162,32 @@ def _load(path: Path) -> tuple[Any, list[int]]:
     try:
         with open_plain(path) as file:  # a pipe would wait for ever, a device never end
             stats = list(stat_row(os.fstat(file.fileno())))
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path), stats
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True), stats
-        except pickle.UnpicklingError:
-            # settings, counters or the module itself beside the tensors: each object of a class becomes an inert one
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-                return torch.load(path, map_location="cpu", weights_only=True), stats
+        with warnings.catch_warnings(action="ignore"):  # of torch's, on how the file was pickled
+            return _read(path), stats
     except FileNotFoundError:
         raise WeightsError(MISSING.format(path)) from None
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported operand" in text or ("weights_only" not in text and "Unsupported" not in text):
-            raise WeightsError(f"{path} is damaged, or not a weights file") from error
-        raise WeightsError(
-            f"{path} holds pickled objects beside tensors, which could run code and are not loaded; "
-            "save its state dict alone: torch.save(model.state_dict(), path)"
-        ) from error
+    except (pickle.UnpicklingError, LookupError, EOFError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path} is damaged, or not a weights file") from error
     except Exception as error:  # zip, pickle and safetensors each raise their own
+        if "weights_only" in str(error):
+            raise WeightsError(
+                f"{path} is TorchScript, or in torch's old tar format; save its state dict alone: "
+                "torch.save(model.state_dict(), path)"
+            ) from error
         raise WeightsError(f"{path} cannot be read as {path.suffix or 'weights'} ({first_line(error)})") from error
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # settings, counters or the module itself beside the tensors: each object of a class becomes an inert one
+        inert = SimpleNamespace(__name__="inert", Unpickler=_Unpickler, load=_load_inert)
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -160,7 +195,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(name), child) for name, child in value.items())
     elif isinstance(value, list | tuple):
         yield from ((str(i), child) for i, child in enumerate(value))
-    elif isinstance(value, _Inert):  # a whole module, as `torch.save(model)` writes it
+    if isinstance(value, _Inert):  # a whole module, as `torch.save(model)` writes it
         for kind in ("_parameters", "_buffers", "_modules"):
             yield from _children(vars(value).get(kind, {}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -270,13 +271,17 @@ def test_bad_files_are_named_and_run_nothing(tmp_path: Path, capfd: pytest.Captu
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.safetensors").write_text("not tensors")
+    (tmp_path / "text.pth").write_text("hello world")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"weight": torch.zeros(2)}))
     torch.save({"weight": torch.zeros(2), "also": Payload()}, tmp_path / "code.pth")
     torch.save({"weights": {"nan": torch.zeros(1)}}, tmp_path / "nested.pth")
     for name, message in {
         "cut.pth": "cannot be read|damaged",
         "empty.pth": "cannot be read|damaged",
         "text.safetensors": "cannot be read",
-        "code.pth": "pickled objects",
+        "text.pth": "damaged, or not a weights file",
+        "plain.pth": "damaged, or not a weights file",
+        "code.pth": "does not fit: 52 missing",
         "nested.pth": "does not fit: 52 missing",
         "absent.pth": "is not there",
     }.items():

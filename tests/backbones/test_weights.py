@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import shutil
-from collections import defaultdict
+from collections import defaultdict, deque
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,13 @@ def test_a_network_that_is_not_all_there_or_has_more_layers_is_refused(
         loaded(content, tmp_path)
 
 
+class Config(dict[str, Any]):
+    """A dict of a class of its own, as yacs, EasyDict, mmengine and Lightning have."""
+
+
+class Listed(list[Any]): ...
+
+
 class Settings:
     """A class of a training script's."""
 
@@ -144,6 +152,11 @@ def test_what_scripts_keep_beside_the_tensors_is_neither_run_nor_in_the_way(
 ) -> None:
     kept = {"args": argparse.Namespace(lr=1, path=tmp_path), "best": np.float64(0.5), "hooks": defaultdict(list)}
     assert loaded({"state_dict": state(), **kept, "settings": Settings()}, tmp_path) == (1.0, "")
+    configs = Config(lr=1, model=Config(heads=Listed([Settings(), 2]))), defaultdict(list, a=[1]), deque([1])
+    assert loaded({"model": state(), "config": configs, "call": os.getcwd}, tmp_path) == (1.0, "")
+    assert loaded(Config(model=Config(state())), tmp_path) == (1.0, "")
+    torch.save({"model": state(), "config": Config(lr=1)}, tmp_path / "a.pth", pickle_protocol=4)
+    assert "model.conv1.weight" in read_state(tmp_path / "a.pth").tensors
     assert "run by" not in "".join(capfd.readouterr())
 
 
@@ -265,6 +278,15 @@ def test_a_file_that_is_torchvisions_is_read_whatever_it_holds_beside(tmp_path: 
     reference = load_backbone(BackboneRequest("squeezenet1_1", str(weights_file("squeezenet1_1")))).info
     assert info.weights_digest == reference.weights_digest
     assert info.weights_note.startswith("local file a.pth, preprocessed")
+
+
+@pytest.mark.parametrize("name", ["swin_t", "googlenet"])
+def test_a_network_that_a_file_will_fill_is_built_without_drawing_and_has_all_its_tables(name: str) -> None:
+    with torchvision._Undrawn():
+        network = torchvision.create(name, 224)
+    buffers = dict(torchvision.create(name, 224).named_buffers())
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in network.named_buffers())
+    assert not network.get_parameter(f"{torchvision.last_layer(name, network)}.weight").any()
 
 
 def test_every_option_of_preprocessing_is_one_of_extract_and_of_the_transformer() -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from featx.backbones.backbone import Backbone, Origin, build, without
@@ -50,7 +51,8 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         found, note = read_state(_download(chosen)), f"pretrained {chosen.name}"
 
     preprocess = request.override(preprocessing(chosen))
-    network = create(name, preprocess.crop, seed=request.seed)
+    with contextlib.nullcontext() if found is None else _Undrawn():  # type: ignore[no-untyped-call]
+        network = create(name, preprocess.crop, seed=request.seed)
     last = last_layer(name, network)
     class_names = chosen.meta.get("categories")
     if found is not None:
@@ -69,6 +71,14 @@ def load(request: BackboneRequest, name: str) -> Backbone:
         cut = without(network, last)
     origin = Origin(f"torchvision/{name}", preprocess, tuple(class_names) if class_names else None, note + whose, files)
     return build(request, origin, network, cut, last if isinstance(layer, nn.Linear) else None)
+
+
+class _Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Zeros for random weights, where a file's replace them; trunc_normal_ redraws what is out of range."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+        return args[0].zero_() if drawn else func(*args, **(kwargs or {}))
 
 
 def create(name: str, crop: int, seed: int = 0) -> nn.Module:
