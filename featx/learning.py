@@ -33,6 +33,8 @@ def parse_head(text: str) -> tuple[str, dict[str, Any]]:
 
     Raises `HeadError` for any other text, and for a head or a setting that does not exist.
     """
+    if not isinstance(text, str):
+        raise HeadError(f"a head is text, such as 'logreg folds=10', not {text!r}")
     try:
         name, *pairs = shlex.split(text)
         settings = assigned(pairs)
@@ -75,6 +77,8 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, `plain`. Raises `HeadError` for an unknown head, settings that it does not have, and values of
     another type.
     """
+    if not isinstance(settings, Mapping):
+        raise HeadError(f"settings of a head go by name, such as {{'threshold': 0.5}}, not {settings!r}")
     settings = {key: plain(value) for key, value in settings.items()}
     known, kinds = settings_of(name), get_type_hints(module(name).fit)
     for key, value in settings.items():
