@@ -21,6 +21,7 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.options import fits, plain
 from featx.solvers.examples import Examples
+from featx.solvers.training import check_class_weight
 from featx.sources.source import Source
 from featx.state import ordinary
 from featx.text import assigned, near, some
@@ -124,9 +125,11 @@ def check_heads(chosen: Sequence[tuple[str, Mapping[str, Any]]], source: Source)
     learners = [(name, settings) for name, settings in chosen if module(name).LEARNS]
     if learners and not source.multilabel:
         pairs = zip(source.labels or [], source.splits or [""] * len(source), strict=True)
-        require_classes(
-            Counter(label for label, split in pairs if label and split in ("", "train")), list(labels), source.notes
-        )
+        counts = Counter(label for label, split in pairs if label and split in ("", "train"))
+        require_classes(counts, list(labels), source.notes)
+        for _, settings in learners:
+            if isinstance(weights := settings.get("class_weight"), Mapping):
+                check_class_weight(weights, list(counts))
 
     for name, settings in learners:
         if settings:

@@ -76,6 +76,8 @@ def test_numbers_that_look_like_a_regression_are_asked_about(tmp_path: Path, eng
         ("ridge", {"penalties": [0.0]}, "positive"),
         ("linear", {"epochs": 0}, "epochs and batch_size are at least 1"),
         ("logreg", {"strenghts": [1]}, "no setting 'strenghts'.* Did you mean strengths"),
+        ("logreg", {"class_weight": {"warn": 2}}, "names 'warn', of which there is no training image.* mean warm"),
+        ("logreg", {"class_weight": {"warm": 0}}, "the weight of a class is a number above 0, not 0"),
         ("logrge", {}, "unknown head 'logrge'.* Did you mean logreg"),
     ],
 )
