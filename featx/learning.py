@@ -21,6 +21,7 @@ from featx.errors import HeadError
 from featx.head import Fitted
 from featx.options import fits, plain
 from featx.solvers.examples import Examples
+from featx.solvers.training import check_class_weight
 from featx.sources.source import Source
 from featx.state import ordinary
 from featx.text import assigned, near, some
@@ -33,6 +34,8 @@ def parse_head(text: str) -> tuple[str, dict[str, Any]]:
 
     Raises `HeadError` for any other text, and for a head or a setting that does not exist.
     """
+    if not isinstance(text, str):
+        raise HeadError(f"a head is text, such as 'logreg folds=10', not {text!r}")
     try:
         name, *pairs = shlex.split(text)
         settings = assigned(pairs)
@@ -75,6 +78,8 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, `plain`. Raises `HeadError` for an unknown head, settings that it does not have, and values of
     another type.
     """
+    if not isinstance(settings, Mapping):
+        raise HeadError(f"settings of a head go by name, such as {{'threshold': 0.5}}, not {settings!r}")
     settings = {key: plain(value) for key, value in settings.items()}
     known, kinds = settings_of(name), get_type_hints(module(name).fit)
     for key, value in settings.items():
@@ -120,9 +125,11 @@ def check_heads(chosen: Sequence[tuple[str, Mapping[str, Any]]], source: Source)
     learners = [(name, settings) for name, settings in chosen if module(name).LEARNS]
     if learners and not source.multilabel:
         pairs = zip(source.labels or [], source.splits or [""] * len(source), strict=True)
-        require_classes(
-            Counter(label for label, split in pairs if label and split in ("", "train")), list(labels), source.notes
-        )
+        counts = Counter(label for label, split in pairs if label and split in ("", "train"))
+        require_classes(counts, list(labels), source.notes)
+        for _, settings in learners:
+            if isinstance(weights := settings.get("class_weight"), Mapping):
+                check_class_weight(weights, list(counts))
 
     for name, settings in learners:
         if settings:

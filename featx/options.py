@@ -128,13 +128,28 @@ class Field:
 
 def home(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """A path that begins with `~` or `~name`, from that home folder; `./~` is a folder called so, and comes back whole,
-    since `Path` forgets the dot. Raises `FeatxError` for a name that is no user's.
+    since `Path` forgets the dot. Raises `FeatxError` for a name that is no user's, and
+    for what is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise FeatxError(f"expected a path, not {path!r}")
     text = os.fspath(path)
     full = os.path.expanduser(text) if text.startswith("~") else text
     if full.startswith("~") and not os.path.lexists(full):
         raise FeatxError(f"there is no user for {text!r}; write ./{text} for a file or folder of that name")
     return os.path.abspath(full) if text.startswith(("~", "./~")) else path
+
+
+def count(name: str, value: Any) -> int:
+    """A number of things, from 1. Raises `FeatxError`."""
+    if not (fits(value, int) and value >= 1):
+        raise FeatxError(f"{name} is a whole number from 1, not {value!r}")
+    return int(value)
+
+
+def listed(given: Any) -> Any:
+    """Several values, of which one may come alone."""
+    return given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
 
 
 @functools.cache
@@ -165,7 +180,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """A setting as JSON gives it back: tuples, ranges, arrays and columns are lists, numpy's numbers are Python's,
-    paths and the names in a mapping are texts.
+    decimals are floats, paths and the names in a mapping are texts.
     """
     for name in ("tolist", "to_list"):  # numpy is not imported, which takes longer than `--help`
         if hasattr(value, name):
@@ -176,6 +191,8 @@ def plain(value: Any) -> Any:
         return {str(plain(name)): plain(item) for name, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "as_integer_ratio") and not isinstance(value, int):  # decimals and fractions
+        return float(value)
     return value
 
 

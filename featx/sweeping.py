@@ -32,7 +32,7 @@ from featx.head import columns
 from featx.learning import check_heads, head_text, module, parse_head
 from featx.measuring.swept import CRITERIA, CrossValidated, Point, Sweep
 from featx.measuring.views import FOLDS, held_out, paired, scores
-from featx.options import Criterion, Preprocessing, Shared, complete, fields_of, home, plain
+from featx.options import Criterion, Preprocessing, Shared, complete, fields_of, home, listed, plain
 from featx.records import array_bytes, array_of, convert, read_record
 from featx.runs import Run, is_finished, open_run, read_config
 from featx.solvers.training import folds
@@ -84,8 +84,8 @@ def sweep(
     named and left out. Raises `FeatxError` where all fail, for a wrong grid, and for a folder with other data's sweep.
     """
     asked = complete(options, Shared, sweep)
-    requests = [_request(backbone, layer, asked) for backbone in backbones for layer in layers]
-    variants = [parse_head(head) for head in heads]
+    requests = [_request(backbone, layer, asked) for backbone in listed(backbones) for layer in listed(layers)]
+    variants, views = [parse_head(head) for head in listed(heads)], plain(listed(views))
     asked |= dict.fromkeys(fields_of(Preprocessing))  # the requests have them
     source = open_source(data)
     check_heads(variants, source)
@@ -99,7 +99,7 @@ def sweep(
     place = _Place(path, source, limit, engine, asked, _former_speeds(path), _labels(requests))
     found: list[tuple[Point, np.ndarray | None]] = []
     failed: list[dict[str, str]] = []
-    for request, count, (head, settings) in product(requests, dict.fromkeys(plain(views)), variants):
+    for request, count, (head, settings) in product(requests, dict.fromkeys(views), variants):
         if not module(head).LEARNS and count != min(views):
             continue  # views change nothing
         try:
@@ -131,7 +131,7 @@ def _request(backbone: Backbone, layer: str, options: dict[str, Any]) -> Backbon
     if isinstance(backbone, BackboneRequest):
         request = replace(backbone, layer=layer)
     else:
-        name, _, own = backbone.partition("=")
+        name, _, own = backbone.partition("=") if isinstance(backbone, str) else (backbone, "", "")
         request = BackboneRequest(name, own or options["weights"], layer, options["seed"])
     check(request, Path(options["cache"]))
     return replace(request, preprocess=(*request.preprocess, *asked))

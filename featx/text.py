@@ -24,9 +24,9 @@ _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
 
 
-def near(name: str, known: Iterable[str], most: int = 3) -> str:
+def near(name: object, known: Iterable[str], most: int = 3) -> str:
     """Name what `name` may have meant, as the end of a message: ` Did you mean a, b?`, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), list(known), n=most, cutoff=0.5)
     return f" Did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -76,6 +76,8 @@ def test_numbers_that_look_like_a_regression_are_asked_about(tmp_path: Path, eng
         ("ridge", {"penalties": [0.0]}, "positive"),
         ("linear", {"epochs": 0}, "epochs and batch_size are at least 1"),
         ("logreg", {"strenghts": [1]}, "no setting 'strenghts'.* Did you mean strengths"),
+        ("logreg", {"class_weight": {"warn": 2}}, "names 'warn', of which there is no training image.* mean warm"),
+        ("logreg", {"class_weight": {"warm": 0}}, "the weight of a class is a number above 0, not 0"),
         ("logrge", {}, "unknown head 'logrge'.* Did you mean logreg"),
     ],
 )
@@ -83,6 +85,23 @@ def test_a_heads_settings(
     head: str, settings: dict[str, Any], says: str, tiny: Path, tmp_path: Path, engine: ColourEngine
 ) -> None:
     assert re.search(says, refused(tiny, tmp_path, engine, head=head, settings=settings))
+
+
+def test_values_of_another_kind_are_named_by_what_took_them(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
+    for options, says in (
+        ({"settings": ["folds=3"]}, "settings of a head go by name"),
+        ({"head": None}, "unknown head None; there are linear, logreg"),
+        ({"output": 3}, "expected a path, not 3"),
+    ):
+        assert says in refused(tiny, tmp_path, engine, **options)
+    grids: list[tuple[Any, Any, str]] = [
+        (None, "ncm", "a backbone goes by its name, or package.module:factory, not as NoneType"),
+        (COLOURS, [("ncm", {})], "a head is text, such as 'logreg folds=10', not"),
+        (COLOURS, "nmc", "unknown head 'nmc'.* mean ncm"),
+    ]
+    for backbones, heads, says in grids:
+        with pytest.raises(FeatxError, match=says):
+            featx.sweep(tiny, backbones, heads, engine=engine, cache=tmp_path / "cache")
 
 
 def test_several_labels_rule_some_settings_out(tmp_path: Path, engine: ColourEngine) -> None:

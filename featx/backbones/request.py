@@ -41,6 +41,9 @@ class BackboneRequest:
     proportion, and `crop_pct`, the crop as a share of the resize. A dict will do, and numpy's numbers."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            given = type(self.name).__name__
+            raise BackboneError(f"a backbone goes by its name, or package.module:factory, not as {given}")
         pairs = [(name, plain(value)) for name, value in dict(self.preprocess).items()]
         pairs = [(name, tuple(value) if isinstance(value, list) else value) for name, value in pairs]
         object.__setattr__(self, "preprocess", tuple(pairs))

@@ -16,7 +16,7 @@ from featx.extraction.pipeline import sync
 from featx.features import Features, LazyRows, groups, taken
 from featx.measuring.views import scores
 from featx.metrics import Estimate
-from featx.options import Options, plain
+from featx.options import Options, count, listed, plain
 from featx.records import convert, write_record
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
@@ -112,13 +112,13 @@ def learning_curve(
         )
     if config.finetune:
         raise HeadError("a learning curve of fine-tuning would fine-tune once per point; give a run of a head")
-    if repeats < 1:
-        raise HeadError(f"a curve needs at least one subset per size, not {repeats}")
+    repeats = count("repeats", repeats)
     features, views = _features(opened, device, memory_for_features() if memory is None else memory)
     train, held = features.split("train"), features.split("val")
     if not len(held):
         raise HeadError("there are no validation images to measure on")
-    wanted = default_sizes(len(train), len(features.class_names)) if sizes is None else sorted(set(plain(sizes)))
+    sizes = default_sizes(len(train), len(features.class_names)) if sizes is None else listed(sizes)
+    wanted = sorted({count("a size", plain(each)) for each in sizes})
     if not wanted or wanted[0] < 2 or wanted[-1] > len(train):
         raise HeadError(f"sizes lie between 2 and the {len(train)} training images, not {list(wanted)}")
 

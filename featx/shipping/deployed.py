@@ -13,7 +13,7 @@ from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, NewerError
 from featx.files import MOST_NETWORK_BYTES, read_plain
 from featx.head import Activation
-from featx.options import Input, home
+from featx.options import Input, count, home, listed
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert, warn_older
 from featx.seals import SEAL, is_current, is_sealed
@@ -186,12 +186,12 @@ def open_session(model: bytes, *, providers: list[str] | None = None, threads: i
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
-    options.intra_op_num_threads = threads or available_threads()
+    options.intra_op_num_threads = count("threads", threads or available_threads())
     # waiting threads that spin would take the cores from those that decode
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # else bytes in a format of onnxruntime's own, which `scan` does not read, can lie between an ONNX file's fields
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    chosen = _providers(onnxruntime.get_available_providers(), providers or ["cpu"])
+    chosen = _providers(onnxruntime.get_available_providers(), listed(providers or "cpu"))
     try:
         session = onnxruntime.InferenceSession(model, options, providers=chosen)
     except Exception as error:  # as above

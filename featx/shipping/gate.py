@@ -15,7 +15,7 @@ from featx.devices import available_threads, memory_for_features
 from featx.errors import ExportError, ImageError
 from featx.extraction.pipeline import sync
 from featx.features import FeatureSpec, content_key, short_keys
-from featx.options import Split
+from featx.options import Split, count
 from featx.runs import Run
 from featx.sources.source import Source
 from featx.threads import ahead
@@ -65,8 +65,7 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
 
     data: in place of the run's own. Raises `ExportError` where there are none, or the backbone has changed.
     """
-    if limit < 1:
-        raise ExportError(f"the gate needs at least one image, not {limit}")
+    limit = count("images", limit)
     config, spec = run.config, run.config.spec
     extraction = sync(data or config.data, run.request, cache=config.cache, precision=spec.precision, dtype=spec.dtype)
     features = extraction.features(memory=memory_for_features())

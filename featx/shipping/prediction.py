@@ -22,7 +22,7 @@ from featx.devices import available_threads
 from featx.errors import ExportError, FeatxWarning, ImageError, SourceError
 from featx.files import make_folder, open_plain, sweep, write_chunks
 from featx.head import answers
-from featx.options import home
+from featx.options import count, home
 from featx.shipping.deployed import Model
 from featx.sources.memory import MISSING, one_by_one
 from featx.sources.own import is_own
@@ -100,12 +100,12 @@ def predict(
     `ExportError` for a file that featx did not export, `SourceError` for a folder without images and for what is
     no image, such as a number or a mapping.
     """
-    if batch_size < 1 or top_k < 1:
-        raise ExportError(f"batch_size and top_k start at 1; got {batch_size} and {top_k}")
+    batch_size, top_k = count("batch_size", batch_size), count("top_k", top_k)
+    workers = count("workers", workers or available_threads())
     opened = model if isinstance(model, Model) else Model(model)
     if features:
         opened.require_features()
-    return _predict(opened, images, top_k, batch_size, workers or available_threads(), features)
+    return _predict(opened, images, top_k, batch_size, workers, features)
 
 
 def _predict(

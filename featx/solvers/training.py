@@ -265,6 +265,17 @@ def counted(able: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
     return np.asarray(able & scored)
 
 
+def check_class_weight(class_weight: Mapping[str, float], known: Sequence[str]) -> None:
+    """Raise `HeadError` for weights of other classes than those known, or that are not above 0."""
+    for name, weight in class_weight.items():
+        if name not in known:
+            raise HeadError(f"class_weight names {name!r}, of which there is no training image.{near(name, known)}")
+        if not fits(weight, float) or not 0 < weight < np.inf:
+            raise HeadError(
+                f"the weight of a class is a number above 0, not {weight!r}; to leave a class out, leave its images out"
+            )
+
+
 def class_weights(task: Task, class_weight: str | Mapping[str, float] | None) -> np.ndarray | None:
     """Row weights `float64 [N]`, those of the task times those of the classes; None for all 1.
 
@@ -281,12 +292,5 @@ def class_weights(task: Task, class_weight: str | Mapping[str, float] | None) ->
         return np.asarray(own * (totals.sum() / (len(totals) * totals))[task.y])
     if isinstance(class_weight, str):
         raise HeadError(f"class_weight is None or 'balanced', or weights by class name, not {class_weight!r}")
-    for name, weight in class_weight.items():
-        if name not in task.class_names:
-            known = list(task.class_names)
-            raise HeadError(f"class_weight names {name!r}, of which there is no training image.{near(name, known)}")
-        if not fits(weight, float) or not 0 < weight < np.inf:
-            raise HeadError(
-                f"the weight of a class is a number above 0, not {weight!r}; to leave a class out, leave its images out"
-            )
+    check_class_weight(class_weight, task.class_names)
     return np.asarray(own * np.array([float(class_weight.get(name, 1)) for name in task.class_names])[task.y])

@@ -59,14 +59,14 @@ def one_by_one(given: Any) -> Iterator[Any]:
     An open file is read from its start if it can go back there. Generators and the like are read as they are needed.
     Raises `SourceError` for anything that is not `TAKEN`, with what is near it.
     """
-    columns = ", ".join(map(str, getattr(given, "columns", [])))
-    if hasattr(given, "columns") and len(given.columns) != 1:
+    columns = getattr(given, "column_names", given.columns) if hasattr(given, "columns") else None
+    if columns is not None and len(columns) != 1:
         raise SourceError(
-            f"a table with the columns {columns} was given; give the column of images alone, or, to use labels and "
-            "splits, write it as a manifest: table.to_csv('data.csv', index=False)"
+            f"a table with the columns {', '.join(map(str, columns))} was given; give the column of images alone, or, "
+            "to use labels and splits, write it as a manifest: table.to_csv('data.csv', index=False)"
         )
     given = _array(given) if hasattr(given, "__array__") else given
-    several = isinstance(given, np.ndarray) and (given.ndim in (1, 4) or given.dtype.kind in "OUST")
+    several = isinstance(given, np.ndarray) and (given.ndim == 4 or given.dtype.kind in "OUST")
     if not several and (image := _single(given)) is not None:
         yield image
         return
@@ -74,7 +74,7 @@ def one_by_one(given: Any) -> Iterator[Any]:
     if isinstance(given, np.ndarray) and given.ndim < 3:  # [N] or [N, 1]
         given = given if given.ndim == 2 and given.shape[1] != 1 else given.ravel()
     if isinstance(given, Mapping | set | frozenset) or not (
-        isinstance(given, Iterable) or hasattr(given, "__getitem__")
+        isinstance(given, Iterable) or (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
     ):
         raise SourceError(f"what was given is {_near(given)}; expected {TAKEN}")
     # a data set that has numbers alone may answer any number
@@ -98,6 +98,8 @@ def _single(item: Any) -> Any:
     if hasattr(item, "read"):
         return _contents(item)
     array = _array(item) if hasattr(item, "__array__") else np.empty(0)
+    if array.ndim == 1 and array.dtype == np.uint8:  # the bytes of a file, as OpenCV and torchvision hold them
+        return array.tobytes()
     return array if array.ndim > 1 and array.dtype.kind not in "OUST" else None
 
 
@@ -123,7 +125,7 @@ def _contents(file: Any) -> bytes:
         file.seek(0)
     try:
         data = None if isinstance(file, io.TextIOBase) else file.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # such as an archive, which reads by name
         raise SourceError(f"{type(file).__name__} cannot be read ({error})") from error
     if not isinstance(data, bytes):
         raise SourceError(f"{type(file).__name__} gives no bytes; open image files by open(path, 'rb')")

@@ -11,7 +11,7 @@ from conftest import ColourEngine, write_images
 from PIL import Image
 
 from featx import metrics
-from featx.errors import HeadError, RunError
+from featx.errors import FeatxError, HeadError, RunError
 from featx.extraction.pipeline import sync
 from featx.features import groups
 from featx.fitting import fit
@@ -82,7 +82,7 @@ def test_the_report_shows_it(run: Run):
 def test_sizes_and_runs_that_give_no_curve_are_refused(run: Run, tmp_path: Path):
     with pytest.raises(HeadError, match="72 training images"):
         curve.learning_curve(run.path, sizes=[10, 100])
-    with pytest.raises(HeadError, match="at least one subset"):
+    with pytest.raises(FeatxError, match="repeats is a whole number from 1, not 0"):
         curve.learning_curve(run.path, repeats=0)
     write_config(run.path, replace(run.config, head="pretrained"))
     with pytest.raises(HeadError, match="learns nothing"):

@@ -7,13 +7,14 @@ import io
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx_files import exported_file, some_head
 from PIL import Image
 
-from featx.errors import ExportError, SourceError
+from featx.errors import ExportError, FeatxError, SourceError
 from featx.shipping.deployed import Model
 from featx.shipping.prediction import predict
 
@@ -45,6 +46,12 @@ def test_a_missing_cell_has_an_error_and_the_others_are_answered(model: Path, pi
     assert (second.id, second.error) == ("image 1", "a missing cell (None, NaN or NA)")
     with pytest.raises(SourceError, match="of type int; expected paths, Pillow images"):
         list(predict(model, 3))
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 2.5}, {"workers": -1}, {"top_k": None}])
+def test_numbers_of_things_are_whole_and_from_1(model: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(FeatxError, match=f"{next(iter(option))} is a whole number from 1, not"):
+        list(predict(model, "photos", **option))
 
 
 def test_a_model_asks_for_a_batch_and_names_predict(model: Path, pixels: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -339,7 +340,9 @@ def test_settings_that_a_head_has_are_taken(head: str) -> None:
 
 
 def test_a_setting_may_be_any_value_of_its_kind() -> None:
-    learning.check_settings("linear", {"lr": 1, "momentum": np.float32(0.5), "epochs": np.int64(3), "recipe": None})
+    linear = {"lr": Decimal("0.1"), "momentum": np.float32(0.5), "epochs": np.int64(3), "recipe": None}
+    learning.check_settings("linear", linear)
     learning.check_settings("logreg", {"strengths": [0.1], "calibrate": True, "reject": None})
     learning.check_settings("ridge", {"penalties": np.array([0.1, 1.0])})
     learning.check_settings("pretrained", {"mapping": {"ants": "ant"}, "restrict": True})
+    assert learning.check_settings("logreg", {"strengths": [Decimal("0.5")]}) == {"strengths": [0.5]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,13 @@ class Endless:
         return self.item
 
 
+class Lengthless:
+    """A data set that is still being written: it has numbers, and no length."""
+
+    def __getitem__(self, number: int) -> Any:
+        raise AssertionError("was asked for an image")
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("memory"), 1, ("only",)) / "only/000.png"
@@ -86,6 +94,7 @@ KINDS = {
     "bytes": lambda path, pixels: path.read_bytes(),
     "a bytearray": lambda path, pixels: bytearray(path.read_bytes()),
     "a memoryview": lambda path, pixels: memoryview(path.read_bytes()),
+    "the bytes as an array": lambda path, pixels: np.fromfile(path, np.uint8),
     "a Pillow image": lambda path, pixels: Image.open(path),
     "an open file that was read": lambda path, pixels: _read(io.BytesIO(path.read_bytes())),
     "an array": lambda path, pixels: pixels,
@@ -148,6 +157,8 @@ def test_missing_cells_are_found_whatever_they_are_called(file: Path) -> None:
         (Frame(path=["a.jpg"], label=["ant"]), r"columns path, label .* a manifest: table.to_csv\('data.csv', index=F"),
         (np.array([["a.jpg", "b.jpg"]]), r"image 0 of those given is of type ndarray \[2\]"),
         (np.arange(3), r"image 0 .* int64"),
+        (zipfile.ZipFile(io.BytesIO(), "w"), r"ZipFile cannot be read \(.* 'name'"),
+        (Lengthless(), r"what was given is of type Lengthless"),
         (io.StringIO("text"), r"StringIO gives no bytes; open image files by open\(path, 'rb'\)"),
         ([], r"there are no images among those given"),
     ],
