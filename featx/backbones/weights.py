@@ -23,6 +23,7 @@ from featx.backbones.table import AUXILIARY, fingerprint, table
 from featx.errors import WeightsError
 from featx.files import open_plain, read_plain, stat_row
 from featx.records import convert
+from featx.state import FILTERS
 from featx.text import from_json, near, some
 
 # What wrappers put into tensors' names, at any place: DataParallel, torch.compile, FSDP, activation checkpoints.
@@ -162,7 +163,7 @@ def _load(path: Path) -> tuple[Any, list[int]]:
     try:
         with open_plain(path) as file:  # a pipe would wait for ever, a device never end
             stats = list(stat_row(os.fstat(file.fileno())))
-        with warnings.catch_warnings(action="ignore"):  # of torch's, on how the file was pickled
+        with FILTERS, warnings.catch_warnings(action="ignore"):  # of torch's, on how the file was pickled
             return _read(path), stats
     except FileNotFoundError:
         raise WeightsError(MISSING.format(path)) from None
