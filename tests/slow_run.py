@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# a program that was started in the background ignores Ctrl-C, and so would its children
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import COLOURS, ColourEngine
