@@ -56,7 +56,7 @@ class ExportError(FeatxError):
 
 
 class UnexportableError(ExportError):
-    """A network that no exporter of the installed torch has a way for: trying again gives the same."""
+    """A network that no exporter of the installed torch supports: trying again gives the same error."""
 
 
 class ParityError(ExportError):

@@ -146,8 +146,9 @@ def fit(
     settings = learning.check_settings(head, settings or {})
     limit = memory_for_features() if memory is None else memory
     learns, source = learning.module(head).LEARNS, open_source(data)
-    if output and rank() == 0:
-        runs.check(Path(home(output)), None, overwrite=overwrite)
+    place = Path(home(output)) if output else None
+    if place and rank() == 0:
+        runs.check(place, None, overwrite=overwrite)
     learning.check_heads([(head, settings)], source)
     if not learns:
         backbone = own_classifier_request(request_of(backbone, asked), source, Path(asked["cache"]), settings, finetune)
@@ -155,7 +156,7 @@ def fit(
     extracted = extracted_once(source, backbone, engine, asked, finetune)
     features = extracted.features(memory=limit)
     config = configuration(extracted, features, head, settings, asked["seed"], finetune)
-    path = Path(home(output)) if output else runs.default_path("export", config)
+    path = place or runs.default_path("export", config)
     if finetune is None or rank() == 0:  # where processes train together, the leader writes the run
         runs.check(path, config, overwrite=overwrite)  # nothing is written, or replaced, before there is a head
     if finetune is not None:

@@ -128,8 +128,7 @@ class Field:
 
 def home(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """A path that begins with `~` or `~name`, from that home folder; `./~` is a folder called so, and comes back whole,
-    since `Path` forgets the dot. Raises `FeatxError` for a name that is no user's, and
-    for what is no path.
+    since `Path` forgets the dot. Raises `FeatxError` for the name of an unknown user, and for other values than paths.
     """
     if not isinstance(path, str | os.PathLike):
         raise FeatxError(f"expected a path, not {path!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from forks import run_in_a_fork
 
 import featx
 from featx.backbones.loading import load_backbone
@@ -166,12 +166,7 @@ def test_a_forked_child_runs_networks_that_its_parent_has_run(images: Path, tmp_
         np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
         assert featx.extract(images, **SMALL, cache=tmp_path).X.shape == (12, 8)  # a fresh cache: it exports
 
-    forked = multiprocessing.get_context("fork").Process(target=child)
-    forked.start()
-    forked.join(60)
-    alive = forked.is_alive()
-    forked.kill()
-    assert not alive and forked.exitcode == 0
+    run_in_a_fork(child)
 
 
 def groups(root: Path, own: str, files: dict[str, str]) -> Path:

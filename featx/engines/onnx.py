@@ -300,8 +300,8 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _lasting(error: BaseException) -> bool:
-    """Whether an error says that there is no way for a network. All others, such as of memory, disks or what else goes
-    on in the process, may be gone the next time.
+    """Whether an export that failed with this error will always fail: the exporter does not support the network. Other
+    errors, such as a full memory or disk, may not come again.
     """
     kind = type(_root(error))
     of_exporter = kind.__module__.startswith("torch.") and "OutOfMemory" not in kind.__name__

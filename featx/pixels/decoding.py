@@ -163,7 +163,7 @@ def _scans(image: Any, data: bytes) -> bool:
         return False  # all components in one scan
     most = min(1000, MOST_SCANS + SCANNED_PIXELS // (image.width * image.height))
     found = 1
-    while (marker := MARKER.search(data, at)) and marker[0] != b"\xff\xd9":  # what follows the end is no image
+    while (marker := MARKER.search(data, at)) and marker[0] != b"\xff\xd9":  # up to the end marker
         found += marker[0] == b"\xff\xda"
         at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     if found > most:

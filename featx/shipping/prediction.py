@@ -176,7 +176,7 @@ def expand(images: Image | Iterable[Image]) -> Iterator[Image]:
     """Single images out of what `predict` takes: folders are walked in order, globs filled in.
 
     In a folder, images are recognised by their names, as in class folders; files named one by one may be anything
-    that decodes. Raises `SourceError` for a folder or a glob without images, and for what is no image at all.
+    that decodes. Raises `SourceError` for a folder or a glob without images, and for values that are not images.
     """
     for text in one_by_one(images):
         if not isinstance(text, str):

@@ -43,7 +43,7 @@ class Design:
         torch_device: str = "",
     ) -> None:
         """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, rows whose held-out loss
-        counts. torch_device: where torch makes the passes, `cuda:0`; empty for numpy. What is no array is streamed.
+        counts. torch_device: where torch makes the passes, `cuda:0`; empty for numpy. Tables on disk are streamed.
         """
         several = task.several
         self.paired = not several and len(task.class_names) == 2  # one column for both classes

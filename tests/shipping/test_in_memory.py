@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forks import run_in_a_fork
 from onnx_files import exported_file, some_head
 from PIL import Image
 
@@ -86,9 +86,4 @@ def test_a_model_that_was_opened_before_a_fork_answers_in_the_child(model: Path,
     def child() -> None:
         assert np.array_equal(opened(pixels[None])["probabilities"], expected)
 
-    forked = multiprocessing.get_context("fork").Process(target=child)
-    forked.start()
-    forked.join(60)
-    alive = forked.is_alive()
-    forked.kill()
-    assert not alive and forked.exitcode == 0
+    run_in_a_fork(child)
