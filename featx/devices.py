@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -14,6 +15,12 @@ from typing import Any
 
 from featx.errors import FeatxError
 from featx.options import fields_of
+
+# Linux's names of what multiplies them; of x86 and of Arm.
+NATIVE = {
+    "bf16": {"amx_bf16", "avx512_bf16", "bf16"},
+    "int8": {"amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm"},
+}
 
 
 def available_threads(root: Path = Path("/")) -> int:
@@ -46,6 +53,18 @@ def _limits(root: Path, *names: list[str]) -> Iterator[tuple[float, float]]:
             with suppress(OSError, ValueError):  # `max`: no limit
                 first, second = " ".join((group / name).read_text() for name in files).split()
                 yield float(first), float(second)
+
+
+def arithmetic(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Which of `bf16` and `int8` this processor multiplies by instructions of its own.
+
+    Both, where the system does not say (not Linux): rows are right in either case, and only speed is lost.
+    """
+    try:
+        flags = set(re.findall(r"\w+", cpuinfo.read_text()))
+    except OSError:
+        return frozenset(NATIVE)
+    return frozenset(name for name, needed in NATIVE.items() if flags & needed)
 
 
 def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_orig
 from featx.errors import FeatxError
 from featx.text import near
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 StoredDtype = Literal["float32", "float16"]
 Decode = Literal["exact", "fast", "gpu"]
 Split = Literal["train", "val", "test"]

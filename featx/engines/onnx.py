@@ -7,11 +7,9 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,7 +19,7 @@ import numpy as np
 from featx.backbones.loading import loaded
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import available_threads
-from featx.engines.engine import CPU_BATCH
+from featx.engines.engine import PiecewiseEngine
 from featx.engines.wire import scan
 from featx.errors import ExportError, StoreError, UnexportableError
 from featx.features import TOLERANCE, difference
@@ -52,13 +50,11 @@ class Known(TypedDict, total=False):
     """This graph would not pay: the one that it would be made of runs."""
 
 
-class OnnxEngine:
+class OnnxEngine(PiecewiseEngine):
     """onnxruntime on the CPU. Rows do not depend on the batch they are in, nor on the number of threads.
 
-    A batch is cut into pieces, and one thread runs each piece from the first layer to the last. onnxruntime
-    by itself puts all threads on one batch; in pieces no thread waits for another after every layer, and a
-    piece's activations stay in the cache: 1.45 times the images/s with SqueezeNet 1.1 and MobileNetV2, 1.1
-    times with ResNet-18, the same with VGG-16 and AlexNet (two cores).
+    Pieces give 1.45 times the images/s with SqueezeNet 1.1 and MobileNetV2, 1.1 times with ResNet-18, the same with
+    VGG-16 and AlexNet (two cores).
 
     model: an exported backbone; `accelerated` chooses which form of it to run.
     """
@@ -66,31 +62,9 @@ class OnnxEngine:
     name = "onnxruntime"
 
     def __init__(self, model: Path, batch_size: int | None = None, threads: int | None = None) -> None:
-        threads = threads or available_threads()
-        self.batch_size = batch_size or max(CPU_BATCH, 4 * threads)
-        # each piece reads all weights once: the larger they are, the more images should share that
-        most = min(max(2, model.stat().st_size // WEIGHTS_PER_IMAGE), 16, -(-self.batch_size // threads))
-        self.piece = -(-self.batch_size // -(-self.batch_size // most))  # pieces of one size, none small at the end
         self.session = session(model, 1)
-        self.threads, self.process = threads, os.getpid()
-        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="featx-embed")
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """`uint8 [B, 3, crop, crop]` -> `float32 [B, *row_shape]`."""
-        return self.submit(images)()
-
-    def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """Queue the batch's pieces; the function returned waits for their rows."""
-        if self.process != os.getpid():  # a fork has left the threads behind
-            self.process = os.getpid()
-            self.executor = ThreadPoolExecutor(self.threads, thread_name_prefix="featx-embed")
-        starts = range(0, len(images), self.piece)
-        pieces = [self.executor.submit(self._run, images[start : start + self.piece]) for start in starts]
-        return lambda: np.concatenate([piece.result() for piece in pieces])
-
-    def close(self) -> None:
-        """End the threads; pieces that have not started are dropped."""
-        self.executor.shutdown(cancel_futures=True)
+        # each piece reads all weights once: the larger they are, the more images should share that
+        super().__init__(min(max(2, model.stat().st_size // WEIGHTS_PER_IMAGE), 16), batch_size, threads)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         rows: np.ndarray = self.session.run(None, {"images": images})[0]
@@ -155,7 +129,7 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
 
 @one_at_a_time()
 @ordinary()
-def accelerated(model: Path, tolerance: float = TOLERANCE["fp32"] / 2) -> Path:
+def accelerated(model: Path, tolerance: float = TOLERANCE / 2) -> Path:
     """The file to run for an exported backbone: one beside it with fewer multiplications, where that pays.
 
     It is made once, like the export, and compared with it on three images of noise. tolerance: how far rows
@@ -269,9 +243,9 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
             reasons.append(_reason(error))
             lasting = lasting and _lasting(error)
             continue
-        if apart <= TOLERANCE["fp32"]:
+        if apart <= TOLERANCE:
             return data
-        reasons.append(f"its rows differ from torch's by {apart:.1e}, more than {TOLERANCE['fp32']:g}")
+        reasons.append(f"its rows differ from torch's by {apart:.1e}, more than {TOLERANCE:g}")
     kind = UnexportableError if lasting else ExportError
     raise kind(f"{info.name} cannot be exported to ONNX ({'; or, by another way: '.join(reasons)})")
 

@@ -1,4 +1,4 @@
-"""Choose the engine that runs a backbone here, and open it; torch is imported only to run."""
+"""Choose the engine that runs a backbone here, and open it; torch and OpenVINO are imported only to run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from pathlib import Path
 
 from featx.backbones.loading import loaded
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.devices import choose_device
+from featx.devices import arithmetic, choose_device
 from featx.engines.engine import CPU_BATCH, Engine
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
+from featx.engines.openvino import OpenVinoEngine, installed
 from featx.errors import ExportError, FeatxError
-from featx.features import TOLERANCE
+from featx.options import fields_of
 from featx.state import ordinary
+
+# The engines of each precision on a CPU, the first that can run it here for new features.
+ON_CPU = {"fp32": ("onnxruntime", "torch-cpu"), "bf16": ("openvino", "torch-cpu"), "int8": ("openvino", "onnxruntime")}
+NEEDS = {
+    "torch-cuda": "a GPU",
+    "torch-cpu": "--device cpu",
+    "onnxruntime": "--device cpu",
+    "openvino": 'OpenVINO (pip install "featx[openvino]") and --device cpu',
+}
 
 
 @ordinary()
@@ -26,34 +36,31 @@ def open_engine(
     batch_size: int | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    native: frozenset[str] | None = None,
 ) -> Engine:
     """Open the engine that runs this backbone here. A fixed rule chooses it, since it decides a row's last bits.
 
-    On a GPU torch; on a CPU onnxruntime for fp32, torch for bf16 and where the export fails.
+    On a GPU torch. On a CPU onnxruntime for fp32, OpenVINO for bf16 where it is installed; torch for bf16 otherwise,
+    and where the export fails.
 
     device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, or
     `fp16` on a GPU. batch_size: 32 on a CPU; on a GPU the largest of 256, 128, ... that fits its memory.
     engine: the name of the one that filled a store. threads: for the arithmetic on a CPU, by default one per core.
+    native: what the processor multiplies, in place of `featx.devices.arithmetic()`.
 
-    Raises `FeatxError` for an unknown precision, fp16 on a CPU, a device that is not here, and where another
-    engine than `engine` would run.
+    Raises `FeatxError` for an unknown precision, fp16 on a CPU, bf16 on a CPU that does not multiply it (unless torch
+    began the store), a device or an engine that is not here, and where another engine than `engine` would run.
     """
-    if precision not in TOLERANCE:
-        raise FeatxError(f"precision is one of {', '.join(TOLERANCE)}, not {precision!r}")
+    fields_of()["precision"].check(precision)
+    place = "cpu" if device == "auto" and engine in NEEDS and engine != "torch-cuda" else choose_device(device)
+    name = choose_engine(place, precision, engine, arithmetic() if native is None else native)
 
-    by_cpu = device == "auto" and engine in ("onnxruntime", "torch-cpu")
-    place = "cpu" if by_cpu else choose_device(device)
-    if place == "cpu" and precision == "fp16":
-        raise FeatxError("fp16 is for GPUs and slow on a CPU; use bf16 or fp32")
-    torch_cpu = precision == "bf16" or engine == "torch-cpu"
-    name = "torch-cuda" if place != "cpu" else "torch-cpu" if torch_cpu else "onnxruntime"
-    if engine is not None and engine != name:
-        needs = {"torch-cuda": "a GPU", "torch-cpu": "--device cpu", "onnxruntime": "--device cpu"}
-        raise FeatxError(_mismatch(engine, name, needs.get(engine, "that engine")))
-
-    if name == "onnxruntime":
+    if name in ("onnxruntime", "openvino"):
         try:
-            return OnnxEngine(accelerated(backbone_onnx(request, info, cache)), batch_size, threads)
+            model = backbone_onnx(request, info, cache)
+            if name == "openvino":
+                return OpenVinoEngine(model, precision, batch_size, threads)
+            return OnnxEngine(accelerated(model), batch_size, threads)
         except ExportError as error:
             if engine is not None:
                 mismatch = _mismatch(engine, "torch-cpu", "the versions that exported it")
@@ -65,6 +72,32 @@ def open_engine(
     if name == "torch-cuda":
         return CudaEngine(backbone, place, precision, batch_size)
     return CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
+
+
+def choose_engine(place: str, precision: str, recorded: str | None, native: frozenset[str]) -> str:
+    """The engine of a precision on a CPU or a GPU (`place`), where `recorded` computed the rows that are stored.
+
+    Raises `FeatxError` where none can run, or another than `recorded` would.
+    """
+    if place == "cpu" and precision not in ON_CPU:
+        raise FeatxError(f"{precision} is for GPUs and slow on a CPU; use bf16 or fp32")
+    possible = ON_CPU[precision] if place == "cpu" else ("torch-cuda",)
+    if recorded is not None and recorded in possible:
+        if recorded == "openvino" and not installed():
+            raise FeatxError(
+                "the features in the cache come from OpenVINO, which is not installed; "
+                'pip install "featx[openvino]", or use another --cache'
+            )
+        return recorded
+    name = next(name for name in possible if name != "openvino" or installed())
+    if recorded is not None:
+        raise FeatxError(_mismatch(recorded, name, NEEDS.get(recorded, "that engine")))
+    if place == "cpu" and precision == "bf16" and precision not in native:
+        raise FeatxError(
+            "this processor has no bf16 arithmetic (AMX or AVX512-BF16), so bf16 would be slower than fp32; "
+            "use --precision fp32, or a machine that has it"
+        )
+    return name
 
 
 def _mismatch(engine: str, name: str, needs: str) -> str:

@@ -241,7 +241,9 @@ def _advice(found: Parity) -> str:
         return "The file resizes otherwise than Pillow does: --input tensor leaves the resize to Pillow"
     if missed <= {"reported accuracy", "reported log-loss"}:
         return "head.safetensors and report.json are not of one fit: one is another run's, or was changed. Fit again"
-    if missed == {"cached features"}:
+    if missed == {"answers from cached features"}:
+        return "The head was fitted on features in less than fp32, and answers otherwise in fp32: fit in fp32"
+    if missed & {"cached features", "cached features, median"}:
         return "The cache holds features of other pixels or another network: remove its folder and fit again"
     if missed == {"cached features, 1 - cosine"}:
         return "They were computed from images decoded on the GPU, too far from Pillow's: fit again with --decode exact"

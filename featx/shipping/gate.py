@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ from featx.threads import ahead
 IMAGES = 2000
 """Images that are compared, at most."""
 BATCH = 32
+CHANGED = 5.0
+"""Answers that less precise arithmetic may change, in points of the images."""
+ALLOWED_IMAGES = 2
+"""Right answers that it may lose, and answers it may change, on any number of images: chance alone moves some."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +105,11 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
         y=chosen.y,
         stated={} if changed or len(numbers) != config.splits.get(split) else stated[split],
     )
+
+
+def allowed_images(images: int, points: float) -> int:
+    """So many points of the images, but at least `ALLOWED_IMAGES`."""
+    return max(ALLOWED_IMAGES, math.floor(points * images / 100 + 1e-9))
 
 
 def batches(images: Images) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:

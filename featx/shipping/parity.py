@@ -23,7 +23,7 @@ from featx.runs import Run
 from featx.seals import seal
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
-from featx.shipping.gate import Images, batches
+from featx.shipping.gate import CHANGED, Images, allowed_images, batches
 from featx.text import some
 
 if TYPE_CHECKING:
@@ -48,8 +48,12 @@ SAME_FEATURES = 1e-5
 SAME_PROBABILITIES = 1e-5
 SAME_SUM = 1e-6
 ROUNDING = 5e-3
-# Cached features against torch's, by the precision they were computed in.
-CACHED = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
+# Cached features against torch's.
+CACHED = 2e-3
+# The same in less than fp32, where the worst image says little: of 100 photographs the median was 0.009 off in bf16
+# with SqueezeNet and 0.040 with EfficientNet-Lite0, the worst 0.013 and 0.109 (see `distances`), which is as far as
+# wrong pixels are. So the answers decide, and the median, which wrong pixels move by 0.11 or more.
+CACHED_MEDIAN = 0.1
 
 
 Outputs = dict[str, np.ndarray]
@@ -251,7 +255,7 @@ def compare(
         Check("same-pixel features", difference(rows.exported, rows.same), SAME_FEATURES),
         Check("same-feature logits", _far(file["logits"], own), SAME_SUM * size),
         Check("same-pixel probabilities", _far(file["probabilities"], same), exact),
-        _cached(images, rows),
+        *_cached(images, head, rows),
     ]
     # a cache that was emptied may hold another engine's features today
     checks += _as_reported(images, head, _far(head(images.cached), logits) + SAME_FEATURES * size)
@@ -324,14 +328,23 @@ def distances(rows: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.norm(rows - reference, axis=1) / scale)
 
 
-def _cached(images: Images, rows: ThreeWays) -> Check:
+def _cached(images: Images, head: Head, rows: ThreeWays) -> list[Check]:
     """The features that the head was fitted on, against torch's from Pillow's pixels, which an application has.
 
-    Features of GPU-decoded pixels differ by as much as the extraction allows, so their cosine is compared.
+    Features of GPU-decoded pixels differ by as much as the extraction allows, so their cosine is compared. Those of
+    less than fp32 may change few answers.
     """
+    if images.spec.precision != "fp32":
+        known, now = (head.answers(head.probabilities(head(each))) for each in (images.cached, rows.torch))
+        changed, most = (known != now).any(axis=1).sum(), allowed_images(len(known), CHANGED)
+        apart = float(np.median(distances(images.cached, rows.torch)))
+        return [
+            Check("answers from cached features", float(changed), float(most)),
+            Check("cached features, median", apart, CACHED_MEDIAN),
+        ]
     if images.spec.preprocess.pixels == GPU:
-        return Check("cached features, 1 - cosine", 1 - float(cosines(images.cached, rows.torch).min()), 1 - CLOSE)
-    return Check("cached features", difference(images.cached, rows.torch), CACHED[images.spec.precision])
+        return [Check("cached features, 1 - cosine", 1 - float(cosines(images.cached, rows.torch).min()), 1 - CLOSE)]
+    return [Check("cached features", difference(images.cached, rows.torch), CACHED)]
 
 
 def rows_path(run: Run, images: Images, parts: dict[str, str]) -> Path:

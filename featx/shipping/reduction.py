@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from featx.runs import Run, open_run
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
 from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put
-from featx.shipping.gate import BATCH, IMAGES, Images, batches, gate_images
+from featx.shipping.gate import BATCH, CHANGED, IMAGES, Images, allowed_images, batches, gate_images
 from featx.shipping.parity import distances
 from featx.state import ordinary
 
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 PRECISIONS = get_args(Reduced)
 CALIBRATION = 128
 """Training images that int8 ranges are taken from."""
-ALLOWED_IMAGES = 2
-"""Right answers that a file may lose, and answers it may change, on any number of images: chance alone moves some."""
 ROUNDS = 5
 
 
@@ -111,7 +108,7 @@ def export_reduced(
     split: Split = "val",
     data: str | Path | None = None,
     max_loss: float = 0.5,
-    max_changed: float = 5.0,
+    max_changed: float = CHANGED,
     providers: list[str] | None = None,
     factory: str | None = None,
     weights: str | Path | None = None,
@@ -196,7 +193,7 @@ def measure(
     *,
     precision: str,
     max_loss: float = 0.5,
-    max_changed: float = 5.0,
+    max_changed: float = CHANGED,
     providers: list[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Reduction:
@@ -235,11 +232,6 @@ def measure(
         batch=BATCH,
         cores=available_threads(),
     )
-
-
-def allowed_images(images: int, points: float) -> int:
-    """So many points of the images, but at least `ALLOWED_IMAGES`."""
-    return max(ALLOWED_IMAGES, math.floor(points * images / 100 + 1e-9))
 
 
 def measure_speeds(sessions: list[Any], crop: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:

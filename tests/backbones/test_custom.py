@@ -114,7 +114,7 @@ def test_with_class_names_features_are_the_input_of_the_last_linear(nets: Path) 
     with torch.inference_mode():
         rows = backbone.module(images).numpy()
         logits = load("classifier", layer="logits").module(images).numpy()
-    assert difference(rows @ weight.T + bias, logits) <= TOLERANCE["fp32"]
+    assert difference(rows @ weight.T + bias, logits) <= TOLERANCE
 
 
 def test_a_custom_backbone_runs_in_onnxruntime_and_takes_a_weights_file(nets: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_custom_backbone_runs_in_onnxruntime_and_takes_a_weights_file(nets: Pa
     assert engine.name == "onnxruntime"
     with torch.inference_mode():
         wanted = load("encoder", seed=8).module(torch.from_numpy(pixels(32))).numpy()
-    assert difference(engine(pixels(32)), wanted) <= TOLERANCE["fp32"]
+    assert difference(engine(pixels(32)), wanted) <= TOLERANCE
 
 
 def test_a_factorys_source_is_part_of_its_identity_and_nothing_is_remembered(nets: Path) -> None:
@@ -191,7 +191,7 @@ def test_timm_features_are_its_pre_logits(name: str, timm, tmp_path: Path) -> No
         wanted = reference.forward_head(reference.forward_features(normal), pre_logits=True).numpy()
         logits = reference(normal).numpy()
         rows = backbone.module(images).numpy()
-    assert difference(rows, wanted) <= TOLERANCE["fp32"]
+    assert difference(rows, wanted) <= TOLERANCE
     assert info.affine
     assert backbone.classifier is not None
     assert np.allclose(rows @ backbone.classifier[0].T + backbone.classifier[1], logits, rtol=1e-4, atol=1e-5)
@@ -203,7 +203,7 @@ def test_timm_features_are_its_pre_logits(name: str, timm, tmp_path: Path) -> No
     if name == "test_vit":
         engine = open_engine(request, info, cache=tmp_path, device="cpu")
         assert engine.name == "onnxruntime"
-        assert difference(engine(pixels(160)), wanted) <= TOLERANCE["fp32"]
+        assert difference(engine(pixels(160)), wanted) <= TOLERANCE
 
 
 def test_timm_takes_weights_files_and_another_size(timm, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -47,15 +47,15 @@ def test_features_logits_and_export_are_torchvisions_own(name: str) -> None:
         logits = reference(preset(torch.from_numpy(images))).numpy()
     wanted = (features.mean((2, 3)) if squeeze else features).numpy()
     assert np.abs(wanted).max() > 0.5  # a real scale, so that the relative tolerances below mean something
-    assert difference(wanted[:1], wanted[1:]) > 100 * TOLERANCE["fp32"]
+    assert difference(wanted[:1], wanted[1:]) > 100 * TOLERANCE
 
     backbone = load_backbone(calibrated(name))
     with torch.inference_mode():
         rows = backbone.module(torch.from_numpy(images)).numpy()
         own = backbone.network(preset(torch.from_numpy(images))).numpy()
     info = backbone.info
-    assert difference(rows, wanted) <= TOLERANCE["fp32"]
-    assert difference(own, logits) <= TOLERANCE["fp32"]
+    assert difference(rows, wanted) <= TOLERANCE
+    assert difference(own, logits) <= TOLERANCE
     assert info.affine is not squeeze
     assert info.row_shape == wanted.shape[1:]
     assert info.class_names is not None
@@ -67,11 +67,11 @@ def test_features_logits_and_export_are_torchvisions_own(name: str) -> None:
     else:
         assert backbone.classifier is not None
         weight, bias = backbone.classifier
-        assert difference(rows @ weight.T + bias, logits) <= TOLERANCE["fp32"]
+        assert difference(rows @ weight.T + bias, logits) <= TOLERANCE
 
     engine = open_engine(calibrated(name), info, cache=session_cache(), device="cpu", batch_size=2)
     assert engine.name == "onnxruntime"
-    assert difference(engine(images), wanted) <= TOLERANCE["fp32"]
+    assert difference(engine(images), wanted) <= TOLERANCE
     engine.close()
 
     row = next(row for row in listing() if row["name"] == name)

@@ -240,7 +240,7 @@ def test_another_number_of_classes_keeps_the_features(name: str, tmp_path: Path)
     assert "2 classes" in backbone.info.weights_note
     assert np.array_equal(rows_of(request), rows_of(calibrated(name)))
     wanted = rows_of(calibrated(name, "logits"))[:, :2]
-    assert difference(rows_of(replace(request, layer="logits")), wanted) <= TOLERANCE["fp32"]
+    assert difference(rows_of(replace(request, layer="logits")), wanted) <= TOLERANCE
     if backbone.classifier is not None:
         assert np.array_equal(backbone.classifier[0], state["fc.weight"].numpy())
 
@@ -406,7 +406,7 @@ def test_a_layer_by_name_is_averaged_over_its_places(name: str, layer: str, widt
         rows = backbone.module(images).numpy()
     assert backbone.info.row_shape == (width,)
     assert rows.shape == wanted.shape == (2, width)
-    assert difference(rows, wanted) <= TOLERANCE["fp32"]
+    assert difference(rows, wanted) <= TOLERANCE
 
 
 def test_a_layer_in_the_middle_exports(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_the_page_names_the_limits_and_the_node_as_they_are() -> None:
         parity.PROBABILITIES,
         parity.SAME_FEATURES,
         parity.SAME_SUM,
-        parity.CACHED["fp32"],
+        parity.CACHED,
+        parity.CACHED_MEDIAN,
     ):
         assert limit in limits
     assert f"{parity.ROUNDING:.0e} at most".replace("e-03", "e-3") in rows["`same-pixel probabilities`"]

@@ -24,7 +24,7 @@ from featx.head import Head
 from featx.shipping import graph, reduction
 from featx.shipping.deployed import open_session
 from featx.shipping.exporting import check
-from featx.shipping.gate import Images
+from featx.shipping.gate import Images, allowed_images
 from featx.shipping.inspection import inspect
 from featx.shipping.prediction import predict
 from featx.shipping.reduction import Reduction, export_reduced
@@ -177,7 +177,7 @@ def test_answers_that_change_count_though_no_right_one_is_lost(tmp_path: Path) -
 
 def test_a_tenth_of_a_point_of_ten_thousand_is_ten_images() -> None:
     for count, points, allowed in ((10_000, 0.1, 10), (10_000, 0.0, 2), (153, 0.5, 2), (1000, 0.5, 5)):
-        assert reduction.allowed_images(count, points) == allowed
+        assert allowed_images(count, points) == allowed
 
 
 def test_both_files_are_timed_on_the_same_batch() -> None:
