@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import calibrated
+from networks import calibrated, resnet18_rewritten
 from sharing import session_cache
 
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.engines.onnx import OnnxEngine, _lasting, _reason, accelerated, backbone_onnx, to_onnx
+from featx.engines.onnx import OnnxEngine, _lasting, _reason, backbone_onnx, to_onnx
 from featx.engines.opening import open_engine
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import ExportError, FeatxError, StoreError, WeightsError
@@ -104,7 +104,7 @@ def test_thread_count_does_not_change_onnxruntime_rows(info: BackboneInfo, image
 
 
 @pytest.mark.parametrize(("threads", "size", "sizes"), [(2, 32, [8, 8, 8, 8]), (1, 10, [5, 5]), (4, 9, [3, 3, 3])])
-def test_a_batch_is_cut_into_pieces_of_one_size(threads: int, size: int, sizes: list[int], info: BackboneInfo) -> None:
+def test_a_batch_is_cut_into_pieces_of_one_size(threads: int, size: int, sizes: list[int]) -> None:
     taken: list[int] = []
 
     class Counting(OnnxEngine):
@@ -112,7 +112,7 @@ def test_a_batch_is_cut_into_pieces_of_one_size(threads: int, size: int, sizes: 
             taken.append(len(images))
             return images
 
-    path = accelerated(backbone_onnx(REQUEST, info, session_cache()))
+    path = resnet18_rewritten()[1]
     assert path.stat().st_size // (16 << 20) == 9  # more images than that share its weights in no piece
     engine = Counting(path, size, threads)
     assert engine(np.zeros((size, 1), np.uint8)).shape == (size, 1)
