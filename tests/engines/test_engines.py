@@ -401,3 +401,17 @@ def test_the_gpu_agrees_with_the_cpu(precision: str, images: np.ndarray, eager: 
     there = torch.from_numpy(images).to("cuda:0")  # as a decoder on the GPU leaves them
     calls = [engine.submit(there[start : start + 4].clone()) for start in range(0, 9, 4)]
     assert np.array_equal(np.concatenate([call() for call in calls]), rows)
+
+
+@pytest.mark.gpu
+def test_a_network_with_a_branch_on_its_values_runs_on_the_gpu_without_a_graph() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: networks without a CUDA graph are untested on this machine")
+    backbone = load_backbone(BackboneRequest("small:backbone_branching", weights="random"))
+    engine = CudaEngine(backbone, "cuda:0", "fp32", 4)
+    assert engine.graph is None
+    pixels = noise(9, backbone.info.preprocess.crop)
+    with torch.inference_mode():
+        reference = backbone.module(torch.from_numpy(pixels)).numpy()
+    calls = [engine.submit(pixels[start : start + 4]) for start in range(0, 9, 4)]
+    assert difference(np.concatenate([call() for call in calls]), reference) <= TOLERANCE["fp32"]
