@@ -6,11 +6,13 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from jpegs import colours, encoded, photo, repeated
 from PIL import Image
 
 from featx.pixels.chroma import interpolated
+from featx.pixels.resample import PADDED, TOGETHER
 
 
 def apart(image: Image.Image) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -18,7 +20,7 @@ def apart(image: Image.Image) -> tuple[np.ndarray, np.ndarray, bool]:
     data = encoded(image, quality=90, subsampling="4:2:0")
     exact = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1).astype(int)
     near = repeated(data)
-    made = interpolated(torch.from_numpy(near), (2, 2)).numpy()
+    made = interpolated([torch.from_numpy(near)], (2, 2))[0].numpy()
     return np.abs(near - exact), np.abs(made - exact), bool(((near > 0) & (near < 255)).all())
 
 
@@ -49,7 +51,7 @@ def test_samples_across_alone_are_interpolated_across_alone() -> None:
         fine[:, :, 2 * x + 1] = (3 * samples[:, :, x] + after + 2) >> 2
     near = colours(luma, *samples.repeat(2, axis=2)[:, :, :21])
     expected = colours(luma, *fine[:, :, :21])
-    found = interpolated(torch.from_numpy(near), (2, 1)).numpy()
+    found = interpolated([torch.from_numpy(near)], (2, 1))[0].numpy()
     before, after = np.abs(near.astype(int) - expected), np.abs(found.astype(int) - expected)
     assert after.max() <= 2 and after.mean() < 0.05 * before.mean()
 
@@ -58,5 +60,16 @@ def test_grey_flat_colours_and_whole_samples_stay() -> None:
     grey = torch.arange(48, dtype=torch.uint8)[None, None].expand(3, 20, 48) * 5
     flat = torch.tensor([200, 40, 255], dtype=torch.uint8)[:, None, None].expand(3, 21, 47)
     for image in (grey, flat):
-        assert (interpolated(image, (2, 2)) == image).all()
-    assert interpolated(grey, (1, 1)) is grey
+        assert (interpolated([image], (2, 2))[0] == image).all()
+    assert interpolated([grey], (1, 1))[0] is grey
+
+
+def test_images_of_any_sizes_are_interpolated_together_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = np.random.default_rng(3).integers(16, 90, (40, 2)).tolist()
+    near = [torch.from_numpy(repeated(encoded(photo(*size), subsampling="4:2:0"))) for size in sizes]
+    alone = [interpolated([image], (2, 2))[0] for image in near]
+    assert len(near) > TOGETHER
+    for most in (PADDED, 3 * 90 * 90):  # in two calls; and a few images at a time
+        monkeypatch.setattr("featx.pixels.resample.PADDED", most)
+        found = interpolated(near, (2, 2))
+        assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
