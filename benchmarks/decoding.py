@@ -65,9 +65,9 @@ def compared(files: list[bytes], interpolation: str, device: str, networks: dict
 
 WITHOUT = """\
 **nvJPEG has never run under featx, and its speed has never been measured.** Written by
-`python benchmarks/decoding.py`, which runs the same on a GPU. Here Pillow's own libjpeg plays the GPU's decoder: its
-samples of chroma are repeated, as nvJPEG repeats them under torchvision, where libjpeg interpolates them. What nvJPEG's
-own arithmetic adds is not in these figures.
+`python benchmarks/decoding.py`, which runs the same on a GPU, as `make gpu` does. Here Pillow's own libjpeg plays the
+GPU's decoder: its samples of chroma are repeated, as nvJPEG repeats them under torchvision, where libjpeg interpolates
+them. What nvJPEG's own arithmetic adds is not in these figures.
 """
 TEXT = """\
 # `--decode gpu`: how near its pixels and features are to Pillow's

@@ -42,12 +42,12 @@ def resized(
     return out
 
 
-def together(images: Sequence[Tensor]) -> Iterator[slice]:
-    """Which images are computed together."""
+def together(images: Sequence[Tensor], most: int = PADDED) -> Iterator[slice]:
+    """Which images, in order, are computed together: `most` pixels in all, or one image."""
     start = height = width = 0
     for i, image in enumerate(images):
         size = max(height, image.shape[1]), max(width, image.shape[2])
-        if i > start and (i - start == TOGETHER or (i + 1 - start) * size[0] * size[1] > PADDED):
+        if i > start and (i - start == TOGETHER or (i + 1 - start) * size[0] * size[1] > most):
             yield slice(start, i)
             start, size = i, (image.shape[1], image.shape[2])
         height, width = size

@@ -6,13 +6,12 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from jpegs import colours, encoded, photo, repeated
 from PIL import Image
 
 from featx.pixels.chroma import interpolated
-from featx.pixels.resample import PADDED, TOGETHER
+from featx.pixels.resample import TOGETHER, together
 
 
 def apart(image: Image.Image) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -64,12 +63,16 @@ def test_grey_flat_colours_and_whole_samples_stay() -> None:
     assert interpolated([grey], (1, 1))[0] is grey
 
 
-def test_images_of_any_sizes_are_interpolated_together_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_any_sizes_are_interpolated_together_as_alone() -> None:
     sizes = np.random.default_rng(3).integers(16, 90, (40, 2)).tolist()
     near = [torch.from_numpy(repeated(encoded(photo(*size), subsampling="4:2:0"))) for size in sizes]
-    alone = [interpolated([image], (2, 2))[0] for image in near]
     assert len(near) > TOGETHER
-    for most in (PADDED, 3 * 90 * 90):  # in two calls; and a few images at a time
-        monkeypatch.setattr("featx.pixels.resample.PADDED", most)
-        found = interpolated(near, (2, 2))
-        assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    alone = [interpolated([image], (2, 2))[0] for image in near]
+    assert all(torch.equal(one, other) for one, other in zip(interpolated(near, (2, 2)), alone, strict=True))
+
+
+def test_what_is_computed_together_is_as_large_as_its_largest_height_and_width_allow() -> None:
+    images = [torch.zeros((3, *size)) for size in ((10, 10), (10, 20), (30, 10), (50, 50), (1, 1), (1, 1))]
+    assert list(together(images, 400)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
+    assert list(together(images, 1 << 20)) == [slice(0, 6)] and list(together([])) == []
+    assert list(together(images[:1] * (TOGETHER + 1))) == [slice(0, TOGETHER), slice(TOGETHER, TOGETHER + 1)]
