@@ -193,13 +193,13 @@ def accelerated(
                 return model
             known = _keep(path, data, made_of)
         gain = _gain(model, path, tolerance, clock)
-        if gain is None:
-            return model
-        gains[here] = gain
-        if max(gains.values()) < WORTH:  # no processor runs it
-            path.unlink()
-        write_record(path.with_suffix(".json"), known | {"gains": gains})
-        return path if gain >= WORTH else model
+        if gain is not None:
+            gains[here] = gain
+            with contextlib.suppress(OSError):  # others may only read this cache
+                if max(gains.values()) < WORTH:  # no processor runs it
+                    path.unlink()
+                write_record(path.with_suffix(".json"), known | {"gains": gains})
+            return path if gain >= WORTH else model
     return model
 
 

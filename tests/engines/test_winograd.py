@@ -228,6 +228,20 @@ def test_the_export_runs_where_another_file_finds_no_room(tmp_path: Path, monkey
     assert accelerated(plain, clock=clock()) != plain
 
 
+def test_a_cache_that_can_only_be_read_serves_the_file_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _two(tmp_path)
+    fast = accelerated(plain, clock=clock())
+    record = dict(read_record(fast.with_suffix(".json"))[0])
+    write_record(fast.with_suffix(".json"), record | {"gains": {"another processor": 1.5}})
+    with monkeypatch.context() as patch:
+        make_read_only(patch, errno.EROFS)
+        assert accelerated(plain, clock=clock()) == fast
+        assert accelerated(plain, clock=clock(1, 2)) == plain
+    assert gains(fast) == {"another processor": 1.5}
+
+
 def test_what_a_killed_run_left_beside_it_goes(tmp_path: Path) -> None:
     program = "from featx.files import aside_name; print(aside_name())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
