@@ -40,8 +40,16 @@ made the graph. *decided* has what it measured then, *took* the seconds of makin
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-The difference of features is relative to their largest entry; 1e-5 is allowed. The first run makes the file, and
-later runs read it.
+The difference of features is relative to their largest entry; 1e-5 is allowed. The first run makes the file, compares
+it and measures; later runs read it.
+
+## To whom it is worth its lines
+
+To users of ResNet-18, ResNet-34, VGG and AlexNet at fp32 on processors without matrix instructions: on two idle cores
+of an AMD EPYC (AVX2) this script found 1.34, 1.40, 1.55 and 1.12 times the speed. On a Xeon with AMX it found 1.26,
+1.25, 1.34 and 1.13 on one day, and 0.91 to 1.11 in five of six comparisons on another. So no list of processors says
+where it pays, and each measures it once. For ResNet-18 that takes 2.3 s of processor time on two cores, a second of it
+timing; where a batch takes longer than that, one batch is timed.
 """
 
 
