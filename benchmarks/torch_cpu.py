@@ -50,7 +50,7 @@ first rows; *pays from* is the number of images whose saving equals what the sta
 
 featx does not compile. With frozen weights it would bring 1.26 to 2.0 times the speed from some hundred images on, but
 only few networks get here at all (those that neither of torch's exporters takes). There it would need a C++ compiler,
-which most containers lack, write outside of the cache, start processes of its own, and give rows whose last bits depend
+which slim containers lack, write outside of the cache, start processes of its own, and give rows whose last bits depend
 on whether a run was long enough to compile. TorchScript and plain `torch.compile` bring less. bf16 is taken only where
 it is asked for, by `--precision bf16`.
 """
