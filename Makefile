@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DONE := .venv/installed
 
-.PHONY: demo test soak check bench docs clean
+.PHONY: demo test soak check gpu docs clean
 
 demo: $(DONE)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,11 @@ check: $(DONE)
 
 docs: $(DONE)
 	$(BIN)/python docs/generate.py
+
+# in the machine's own Python, which has torch with CUDA: nothing is installed; benchmarks/gpu.py says what it needs
+OUT ?= build/gpu
+gpu:
+	$(PYTHON) benchmarks/gpu.py --output $(OUT)
 
 $(DONE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("featx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

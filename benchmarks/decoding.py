@@ -37,7 +37,9 @@ warnings.filterwarnings("ignore")
 
 def features(module: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        return np.concatenate([module(torch.from_numpy(x)).numpy() for x in np.array_split(pixels, len(pixels) // 16)])
+        return np.concatenate(
+            [module(torch.from_numpy(x)).numpy() for x in np.array_split(pixels, -(-len(pixels) // 16))]
+        )
 
 
 def repeating(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor | None]:
@@ -63,9 +65,9 @@ def compared(files: list[bytes], interpolation: str, device: str, networks: dict
 
 WITHOUT = """\
 **nvJPEG has never run under featx, and its speed has never been measured.** Written by
-`python benchmarks/decoding.py`, which runs the same on a GPU. Here Pillow's own libjpeg plays the GPU's decoder: its
-samples of chroma are repeated, as nvJPEG repeats them under torchvision, where libjpeg interpolates them. What nvJPEG's
-own arithmetic adds is not in these figures.
+`python benchmarks/decoding.py`, which runs the same on a GPU, as `make gpu` does. Here Pillow's own libjpeg plays the
+GPU's decoder: its samples of chroma are repeated, as nvJPEG repeats them under torchvision, where libjpeg interpolates
+them. What nvJPEG's own arithmetic adds is not in these figures.
 """
 TEXT = """\
 # `--decode gpu`: how near its pixels and features are to Pillow's
@@ -122,6 +124,21 @@ def rates(files: list[bytes], device: str) -> dict[str, float]:
     return {"decoded, resized and cropped on the GPU, from memory, median of 5": len(images) / sorted(times)[2]}
 
 
+def saved_again(photos: Path) -> list[bytes]:
+    """The validation photographs as 4:2:0, quality 90."""
+    pictures = (Image.open(path).convert("RGB") for path in sorted(photos.glob("val/*/*.jpg")))
+    return [encoded(picture, quality=90, subsampling="4:2:0") for picture in pictures]
+
+
+def networks(weights: Path | None) -> dict[str, torch.nn.Module]:
+    """squeezenet1_1 with these weights, and a resnet18 with random ones."""
+    requests = {
+        "squeezenet1_1": BackboneRequest("squeezenet1_1", weights=str(weights) if weights else "random"),
+        "resnet18": BackboneRequest("resnet18", weights="random"),
+    }
+    return {name: load_backbone(request).module for name, request in requests.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("photos", type=Path)
@@ -129,14 +146,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     options = parser.parse_args()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    pictures = [Image.open(path).convert("RGB") for path in sorted(options.photos.glob("val/*/*.jpg"))]
-    files = [encoded(picture, quality=90, subsampling="4:2:0") for picture in pictures]
-    requests = {
-        "squeezenet1_1": BackboneRequest("squeezenet1_1", weights=str(options.weights)),
-        "resnet18": BackboneRequest("resnet18", weights="random"),
-    }
-    networks: dict[str, torch.nn.Module] = {name: load_backbone(request).module for name, request in requests.items()}
-    rows = [row for way in ("bilinear", "bicubic") for row in compared(files, way, device, networks)]
+    files, made = saved_again(options.photos), networks(options.weights)
+    rows = [row for way in ("bilinear", "bicubic") for row in compared(files, way, device, made)]
     text = page(rows, rates(files, device), device)
     print(text)
     if options.page:

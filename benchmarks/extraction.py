@@ -12,6 +12,7 @@ Writes docs/benchmarks/extraction.md and .png.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ import torch
 from peers import BATCH, Run, img2vec, thingsvision, timed, timm_loop, trunk, tuned, tutorial
 from PIL import Image
 
+from featx import __version__
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
 from featx.devices import available_threads
@@ -247,6 +249,13 @@ def fast_decoding(photos: Path, cache: Path) -> list[dict[str, Any]]:
     return found
 
 
+def version(package: str) -> str:
+    """featx may run from its checkout, and timm is not needed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return __version__ if package == "featx" else "not installed"
+
+
 def machine() -> dict[str, str]:
     names: dict[str, str] = {}
     if Path("/proc/cpuinfo").exists():
@@ -256,7 +265,7 @@ def machine() -> dict[str, str]:
     flags = names.get("flags", "").split()
     kinds = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if f in flags]
     packages = ("featx", "torch", "torchvision", "timm", "onnxruntime", "openvino", "numpy", "pillow")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS", "OMP", "MKL", "NVPL"))]
     return {
         "processor": f"{names.get('model name', platform.processor())}, {available_threads()} cores, {' '.join(kinds)}",

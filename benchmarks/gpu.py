@@ -1,186 +1,146 @@
-"""Extraction on a GPU: featx, the usual loop, the backbone alone, decoding alone, the roof.
+"""All that wants a GPU, in six minutes: the tests for it, then the benchmarks, each part with its own time limit.
 
-    python benchmarks/gpu.py PHOTOS [--networks resnet50 resnet18] [--images 20000] [--page docs/benchmarks/gpu.md]
+    make gpu                                     on a machine with a GPU; python3 there has torch with CUDA
+    python benchmarks/gpu.py --device cpu        a rehearsal, with small sizes
+    python benchmarks/gpu.py --draw build/gpu/gpu.json --page docs/benchmarks/gpu.md
 
-All in one process tree, taken in turns, medians. Random weights: speed does not depend on them. The photographs
-are repeated, each copy with bytes of its own behind its end. `--device cpu` is for trying the script out.
+Nothing is installed or downloaded. What the machine lacks comes along in the folder `.gpu` of the checkout, which git
+ignores: `packages/` (its first line says which), `data/hymenoptera_data/` with photographs, `weights/` with those of
+SqueezeNet.
+`gpu.json` and `gpu.md` are written after every part, so what was measured before a time-out is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import warnings
-from collections.abc import Callable
-from functools import partial
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from decoding import asked
-from extraction import decode_alone, featx, in_turns, machine, model_alone, operations, repeated_photos, say
-from peers import Files, Run, timed, trunk
-from torch.utils.data import DataLoader
-from torchvision import transforms
+from gpu_page import page, verdicts
 
-from featx.backbones.loading import resolve
-from featx.backbones.request import BackboneRequest
-from featx.devices import available_threads
-from featx.engines.opening import open_engine
-from featx.features import cosines
-from featx.pixels.nvjpeg import Gpu
-from featx.pixels.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-
-BATCH = 256
-
-
-def usual(paths: list[Path], name: str, device: str, workers: int) -> Run:
-    """DataLoader, autocast to bf16, channels-last, torch.compile: what a careful user writes."""
-    transform = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
-    network = trunk(name).to(device).to(memory_format=torch.channels_last)
-    forward = torch.compile(lambda images: _forward(network, images, device), dynamic=False)
-
-    def work() -> None:
-        loader = DataLoader(Files(paths, transform), BATCH, num_workers=workers, pin_memory=device != "cpu")
-        with torch.inference_mode():
-            for images in loader:
-                forward(images.to(device, non_blocking=True)).float().cpu().numpy()
-
-    return timed(work)
+ROOT = Path(__file__).resolve().parent.parent
+CARRIED = ROOT / ".gpu"
+# Seconds for each part, 360 in all; what they do is in gpu_parts.py.
+LIMITS = {"machine": 20, "tests": 95, "extraction": 135, "precision": 45, "solver": 40, "decoding": 25}
+# The names under which packages are imported, where the index has another.
+NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+NEEDED: tuple[str, ...] = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "h5py",
+    "sklearn",
+    "scipy",
+)
+NEEDED += ("threadpoolctl", "PIL", "msgspec", "safetensors", "jinja2", "matplotlib", "click", "yaml", "tqdm", "pytest")
 
 
-def eager(pixels: np.ndarray, name: str, device: str) -> Run:
-    """The network alone on pixels that are there: eager, autocast to bf16, channels-last."""
-    network = trunk(name).to(device).to(memory_format=torch.channels_last)
-    images = torch.from_numpy(pixels).to(device)
-
-    def work() -> None:
-        with torch.inference_mode():
-            for part in torch.split(images, BATCH):
-                rows = _forward(network, part, device)
-            rows.float().cpu()
-
-    return timed(work)
+def missing(needed: Iterable[str]) -> str:
+    """What to carry to this machine, as one line; empty where all is there."""
+    absent = [NAMES.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
+    version = ".".join(map(str, sys.version_info[:2]))
+    if not absent:
+        return ""
+    install = f"pip install --only-binary=:all: --no-deps --python-version {version} --target .gpu/packages"
+    return f"missing: {', '.join(absent)}; where there is a package index: {install} {' '.join(absent)}"
 
 
-def decoding(paths: list[Path], device: str) -> Run:
-    """The GPU's decoder and resize alone, from bytes in memory, in groups of 64."""
-    gpu, files = Gpu(Preprocess(), device), [path.read_bytes() for path in paths[:2048]]
-    images = asked(files, gpu.preprocess)
-    say(f"  {len(images)} of {len(files)} files are for the GPU's decoder")
-
-    def work() -> None:
-        for start in range(0, len(images), 64):
-            gpu(images[start : start + 64])
-
-    run = timed(work)
-    return lambda: run() * len(paths) / len(images)
-
-
-def roof(device: str) -> Run:
-    """Seconds of a bf16 product of 8192 x 8192 matrices (512 x 512 on a CPU)."""
-    size = 512 if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def work() -> None:
-        for _ in range(10):
-            c = a @ b
-        c[0, 0].item()
-
-    run = timed(work)
-    return lambda: run() / 10 * (8192 / size) ** 3
-
-
-def _forward(network: torch.nn.Module, images: torch.Tensor, device: str) -> torch.Tensor:
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    with torch.autocast(device.partition(":")[0], torch.bfloat16):
-        pixels = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        features: torch.Tensor = network(pixels)
-        return features.flatten(1)
-
-
-def compare(name: str, photos: Path, count: int, rounds: int, device: str, folder: Path) -> str:
-    data = repeated_photos(photos, count, folder / "data")
-    paths = [data.path(i) for i in range(len(data))]
-    pixels = np.stack([Preprocess()(data.read(i)) for i in range(min(len(data), 256))])
-    many = np.concatenate([pixels] * max(1, min(count, 8192) // len(pixels)))
-    cache, cores = folder / "cache", available_threads()
-    precisions = ("bf16",) if device == "cpu" else ("bf16", "fp16", "fp32")
-    ways = ("exact",) if device == "cpu" else ("exact", "gpu")
-    makers: dict[str, Callable[[], Run]] = {
-        f"featx {p}, --decode {way}": partial(
-            featx, folder / "data", name, cache / p / way, device=device, precision=p, decode=way
-        )
-        for p in precisions
-        for way in ways
+def environment(data: Path) -> dict[str, str]:
+    """For the parts: the checkout and the carried packages can be imported, the photographs are found."""
+    paths = [str(ROOT), str(CARRIED / "packages"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "FEATX_TEST_DATA": str(data),
+        "TQDM_DISABLE": "1",
+        "PYTHONUNBUFFERED": "1",
     }
-    makers |= {
-        f"DataLoader({cores}) + AMP + compile": lambda: usual(paths, name, device, cores),
-        "backbone alone, eager AMP channels-last": lambda: eager(many, name, device),
-        **{
-            f"backbone alone, featx {p}": partial(
-                model_alone, many, folder / "data", name, cache / "alone", device=device, precision=p
-            )
-            for p in precisions
-        },
-        "decoding alone, all cores": lambda: decode_alone(paths),
-        "decoding alone, the GPU": lambda: decoding(paths, device),
-    }
-    seconds, absent = in_turns(name, {**makers, "roof": lambda: roof(device)}, rounds)
-    middle = {label: statistics.median(values) for label, values in seconds.items()}
-    peak = 2 * 8192**3 / middle.pop("roof") / 1e12
-    gflop = operations(name) / 1e9
-    lines = [
-        f"## {name}",
-        "",
-        f"{count} files a round, {rounds} rounds.",
-        "",
-        "| | images/s | of the bf16 roof |",
-        "|---|---|---|",
-    ]
-    for label, value in middle.items():
-        images = len(many) if label.startswith("backbone") else len(paths)
-        share = f"{images / value * gflop / 1000 / peak:.1%}" if "decoding" not in label else ""
-        lines.append(f"| {label} | {images / value:.0f} | {share} |")
-    lines += [f"| {label} | not measured | {why} |" for label, why in absent.items()]
-    lines += ["", f"- The roof, a bf16 product of large matrices: {peak:.2f} TFLOP/s; the network: {gflop:.2f} GFLOP."]
-    request = BackboneRequest(name, weights="random")
-    info = resolve(request, cache)
-    sample = pixels[:64]
-    exact = open_engine(request, info, cache=cache, device="cpu")
-    reference = np.concatenate(
-        [exact(sample[i : i + exact.batch_size]) for i in range(0, len(sample), exact.batch_size)]
-    )
-    for p in precisions:
-        engine = open_engine(request, info, cache=cache, device=device, precision=p)
-        rows = np.concatenate(
-            [engine(sample[i : i + engine.batch_size]) for i in range(0, len(sample), engine.batch_size)]
+
+
+def ran(command: list[str], limit: float, variables: dict[str, str], log: Path) -> tuple[str, float]:
+    """How a command ended (`done`, `failed`, `time limit`), and its seconds; at the limit its children end with it."""
+    begin = time.monotonic()
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        lines.append(f"- Features in {p} against fp32 on the CPU: least cosine {cosines(rows, reference).min():.6f}.")
-    return "\n".join([*lines, ""])
+        try:
+            end = "failed" if process.wait(limit) else "done"
+        except subprocess.TimeoutExpired:
+            end = "time limit"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return end, time.monotonic() - begin
+
+
+def parts(options: argparse.Namespace, data: Path) -> Iterator[dict[str, Any]]:
+    """All results so far, after every part."""
+    results: dict[str, Any] = {"device": options.device, "parts": {}}
+    log, file = options.output / "gpu.log", options.output / "part.json"
+    for name in options.parts:
+        file.unlink(missing_ok=True)
+        log.open("a").write(f"\n== {name}\n")
+        start = log.stat().st_size
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), name, "--results", str(file)]
+        command += ["--device", options.device, "--data", str(data), "--images", str(options.images)]
+        limit = options.limits.get(name, LIMITS[name])
+        end, seconds = ran([*command, "--seconds", str(0.8 * limit)], limit, environment(data), log)
+        found = json.loads(file.read_text()) if file.exists() else {}
+        said = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+        found |= {"end": end, "took": round(seconds, 1)} | ({} if end == "done" else {"said": said[-5:]})
+        results["parts"][name] = found
+        file.unlink(missing_ok=True)
+        yield results | {"verdicts": verdicts(results)}
+
+
+def limit(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    if name not in LIMITS:
+        raise argparse.ArgumentTypeError(f"a part is one of {', '.join(LIMITS)}, not {name}")
+    return name, float(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photos", type=Path)
-    parser.add_argument("--networks", nargs="*", default=["resnet50", "resnet18"])
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--data", type=Path, help="holds data/hymenoptera_data and weights; by default .gpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--images", type=int, default=8192, help="files of an extraction")
+    parser.add_argument("--parts", nargs="*", default=list(LIMITS), choices=list(LIMITS))
+    parser.add_argument("--limits", nargs="*", type=limit, default=[], help="seconds of a part: extraction=60")
+    parser.add_argument("--draw", type=Path, help="write the page of results that are there, and run nothing")
     parser.add_argument("--page", type=Path)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    name = torch.cuda.get_device_name(options.device) if options.device != "cpu" else "no GPU: a trial of the script"
-    lines = ["# Extraction on a GPU", "", "Written by `python benchmarks/gpu.py`.", "", f"- GPU: {name}"]
-    lines += [f"- {key}: {value}" for key, value in machine().items()] + [""]
-    for network in options.networks:
-        with tempfile.TemporaryDirectory() as folder:
-            lines.append(compare(network, options.photos, options.images, options.rounds, options.device, Path(folder)))
-    text = "\n".join(lines)
-    print(text)
-    if options.page:
-        options.page.write_text(text)
+    options.limits = dict(options.limits)
+    if options.draw:
+        options.page.write_text(page(json.loads(options.draw.read_text())))
+        return
+    sys.path.append(str(CARRIED / "packages"))
+    if line := missing(NEEDED):
+        sys.exit(line)
+
+    given = os.environ.get("FEATX_TEST_DATA") or (CARRIED if (CARRIED / "data").exists() else ROOT.parent / "shared")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "gpu.log").write_text("")
+    for results in parts(options, (options.data or Path(given)).absolute()):
+        (options.output / "gpu.json").write_text(json.dumps(results, indent=1))
+        (options.output / "gpu.md").write_text(page(results))
+        name, found = list(results["parts"].items())[-1]
+        print(f"{name}: {found['end']} after {found['took']} s", *found.get("said", []), sep="\n    ", flush=True)
+    print((options.output / "gpu.md").read_text())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -65,6 +67,19 @@ def arithmetic(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     except OSError:
         return frozenset(NATIVE)
     return frozenset(name for name, needed in NATIVE.items() if flags & needed)
+
+
+@functools.cache
+def processor() -> str:
+    """This machine's processor by its name, with a digest of what it can do: names such as `AMD EPYC` are shared."""
+    fields: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip().lower(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    flags = " ".join(sorted((fields.get("flags") or fields.get("features", "")).split()))
+    return f"{name} ({hashlib.sha256(flags.encode()).hexdigest()[:8]})"
 
 
 def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:

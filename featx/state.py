@@ -36,26 +36,44 @@ class Together:
                 self.entered.close()
 
 
+FILTERS = Together(warnings.catch_warnings)
+"""Around every change of the filters of warnings: threads that change them by turns would not bring them back."""
+
+
 @contextmanager
 def _torch_defaults() -> Iterator[None]:
     import torch
 
-    matmul, conv = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
-    before = torch.get_default_dtype(), matmul.fp32_precision, conv.fp32_precision, torch.get_num_threads()
+    backends: Any = torch.backends
+    multiplied = backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul
+    before = torch.get_default_dtype(), torch.get_num_threads(), [each.fp32_precision for each in multiplied]
     torch.set_default_dtype(torch.float32)
-    matmul.fp32_precision = conv.fp32_precision = "ieee"  # else CPUs may multiply in bf16
-    torch.set_num_threads(min(before[3], torch_threads()))
+    for each in multiplied:
+        each.fp32_precision = "ieee"  # else CPUs may multiply in bf16, and GPUs in TF32
+    older = _older_precision("highest")  # GPUs refuse to multiply where it disagrees with the newer setting
+    torch.set_num_threads(min(before[1], torch_threads()))
     try:
         yield
     finally:
         torch.set_default_dtype(before[0])
-        matmul.fp32_precision, conv.fp32_precision = before[1:3]
-        torch.set_num_threads(before[3])
+        torch.set_num_threads(before[1])
+        _older_precision(older)
+        for each, precision in zip(multiplied, before[2], strict=True):
+            each.fp32_precision = precision
+
+
+def _older_precision(wanted: str) -> str:
+    """Set torch's older setting of how fp32 is multiplied, which changes the newer ones too; returns what it was."""
+    import torch
+
+    with FILTERS, warnings.catch_warnings(action="ignore"):  # torch warns of what is older
+        before = torch.get_float32_matmul_precision()
+        if before != wanted:
+            torch.set_float32_matmul_precision(wanted)
+    return before
 
 
 _torch = Together(_torch_defaults)
-FILTERS = Together(warnings.catch_warnings)
-"""Around every change of the filters of warnings: threads that change them by turns would not bring them back."""
 _one = threading.RLock()
 _torch_forked = False
 HAVE_THREADS: weakref.WeakSet[Any] = weakref.WeakSet()

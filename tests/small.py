@@ -62,6 +62,14 @@ class Fixed(Small):
         return rows + torch.zeros(int(x.shape[0]), 1) if torch.jit.is_tracing() else rows
 
 
+class Branching(Small):
+    """Asks for its values on its way, and so cannot be exported or captured."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if bool((x > 0).any()) else -x
+
+
 def _seeded(make: type[nn.Module], **options: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -94,6 +102,10 @@ def backbone_plain() -> Made:
 
 def backbone_fixed() -> Made:
     return _backbone(Fixed(norm=True))
+
+
+def backbone_branching() -> Made:
+    return _backbone(_seeded(Branching, norm=True))
 
 
 def backbone_normed() -> Made:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
 from featx.devices import available_threads, group_memory
 from featx.engines.opening import open_engine
-from featx.state import Together
+from featx.state import Together, ordinary
 
 SMALL = {"backbone": "small:backbone_normed", "weights": "random"}
 
@@ -210,3 +211,30 @@ def test_the_quotas_of_containers_limit_threads_and_memory(
     free = available_threads(tmp_path / "nowhere")
     assert available_threads(root) == min(free, cores or free)
     assert group_memory(root) == (bytes or float("inf"))
+
+
+def precisions() -> list[str]:
+    """torch's settings of how fp32 is multiplied: the newer ones, and the older one, which may not be readable."""
+    backends: Any = torch.backends
+    newer = [each.fp32_precision for each in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul)]
+    try:
+        return [*newer, torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        return [*newer, "mixed"]
+
+
+@pytest.mark.parametrize("older", ["highest", "high", "medium"])
+@pytest.mark.parametrize("newer", ["", "ieee", "tf32"])
+def test_fp32_is_multiplied_as_fp32_whichever_of_torchs_settings_was_used(older: str, newer: str) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        torch.set_float32_matmul_precision(older)
+        if newer:
+            matmul.fp32_precision = newer
+        before = precisions()
+        with warnings.catch_warnings(action="error"), ordinary():
+            assert precisions() == ["ieee", "ieee", "ieee", "highest"]
+            assert not matmul.allow_tf32  # what a GPU asks before it multiplies; it raises where the settings disagree
+        assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")  # the newer ones with it

@@ -8,8 +8,10 @@ import io
 import json
 import logging
 import re
+import statistics
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,7 +20,7 @@ import numpy as np
 
 from featx.backbones.loading import loaded
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.devices import available_threads
+from featx.devices import available_threads, processor
 from featx.engines.engine import PiecewiseEngine
 from featx.engines.wire import scan
 from featx.errors import ExportError, StoreError, UnexportableError
@@ -33,6 +35,8 @@ MAX_BYTES = 2_000_000_000  # larger weights do not fit into a protobuf, which en
 LARGE_BYTES = 300_000_000  # with larger weights tracing, which copies them, is slower than capturing
 EXPORT_VERSION = 2  # raised when the exported graph changes
 WINOGRAD_REVISION = 1  # raised when `featx.engines.winograd` makes another graph
+WORTH = 1.05  # times as fast that a rewritten graph must be
+MEASURED_SECONDS = 1.0  # for which both graphs are timed, in turns
 
 
 class Known(TypedDict, total=False):
@@ -47,7 +51,9 @@ class Known(TypedDict, total=False):
     of: str
     """The SHA-256 of the graph that this one was made of."""
     plain: bool
-    """This graph would not pay: the one that it would be made of runs."""
+    """There is nothing to rewrite: the graph that it would be made of runs."""
+    gains: dict[str, float]
+    """How many times as fast it is as the one it was made of, by processor and version; 0 where its rows differ."""
 
 
 class OnnxEngine(PiecewiseEngine):
@@ -129,65 +135,96 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
 
 @one_at_a_time()
 @ordinary()
-def accelerated(model: Path, tolerance: float = TOLERANCE / 2) -> Path:
-    """The file to run for an exported backbone: one beside it with fewer multiplications, where that pays.
+def accelerated(model: Path, tolerance: float = TOLERANCE / 2, clock: Callable[[], float] = time.perf_counter) -> Path:
+    """The file to run for an exported backbone: one beside it with fewer multiplications, where that pays here.
 
-    It is made once, like the export, and compared with it on three images of noise. tolerance: how far rows
-    may differ; by default half of what is allowed, since the export may differ from torch as well. Only
-    the export itself is shipped.
+    It is made once, like the export. Each processor that uses the cache compares both, in rows and in speed, and keeps
+    its answer in the record. tolerance: how far rows may differ; by default half of what is allowed, since the export
+    may differ from torch as well. clock: what measures the speed. Only the export itself is shipped.
     """
     path = model.with_name(f"{model.stem}.winograd{WINOGRAD_REVISION}.onnx")
-    made_of = {
+    made_of: dict[str, Any] = {
         "of": _recorded(model).get("sha256") or hashlib.sha256(model.read_bytes()).hexdigest(),
         "libraries": {name: metadata.version(name) for name in ("onnx", "onnxruntime")},
     }
-    known = _recorded(path)
+    known, here = _recorded(path), f"{processor()}, onnxruntime {made_of['libraries']['onnxruntime']}"
     if known == made_of | {"plain": True}:
         return model
-    if known.get("of") == made_of["of"] and _intact(path, known):
-        return path
+    if known.get("of") != made_of["of"]:
+        known = {}
+    gains = dict(known.get("gains", {}))
+    if here in gains and (gains[here] < WORTH or _intact(path, known)):
+        return path if gains[here] >= WORTH else model
 
     with contextlib.suppress(OSError):  # disk full or read-only: this run uses the export, and the next tries again
-        data = _rewritten(model, tolerance)
-        if data is None:
-            return model
-        for old in model.parent.glob(f"{model.stem}.winograd*"):  # of other revisions: they are large
-            revision = old.name.removeprefix(f"{model.stem}.winograd")
-            if re.fullmatch(r"\d+\.(onnx|json)", revision) and old.stem != path.stem:
-                old.unlink()
-        if data:
-            _keep(path, data, made_of)
-            return path
-        write_record(path.with_suffix(".json"), made_of | {"plain": True})
+        if not _intact(path, known):
+            data = _rewritten(model)
+            _remove_revisions(model)
+            if not data:
+                write_record(path.with_suffix(".json"), made_of | {"plain": True})
+                return model
+            known = _keep(path, data, made_of)
+        gain = _gain(model, path, tolerance, clock)
+        if gain is not None:
+            gains[here] = gain
+            with contextlib.suppress(OSError):  # others may only read this cache
+                if max(gains.values()) < WORTH:  # no processor runs it
+                    path.unlink()
+                write_record(path.with_suffix(".json"), known | {"gains": gains})
+            return path if gain >= WORTH else model
     return model
 
 
-def _rewritten(model: Path, tolerance: float) -> bytes | None:
-    """The graph with fewer multiplications; empty where that gains nothing or changes the rows, None if it failed."""
+def _rewritten(model: Path) -> bytes:
+    """The graph with fewer multiplications; empty where there is none."""
     import onnx
 
     from featx.engines.winograd import rewritten
 
     graph = rewritten(onnx.load(model), MAX_BYTES)
-    if graph is None:
-        return b""
-    data = bytes(graph.SerializeToString())
-    del graph  # as large as the file
+    return b"" if graph is None else bytes(graph.SerializeToString())
+
+
+def _remove_revisions(model: Path) -> None:
+    """Remove the graphs that other revisions made of this one: they are large."""
+    for old in model.parent.glob(f"{model.stem}.winograd*"):
+        revision = re.fullmatch(r"(\d+)\.(onnx|json)", old.name.removeprefix(f"{model.stem}.winograd"))
+        if revision and int(revision[1]) != WINOGRAD_REVISION:
+            old.unlink()
+
+
+def _gain(model: Path, path: Path, tolerance: float, clock: Callable[[], float]) -> float | None:
+    """How many times as fast the rewritten graph is here, in turns on a batch that gives every thread a piece; 0 where
+    it gives other rows or never runs, and None where it could not be tried.
+    """
     try:
-        reference, rows = _rows_of_noise(model), _rows_of_noise(data)  # one session at a time
-        return data if difference(rows, reference) <= tolerance else b""
+        engines = [OnnxEngine(model), OnnxEngine(path)]
+        shape = engines[0].session.get_inputs()[0].shape[1:]
+        reference, rows = (engine(_noise(3, *shape)) for engine in engines)
+        if not difference(rows, reference) <= tolerance:
+            return 0.0
+        images = _noise(max(engine.threads * engine.piece for engine in engines), *shape)
+        ratios: list[float] = []
+        begin = clock()
+        while not ratios or clock() - begin < MEASURED_SECONDS:
+            moments = []
+            for engine in engines:
+                moments.append(clock())
+                engine(images)
+            ratios.append((moments[1] - moments[0]) / (clock() - moments[1]))
     except Exception as error:  # a graph that the rewriting does not foresee runs as it was exported
-        return b"" if _lasting(error) else None
+        return 0.0 if _lasting(error) else None
+    return round(statistics.median(ratios), 3)
 
 
 def _noise(*shape: int) -> np.ndarray:
-    """Three images of this shape, on which graphs are compared."""
-    return np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
+    """Images `[N, 3, crop, crop]`, on which graphs are compared."""
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def _rows_of_noise(graph: Path | bytes) -> np.ndarray:
     opened = session(graph)
-    rows: np.ndarray = opened.run(None, {"images": _noise(*opened.get_inputs()[0].shape[1:])})[0]
+    rows: np.ndarray = opened.run(None, {"images": _noise(3, *opened.get_inputs()[0].shape[1:])})[0]
     return rows
 
 
@@ -198,12 +235,14 @@ def _intact(path: Path, known: dict[str, Any]) -> bool:
     return False
 
 
-def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
-    """Write a graph, and then its record, without which the graph is made again. Raises `OSError`."""
+def _keep(path: Path, data: bytes, known: dict[str, Any]) -> dict[str, Any]:
+    """Write a graph, and then its record, without which it is made again; returns the record. Raises `OSError`."""
     with contextlib.suppress(OSError):  # leftovers of a killed run are large
         sweep(path.parent)
     write_atomic(path, data)
-    write_record(path.with_suffix(".json"), known | {"sha256": hashlib.sha256(data).hexdigest()})
+    known = known | {"sha256": hashlib.sha256(data).hexdigest()}
+    write_record(path.with_suffix(".json"), known)
+    return known
 
 
 def _recorded(path: Path) -> dict[str, Any]:
@@ -227,7 +266,7 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
     size = 4 * sum(tensor.numel() for tensor in module.state_dict().values())
     if size > MAX_BYTES:
         raise UnexportableError(f"{info.name} is larger than the 2 GB that one ONNX file holds")
-    images = torch.from_numpy(_noise(3, info.preprocess.crop, info.preprocess.crop))
+    images = torch.from_numpy(_noise(3, 3, info.preprocess.crop, info.preprocess.crop))
     with torch.inference_mode():
         reference = module(images).numpy()
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,9 @@ class CpuEngine:
 class CudaEngine:
     """torch on one CUDA device: 16-bit weights if requested, batch norm folded, one CUDA graph of a fixed batch.
 
-    Copies to the GPU run on a stream of their own from pinned memory, two batches deep, and only the call
-    that wants a batch's rows waits for the GPU. fp32 runs without TF32.
+    A network that waits for the GPU on its way, as one with a branch on its values does, runs without a graph.
+    Copies to the GPU run on a stream of their own from pinned memory, two batches deep, and only the call that wants
+    a batch's rows waits for the GPU. fp32 runs without TF32.
     """
 
     name = "torch-cuda"
@@ -102,7 +104,11 @@ class CudaEngine:
         with torch.cuda.stream(self.computing):
             self.computing.wait_event(slot.copied)
             self.images.copy_(slot.images)
-            self.graph.replay()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                with _cudnn(self.precision):
+                    self.rows.copy_(self.module(self.images))
             slot.pinned_rows.copy_(self.rows, non_blocking=True)
             slot.done.record(self.computing)
 
@@ -128,22 +134,40 @@ class CudaEngine:
         torch.cuda.empty_cache()  # here, where the frame and tensors of the failed try are gone
         return False
 
-    def _record(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]:
-        """Record the forward pass of `size` images: its input, its output, and the CUDA graph between."""
+    def _record(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph | None]:
+        """Record the forward pass of `size` images: its input, its output, and the CUDA graph between, if it can be."""
         crop = self.info.preprocess.crop
         with torch.cuda.device(self.device), torch.inference_mode(), _cudnn(self.precision):
             images = torch.zeros((size, 3, crop, crop), dtype=torch.uint8, device=self.device)
             self.computing.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.computing):
                 for _ in range(3):  # cuDNN chooses its algorithms before the capture
-                    self.module(images)
+                    rows = self.module(images)
+                waits = self._waits(images)
             self.computing.synchronize()
+            if waits:
+                return images, rows, None
             graph = torch.cuda.CUDAGraph()
             # a thread that decodes on the GPU meanwhile allocates and waits, which "global" would forbid
             with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
                 rows = self.module(images)
             self.computing.synchronize()
         return images, rows, graph
+
+    def _waits(self, images: torch.Tensor) -> bool:
+        """Whether the network waits for the GPU. To find it out by a capture that fails would leave torch's allocator
+        in the middle of it."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.module(images)
+            return False
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 class _Slot:
@@ -160,19 +184,20 @@ class _Slot:
 
 @contextlib.contextmanager
 def _cudnn(precision: str) -> Iterator[None]:
-    """Set how cuDNN chooses its algorithms while a graph is captured.
+    """Set how cuDNN computes, while a graph is captured or a network runs without one.
 
     TF32 is off: it keeps 10 bits of 23, which is off by a thousand times the fp32 tolerance. In 16 bits cuDNN
     measures which algorithm is fastest; in fp32 it does not, since the choice may change the last bits.
+    torch's older name for it, `allow_tf32`, warns, and fails where somebody has used this one.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     cudnn.benchmark = precision != "fp32"
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
 
 
 def prepared(module: Trunk, dtype: torch.dtype, device: torch.device) -> Trunk:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featx.errors import FeatxError
 from featx.pixels.chroma import interpolated
-from featx.pixels.jpeg import Encoded, Header
+from featx.pixels.jpeg import Encoded
 from featx.pixels.preprocess import Preprocess
 from featx.pixels.resample import resized
 
@@ -60,7 +60,14 @@ class Gpu:
         for image, e in zip(self.decode([e.data for e in part], self.device), part, strict=True):
             if image is not None and list(image.shape) != [3, e.header.height, e.header.width]:
                 image = None
-            images.append(None if image is None else self._upright(image, e.header))
+            images.append(image)
+        kinds = {e.header.sampling for e in part} if self.repeats else ()
+        for sampling in kinds:
+            alike = [i for i, e in enumerate(part) if e.header.sampling == sampling and images[i] is not None]
+            mended = interpolated([image for i in alike if (image := images[i]) is not None], sampling)
+            for i, image in zip(alike, mended, strict=True):
+                images[i] = image
+        images = [i if i is None else upright(i, e.header.orientation) for i, e in zip(images, part, strict=True)]
 
         looks = [
             (image, (right, top, left, bottom) if mirrored else (left, top, right, bottom))
@@ -73,9 +80,6 @@ class Gpu:
         views = iter(resized([image for image, _ in looks], [box for _, box in looks], crop, interpolation, fill))
         pairs = zip(part, images, strict=True)
         return [None if image is None else list(islice(views, len(e.looks))) for e, image in pairs]
-
-    def _upright(self, image: Tensor, header: Header) -> Tensor:
-        return upright(interpolated(image, header.sampling) if self.repeats else image, header.orientation)
 
 
 def decoded(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
@@ -115,12 +119,14 @@ def repeats_chroma(device: torch.device, decode: Decode) -> bool:
             f"torchvision's JPEG decoder does not work on {device}: not even a plain picture can be decoded. Its "
             "build may be without nvJPEG; use --decode exact"
         )
-    mended = interpolated(made, (2, 2))
+    (mended,) = interpolated([made], (2, 2))
     return bool((mended.cpu() - own).abs().mean() < (made.cpu() - own).abs().mean())
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
     """`uint8 [3, H, W]` as stored -> upright, by EXIF's orientation."""
+    if orientation == 1:
+        return image
     image = image.transpose(1, 2) if orientation >= 5 else image
     return image.flip([axis for axis, by in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in by])
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from featx.pixels.preprocess import Box
 
-# Boxes whose weights are computed together: 230 MB for images of 8,000 pixels, 15 MB for ones of 500.
+# Images that are computed together: to start a GPU's kernels for each one takes longer than their work. Weights take
+# 230 MB for images of 8,000 pixels, 15 MB for ones of 500.
 TOGETHER = 32
+# Pixels of images that are computed together, each as large as the largest of them.
+PADDED = 1 << 25
 
 
 def resized(
@@ -22,21 +25,43 @@ def resized(
     `Preprocess.square` does it. fill: the colour of what boxes show beyond the image; None where they show none.
     """
     out: list[Tensor] = []
-    for start in range(0, len(images), TOGETHER):
-        some = images[start : start + TOGETHER]
-        left, top, right, bottom = torch.tensor(boxes[start : start + TOGETHER], device=some[0].device).T
-        across = _weights(left, right, [image.shape[2] for image in some], side, interpolation)
-        down = _weights(top, bottom, [image.shape[1] for image in some], side, interpolation)
+    for some in together(images):
+        batch, (heights, widths) = padded(images[some])
+        left, top, right, bottom = torch.tensor(boxes[some], device=batch.device).T
+        across = _weights(left, right, widths, side, interpolation)
+        down = _weights(top, bottom, heights, side, interpolation)
 
-        for image, x, y in zip(some, across, down, strict=True):
-            _, height, width = image.shape
-            narrow = (image.float() @ x[:, :width].T).add_(0.5).floor_().clamp_(0, 255)
-            made = (y[:, :height] @ narrow).add_(0.5).clamp_(0, 255).to(torch.uint8)
-            if fill is not None:
-                inside = (y.sum(1) > 0)[:, None] & (x.sum(1) > 0)
-                made = made.where(inside, torch.tensor(fill, dtype=torch.uint8, device=made.device)[:, None, None])
-            out.append(made)
+        count, _, height, width = batch.shape
+        lines = batch.float().view(count, 3 * height, width)
+        narrow = torch.bmm(lines, across.mT).add_(0.5).floor_().clamp_(0, 255).view(count, 3, height, side)
+        made = torch.einsum("bsh,bchw->bcsw", down, narrow).add_(0.5).clamp_(0, 255).to(torch.uint8)
+        if fill is not None:
+            inside = (down.sum(2) > 0)[:, None, :, None] & (across.sum(2) > 0)[:, None, None, :]
+            made = made.where(inside, torch.tensor(fill, dtype=torch.uint8, device=made.device)[:, None, None])
+        out += made.unbind()
     return out
+
+
+def together(images: Sequence[Tensor], most: int = PADDED) -> Iterator[slice]:
+    """Which images, in order, are computed together: `most` pixels in all, or one image."""
+    start = height = width = 0
+    for i, image in enumerate(images):
+        size = max(height, image.shape[1]), max(width, image.shape[2])
+        if i > start and (i - start == TOGETHER or (i + 1 - start) * size[0] * size[1] > most):
+            yield slice(start, i)
+            start, size = i, (image.shape[1], image.shape[2])
+        height, width = size
+    if images:
+        yield slice(start, len(images))
+
+
+def padded(images: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
+    """Images, `uint8 [3, H, W]`, as one batch, black beyond their right and lower edges; their heights and widths."""
+    sizes = [[image.shape[axis] for image in images] for axis in (1, 2)]
+    batch = images[0].new_zeros((len(images), 3, *map(max, sizes)))
+    for place, image, height, width in zip(batch, images, *sizes, strict=True):
+        place[:, :height, :width] = image
+    return batch, sizes
 
 
 def _weights(starts: Tensor, stops: Tensor, sizes: list[int], side: int, interpolation: str) -> Tensor:

@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import calibrated
+from networks import calibrated, resnet18_rewritten
 from sharing import session_cache
 
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.engines.onnx import OnnxEngine, _lasting, _reason, accelerated, backbone_onnx, to_onnx
+from featx.engines.onnx import OnnxEngine, _lasting, _reason, backbone_onnx, to_onnx
 from featx.engines.opening import open_engine
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import ExportError, FeatxError, StoreError, WeightsError
@@ -106,7 +106,7 @@ def test_thread_count_does_not_change_onnxruntime_rows(info: BackboneInfo, image
 
 
 @pytest.mark.parametrize(("threads", "size", "sizes"), [(2, 32, [8, 8, 8, 8]), (1, 10, [5, 5]), (4, 9, [3, 3, 3])])
-def test_a_batch_is_cut_into_pieces_of_one_size(threads: int, size: int, sizes: list[int], info: BackboneInfo) -> None:
+def test_a_batch_is_cut_into_pieces_of_one_size(threads: int, size: int, sizes: list[int]) -> None:
     taken: list[int] = []
 
     class Counting(OnnxEngine):
@@ -114,7 +114,7 @@ def test_a_batch_is_cut_into_pieces_of_one_size(threads: int, size: int, sizes: 
             taken.append(len(images))
             return images
 
-    path = accelerated(backbone_onnx(REQUEST, info, session_cache()))
+    path = resnet18_rewritten()[1]
     assert path.stat().st_size // (16 << 20) == 9  # more images than that share its weights in no piece
     engine = Counting(path, size, threads)
     assert engine(np.zeros((size, 1), np.uint8)).shape == (size, 1)
@@ -403,3 +403,17 @@ def test_the_gpu_agrees_with_the_cpu(precision: str, images: np.ndarray, eager: 
     there = torch.from_numpy(images).to("cuda:0")  # as a decoder on the GPU leaves them
     calls = [engine.submit(there[start : start + 4].clone()) for start in range(0, 9, 4)]
     assert np.array_equal(np.concatenate([call() for call in calls]), rows)
+
+
+@pytest.mark.gpu
+def test_a_network_with_a_branch_on_its_values_runs_on_the_gpu_without_a_graph() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: networks without a CUDA graph are untested on this machine")
+    backbone = load_backbone(BackboneRequest("small:backbone_branching", weights="random"))
+    engine = CudaEngine(backbone, "cuda:0", "fp32", 4)
+    assert engine.graph is None
+    pixels = noise(9, backbone.info.preprocess.crop)
+    with torch.inference_mode():
+        reference = backbone.module(torch.from_numpy(pixels)).numpy()
+    calls = [engine.submit(pixels[start : start + 4]) for start in range(0, 9, 4)]
+    assert difference(np.concatenate([call() for call in calls]), reference) <= TOLERANCE

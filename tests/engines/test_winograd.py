@@ -6,6 +6,8 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import calibrated
-from sharing import session_cache
+from networks import resnet18_rewritten
 from storekit import make_read_only
 from torch import nn
 
-from featx.backbones.loading import resolve
-from featx.engines.onnx import accelerated, backbone_onnx, export, session
+from featx.devices import processor
+from featx.engines.onnx import accelerated, export, session
 from featx.engines.winograd import CONSTANT, OUTPUT, POINTS, rewritten, transforms
 from featx.features import difference
+from featx.records import read_record, write_record
 
 NO_LIMIT = 1 << 40
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -164,14 +166,26 @@ def test_a_constant_can_be_added_to_the_products() -> None:
     assert not OUTPUT[16].any()
 
 
+def clock(plain: float = 2.0, fast: float = 1.0) -> Callable[[], float]:
+    """For one measurement: so many seconds for the graph as it was exported, and for the rewritten one."""
+    moments = iter([0, 0, plain, plain + fast, 1000])
+    return lambda: next(moments)
+
+
+def unused() -> float:
+    raise AssertionError("measured again")
+
+
+def gains(path: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads(path.with_suffix(".json").read_text())["gains"]
+    return found
+
+
 def test_the_engine_runs_a_file_that_is_made_once_and_never_shipped() -> None:
-    request = calibrated("resnet18")
-    info = resolve(request, session_cache())
-    plain = backbone_onnx(request, info, session_cache())
-    fast = accelerated(plain)
+    plain, fast = resnet18_rewritten()
     assert fast != plain
     assert (convolutions(onnx.load(plain)), convolutions(onnx.load(fast))) == (20, 11)
-    assert backbone_onnx(request, info, session_cache()) == plain
+    assert list(gains(fast).values()) == [2.0]
     before = fast.stat().st_mtime_ns
     program = "import sys; from pathlib import Path; from featx.engines.onnx import accelerated;"
     program += f"print(accelerated(Path({str(plain)!r})).name, 'onnx' in sys.modules)"
@@ -211,7 +225,21 @@ def test_the_export_runs_where_another_file_finds_no_room(tmp_path: Path, monkey
         make_read_only(patch, errno.ENOSPC)
         assert accelerated(plain) == plain
     assert [p.name for p in tmp_path.iterdir()] == [plain.name]
-    assert accelerated(plain) != plain
+    assert accelerated(plain, clock=clock()) != plain
+
+
+def test_a_cache_that_can_only_be_read_serves_the_file_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _two(tmp_path)
+    fast = accelerated(plain, clock=clock())
+    record = dict(read_record(fast.with_suffix(".json"))[0])
+    write_record(fast.with_suffix(".json"), record | {"gains": {"another processor": 1.5}})
+    with monkeypatch.context() as patch:
+        make_read_only(patch, errno.EROFS)
+        assert accelerated(plain, clock=clock()) == fast
+        assert accelerated(plain, clock=clock(1, 2)) == plain
+    assert gains(fast) == {"another processor": 1.5}
 
 
 def test_what_a_killed_run_left_beside_it_goes(tmp_path: Path) -> None:
@@ -219,7 +247,7 @@ def test_what_a_killed_run_left_beside_it_goes(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     left = tmp_path / done.stdout.strip()
     left.write_bytes(b"half a graph")
-    accelerated(_two(tmp_path))
+    accelerated(_two(tmp_path), clock=clock())
     assert not left.exists()
 
 
@@ -228,25 +256,25 @@ def test_files_of_another_revision_go(tmp_path: Path) -> None:
     others = {"other.winograd0.onnx", f"{plain.stem}.winograd-notes.txt", f"{plain.stem}.winograd0.old.onnx"}
     for name in (f"{plain.stem}.winograd0.onnx", f"{plain.stem}.winograd0.json", *others):
         (tmp_path / name).write_bytes(b"made by another featx")
-    fast = accelerated(plain)
+    fast = accelerated(plain, clock=clock())
     kept = {plain.name, fast.name, fast.with_suffix(".json").name, *others}
     assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 def test_a_file_made_of_another_export_is_not_taken(tmp_path: Path) -> None:
     plain = _two(tmp_path)
-    first = accelerated(plain).read_bytes()
+    first = accelerated(plain, clock=clock()).read_bytes()
     torch.manual_seed(1)
     _two(tmp_path)
-    assert accelerated(plain).read_bytes() != first
+    assert accelerated(plain, clock=clock()).read_bytes() != first
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     plain = _two(tmp_path)
-    fast = accelerated(plain)
+    fast = accelerated(plain, clock=clock())
     whole = fast.read_bytes()
     fast.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert accelerated(plain) == fast
+    assert accelerated(plain, clock=clock()) == fast
     assert fast.read_bytes() == whole
 
 
@@ -261,8 +289,39 @@ def test_a_network_that_gains_nothing_runs_as_it_was_exported(tmp_path: Path, mo
 
 def test_rows_too_far_from_the_export_are_not_taken(tmp_path: Path) -> None:
     plain = _two(tmp_path)
-    assert accelerated(plain, tolerance=1e-9) == plain
+    assert accelerated(plain, tolerance=1e-9, clock=clock()) == plain
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".onnx"]
+    assert accelerated(plain, clock=unused) == plain
+
+
+@pytest.mark.parametrize(("seconds", "gain", "runs"), [((1.06, 1), 1.06, True), ((1.04, 1), 1.04, False)])
+def test_the_rewritten_graph_runs_only_where_it_was_measured_to_be_faster(
+    tmp_path: Path, seconds: tuple[float, float], gain: float, runs: bool
+) -> None:
+    plain = _two(tmp_path)
+    chosen = accelerated(plain, clock=clock(*seconds))
+    assert (chosen != plain) == runs
+    (record,) = tmp_path.glob("*.json")
+    assert gains(record) == {f"{processor()}, onnxruntime {metadata.version('onnxruntime')}": gain}
+    assert record.with_suffix(".onnx").exists() == runs  # large, and of no use
+    assert accelerated(plain, clock=unused) == chosen
+
+
+def test_another_processor_decides_for_itself_and_an_older_record_is_completed_once(tmp_path: Path) -> None:
+    plain = _two(tmp_path)
+    fast = accelerated(plain, clock=clock())
+    record = dict(read_record(fast.with_suffix(".json"))[0])
+    before = fast.stat().st_mtime_ns
+    write_record(fast.with_suffix(".json"), record | {"gains": {"another processor": 1.5}})
+    assert accelerated(plain, clock=clock(1, 2)) == plain
+    assert sorted(gains(fast).values()) == [0.5, 1.5]
+    assert accelerated(plain, clock=unused) == plain
+
+    write_record(fast.with_suffix(".json"), {name: record[name] for name in ("of", "libraries", "sha256")})
+    assert accelerated(plain, clock=clock()) == fast
+    assert list(gains(fast).values()) == [2.0]
+    assert accelerated(plain, clock=unused) == fast
+    assert fast.stat().st_mtime_ns == before  # the file served all of them
 
 
 def _two(folder: Path, **options: Any) -> Path:

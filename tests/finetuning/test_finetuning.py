@@ -81,6 +81,7 @@ class Bench:
         name: str = "plain",
         folder: Path | None = None,
         arm: Callable[[Setup], None] | None = None,
+        device: str = "cpu",
         **settings: Any,
     ) -> tuple[Finetuned, Path]:
         """arm: puts what fails, or waits, into the place of what works, before training starts."""
@@ -90,7 +91,7 @@ class Bench:
         head = self.head(features) if config.init == "fitted" else None
         folder = folder or self.folder()
         if arm is None:
-            return finetune(extraction, features, head, config, folder, "cpu"), folder
+            return finetune(extraction, features, head, config, folder, device), folder
         with torch.random.fork_rng(devices=[]):
             setup = prepare(extraction, features, head, config, folder, World(0, 1, torch.device("cpu")), 1)
             arm(setup)
@@ -527,3 +528,17 @@ def test_a_fine_tuned_run_is_a_run_like_any_other_wherever_it_is_moved(bench: Be
     parity = export(moved, factory="small:backbone_normed")
     assert parity.passed and parity.equal_labels == parity.images > 3
     assert parity.accuracy == pytest.approx(report["accuracy"])
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_follows_the_cpus_curve(bench: Bench) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: training on a GPU is untested on this machine")
+    curves = {}
+    for device in ("cpu", "cuda"):
+        tuned, _ = bench.tune("normed", device=device, init="random")
+        assert tuned.history["device"] == {"cpu": "cpu", "cuda": "cuda:0"}[device]
+        curves[device] = [epoch["held_loss"] for epoch in tuned.history["epochs"]]
+    assert curves["cuda"] == pytest.approx(curves["cpu"], rel=0.02)
+    half, _ = bench.tune("normed", device="cuda", init="random", precision="bf16")
+    assert [epoch["held_loss"] for epoch in half.history["epochs"]] == pytest.approx(curves["cpu"], rel=0.1)

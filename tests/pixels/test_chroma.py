@@ -11,6 +11,7 @@ from jpegs import colours, encoded, photo, repeated
 from PIL import Image
 
 from featx.pixels.chroma import interpolated
+from featx.pixels.resample import TOGETHER, together
 
 
 def apart(image: Image.Image) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -18,7 +19,7 @@ def apart(image: Image.Image) -> tuple[np.ndarray, np.ndarray, bool]:
     data = encoded(image, quality=90, subsampling="4:2:0")
     exact = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1).astype(int)
     near = repeated(data)
-    made = interpolated(torch.from_numpy(near), (2, 2)).numpy()
+    made = interpolated([torch.from_numpy(near)], (2, 2))[0].numpy()
     return np.abs(near - exact), np.abs(made - exact), bool(((near > 0) & (near < 255)).all())
 
 
@@ -49,7 +50,7 @@ def test_samples_across_alone_are_interpolated_across_alone() -> None:
         fine[:, :, 2 * x + 1] = (3 * samples[:, :, x] + after + 2) >> 2
     near = colours(luma, *samples.repeat(2, axis=2)[:, :, :21])
     expected = colours(luma, *fine[:, :, :21])
-    found = interpolated(torch.from_numpy(near), (2, 1)).numpy()
+    found = interpolated([torch.from_numpy(near)], (2, 1))[0].numpy()
     before, after = np.abs(near.astype(int) - expected), np.abs(found.astype(int) - expected)
     assert after.max() <= 2 and after.mean() < 0.05 * before.mean()
 
@@ -58,5 +59,20 @@ def test_grey_flat_colours_and_whole_samples_stay() -> None:
     grey = torch.arange(48, dtype=torch.uint8)[None, None].expand(3, 20, 48) * 5
     flat = torch.tensor([200, 40, 255], dtype=torch.uint8)[:, None, None].expand(3, 21, 47)
     for image in (grey, flat):
-        assert (interpolated(image, (2, 2)) == image).all()
-    assert interpolated(grey, (1, 1)) is grey
+        assert (interpolated([image], (2, 2))[0] == image).all()
+    assert interpolated([grey], (1, 1))[0] is grey
+
+
+def test_images_of_any_sizes_are_interpolated_together_as_alone() -> None:
+    sizes = np.random.default_rng(3).integers(16, 90, (40, 2)).tolist()
+    near = [torch.from_numpy(repeated(encoded(photo(*size), subsampling="4:2:0"))) for size in sizes]
+    assert len(near) > TOGETHER
+    alone = [interpolated([image], (2, 2))[0] for image in near]
+    assert all(torch.equal(one, other) for one, other in zip(interpolated(near, (2, 2)), alone, strict=True))
+
+
+def test_what_is_computed_together_is_as_large_as_its_largest_height_and_width_allow() -> None:
+    images = [torch.zeros((3, *size)) for size in ((10, 10), (10, 20), (30, 10), (50, 50), (1, 1), (1, 1))]
+    assert list(together(images, 400)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
+    assert list(together(images, 1 << 20)) == [slice(0, 6)] and list(together([])) == []
+    assert list(together(images[:1] * (TOGETHER + 1))) == [slice(0, TOGETHER), slice(TOGETHER, TOGETHER + 1)]
