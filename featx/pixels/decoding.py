@@ -15,7 +15,7 @@ from PIL import Image
 
 from featx.devices import free_memory
 from featx.errors import ImageError
-from featx.pixels import turbo
+from featx.pixels import memory
 from featx.pixels.readers import BITS, PHOTOMETRIC, limit, opened
 
 # What decoding one image may take, in bytes: RGB with alpha of `MAX_PIXELS` fits.
@@ -101,7 +101,7 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
             if hasattr(image, "to_pillow"):
                 image = image.to_pillow()
             if isinstance(data, bytes) and image.format == "JPEG":
-                turbo.load(image, data)
+                memory.load(image, data)
             image.load()  # TIFF files are turned here
             image = _upright(_eight_bits(image))
             if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn

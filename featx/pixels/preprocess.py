@@ -14,6 +14,7 @@ from featx.errors import FeatxError, ImageError
 from featx.identity import ADDED, Identity
 from featx.options import CropMode
 from featx.pixels.decoding import decoded
+from featx.pixels.memory import rows as rows_of
 
 # The largest short side that images are resized to; networks of today take up to 1,024.
 MAX_SIDE = 8192
@@ -207,7 +208,7 @@ class Preprocess(Identity):
         down = (0, top - first, wide, min(bottom - first, rows))
 
         if rows < image.height and edge <= COPIED * wide:  # or Pillow makes a pass down that changes nothing
-            image, first = image.crop((0, first, edge, last)), 0
+            image, first = rows_of(image, first, last, edge), 0
         across = image.resize((wide, rows), resample, box=(left, first, right, first + rows))
         return across.resize((wide, high), resample, box=down)
 
