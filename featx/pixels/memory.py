@@ -1,4 +1,4 @@
-"""RGB images whose pixels lie in an array, so that Pillow decodes into it and parts of it are images without a copy."""
+"""RGB images whose pixels lie in an array: JPEGs are decoded into it, and parts of it are images without a copy."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+core: Any = vars(Image)["core"]  # Pillow's code in C
+DECODED = -1, 0  # no byte more is needed, no error
+
 
 def load(image: Any, data: bytes) -> None:
-    """Decode a JPEG image of which Pillow has read the header.
+    """Decode an RGB JPEG of which Pillow has read the header, or leave it as it is, for Pillow to decode.
 
-    Pillow would clear the memory first, and take the file in blocks. The decoder's decision about a damaged file
-    depends on these blocks: behind the last row it looks for mistakes up to the end of one. So all at once is tried
-    first, and what fails is decoded as Pillow does it.
+    Pillow's decoder does it, without what is around it: memory that is cleared first, and blocks of 64 kB, which
+    decide about a damaged file, since behind the last row mistakes are found up to the end of a block. So what the
+    decoder does not take as a whole is left to Pillow.
     """
-    before = image.tile, image.fp, image.decodermaxblock
-    if image.mode == "RGB":
-        image.pixels = np.empty((image.height, image.width, 4), np.uint8)
-        image.im = rows(image, 0, image.height, image.width).im
-    image.decodermaxblock = len(data)
+    if image.mode != "RGB":
+        return
+    pixels = np.empty((image.height, image.width, 4), np.uint8)
+    memory = core.map_buffer(pixels, image.size, "raw", 0, ("RGB", 0, 1))
+    (_, extents, _, arguments), *_ = image.tile
+    decoder = core.jpeg_decoder("RGB", *arguments, *image.decoderconfig)
     try:
-        image.load()
-    except OSError:
-        image.tile, image.fp, image.decodermaxblock = before
-        image.load()
+        decoder.setimage(memory, extents)
+        decoded = decoder.decode(data) == DECODED
+    finally:
+        decoder.cleanup()
+    if decoded:
+        image.im, image.pixels, image.tile = memory, pixels, []
 
 
 def rows(image: Image.Image, first: int, last: int, edge: int) -> Image.Image:
@@ -32,5 +38,4 @@ def rows(image: Image.Image, first: int, last: int, edge: int) -> Image.Image:
     pixels: np.ndarray | None = getattr(image, "pixels", None)
     if pixels is None:
         return image.crop((0, first, edge, last))
-    arguments = (edge, last - first), "raw", 0, ("RGB", pixels.strides[0], 1)
-    return image._new(Image.core.map_buffer(pixels[first:last], *arguments))  # type: ignore[attr-defined]
+    return image._new(core.map_buffer(pixels[first:last], (edge, last - first), "raw", 0, ("RGB", 4 * image.width, 1)))
