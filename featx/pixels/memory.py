@@ -8,28 +8,31 @@ import numpy as np
 from PIL import Image
 
 core: Any = vars(Image)["core"]  # Pillow's code in C
-DECODED = -1, 0  # no byte more is needed, no error
 
 
 def load(image: Any, data: bytes) -> None:
-    """Decode an RGB JPEG of which Pillow has read the header, or leave it as it is, for Pillow to decode.
+    """Decode an RGB JPEG of which Pillow has read the header, or leave it as it is, for Pillow to say what is wrong.
 
-    Pillow's decoder does it, without what is around it: memory that is cleared first, and blocks of 64 kB, which
-    decide about a damaged file, since behind the last row mistakes are found up to the end of a block. So what the
-    decoder does not take as a whole is left to Pillow.
+    Pillow's decoder does it, without the memory that Pillow would clear first. The file comes in Pillow's blocks: a
+    damaged file's pixels depend on them, and whether it is refused.
     """
-    if image.mode != "RGB":
+    if image.mode != "RGB" or len(image.tile) != 1:
         return
     pixels = np.empty((image.height, image.width, 4), np.uint8)
     memory = core.map_buffer(pixels, image.size, "raw", 0, ("RGB", 0, 1))
-    (_, extents, _, arguments), *_ = image.tile
+    _, extents, _, arguments = image.tile[0]
     decoder = core.jpeg_decoder("RGB", *arguments, *image.decoderconfig)
+    view, begin, end, used, error = memoryview(data), 0, 0, 0, 0
+
     try:
         decoder.setimage(memory, extents)
-        decoded = decoder.decode(data) == DECODED
+        while used >= 0 and end < len(data):
+            begin, end = begin + used, end + image.decodermaxblock
+            used, error = decoder.decode(view[begin:end])
     finally:
         decoder.cleanup()
-    if decoded:
+
+    if used < 0 and error == 0:
         image.im, image.pixels, image.tile = memory, pixels, []
 
 
