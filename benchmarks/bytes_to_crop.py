@@ -129,7 +129,7 @@ TEXT = """\
 
 Written by `python benchmarks/bytes_to_crop.py`: {count} JPEG photographs in memory (0.2 megapixels, 120 KB), processor
 time of one thread in milliseconds a file, in turns, least of {rounds} rounds for every {part} files. The pixels of both
-ways are equal, bit by bit.
+ways are equal, bit by bit. A load above the number of cores says that the machine had other work.
 
 {told}
 
