@@ -15,6 +15,7 @@ from PIL import Image
 
 from featx.devices import free_memory
 from featx.errors import ImageError
+from featx.pixels import memory
 from featx.pixels.readers import BITS, PHOTOMETRIC, limit, opened
 
 # What decoding one image may take, in bytes: RGB with alpha of `MAX_PIXELS` fits.
@@ -99,6 +100,8 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
         with _named():
             if hasattr(image, "to_pillow"):
                 image = image.to_pillow()
+            if isinstance(data, bytes) and image.format == "JPEG":
+                memory.load(image, data)
             image.load()  # TIFF files are turned here
             image = _upright(_eight_bits(image))
             if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn
@@ -112,6 +115,7 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
         finally:
             if image is not data and size > LARGE_BYTES:
                 image.close()  # before others take its room
+                vars(image).pop("pixels", None)
 
 
 @contextmanager

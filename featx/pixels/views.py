@@ -47,11 +47,8 @@ def look(preprocess: Preprocess, width: int, height: int, key: bytes, view: str)
 def pixels(preprocess: Preprocess, image: Image.Image, key: bytes, view: str) -> np.ndarray:
     """`uint8 [3, crop, crop]` of one view of a decoded image."""
     if view == CENTER:
-        array = preprocess.square(image, preprocess.crop)
-    else:
-        box, mirrored = look(preprocess, *image.size, key, view)
-        array = preprocess.render(image, box, preprocess.crop, mirrored)
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+        return preprocess.centre(image)
+    return preprocess.planes(image, *look(preprocess, *image.size, key, view))
 
 
 def _crop(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:

@@ -138,7 +138,9 @@ def png(side: int, depth: int, colour: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + palette + rows + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("kind", "most"), [("grey 16", 6), ("palette", 5), ("webp", 20), ("progressive", 10)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("grey 16", 6), ("palette", 5), ("webp", 20), ("progressive", 10), ("jpeg", 4)]
+)
 def test_four_threads_together_take_no_more_than_one_large_image_is_said_to_take(
     kind: str, most: int, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_four_threads_together_take_no_more_than_one_large_image_is_said_to_take
         "palette": lambda: png(side, 8, 3),
         "webp": lambda: encoded(plain, "WEBP", method=0),
         "progressive": lambda: encoded(plain, "JPEG", progressive=True, subsampling=0),
+        "jpeg": lambda: encoded(plain, "JPEG"),
     }[kind]()
     (tmp_path / "large").write_bytes(data)
     (tmp_path / "small").write_bytes(encoded(detailed(), "PNG"))
