@@ -25,6 +25,7 @@ from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.heads import pretrained
 from featx.measuring.evaluation import Report, evaluate_logits
+from featx.measuring.quantised import int8_cost
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, Preprocessing, complete, fields_of, home
 from featx.solvers.examples import Examples
@@ -140,9 +141,15 @@ def fit(
     image, too.
 
     Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
-    where there is nothing to learn from and `RunError` where a run would be overwritten.
+    where there is nothing to learn from, where int8 costs more log-loss than chance explains
+    (`featx.measuring.quantised`), and `RunError` where a run would be overwritten.
     """
     asked = complete(options, function=fit)
+    if finetune is not None and asked["precision"] == "int8":
+        raise HeadError(
+            "fine-tuning does not begin in int8: leave --precision out, then fit on the tuned weights, "
+            "--weights RUN/model.safetensors --precision int8"
+        )
     settings = learning.check_settings(head, settings or {})
     limit = memory_for_features() if memory is None else memory
     learns, source = learning.module(head).LEARNS, open_source(data)
@@ -170,6 +177,8 @@ def fit(
     if len(views) > 1:
         values |= measured_averages(extracted, features, fitted.head)
         values |= measured_gain(views, features, head, limit, chosen) if gain else {}
+    if features.spec.precision == "int8":
+        values |= int8_cost(extracted, features, head, fitted.head, chosen)
 
     runs.start(path, config, overwrite=overwrite)
     return finish(path, extracted, features, fitted.head, values, learns)

@@ -107,7 +107,7 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     path = Path(cache) / "engines" / f"{digest}.onnx"
     libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "onnxscript", "onnxruntime")}
     known = _recorded(path)
-    if _intact(path, known):
+    if intact(path, known):
         return path
     if "never" in known and known.get("libraries") == libraries:
         raise UnexportableError(known["never"])
@@ -115,7 +115,7 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     module = loaded(request, info).module
     known = {"graph": graph, "libraries": libraries}
     try:
-        _keep(path, to_onnx(module, info), known)
+        keep(path, to_onnx(module, info), known)
     except UnexportableError as error:
         with contextlib.suppress(OSError):  # without a record the next run tries again
             write_record(path.with_suffix(".json"), {**known, "never": str(error)})
@@ -144,7 +144,7 @@ def accelerated(model: Path, tolerance: float = TOLERANCE / 2) -> Path:
     known = _recorded(path)
     if known == made_of | {"plain": True}:
         return model
-    if known.get("of") == made_of["of"] and _intact(path, known):
+    if known.get("of") == made_of["of"] and intact(path, known):
         return path
 
     with contextlib.suppress(OSError):  # disk full or read-only: this run uses the export, and the next tries again
@@ -156,7 +156,7 @@ def accelerated(model: Path, tolerance: float = TOLERANCE / 2) -> Path:
             if re.fullmatch(r"\d+\.(onnx|json)", revision) and old.stem != path.stem:
                 old.unlink()
         if data:
-            _keep(path, data, made_of)
+            keep(path, data, made_of)
             return path
         write_record(path.with_suffix(".json"), made_of | {"plain": True})
     return model
@@ -191,14 +191,15 @@ def _rows_of_noise(graph: Path | bytes) -> np.ndarray:
     return rows
 
 
-def _intact(path: Path, known: dict[str, Any]) -> bool:
+def intact(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a graph has the SHA-256 of its record, and all its weights."""
     with contextlib.suppress(OSError, ValueError):
         data = read_plain(path, MOST_NETWORK_BYTES)
         return hashlib.sha256(data).hexdigest() == known.get("sha256") and not scan(data).side_files
     return False
 
 
-def _keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
+def keep(path: Path, data: bytes, known: dict[str, Any]) -> None:
     """Write a graph, and then its record, without which the graph is made again. Raises `OSError`."""
     with contextlib.suppress(OSError):  # leftovers of a killed run are large
         sweep(path.parent)

@@ -72,7 +72,7 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
     """
     limit = count("images", limit)
     config, spec = run.config, run.config.spec
-    extraction = sync(data or config.data, run.request, cache=config.cache, precision=spec.precision, dtype=spec.dtype)
+    extraction = sync(data or config.data, run.request, cache=config.cache, **spec.asked)
     features = extraction.features(memory=memory_for_features())
     if features.spec != spec:
         raise ExportError(
