@@ -23,6 +23,7 @@ from featx.backbones.request import BackboneInfo
 from featx.engines.onnx import intact, keep, session, strip
 from featx.errors import StoreError
 from featx.features import difference
+from featx.options import plain
 from featx.records import read_record
 from featx.state import one_at_a_time, ordinary
 
@@ -52,8 +53,8 @@ class Record(TypedDict):
 
 
 def identity(info: BackboneInfo) -> dict[str, Any]:
-    """What a calibration is good for: one backbone, and one preprocessing."""
-    preprocess = info.preprocess.to_dict()
+    """What a calibration is good for, as JSON gives it back: one backbone, and one preprocessing."""
+    preprocess = plain(info.preprocess.to_dict())
     return {"name": info.name, "weights": info.weights_digest, "layer": info.layer, "preprocess": preprocess}
 
 

@@ -59,9 +59,10 @@ class Int8Cost:
 def int8_cost(
     extraction: Extraction, features: Features, name: str, head: Head, chosen: dict[str, Any]
 ) -> dict[str, Any]:
-    """`report.json`: what int8 costs on up to 2,000 training images, those with the smallest keys; fp32's rows come from
-    the cache, or are computed. A head that learns is fitted again in each fold, with `chosen`, the keyword arguments of
-    `learning.learn`; another answers for all images as it is.
+    """`report.json`: what int8 costs on up to 2,000 training images, those with the smallest keys.
+
+    fp32's rows come from the cache, or are computed. A head that learns is fitted again in each fold, with `chosen`,
+    the keyword arguments of `learning.learn`; another answers for all images as it is.
 
     Raises `HeadError` where the log-loss is worse by more than its interval. Nothing but a note where there are too few
     images to hold any out.
@@ -87,9 +88,12 @@ def int8_cost(
         truth = columns(features.class_names, head.class_names)[y]
 
     small, reference = (scores(each, truth) for each in logits)
-    means = [Score(*(float(values.mean()) for values in each)) for each in (small, reference)]
+    means = {
+        precision: Score(*(float(values.mean()) for values in each))
+        for precision, each in (("int8", small), ("fp32", reference))
+    }
     apart = {m: paired(m, mine, base) for m, mine, base in zip(MEASURES, small, reference, strict=True)}
-    found = Int8Cost(len(truth), count, *means, apart)
+    found = Int8Cost(len(truth), count, **means, differences=apart)
     if not found.passed:
         raise HeadError(
             f"{found.text()}. int8 costs this head more than chance would explain: use --precision fp32, or another "

@@ -26,6 +26,8 @@ IMAGES = 2000
 BATCH = 32
 CHANGED = 5.0
 """Answers that less precise arithmetic may change, in points of the images."""
+LOST = 0.5
+"""Right answers that it may lose, likewise."""
 ALLOWED_IMAGES = 2
 """Right answers that it may lose, and answers it may change, on any number of images: chance alone moves some."""
 
