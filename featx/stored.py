@@ -163,6 +163,7 @@ class Compared(TypedDict):
     sha256: str
     images: int
     equal_labels: int
+    method: NotRequired[str]
     checks: NotRequired[dict[str, Checked]]
 
 

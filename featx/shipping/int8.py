@@ -41,7 +41,7 @@ def verify(run: Run, model: ModelProto, images: Images, *, tolerance: float | No
     checks = [
         Check("labels", float(len(others)), float(allowed_images(count, CHANGED))),
         Check("right answers lost", max(0.0, lost), float(allowed_images(count, LOST))),
-        Check("probabilities, mean", float(apart.mean()), PROBABILITIES if tolerance is None else tolerance),
+        Check("mean probabilities", float(apart.mean()), PROBABILITIES if tolerance is None else tolerance),
         Check("same-feature logits", far(logits, head(features)), SAME_SUM * size),
         *as_reported(images, head, SAME_FEATURES * size),
     ]
