@@ -38,8 +38,10 @@ from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
 from featx.devices import available_threads
 from featx.engines.opening import open_engine
+from featx.extraction.job import prepare
 from featx.extraction.pipeline import sync
 from featx.features import content_key, difference
+from featx.options import complete
 from featx.pixels.preprocess import FAST, Preprocess
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -47,6 +49,8 @@ from featx.sources.source import Source
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 IMAGES = {"resnet18": 160, "resnet50": 64, "squeezenet1_1": 320}
 TUTORIAL, TUNED = "tutorials' loop", "tuned loop"
+PEERS = (TUTORIAL, "img2vec-pytorch", "thingsvision")
+REDUCED = ("bf16", "int8")
 
 
 def featx(folder: Path, name: str, cache: Path, **options: Any) -> Run:
@@ -80,10 +84,10 @@ def decode_alone(paths: list[Path]) -> Run:
     return timed(work)
 
 
-def model_alone(pixels: np.ndarray, name: str, cache: Path, **options: Any) -> Run:
-    """featx's engine alone; it takes pixels from main memory, batch by batch."""
-    request = BackboneRequest(name, weights="random")
-    engine = open_engine(request, resolve(request, cache), cache=cache, **options)
+def model_alone(pixels: np.ndarray, folder: Path, name: str, cache: Path, **options: Any) -> Run:
+    """featx's engine alone; it takes pixels from main memory, batch by batch. folder: int8 takes its ranges from it."""
+    job = prepare(folder, BackboneRequest(name, weights="random"), complete({"cache": cache, **options}))
+    engine = job.open_engine([])
 
     def work() -> None:
         last: Callable[[], Any] = lambda: None  # noqa: E731
@@ -170,11 +174,15 @@ def compare(name: str, photos: Path, count: int, rounds: int, folder: Path) -> d
         "img2vec-pytorch": lambda: img2vec(paths, name),
         "thingsvision": lambda: thingsvision(paths, name),
         "decoding alone": lambda: decode_alone(paths),
-        "onnxruntime alone": lambda: model_alone(pixels, name, cache),
+        "onnxruntime alone": lambda: model_alone(pixels, folder / "data", name, cache),
         "matrix product": matrix_roof,
     }
-    seconds, absent = in_turns(name, makers, rounds)
     counts = {"onnxruntime alone": len(pixels), "matrix product": 2 * 2048**3 / 1e9}
+    for p in REDUCED:
+        makers[f"featx, {p}"] = partial(featx, folder / "data", name, cache, precision=p)
+        makers[f"{p} alone"] = partial(model_alone, pixels, folder / "data", name, cache, precision=p)
+        counts[f"{p} alone"] = len(pixels)
+    seconds, absent = in_turns(name, makers, rounds)
     rates = {k: [counts.get(k, len(paths)) / s for s in v] for k, v in seconds.items()}
     request = BackboneRequest(name, weights="random")
     backbone = load_backbone(request)
@@ -246,8 +254,8 @@ def machine() -> dict[str, str]:
             key, _, value = line.partition(":")
             names.setdefault(key.strip(), value.strip())
     flags = names.get("flags", "").split()
-    kinds = [f for f in ("avx2", "avx512f", "amx_bf16") if f in flags]
-    packages = ("featx", "torch", "torchvision", "timm", "onnxruntime", "numpy", "pillow")
+    kinds = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if f in flags]
+    packages = ("featx", "torch", "torchvision", "timm", "onnxruntime", "openvino", "numpy", "pillow")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS", "OMP", "MKL", "NVPL"))]
     return {
@@ -257,6 +265,24 @@ def machine() -> dict[str, str]:
         "BLAS environment": ", ".join(variables) or "nothing set",
         "load before": " ".join(f"{x:.1f}" for x in os.getloadavg()),
     }
+
+
+def bound(rates: dict[str, list[float]], whole: str, alone: str) -> float:
+    """The share of 1 / (1/decode + 1/model) that the whole pipeline reaches, the median of the rounds."""
+    rounds = zip(rates[whole], rates["decoding alone"], rates[alone], strict=True)
+    return statistics.median(f * (1 / d + 1 / m) for f, d, m in rounds)
+
+
+def reduced(rates: dict[str, list[float]], precision: str) -> str:
+    """What less than fp32 gains, in a sentence."""
+    mine = rates[f"featx, {precision}"]
+    times = ", ".join(
+        f"{statistics.median(a / b for a, b in zip(mine, rates[peer], strict=True)):.2f} times {peer}"
+        for peer in ("featx", *PEERS)
+        if peer in rates
+    )
+    share = bound(rates, f"featx, {precision}", f"{precision} alone")
+    return f"- In {precision}: {times}; {share:.0%} of its own 1 / (1/decode + 1/model)."
 
 
 def page(results: dict[str, Any]) -> str:
@@ -280,17 +306,13 @@ def page(results: dict[str, Any]) -> str:
                 times = "" if label == "featx" or label.endswith("alone") else f"{ratio:.2f} times as fast"
                 out.append(f"| {label} | {rates[label]:.1f} ({min(values):.1f} - {max(values):.1f}) | {times} |")
         out += [f"| {label} | not measured | {why} |" for label, why in result["absent"].items()]
-        shares = [
-            f * (1 / d + 1 / m)
-            for f, d, m in zip(
-                *(result["rates"][k] for k in ("featx", "decoding alone", "onnxruntime alone")), strict=True
-            )
-        ]
+        shares = bound(result["rates"], "featx", "onnxruntime alone")
         roof = rates["matrix product"]
         alone, whole = (rates[label] * result["gflop"] / roof for label in ("onnxruntime alone", "featx"))
         out += [
             "",
-            f"- Against 1 / (1/decode + 1/model), each alone on all cores: {statistics.median(shares):.0%}.",
+            f"- Against 1 / (1/decode + 1/model), each alone on all cores: {shares:.0%}.",
+            *(reduced(result["rates"], p) for p in REDUCED if f"featx, {p}" in result["rates"]),
             f"- The network is {result['gflop']:.2f} GFLOP an image by direct convolution; an fp32 matrix product runs "
             f"at {roof:.0f} GFLOP/s. The model alone reaches {alone:.0%} of that, the whole pipeline {whole:.0%}; more "
             "than 100% is possible, since Winograd's convolutions multiply less.",
@@ -324,11 +346,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(networks), figsize=(3.2 * len(networks), 2.6), squeeze=False)
     for axis, (name, result) in zip(axes[0], networks.items(), strict=True):
         rates = {k: statistics.median(v) for k, v in result["rates"].items() if k != "matrix product"}
-        bound = 1 / (1 / rates.pop("decoding alone") + 1 / rates.pop("onnxruntime alone"))
+        limit = 1 / (1 / rates.pop("decoding alone") + 1 / rates.pop("onnxruntime alone"))
+        rates = {label: rate for label, rate in rates.items() if not label.endswith(" alone")}
         labels = list(rates)[::-1]
-        colours = ["#1f77b4" if label == "featx" else "#bbbbbb" for label in labels]
+        colours = ["#1f77b4" if label.startswith("featx") else "#bbbbbb" for label in labels]
         axis.barh(labels, [rates[label] for label in labels], color=colours)
-        axis.axvline(bound, color="black", linestyle=":", linewidth=1)
+        axis.axvline(limit, color="black", linestyle=":", linewidth=1)
         axis.set_title(f"{name}, images/s", fontsize=9)
         axis.tick_params(labelsize=7)
     figure.text(0.99, 0.01, "dotted: decoding and model alone, costs added", ha="right", fontsize=6)

@@ -119,7 +119,9 @@ def compare(name: str, photos: Path, count: int, rounds: int, device: str, folde
         f"DataLoader({cores}) + AMP + compile": lambda: usual(paths, name, device, cores),
         "backbone alone, eager AMP channels-last": lambda: eager(many, name, device),
         **{
-            f"backbone alone, featx {p}": partial(model_alone, many, name, cache / "alone", device=device, precision=p)
+            f"backbone alone, featx {p}": partial(
+                model_alone, many, folder / "data", name, cache / "alone", device=device, precision=p
+            )
             for p in precisions
         },
         "decoding alone, all cores": lambda: decode_alone(paths),

@@ -350,6 +350,16 @@ def difference(rows: np.ndarray, reference: np.ndarray) -> float:
     return float((np.abs(a - b).max(axis=1) / scale).max())
 
 
+def distances(rows: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Each image's distance between its two rows, `[N, D]` each, relative to the length of its reference: `[N]`.
+
+    A reference shorter than the median one (an almost black image's, say) counts as long as that.
+    """
+    lengths = np.linalg.norm(reference, axis=1)
+    scale = np.maximum(np.maximum(lengths, np.median(lengths)), np.finfo(np.float32).tiny)
+    return np.asarray(np.linalg.norm(rows - reference, axis=1) / scale)
+
+
 def cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The cosine between each row and its other, `[N, ...]` each -> `float64 [N]`; 1 for two rows of zeros."""
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (rows, others))

@@ -59,7 +59,8 @@ FILTERS = Together(warnings.catch_warnings)
 _one = threading.RLock()
 _torch_forked = False
 HAVE_THREADS: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Sessions of onnxruntime: in the child of a fork their threads are gone, and to free one would wait for them."""
+"""Sessions of onnxruntime and models of OpenVINO: in the child of a fork their threads are gone, and to free one would
+wait for them."""
 
 
 @contextmanager

@@ -256,9 +256,17 @@ def test_a_spec_that_lacks_a_field_of_version_1_is_refused() -> None:
         FeatureSpec.from_dict(values)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "float64"}, {"precision": "int8"}])
-def test_a_spec_of_another_precision_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(FeatxError, match="not "):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float64"}, "not 'float64'"),
+        ({"precision": "int4"}, "not 'int4'"),
+        ({"precision": "int8"}, "name their calibration"),
+        ({"calibration": "00" * 32, "engine": "openvino"}, "and no others"),
+    ],
+)
+def test_a_spec_of_another_precision_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FeatxError, match=message):
         replace(SPEC, **change)
 
 

@@ -16,9 +16,10 @@ from conftest import write_images
 from forks import run_in_a_fork
 
 import featx
-from featx.backbones.loading import load_backbone
+from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneRequest
 from featx.devices import available_threads, group_memory
+from featx.engines.opening import open_engine
 from featx.state import Together
 
 SMALL = {"backbone": "small:backbone_normed", "weights": "random"}
@@ -72,7 +73,9 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[np.nd
 
 def everything(images: Path, cache: Path) -> tuple[np.ndarray, np.ndarray]:
     """Features by torch, and a head that torch trains on them."""
-    features = featx.extract(images, **SMALL, precision="bf16", cache=cache)
+    request = BackboneRequest(SMALL["backbone"], SMALL["weights"])
+    engine = open_engine(request, resolve(request, cache), cache=cache, precision="bf16", engine="torch-cpu")
+    features = featx.extract(images, **SMALL, precision="bf16", cache=cache, engine=engine)
     head = featx.HeadClassifier("linear", settings={"epochs": 2, "weight_decay": 0.01})
     return features.X, head.fit(features.X, features.y).head_.weight
 

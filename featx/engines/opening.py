@@ -56,7 +56,7 @@ def open_engine(
     """
     fields_of()["precision"].check(precision)
     place = "cpu" if device == "auto" and engine in NEEDS and engine != "torch-cuda" else choose_device(device)
-    name = choose_engine(place, precision, engine, arithmetic() if native is None else native)
+    name = choose_engine(place, precision, engine, arithmetic() if native is None else native, installed())
 
     if name in ("onnxruntime", "openvino"):
         try:
@@ -77,22 +77,22 @@ def open_engine(
     return CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
 
 
-def choose_engine(place: str, precision: str, recorded: str | None, native: frozenset[str]) -> str:
+def choose_engine(place: str, precision: str, recorded: str | None, native: frozenset[str], has_openvino: bool) -> str:
     """The engine of a precision on a CPU or a GPU (`place`), where `recorded` computed the rows that are stored.
 
-    Raises `FeatxError` where none can run, or another than `recorded` would.
+    native: see `featx.devices.arithmetic`. Raises `FeatxError` where none can run, or another than `recorded` would.
     """
     if place == "cpu" and precision not in ON_CPU:
         raise FeatxError(f"{precision} is for GPUs and slow on a CPU; use bf16 or fp32")
     possible = ON_CPU[precision] if place == "cpu" else ("torch-cuda",)
     if recorded is not None and recorded in possible:
-        if recorded == "openvino" and not installed():
+        if recorded == "openvino" and not has_openvino:
             raise FeatxError(
                 "the features in the cache come from OpenVINO, which is not installed; "
                 'pip install "featx[openvino]", or use another --cache'
             )
         return recorded
-    name = next(name for name in possible if name != "openvino" or installed())
+    name = next(name for name in possible if name != "openvino" or has_openvino)
     if recorded is not None:
         raise FeatxError(_mismatch(recorded, name, NEEDS.get(recorded, "that engine")))
     if place == "cpu" and precision == "bf16" and precision not in native:

@@ -15,6 +15,7 @@ from featx.cache.store import FeatureStore
 from featx.devices import available_threads
 from featx.engines.engine import Engine
 from featx.extraction.embedding import embed, keep
+from featx.extraction.fidelity import faster, fidelity
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.loader import Loaded, Loader
@@ -25,6 +26,8 @@ from featx.extraction.timing import Timing
 from featx.features import Features
 from featx.options import Options, complete
 from featx.state import FILTERS, ordinary
+
+LONG = 20.0  # seconds of work, from which on a run may measure for some more what would have saved time
 
 
 def extract(
@@ -100,10 +103,12 @@ def compute(
         if not len(numbers):
             return
         begin = time.perf_counter()
-        if engine is None:
-            engine = stack.enter_context(closing(job.open_engine(stores)))
+        given, empty = engine, not any(map(len, stores))
+        engine = engine or stack.enter_context(closing(job.open_engine(stores)))
         for store in stores:
             store.computed_by(engine.name)
+        if empty and given is None and job.specs[0].precision != "fp32" and engine.name != "torch-cuda":
+            chunk.notes.append(fidelity(job, engine, stores, numbers))
         chunk.opening = time.perf_counter() - begin
 
         timing.begin(loader, gpu=engine.name == "torch-cuda")
@@ -116,7 +121,8 @@ def compute(
             chunk.extracted += batch.images
             bar.set_postfix_str(timing.update(loader).brief(), refresh=False)
 
-        timing.update(loader)
+        if timing.update(loader).bound()[0] == "embed" and timing.elapsed > LONG and given is None:
+            chunk.advice = faster(job, chunk.extracted / timing.elapsed)
     chunk.decoded_on_gpu, chunk.decode_cosine = loader.decoded_on_gpu, loader.cosine
 
 

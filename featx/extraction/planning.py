@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import platform
 import shutil
 import time
 from contextlib import closing, nullcontext
@@ -17,9 +14,10 @@ import numpy as np
 
 from featx.cache.index import KEY_BYTES
 from featx.cache.store import FeatureStore
-from featx.devices import available_threads, decoding_device
+from featx.devices import decoding_device
 from featx.engines.engine import Engine
 from featx.extraction.embedding import embed
+from featx.extraction.fidelity import faster, rates_path
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.loader import Loader
@@ -63,6 +61,8 @@ class Plan:
     backbone: str
     row_shape: list[int]
     notes: list[str]
+    advice: str = ""
+    """What other arithmetic would save here, from a measurement; empty where nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +76,7 @@ class Plan:
             lines.append(f"about {self.seconds:.0f} s at {rate}, {self.bytes / 1e6:.1f} MB of features")
         if self.exported_bytes:
             lines.append(f"the backbone is exported now: {self.exported_bytes / 1e6:.1f} MB in the cache, once")
+        lines += [self.advice] if self.advice else []
         if not self.enough:
             lines.append(f"the disk has {self.free / 1e6:.0f} MB free, which is not enough")
         return "\n".join(lines)
@@ -123,6 +124,7 @@ def plan(
         backbone=job.info.name,
         row_shape=list(job.info.row_shape),
         notes=list(job.source.notes),
+        advice=faster(job, rate) if len(missing) and engine is None else "",
     )
 
 
@@ -172,5 +174,4 @@ def recall_rate(job: Job) -> float | None:
 
 
 def _rate_path(job: Job) -> Path:
-    kind = [[spec.digest for spec in job.specs], job.threads, available_threads(), job.device, platform.node()]
-    return job.cache / "rates" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:32]}.json"
+    return rates_path(job, "run", job.threads, job.device)

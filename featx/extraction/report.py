@@ -109,6 +109,9 @@ class Chunk:
     """Seconds that opening the engine took."""
     decoded_on_gpu: int = 0
     decode_cosine: float | None = None
+    notes: list[str] = field(default_factory=list)
+    advice: str = ""
+    """What other arithmetic would save here."""
 
 
 def describe(
@@ -144,7 +147,7 @@ def describe(
         )
     if conflicts:
         notes.append(f"{len(conflicts)} images appear with the same bytes under several labels")
-    notes += [note for store in stores for note in store.notes]
+    notes += [note for store in stores for note in store.notes] + [note for note in chunk.notes if note]
     if job.info.preprocess.pixels == GPU and chunk.extracted and not chunk.decoded_on_gpu:
         notes.append("no image was decoded on the GPU: none was a baseline JPEG, or it refused them")
 
@@ -162,7 +165,7 @@ def describe(
         seconds={name: round(value, 3) for name, value in seconds.items()},
         shares=timing.shares if timing else {},
         used=round(timing.used, 3) if timing else 0.0,
-        advice=timing.advice() if timing else "",
+        advice="; ".join(text for text in (timing.advice() if timing else "", chunk.advice) if text),
         ignored_files=source.ignored,
         skipped_images=skipped,
         duplicates=[[source.ids[i] for i in same] for same in copies],

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from featx import metrics
 from featx.errors import ParityError
-from featx.features import cosines, difference
+from featx.features import cosines, difference, distances
 from featx.files import MOST_NETWORK_BYTES, read_plain, write_atomic
 from featx.head import MULTILABEL, Head, columns
 from featx.pixels.preprocess import CLOSE, GPU
@@ -319,16 +319,6 @@ def far(a: np.ndarray, b: np.ndarray) -> float:
 def _apart(head: Head, p: np.ndarray) -> float:
     """How far the probabilities of the classes that two answers differ in are from either answer."""
     return float(2 * np.abs(p - MULTILABEL).max() if head.activation == "sigmoid" else np.ptp(p))
-
-
-def distances(rows: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Each image's distance between its two rows, `[N, D]` each, relative to the length of its reference: `[N]`.
-
-    A reference shorter than the median one (an almost black image's, say) counts as long as that.
-    """
-    lengths = np.linalg.norm(reference, axis=1)
-    scale = np.maximum(np.maximum(lengths, np.median(lengths)), np.finfo(np.float32).tiny)
-    return np.asarray(np.linalg.norm(rows - reference, axis=1) / scale)
 
 
 def _cached(images: Images, head: Head, rows: ThreeWays) -> list[Check]:

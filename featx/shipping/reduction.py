@@ -13,6 +13,7 @@ import numpy as np
 from featx.devices import available_threads
 from featx.engines.int8 import quantized
 from featx.errors import ExportError
+from featx.features import distances
 from featx.head import Head
 from featx.options import Input, Reduced, Split
 from featx.runs import Run, open_run
@@ -20,7 +21,6 @@ from featx.shipping import graph
 from featx.shipping.deployed import open_session
 from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put, require_float
 from featx.shipping.gate import BATCH, CHANGED, IMAGES, LOST, Images, allowed_images, batches, gate_images
-from featx.shipping.parity import distances
 from featx.state import ordinary
 
 if TYPE_CHECKING:

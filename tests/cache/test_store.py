@@ -134,8 +134,10 @@ def test_another_engine_is_refused_with_what_to_do(tmp_path: Path) -> None:
         late.append(keys, rows)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2), ("fp16", 5e-3)])
-def test_a_store_says_how_far_rows_of_one_image_may_lie_apart(tmp_path: Path, precision: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", None)])
+def test_a_store_says_how_far_rows_of_one_image_may_lie_apart(
+    tmp_path: Path, precision: str, tolerance: float | None
+) -> None:
     with FeatureStore(tmp_path, replace(SPEC, precision=precision), engine="onnxruntime") as store:
         store.append(*table(3))
     assert json.loads((store.folder / "spec.json").read_text())["tolerance"] == tolerance

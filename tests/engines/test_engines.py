@@ -29,6 +29,8 @@ from featx.features import TOLERANCE, difference
 from featx.records import read_record, write_record
 
 REQUEST = calibrated("resnet18")
+BF16, FP16 = 3e-2, 5e-3
+"""The largest `difference` of this network's rows from fp32's."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_every_engine_agrees_with_eager_torch_for_any_batch(
     whole = np.concatenate([opened(images[start : start + 4]) for start in range(0, len(images), 4)])
     assert whole.dtype == np.float32
     assert whole.shape == (len(images), 512)
-    assert difference(whole, eager) <= TOLERANCE[precision]
+    assert difference(whole, eager) <= (TOLERANCE if precision == "fp32" else BF16)
     if precision != "fp32":
         assert difference(whole, eager) > TOLERANCE  # else it would be fp32 under another name
     # alone, in another place of the batch and beside other images: the same row, bit for bit
@@ -90,7 +92,7 @@ def test_every_engine_agrees_with_eager_torch_for_any_batch(
 def test_rows_depend_on_the_image(eager: np.ndarray) -> None:
     """The tolerances mean something only where images differ by much more."""
     apart = [difference(eager[i : i + 1], eager[j : j + 1]) for i in range(9) for j in range(i)]
-    assert min(apart) > TOLERANCE["bf16"]
+    assert min(apart) > BF16
     assert np.abs(eager).max() > 1
 
 
@@ -348,7 +350,7 @@ def test_weights_that_changed_since_they_were_resolved_are_an_error(tmp_path: Pa
     ("options", "message"),
     [
         ({"device": "gpu"}, "device is auto, cpu"),
-        ({"precision": "int8"}, "precision is one of"),
+        ({"precision": "int4"}, "precision is one of"),
         ({"precision": "fp16", "device": "cpu"}, "use bf16"),
         ({"engine": "tensorrt"}, "come from the engine tensorrt, and here .* would run"),
     ],
@@ -396,7 +398,7 @@ def test_the_gpu_agrees_with_the_cpu(precision: str, images: np.ndarray, eager: 
     engine = CudaEngine(load_backbone(REQUEST), "cuda:0", precision, 4)
     calls = [engine.submit(images[start : start + 4]) for start in range(0, 9, 4)]
     rows = np.concatenate([call() for call in calls])
-    assert difference(rows, eager) <= TOLERANCE[precision]
+    assert difference(rows, eager) <= {"fp32": TOLERANCE, "bf16": BF16, "fp16": FP16}[precision]
     assert np.array_equal(np.concatenate([engine(image[None]) for image in images]), rows)
     there = torch.from_numpy(images).to("cuda:0")  # as a decoder on the GPU leaves them
     calls = [engine.submit(there[start : start + 4].clone()) for start in range(0, 9, 4)]

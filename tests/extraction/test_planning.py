@@ -14,12 +14,16 @@ from conftest import COLOURS, ColourEngine, write_images
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
 from featx.cache.store import FeatureStore
+from featx.engines.opening import open_engine
 from featx.errors import FeatxError, StoreError
 from featx.extraction import pipeline
+from featx.extraction.fidelity import faster, fidelity, rates_path
+from featx.extraction.job import prepare
 from featx.extraction.pipeline import sync
 from featx.extraction.planning import plan
 from featx.extraction.timing import Timing
-from featx.options import Options
+from featx.options import Options, complete
+from featx.records import write_record
 
 
 def files(folder: Path) -> list[str]:
@@ -189,3 +193,32 @@ def test_the_progress_bar_shows_the_bottleneck(
     assert len(shown) == 40 // 4
     assert all(text.split()[0] in ("read", "decode", "embed", "store") and text.endswith("%") for text in shown)
     assert np.all([float(text.split()[1].rstrip("%")) <= 100 for text in shown])
+
+
+def test_the_dry_run_says_how_much_time_bf16_would_save_from_what_was_measured(
+    tiny: Path, tmp_path: Path, engine: ColourEngine
+) -> None:
+    """Of 1/50 s an image 1/80 s is the backbone's: with 1/400 s instead, half of the time is left."""
+    job, native = prepare(tiny, COLOURS, complete({"cache": tmp_path})), frozenset({"bf16"})
+    write_record(rates_path(job, "backbone", ["bf16"]), {"fp32": 80.0, "bf16": 400.0})
+    assert faster(job, 50.0, native) == (
+        "this processor multiplies bf16: --precision bf16 would take about 50% of the time "
+        "(measured: the backbone runs 400 images/s, 80 in fp32)"
+    )
+    assert faster(job, 10.0, native) == ""  # decoding takes the time
+    assert faster(job, 50.0, frozenset({"int8"})) == ""
+
+
+def test_a_run_in_less_than_fp32_says_how_far_its_rows_are_from_fp32s(tiny: Path, tmp_path: Path) -> None:
+    backbone = BackboneRequest("small:backbone_normed", weights="random")
+    job = prepare(tiny, backbone, complete({"cache": tmp_path, "precision": "bf16"}))
+    engine = open_engine(backbone, job.info, cache=tmp_path, precision="bf16", engine="torch-cpu")
+    said = fidelity(job, engine, job.open_stores(), np.arange(12))
+    found = re.fullmatch(
+        r"bf16 features of 12 images are ([\d.]+)% of their length from fp32's at the median, ([\d.]+)% at most; "
+        r"smallest cosine ([\d.]+)",
+        said,
+    )
+    assert found is not None
+    median, most, cosine = map(float, found.groups())
+    assert 0 < median <= most < 3 and 0.999 < cosine <= 1
