@@ -14,6 +14,7 @@ from featx.devices import arithmetic, available_threads
 from featx.engines import int8
 from featx.engines.engine import Engine
 from featx.engines.onnx import backbone_onnx
+from featx.engines.opening import ON_CPU
 from featx.engines.openvino import installed
 from featx.errors import ExportError, FeatxError, ImageError, SourceError
 from featx.extraction.keys import KeyTable
@@ -38,20 +39,23 @@ def int8_fields(
 ) -> dict[str, Any]:
     """The fields of a spec that say how its int8 features are computed: `calibration` and `engine`.
 
-    engine: what the caller has brought to run the int8 backbone. Raises `FeatxError` before any image is read where
-    int8 cannot be computed here (features that are in the cache can be read anywhere), and `StoreError` where the
-    calibration that was asked for is not in the cache.
+    engine: what the caller has brought to run the int8 backbone. Rows that one engine began are continued by it.
+    Raises `FeatxError` before any image is read where int8 cannot be computed here (features that are in the cache can
+    be read anywhere), and `StoreError` where the calibration that was asked for is not in the cache.
     """
     if info.preprocess.pixels == GPU or options["device"].startswith("cuda"):
         raise FeatxError("int8 is for CPUs; leave out --device cuda and --decode gpu, or use --precision bf16 or fp16")
     name = engine.name if engine else options["runtime"]
-    name = ("openvino" if installed() else "onnxruntime") if name == "auto" else name
+    possible = ON_CPU["int8"] if name == "auto" else (name,)
     digest = int8.find(cache, info, options["calibration"])
-    if digest:
-        spec = info.spec(precision="int8", dtype=options["dtype"], calibration=digest, engine=name)
+    for begun in possible if digest else ():
+        spec = info.spec(precision="int8", dtype=options["dtype"], calibration=digest, engine=begun)
         if (cache / "features" / spec.folder_name).exists():
-            return {"calibration": digest, "engine": name}
+            return {"calibration": digest, "engine": begun}
 
+    if name == "openvino" and not installed():
+        raise FeatxError('OpenVINO is not installed; pip install "featx[openvino]", or leave out --runtime openvino')
+    name = next(each for each in possible if each != "openvino" or installed())
     if engine is None and "int8" not in arithmetic():
         raise FeatxError(
             "this processor has no integer dot product (AMX, AVX-VNNI, AVX512-VNNI, or Arm's), so int8 would be no "
