@@ -76,7 +76,7 @@ def find(cache: Path, info: BackboneInfo, asked: str) -> str | None:
         listed = ", ".join(digest[:12] for digest in mine) or "none"
         raise StoreError(
             f"{what} {asked!r} in {_folder(cache)}; there are {listed}. Bring the folder from where the features were "
-            "computed, or have --calibration new make another one, whose features are cached apart"
+            "computed, or make another one by --calibration new, whose features are cached apart"
         )
     return found[0]
 
@@ -87,8 +87,8 @@ def calibrated(cache: Path, digest: str) -> Path:
     if not intact(path, {"sha256": digest}):
         what = "is damaged" if path.exists() else "is missing"
         raise StoreError(
-            f"the calibration {path} {what}; bring the same file from another cache or a backup, or have "
-            "--calibration new make another one, whose features are cached apart"
+            f"the calibration {path} {what}; bring the same file from another cache or a backup, or make "
+            "another one by --calibration new, whose features are cached apart and need heads of their own"
         )
     return path
 
