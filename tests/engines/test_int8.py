@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("int8")
     calibrate(write_images(root / "data", per_class=12), NORMED, root / "cache")
     return root / "cache"
+
+
+@pytest.fixture
+def own(cache: Path, tmp_path: Path) -> Path:
+    """A cache with the exported backbone alone, to be changed."""
+    return shutil.copytree(cache, tmp_path / "cache", ignore=shutil.ignore_patterns("calibrations"))
 
 
 @pytest.fixture
@@ -84,16 +91,16 @@ def test_rows_do_not_depend_on_the_batch_or_on_the_threads(cache: Path, digest: 
         )
 
 
-def test_the_same_images_give_the_same_bytes(cache: Path, digest: str, tmp_path: Path) -> None:
+def test_the_same_images_give_the_same_bytes(cache: Path, own: Path, digest: str) -> None:
     """So two processes that make one at once, or one again after a kill, end with one artefact."""
-    assert calibrate(cache.parent / "data", NORMED, tmp_path / "other") == digest
-    (tmp_path / "other" / "calibrations" / f"{digest}.json").unlink()  # killed before it was written
-    assert int8.find(tmp_path / "other", resolve(NORMED, cache), "auto") is None
-    assert calibrate(cache.parent / "data", NORMED, tmp_path / "other") == digest
+    assert calibrate(cache.parent / "data", NORMED, own) == digest
+    (own / "calibrations" / f"{digest}.json").unlink()  # killed before it was written
+    assert int8.find(own, resolve(NORMED, cache), "auto") is None
+    assert calibrate(cache.parent / "data", NORMED, own) == digest
 
 
-def test_a_data_set_that_grows_keeps_its_calibration_until_a_new_one_is_asked_for(tmp_path: Path) -> None:
-    data, cache = write_images(tmp_path / "data", per_class=9), tmp_path / "cache"
+def test_a_data_set_that_grows_keeps_its_calibration_until_a_new_one_is_asked_for(own: Path, tmp_path: Path) -> None:
+    data, cache = write_images(tmp_path / "data", per_class=9), own
     later = [data / name / f"{i:03d}.png" for name in ("cold", "warm") for i in (6, 7, 8)]
     for file in later:
         file.rename(tmp_path / f"{file.parent.name}{file.name}")
@@ -209,8 +216,8 @@ def test_arithmetic_of_sizes_stays_as_it_is(tmp_path: Path) -> None:
     assert int8.arithmetic_of_sizes(helper.make_model(graph)) == ["shape", "side", "size", "wanted"]
 
 
-def test_a_fit_whose_int8_features_cost_log_loss_is_refused_with_both_figures(tmp_path: Path) -> None:
-    data, cache = write_images(tmp_path / "data", per_class=20), tmp_path / "cache"
+def test_a_fit_whose_int8_features_cost_log_loss_is_refused_with_both_figures(own: Path, tmp_path: Path) -> None:
+    data, cache = write_images(tmp_path / "data", per_class=20), own
     calibrate(data, NORMED, cache)
     given = Options(cache=cache, precision="int8", weights="random")
     message = r"int8 against fp32 on \d\d training images, 5 folds: log-loss 0\.\d+ against 0\.\d+ \(\+.*fp32"
@@ -219,8 +226,8 @@ def test_a_fit_whose_int8_features_cost_log_loss_is_refused_with_both_figures(tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fit_keeps_what_int8_costs_and_its_run_keeps_the_calibration(tmp_path: Path) -> None:
-    data, cache = write_images(tmp_path / "data", per_class=20), tmp_path / "cache"
+def test_a_fit_keeps_what_int8_costs_and_its_run_keeps_the_calibration(own: Path, tmp_path: Path) -> None:
+    data, cache = write_images(tmp_path / "data", per_class=20), own
     digest = calibrate(data, NORMED, cache)
     given = Options(cache=cache, precision="int8", weights="random")
     run = featx.fit(data, NORMED, engine=engine_of(cache, digest), output=tmp_path / "run", **given)
