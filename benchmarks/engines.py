@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import pickle
 import shutil
 import statistics
 import subprocess
@@ -20,15 +20,14 @@ import time
 import warnings
 from pathlib import Path
 
-from extraction import machine, say
-
-from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
 from featx.devices import arithmetic
 from featx.engines.engine import Engine
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
 from featx.engines.openvino import OpenVinoEngine
-from featx.extraction.pipeline import sync
+from featx.extraction.job import Job, prepare
+from featx.extraction.pipeline import run
+from featx.options import complete
 
 OPENVINO = "bf16" if "bf16" in arithmetic() else "fp32"
 TEXT = """\
@@ -46,28 +45,31 @@ reading it back takes as long as compiling.
 """
 
 
-def measure(photos: Path, name: str, cache: Path, engine: str) -> None:
-    """One extraction in this process; prints its peak and the seconds that opening took."""
-    request = BackboneRequest(name, weights="random")
-    model = backbone_onnx(request, resolve(request, cache), cache)
+def measure(pickled: Path, engine: str) -> None:
+    """One extraction in this process, without torch; prints its peak and the seconds that opening took."""
+    job: Job = pickle.loads(pickled.read_bytes())
+    model = backbone_onnx(job.request, job.info, job.cache)
     begin = time.perf_counter()
     opened: Engine = OnnxEngine(accelerated(model)) if engine == "onnxruntime" else OpenVinoEngine(model, OPENVINO)
     seconds = time.perf_counter() - begin
-    sync(photos, request, cache=cache, engine=opened)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    run(job, opened)
+    assert "torch" not in sys.modules
+    # not getrusage, whose peak counts the process that started this one
+    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
     print(json.dumps({"peak": peak, "opening": seconds}))
 
 
 def rows(photos: Path, name: str, rounds: int) -> list[str]:
     found: dict[str, list[dict[str, float]]] = {"onnxruntime": [], "openvino": []}
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        request = BackboneRequest(name, weights="random")
-        accelerated(backbone_onnx(request, resolve(request, cache), cache))
+        pickled = Path(folder) / "job"
+        job = prepare(photos, BackboneRequest(name, weights="random"), complete({"cache": folder}))
+        pickled.write_bytes(pickle.dumps(job))
+        accelerated(backbone_onnx(job.request, job.info, job.cache))
         for _ in range(rounds):
             for engine, values in found.items():
-                shutil.rmtree(cache / "features", ignore_errors=True)
-                command = [sys.executable, __file__, str(photos), "--networks", name, "--one", engine, str(cache)]
+                shutil.rmtree(job.cache / "features", ignore_errors=True)
+                command = [sys.executable, __file__, str(photos), "--one", engine, str(pickled)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 values.append(json.loads(done.stdout.splitlines()[-1]))
 
@@ -88,12 +90,14 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=["resnet18", "resnet50", "squeezenet1_1"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "JOB"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.one:
-        measure(options.photos, options.networks[0], Path(options.one[1]), options.one[0])
+        measure(Path(options.one[1]), options.one[0])
         return
+    from extraction import machine, say  # which imports torch
+
     lines: list[str] = []
     for name in options.networks:
         say(name)

@@ -18,7 +18,9 @@ from featx.state import HAVE_THREADS, one_at_a_time
 # Said to OpenVINO in every case, since by itself it takes bf16 wherever the processor has it. An int8 file says where
 # it is int8; what is left of it is float32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-PIECE = 8  # images: of 16 the activations take half as much memory again, for no gain in fp32
+# Images in a piece, for the memory of activations: in fp32 an extraction with SqueezeNet takes 1.5 times what it takes
+# by onnxruntime, of 8 images 1.75 times. In bf16 and int8 they are half as large, or less.
+PIECE = {"fp32": 4, "bf16": 8, "int8": 8}
 
 
 class OpenVinoEngine(PiecewiseEngine):
@@ -36,7 +38,7 @@ class OpenVinoEngine(PiecewiseEngine):
         self, model: Path, precision: str = "bf16", batch_size: int | None = None, threads: int | None = None
     ) -> None:
         self.model, self.hint = model, HINTS[precision]
-        super().__init__(PIECE, batch_size, threads)
+        super().__init__(PIECE[precision], batch_size, threads)
 
     @one_at_a_time()
     def _open(self) -> None:
