@@ -145,11 +145,6 @@ def fit(
     (`featx.measuring.quantised`), and `RunError` where a run would be overwritten.
     """
     asked = complete(options, function=fit)
-    if finetune is not None and asked["precision"] == "int8":
-        raise HeadError(
-            "fine-tuning does not begin in int8: leave --precision out, then fit on the tuned weights, "
-            "--weights RUN/model.safetensors --precision int8"
-        )
     settings = learning.check_settings(head, settings or {})
     limit = memory_for_features() if memory is None else memory
     learns, source = learning.module(head).LEARNS, open_source(data)
@@ -187,7 +182,12 @@ def fit(
 def extracted_once(
     data: Data, backbone: Backbone, engine: Engine | None, options: dict[str, Any], finetune: FinetuneConfig | None
 ) -> Extraction:
-    """`sync`, by one process where several train together."""
+    """`sync`, by one process where several train together. Raises `HeadError` for fine-tuning in int8."""
+    if finetune is not None and options["precision"] == "int8":
+        raise HeadError(
+            "fine-tuning does not begin in int8: leave --precision out, then fit on the tuned weights, "
+            "--weights RUN/model.safetensors --precision int8"
+        )
     world = World.join(options["device"]) if finetune is not None and processes() > 1 else None
     if world and not world.leads:
         world.wait()  # the leader extracts; the others then find everything cached
