@@ -140,9 +140,8 @@ def fit(
     (heads with `STREAMS`). engine, options: as for `featx.extract`; a head learns from the augmented `views` of an
     image, too.
 
-    Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
-    where there is nothing to learn from, where int8 costs more log-loss than chance explains
-    (`featx.measuring.quantised`), and `RunError` where a run would be overwritten.
+    Only training images choose anything; validation and test images are for measuring. Raises `HeadError` where
+    there is nothing to learn from or int8 costs too much (`int8_cost`), `RunError` where a run would be overwritten.
     """
     asked = complete(options, function=fit)
     settings = learning.check_settings(head, settings or {})
@@ -172,8 +171,7 @@ def fit(
     if len(views) > 1:
         values |= measured_averages(extracted, features, fitted.head)
         values |= measured_gain(views, features, head, limit, chosen) if gain else {}
-    if features.spec.precision == "int8":
-        values |= int8_cost(extracted, features, head, fitted.head, chosen)
+    values |= int8_cost(extracted, features, head, fitted.head, chosen)
 
     runs.start(path, config, overwrite=overwrite)
     return finish(path, extracted, features, fitted.head, values, learns)

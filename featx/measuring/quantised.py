@@ -59,7 +59,8 @@ class Int8Cost:
 def int8_cost(
     extraction: Extraction, features: Features, name: str, head: Head, chosen: dict[str, Any]
 ) -> dict[str, Any]:
-    """`report.json`: what int8 costs on up to 2,000 training images, those with the smallest keys.
+    """`report.json`: what int8 costs on up to 2,000 training images, those with the smallest keys; empty for a run that
+    is not int8.
 
     fp32's rows come from the cache, or are computed. A head that learns is fitted again in each fold, with `chosen`,
     the keyword arguments of `learning.learn`; another answers for all images as it is.
@@ -67,6 +68,8 @@ def int8_cost(
     Raises `HeadError` where the log-loss is worse by more than its interval. Nothing but a note where there are too few
     images to hold any out.
     """
+    if features.spec.precision != "int8":
+        return {}
     train = np.flatnonzero(features.splits == "train")
     _, first = np.unique(features.keys[train].view("V32").ravel(), return_index=True)
     numbers = train[first[:IMAGES]]
