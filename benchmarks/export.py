@@ -28,13 +28,14 @@ import torch
 
 from featx import fit
 from featx.backbones.loading import load_backbone, resolve
+from featx.engines.int8 import quantized
 from featx.engines.onnx import backbone_onnx
 from featx.head import Head
 from featx.runs import open_run
 from featx.shipping import graph, prediction, reduction
 from featx.shipping.deployed import Model, open_session
 from featx.shipping.exporting import export
-from featx.shipping.gate import gate_images
+from featx.shipping.gate import batches, gate_images
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1")
 BATCHES = (1, 32)
@@ -59,9 +60,11 @@ def engines(name: str, run: Path, rounds: int) -> Iterator[dict[str, Any]]:
     crop = info.preprocess.crop
     source = backbone_onnx(request, info, cache)
     model = graph.build(graph.load(source), opened.head, info.preprocess, input="tensor", outputs=("probabilities",))
-    calibration = gate_images(opened, reduction.CALIBRATION, "train")
-    small = reduction.quantized(source, calibration)
-    int8 = graph.build(small, opened.head, info.preprocess, input="tensor", outputs=("probabilities",))
+    images = batches(gate_images(opened, reduction.CALIBRATION, "train"))
+    small = quantized(source, (np.stack([crop for _, crop in batch]) for batch in images))
+    int8 = graph.build(
+        graph.parse(small, source), opened.head, info.preprocess, input="tensor", outputs=("probabilities",)
+    )
     data, int8_data = model.SerializeToString(), int8.SerializeToString()
 
     module = load_backbone(request).module.eval()

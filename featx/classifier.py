@@ -10,7 +10,7 @@ import torch
 
 from featx.backbones.backbone import Backbone
 from featx.backbones.loading import load_backbone
-from featx.errors import WeightsError
+from featx.errors import RunError, WeightsError
 from featx.head import Head
 from featx.pixels.preprocess import Preprocess
 from featx.runs import Run, open_run
@@ -53,13 +53,19 @@ class Classifier:
 
 @ordinary()
 def load(run: str | Path | Run, *, factory: str | None = None, weights: str | Path | None = None) -> Classifier:
-    """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed.
+    """The classifier of a run's folder. Raises `WeightsError` where its backbone's weights have changed, and `RunError`
+    for an int8 run.
 
     factory: the `package.module:function` that made the backbone. Where the run names one, it is imported only if it
     is named here, too (`RunError`). weights: the file with the run's weights, where that lies elsewhere now; without
     it, a renamed file is found by its content in the folder where it was. Other weights are a `WeightsError`.
     """
     opened = open_run(run, factory, weights)
+    if opened.config.spec.precision == "int8":
+        raise RunError(
+            f"{opened.path} was fitted on int8 features, which torch does not compute; use `featx export` and "
+            "`featx.predict`, or fit without --precision int8"
+        )
     backbone, fitted_on = load_backbone(opened.request), opened.config.backbone.weights_digest
     if backbone.info.weights_digest != fitted_on:
         raise WeightsError(

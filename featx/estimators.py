@@ -45,6 +45,8 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         device: str = "auto",
         precision: str = "fp32",
         dtype: str = "float32",
+        calibration: str = "auto",
+        runtime: str = "auto",
         batch_size: int | None = None,
         workers: int | None = None,
         decode: str = "exact",

@@ -137,6 +137,12 @@ class FeatureSpec(Identity):
         return f"{name}-{self.digest[:16]}"
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The options of an extraction that gives features of this arithmetic again."""
+        own = {"calibration": self.calibration, "runtime": self.engine} if self.precision == "int8" else {}
+        return {"precision": self.precision, "dtype": self.dtype, **own}
+
+    @property
     def tolerance(self) -> float | None:
         """How far two rows of one image may lie apart, as computed; a store records it beside the spec."""
         return TOLERANCE if self.precision == "fp32" else None

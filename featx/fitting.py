@@ -25,6 +25,7 @@ from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.heads import pretrained
 from featx.measuring.evaluation import Report, evaluate_logits
+from featx.measuring.quantised import int8_cost
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, Preprocessing, complete, fields_of, home
 from featx.solvers.examples import Examples
@@ -139,8 +140,8 @@ def fit(
     (heads with `STREAMS`). engine, options: as for `featx.extract`; a head learns from the augmented `views` of an
     image, too.
 
-    Only training images choose anything; validation and test images are for measuring. Raises `HeadError`
-    where there is nothing to learn from and `RunError` where a run would be overwritten.
+    Only training images choose anything; validation and test images are for measuring. Raises `HeadError` where
+    there is nothing to learn from or int8 costs too much (`int8_cost`), `RunError` where a run would be overwritten.
     """
     asked = complete(options, function=fit)
     settings = learning.check_settings(head, settings or {})
@@ -170,6 +171,7 @@ def fit(
     if len(views) > 1:
         values |= measured_averages(extracted, features, fitted.head)
         values |= measured_gain(views, features, head, limit, chosen) if gain else {}
+    values |= int8_cost(extracted, features, head, fitted.head, chosen)
 
     runs.start(path, config, overwrite=overwrite)
     return finish(path, extracted, features, fitted.head, values, learns)
@@ -178,7 +180,12 @@ def fit(
 def extracted_once(
     data: Data, backbone: Backbone, engine: Engine | None, options: dict[str, Any], finetune: FinetuneConfig | None
 ) -> Extraction:
-    """`sync`, by one process where several train together."""
+    """`sync`, by one process where several train together. Raises `HeadError` for fine-tuning in int8."""
+    if finetune is not None and options["precision"] == "int8":
+        raise HeadError(
+            "fine-tuning does not begin in int8: leave --precision out, then fit on the tuned weights, "
+            "--weights RUN/model.safetensors --precision int8"
+        )
     world = World.join(options["device"]) if finetune is not None and processes() > 1 else None
     if world and not world.leads:
         world.wait()  # the leader extracts; the others then find everything cached

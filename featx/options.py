@@ -25,6 +25,7 @@ Decode = Literal["exact", "fast", "gpu"]
 Split = Literal["train", "val", "test"]
 Input = Literal["pixels", "tensor", "features"]
 Reduced = Literal["int8", "fp16"]
+Runtime = Literal["auto", "onnxruntime", "openvino"]
 Criterion = Literal["accuracy", "log_loss"]
 Interpolation = Literal["bilinear", "bicubic"]
 CropMode = Literal["center", "squash", "border", "pad"]
@@ -76,6 +77,17 @@ class Shared(Running, Preprocessing, total=False):
     cache: Annotated[str | Path, Option("cache", "Cache folder.")]
     precision: Annotated[Precision, Option("fp32", "Arithmetic of the backbone; each has features of its own.")]
     dtype: Annotated[StoredDtype, Option("float32", "How features are stored.")]
+    calibration: Annotated[
+        str,
+        Option(
+            "auto",
+            "int8: auto (the cache's newest for this backbone, else a new one), new, or 8 or more hex digits of one.",
+            pattern=r"auto|new|[0-9a-f]{8,64}",
+        ),
+    ]
+    runtime: Annotated[
+        Runtime, Option("auto", "int8: what computes the features; by default openvino where it is installed.")
+    ]
     decode: Annotated[
         Decode,
         Option(

@@ -90,6 +90,17 @@ class Gained(TypedDict):
     averaged_gain: dict[str, Gain]
 
 
+class Int8Compared(TypedDict):
+    """`Int8Cost.to_dict`."""
+
+    images: int
+    folds: int
+    int8: Score
+    fp32: Score
+    differences: dict[str, Gain]
+    passed: bool
+
+
 class Epoch(TypedDict):
     epoch: int
     loss: NotRequired[float | None]
@@ -133,6 +144,8 @@ class Fitted(TypedDict):
     averaged_views: NotRequired[Measured]
     views: NotRequired[Gained]
     views_note: NotRequired[str]
+    int8: NotRequired[Int8Compared]
+    int8_note: NotRequired[str]
     files: NotRequired[dict[str, str]]
     """The SHA-256s of the files beside it."""
 
@@ -150,6 +163,7 @@ class Compared(TypedDict):
     sha256: str
     images: int
     equal_labels: int
+    method: NotRequired[str]
     checks: NotRequired[dict[str, Checked]]
 
 

@@ -25,7 +25,7 @@ from featx.errors import FeatxError, RunError
 from featx.extraction.job import Backbone, Data
 from featx.extraction.pipeline import sync
 from featx.extraction.result import Extraction
-from featx.features import Features, groups
+from featx.features import Features, FeatureSpec, groups
 from featx.files import read_plain, write_atomic
 from featx.fitting import fit
 from featx.head import columns
@@ -184,9 +184,9 @@ def _point(
         request = run.request
         extraction = sync(place.source, request, engine=engine, **options)
         features = extraction.features(memory=place.memory)
-    right, spec = _held_out(run, extraction, features, head, settings, place), features.spec.digest
-    if spec not in place.speeds:
-        place.speeds[spec] = place.speeds.get(name) or _speed(request, info, place)
+    right, spec = _held_out(run, extraction, features, head, settings, place), features.spec
+    if spec.digest not in place.speeds:
+        place.speeds[spec.digest] = place.speeds.get(name) or _speed(request, info, spec, place)
     interval = measured.get("intervals", {}).get("accuracy", {})
     point = Point(
         name=name,
@@ -201,7 +201,7 @@ def _point(
         low=interval.get("low"),
         high=interval.get("high"),
         log_loss=measured.get("log_loss"),
-        images_per_second=place.speeds[spec],
+        images_per_second=place.speeds[spec.digest],
         megabytes=_megabytes(request, info, run, Path(options["cache"])),
         parameters=info.parameters,
         fit_seconds=measured["fit"]["seconds"],
@@ -265,8 +265,9 @@ def _compared(found: list[tuple[Point, np.ndarray | None]], by: str) -> list[Poi
     return ranked
 
 
-def _speed(request: BackboneRequest, info: BackboneInfo, place: _Place) -> float:
-    options = {name: place.options[name] for name in ("device", "precision", "batch_size")}
+def _speed(request: BackboneRequest, info: BackboneInfo, spec: FeatureSpec, place: _Place) -> float:
+    options: dict[str, Any] = {name: place.options[name] for name in ("device", "precision", "batch_size")}
+    options |= {"calibration": spec.calibration, "engine": spec.engine or None}
     if place.engine:
         return measure_speed(place.engine, info.preprocess.crop)
     with contextlib.closing(open_engine(request, info, cache=Path(place.options["cache"]), **options)) as engine:

@@ -12,7 +12,7 @@ from typing import Any
 from featx.errors import BackboneError
 from featx.features import FeatureSpec
 from featx.identity import Identity
-from featx.options import Precision, Preprocessing, StoredDtype, fields_of, home, plain
+from featx.options import Preprocessing, fields_of, home, plain
 from featx.pixels.preprocess import Preprocess
 from featx.records import convert
 from featx.text import near
@@ -141,8 +141,6 @@ class BackboneInfo(Identity):
     license: str = ""
     """The weights' licence, where their publisher states one."""
 
-    def spec(
-        self, *, view: str = "center", precision: Precision = "fp32", dtype: StoredDtype = "float32"
-    ) -> FeatureSpec:
-        """The identity of the features that this backbone gives."""
-        return FeatureSpec(self.name, self.weights_digest, self.layer, self.preprocess, view, precision, dtype)
+    def spec(self, **computed: Any) -> FeatureSpec:
+        """The identity of the features that this backbone gives. computed: the other fields of `FeatureSpec`."""
+        return FeatureSpec(self.name, self.weights_digest, self.layer, self.preprocess, **computed)

@@ -207,7 +207,10 @@ backbone_options = options_of(
     preprocessing_options,
 )
 extraction_options = options_of(
-    *map(option, ("cache", "device", "precision", "dtype", "batch_size", "workers", "views", "decode"))
+    *map(
+        option,
+        ("cache", "device", "precision", "calibration", "runtime", "dtype", "batch_size", "workers", "views", "decode"),
+    )
 )
 
 

@@ -34,31 +34,37 @@ parity_options = options_of(
 @click.option("--tolerance", type=float, help="Limit for probabilities, through the file's resize; by default 0.05.")
 @click.option(
     "--precision",
-    default="fp32",
     type=click.Choice(["fp32", *get_args(Reduced)]),
-    help="int8 and fp16 (for GPUs) are written only if they are faster here and lose few right answers.",
+    help="By default int8 for an int8 run, fp32 for others, of which int8 and fp16 (for GPUs) files are written only "
+    "if they are faster here and lose few right answers.",
 )
 @click.option("--max-loss", default=0.5, help="int8, fp16: points of accuracy that may be lost.")
 @click.option("--max-changed", default=5.0, help="int8, fp16: answers that may change, in points of the images.")
 @click.option("--provider", "providers", multiple=True, help="int8, fp16: execution provider to measure speed on.")
 @run_options
 @json_option
-def export(run: str, outputs: str | None, precision: Literal["fp32"] | Reduced, as_json: bool, **options: Any) -> int:
+def export(
+    run: str, outputs: str | None, precision: Literal["fp32"] | Reduced | None, as_json: bool, **options: Any
+) -> int:
     """Write RUN as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
     The comparison is written beside it as parity.json. A file that exceeds a limit is not written.
     """
-    from featx.shipping.exporting import DEFAULT, export
+    from featx.runs import open_run
+    from featx.shipping.exporting import DEFAULT, export, require_float
 
     options["outputs"] = tuple(name.strip() for name in outputs.split(",")) if outputs else None
     tolerance, providers = options.pop("tolerance"), list(options.pop("providers"))
     limits = {name: options.pop(name) for name in ("max_loss", "max_changed")}
-    if precision != "fp32":
+    opened = open_run(run)
+    if precision not in (None, opened.config.spec.precision):
+        require_float(opened)
+    if precision in ("int8", "fp16") and opened.config.spec.precision != "int8":
         from featx.shipping.reduction import export_reduced
 
-        show(export_reduced(run, precision, **limits, providers=providers or None, **options), as_json)
+        show(export_reduced(opened, precision, **limits, providers=providers or None, **options), as_json)
         return DONE
-    show(export(run, tolerance=tolerance, **options), as_json)
+    show(export(opened, tolerance=tolerance, **options), as_json)
     if not as_json:
         echo(printable(options["output"] or os.path.join(run, DEFAULT[options["input"]])))
     return DONE

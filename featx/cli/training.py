@@ -136,13 +136,15 @@ def summary(report: dict[str, Any]) -> str:
     """A run's `report.json` for people."""
     from featx.extraction.report import ExtractionReport
     from featx.measuring.evaluation import Report
+    from featx.measuring.quantised import Int8Cost
     from featx.measuring.views import Gain
 
     lines = [ExtractionReport(**report["extract"]).text()]
     lines += [Report.from_dict(report).text()] if report["count"] else report["notes"]
-    notes = [*report["fit"].get("notes", []), *filter(None, [report.get("views_note")])]
+    notes = [*report["fit"].get("notes", []), *(report[name] for name in ("views_note", "int8_note") if name in report)]
     lines += [f"note: {note}" for note in notes]
     lines += [Gain.from_dict(report["views"]).text()] if "views" in report else []
+    lines += [Int8Cost.from_dict(report["int8"]).text()] if "int8" in report else []
     return "\n".join(lines)
 
 

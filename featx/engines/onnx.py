@@ -113,7 +113,7 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     path = Path(cache) / "engines" / f"{digest}.onnx"
     libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "onnxscript", "onnxruntime")}
     known = _recorded(path)
-    if _intact(path, known):
+    if intact(path, known):
         return path
     if "never" in known and known.get("libraries") == libraries:
         raise UnexportableError(known["never"])
@@ -121,7 +121,7 @@ def backbone_onnx(request: BackboneRequest, info: BackboneInfo, cache: Path) -> 
     module = loaded(request, info).module
     known = {"graph": graph, "libraries": libraries}
     try:
-        _keep(path, to_onnx(module, info), known)
+        keep(path, to_onnx(module, info), known)
     except UnexportableError as error:
         with contextlib.suppress(OSError):  # without a record the next run tries again
             write_record(path.with_suffix(".json"), {**known, "never": str(error)})
@@ -153,17 +153,17 @@ def accelerated(model: Path, tolerance: float = TOLERANCE / 2, clock: Callable[[
     if known.get("of") != made_of["of"]:
         known = {}
     gains = dict(known.get("gains", {}))
-    if here in gains and (gains[here] < WORTH or _intact(path, known)):
+    if here in gains and (gains[here] < WORTH or intact(path, known)):
         return path if gains[here] >= WORTH else model
 
     with contextlib.suppress(OSError):  # disk full or read-only: this run uses the export, and the next tries again
-        if not _intact(path, known):
+        if not intact(path, known):
             data = _rewritten(model)
             _remove_revisions(model)
             if not data:
                 write_record(path.with_suffix(".json"), made_of | {"plain": True})
                 return model
-            known = _keep(path, data, made_of)
+            known = keep(path, data, made_of)
         gain = _gain(model, path, tolerance, clock)
         if gain is not None:
             gains[here] = gain
@@ -228,14 +228,15 @@ def _rows_of_noise(graph: Path | bytes) -> np.ndarray:
     return rows
 
 
-def _intact(path: Path, known: dict[str, Any]) -> bool:
+def intact(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a graph has the SHA-256 of its record, and all its weights."""
     with contextlib.suppress(OSError, ValueError):
         data = read_plain(path, MOST_NETWORK_BYTES)
         return hashlib.sha256(data).hexdigest() == known.get("sha256") and not scan(data).side_files
     return False
 
 
-def _keep(path: Path, data: bytes, known: dict[str, Any]) -> dict[str, Any]:
+def keep(path: Path, data: bytes, known: dict[str, Any]) -> dict[str, Any]:
     """Write a graph, and then its record, without which it is made again; returns the record. Raises `OSError`."""
     with contextlib.suppress(OSError):  # leftovers of a killed run are large
         sweep(path.parent)

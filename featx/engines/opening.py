@@ -9,6 +9,7 @@ from featx.backbones.loading import loaded
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.devices import arithmetic, choose_device
 from featx.engines.engine import CPU_BATCH, Engine
+from featx.engines.int8 import calibrated
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
 from featx.engines.openvino import OpenVinoEngine, installed
 from featx.errors import ExportError, FeatxError
@@ -33,6 +34,7 @@ def open_engine(
     cache: Path,
     device: str = "auto",
     precision: str = "fp32",
+    calibration: str = "",
     batch_size: int | None = None,
     engine: str | None = None,
     threads: int | None = None,
@@ -43,9 +45,10 @@ def open_engine(
     On a GPU torch. On a CPU onnxruntime for fp32, OpenVINO for bf16 where it is installed; torch for bf16 otherwise,
     and where the export fails.
 
-    device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, or
-    `fp16` on a GPU. batch_size: 32 on a CPU; on a GPU the largest of 256, 128, ... that fits its memory.
-    engine: the name of the one that filled a store. threads: for the arithmetic on a CPU, by default one per core.
+    device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:1`. precision: `fp32`, `bf16`, `int8` on a CPU
+    or `fp16` on a GPU. calibration: for int8, the SHA-256 of the quantised backbone. batch_size: 32 on a CPU; on a GPU
+    the largest of 256, 128, ... that fits its memory. engine: the name of the one that filled a store, or, for int8,
+    that its spec names. threads: for the arithmetic on a CPU, by default one per core.
     native: what the processor multiplies, in place of `featx.devices.arithmetic()`.
 
     Raises `FeatxError` for an unknown precision, fp16 on a CPU, bf16 on a CPU that does not multiply it (unless torch
@@ -57,10 +60,10 @@ def open_engine(
 
     if name in ("onnxruntime", "openvino"):
         try:
-            model = backbone_onnx(request, info, cache)
+            model = calibrated(cache, calibration) if calibration else backbone_onnx(request, info, cache)
             if name == "openvino":
                 return OpenVinoEngine(model, precision, batch_size, threads)
-            return OnnxEngine(accelerated(model), batch_size, threads)
+            return OnnxEngine(model if calibration else accelerated(model), batch_size, threads)
         except ExportError as error:
             if engine is not None:
                 mismatch = _mismatch(engine, "torch-cpu", "the versions that exported it")

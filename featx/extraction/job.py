@@ -17,6 +17,7 @@ from featx.cache.store import FeatureStore
 from featx.devices import available_threads, choose_device, decoding_device
 from featx.engines.engine import Engine
 from featx.engines.opening import open_engine
+from featx.extraction.calibrating import int8_fields
 from featx.extraction.loader import Loaded, Loader
 from featx.features import FeatureSpec
 from featx.options import home, plain
@@ -69,8 +70,9 @@ class Job:
             cache=self.cache,
             device=self.device,
             precision=self.specs[0].precision,
+            calibration=self.specs[0].calibration,
             batch_size=self.batch_size,
-            engine=recorded,
+            engine=recorded or self.specs[0].engine or None,
         )
 
     def load(self, loader: Loader, numbers: np.ndarray, engine: Engine) -> Generator[Loaded]:
@@ -82,8 +84,10 @@ class Job:
         return GpuDecoder(loader, self.device, engine)(numbers)
 
 
-def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
-    """Resolve the backbone, list the images; options: all of `featx.options.Options`.
+def prepare(data: Data, backbone: Backbone, options: dict[str, Any], engine: Engine | None = None) -> Job:
+    """Resolve the backbone, list the images; options: all of `featx.options.Options`; engine: the caller's own, if any.
+
+    For int8, find the calibration, or make it, which decodes up to 512 images.
 
     Raises `SourceError`, `BackboneError`, and `FeatxError` for a GPU that is not here.
     """
@@ -99,7 +103,10 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any]) -> Job:
         info = resolve(request, cache)
     source = open_source(data)
     names = view_names(options["seed"], options["views"])
-    specs = tuple(info.spec(view=name, precision=options["precision"], dtype=options["dtype"]) for name in names)
+    computed = {name: options[name] for name in ("precision", "dtype")}
+    if options["precision"] == "int8":
+        computed |= int8_fields(source, request, info, cache, options, engine)
+    specs = tuple(info.spec(view=name, **computed) for name in names)
     seconds = time.perf_counter() - begin
     return Job(
         source, request, info, specs, cache, options["device"], options["batch_size"], options["workers"], seconds

@@ -51,7 +51,7 @@ def sync(
     An interrupted run keeps what it has computed. Raises `FeatxError` for invalid options, `SourceError`
     where no image can be read, `BackboneError`, `StoreError`.
     """
-    return run(prepare(data, backbone, complete(options, function=sync)), engine)
+    return run(prepare(data, backbone, complete(options, function=sync), engine), engine)
 
 
 @ordinary()

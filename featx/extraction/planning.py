@@ -90,7 +90,7 @@ def plan(
 
     Where no run of this kind is remembered, a sample is measured: that opens, and so may export, the backbone.
     """
-    job = prepare(data, backbone, complete(options, function=plan))
+    job = prepare(data, backbone, complete(options, function=plan), engine)
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
     table.read_missing(READ_BYTES)
 

@@ -16,7 +16,7 @@ from featx.extraction.pipeline import sync
 from featx.features import Features, LazyRows, groups, taken
 from featx.measuring.views import scores
 from featx.metrics import Estimate
-from featx.options import Options, count, listed, plain
+from featx.options import count, listed, plain
 from featx.records import convert, write_record
 from featx.runs import Run, open_run
 from featx.solvers.examples import Examples
@@ -148,8 +148,7 @@ def _features(run: Run, device: str, memory: float) -> tuple[Features, Sequence[
     """A run's features, and its training images' rows in each view. Raises `RunError` where they have changed."""
     config = run.config
     spec = config.spec
-    asked = Options(seed=config.seed, views=config.views, precision=spec.precision, dtype=spec.dtype, device=device)
-    asked["cache"] = config.cache
+    asked = {"seed": config.seed, "views": config.views, "device": device, "cache": config.cache, **spec.asked}
     extraction = sync(config.data, run.request, **asked)
     features = extraction.features(memory=memory)
     if features.spec != spec or features.digest != config.data_digest:

@@ -165,7 +165,7 @@ def evaluate(
     asked = complete(options, Running, evaluate)
     opened = open_run(run, factory, weights)
     spec, head = opened.config.spec, opened.head
-    asked |= {"precision": spec.precision, "dtype": spec.dtype, "cache": cache or opened.config.cache}
+    asked |= {**spec.asked, "cache": cache or opened.config.cache}
     source = open_source(data)
     _require_known(opened, source)
     extraction = sync(source, opened.config.backbone if engine else opened.request, engine=engine, **asked)

@@ -12,6 +12,7 @@ from featx.errors import FeatxError, RunError
 from featx.extraction.report import COUNTS
 from featx.features import Features
 from featx.measuring.curve import Curve
+from featx.measuring.quantised import Int8Cost
 from featx.metrics import SCORES
 from featx.records import read_record
 from featx.reporting import gallery, plots
@@ -216,6 +217,7 @@ def _configuration(material: RunMaterial) -> Table:
         "layer": f"{backbone.layer} {list(backbone.row_shape)}",
         "pixels": f"short side {crop.resize}, crop {crop.crop}, {crop.interpolation}, {crop.pixels}",
         "features": f"{config.spec.precision}, stored as {config.spec.dtype}",
+        "calibration": f"{config.spec.calibration[:16]}, run by {config.spec.engine}",
         "views": config.views,
         "head": config.head,
         "settings": json.dumps(config.settings, ensure_ascii=False),
@@ -224,6 +226,10 @@ def _configuration(material: RunMaterial) -> Table:
     for name, value in report["fit"].items():
         if isinstance(value, (int, float, str)) and name != "epochs":  # the settings have it
             rows[f"fit: {name.replace('_', ' ')}"] = f"{value:.4g}" if isinstance(value, float) else value
+    if config.spec.precision != "int8":
+        del rows["calibration"]
+    if "int8" in report:
+        rows["int8 or fp32"] = Int8Cost.from_dict(report["int8"]).text()
     if report["train_accuracy"] is not None:
         rows["training accuracy"] = f"{report['train_accuracy']:.3f}"
     return Table(["setting", "value"], [[name, material.clean(str(value))] for name, value in rows.items()])

@@ -26,7 +26,7 @@ LICENSES = {
     "mit", "mpl-2.0", "openrail", "unlicense",
 }  # fmt: skip
 FILES = {
-    "model.onnx": "the classifier, for onnxruntime: pixels in, probabilities out, verified against the torch model",
+    "model.onnx": "the classifier, for onnxruntime: pixels in, probabilities out, verified before it was written",
     "model-tensor.onnx": "the same for images that are resized and cropped already",
     "head.onnx": "the head alone, for the features of an exported model",
     "parity.json": "what was compared to verify model.onnx, and its SHA-256",
@@ -127,7 +127,11 @@ def _parity(run: Run) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} is damaged ({error}); export again") from error
     apart = [check["value"] for name, check in found.get("checks", {}).items() if name.endswith("probabilities")]
-    return {"equal_labels": found["equal_labels"], "images": found["images"], "apart": max(apart, default=0.0)}
+    other, how = "the torch model", "at most"
+    if found.get("method") == "cached":
+        other, how = "the int8 features that the head was fitted on", "on average"
+    counts = {name: found[name] for name in ("equal_labels", "images")}
+    return counts | {"apart": max(apart, default=0.0), "other": other, "how": how}
 
 
 def _escaped(value: Any) -> Any:

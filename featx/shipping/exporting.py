@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featx import __version__
+from featx.engines.int8 import calibrated
 from featx.engines.onnx import backbone_onnx
 from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, ParityError
@@ -19,7 +20,7 @@ from featx.pixels.preprocess import Preprocess
 from featx.records import write_record
 from featx.runs import Run, is_export, is_record, open_run, record_of
 from featx.seals import SEAL, escape, seal
-from featx.shipping import card, graph, parity
+from featx.shipping import card, graph, int8, parity
 from featx.shipping.deployed import FORMAT, read_model
 from featx.shipping.gate import IMAGES, gate_images
 from featx.shipping.parity import Parity
@@ -50,6 +51,8 @@ def export(
 ) -> Parity:
     """Write a run as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
+    An int8 run's file has the backbone that computed its features, byte for byte, and is compared with their answers.
+
     output: the file, by default `model.onnx` in the run's folder (`model-tensor.onnx`, `head.onnx`); what
     was compared is written beside it as `parity.json` (`<name>.parity.json`). input: `pixels` (`uint8 [N, H, W,
     3]` of any size), `tensor` (`uint8 [N, 3, crop, crop]`) or `features` (the head alone). outputs: some
@@ -70,17 +73,21 @@ def export(
     parts = graph.part_digests(model.graph)
 
     chosen = gate_images(opened, images, split, data)
-    found = parity.verify(opened, model, chosen, tolerance=tolerance, parts=parts)
+    if own := precision(opened, input) == "int8":
+        found = int8.verify(opened, model, chosen, tolerance=tolerance)
+    else:
+        found = parity.verify(opened, model, chosen, tolerance=tolerance, parts=parts)
     if not found.passed:
+        advice = _advice_int8(opened) if own else _advice(found)
         raise ParityError(
             f"the file does not answer as the classifier does, on {found.images} images: "
-            f"{found.failures()} Nothing was written. {_advice(found)}"
+            f"{found.failures()} Nothing was written. {advice}"
         )
 
     known = {"split": chosen.split}
     short = {name: getattr(found, name) for name in ("images", "accuracy", "torch_accuracy", "equal_labels")} | known
     short |= {check.name.replace(" ", "_"): check.value for check in found.checks[1:]}
-    put(model, path, metadata(opened, model, input, parts, short), found.to_dict() | known)
+    put(model, path, metadata(opened, model, input, parts, short, precision(opened, input)), found.to_dict() | known)
     if path == opened.path / DEFAULT["pixels"]:
         card.write(opened)
     return found
@@ -105,8 +112,8 @@ def check(
     path, opened = Path(home(model)), open_run(run, factory, weights)
     data, described = read_model(path)
     proto = graph.parse(data, path)
-    if described.get("precision", "fp32") != "fp32":
-        raise ExportError(f"{path} is {described['precision']}: it was compared with fp32 when it was made, not torch")
+    if (own := described.get("precision", "fp32")) != precision(opened, described["input"]):
+        raise ExportError(f"{path} is {own}: it was compared with fp32 when it was made, not torch")
 
     parts, spec = graph.part_digests(proto.graph), opened.config.spec
     outputs = tuple(value.name for value in proto.graph.output)
@@ -123,7 +130,8 @@ def check(
     if wrong := [what for what, found in differs.items() if found]:
         raise ParityError(f"{path}: {'; '.join(wrong)}; export it again")
 
-    found = parity.verify(opened, proto, gate_images(opened, images, split))
+    chosen = gate_images(opened, images, split)
+    found = int8.verify(opened, proto, chosen) if own == "int8" else parity.verify(opened, proto, chosen)
     if not found.passed:
         raise ParityError(f"{path} does not answer as the run's classifier does: {found.failures()}")
     return found
@@ -135,8 +143,24 @@ def build(run: Run, input: Input, outputs: tuple[str, ...] | None) -> ModelProto
     return graph.build(backbone, run.head, run.config.spec.preprocess, input=input, outputs=outputs)
 
 
+def precision(run: Run, input: str) -> str:
+    """The arithmetic of a run's file: an int8 run's is int8, as its features are; all others are float32."""
+    return "int8" if run.config.spec.precision == "int8" and input != "features" else "fp32"
+
+
+def require_float(run: Run) -> None:
+    """Raise `ExportError` for an int8 run, where a file in another precision is asked for."""
+    if run.config.spec.precision == "int8":
+        raise ExportError(
+            f"{run.path} was fitted on int8 features, and its head knows no others: its file is int8, and `featx "
+            "export` without --precision writes it. For a file in another precision, fit without --precision int8"
+        )
+
+
 def backbone_path(run: Run) -> Path:
-    """The run's backbone as an ONNX file, exported where it is missing."""
+    """The run's backbone as an ONNX file, exported where it is missing; an int8 run's is its calibration."""
+    if calibration := run.config.spec.calibration:
+        return calibrated(Path(run.config.cache), calibration)
     return backbone_onnx(run.request, run.config.backbone, Path(run.config.cache))
 
 
@@ -228,6 +252,14 @@ def contract(run: Run, input: str) -> str:
         f"{p.target} to {p.resize} pixels ({p.interpolation}, antialiased), crops the centre to {p.crop} x {p.crop}"
         f"{p.beyond}, and {done}"
     )
+
+
+def _advice_int8(run: Run) -> str:
+    if (engine := run.config.spec.engine) != "onnxruntime":
+        return (
+            f"The features were computed by {engine}, and onnxruntime rounds otherwise: fit with --runtime onnxruntime"
+        )
+    return "--input tensor leaves the resize to Pillow; else fit with --precision fp32, or another --calibration"
 
 
 def _advice(found: Parity) -> str:

@@ -26,6 +26,8 @@ IMAGES = 2000
 BATCH = 32
 CHANGED = 5.0
 """Answers that less precise arithmetic may change, in points of the images."""
+LOST = 0.5
+"""Right answers that it may lose, likewise."""
 ALLOWED_IMAGES = 2
 """Right answers that it may lose, and answers it may change, on any number of images: chance alone moves some."""
 
@@ -72,7 +74,7 @@ def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | 
     """
     limit = count("images", limit)
     config, spec = run.config, run.config.spec
-    extraction = sync(data or config.data, run.request, cache=config.cache, precision=spec.precision, dtype=spec.dtype)
+    extraction = sync(data or config.data, run.request, cache=config.cache, **spec.asked)
     features = extraction.features(memory=memory_for_features())
     if features.spec != spec:
         raise ExportError(

@@ -95,11 +95,13 @@ class Parity:
     images: int
     method: str
     """`file`: every image went through the file and through torch. `head`: the backbone was verified on the same
-    images before; only the head was run, on the features found then."""
+    images before; only the head was run, on the features found then. `cached`: an int8 run's file, compared with the
+    head's answers for the cached features."""
     accuracy: float | None
     """The file's; where an image may have several labels, all must be right. None where the head may have
     learned from these images (`Images.known`)."""
     torch_accuracy: float | None
+    """The torch classifier's; an int8 run's, by its cached features."""
     equal_labels: int
     """Images for which the file's answer is the torch classifier's."""
     ties: list[str] = field(default_factory=list)
@@ -126,11 +128,12 @@ class Parity:
     def text(self) -> str:
         """For people."""
         how = "the head alone, its backbone being verified" if self.method == "head" else "from file to label"
+        other = "int8 features in the cache" if self.method == "cached" else "torch classifier"
         scores = "no accuracy: the data have changed since the fit, and the head may have learned from these images"
         if self.accuracy is not None:
-            scores = f"accuracy of the file {self.accuracy:.4f}, of the torch classifier {self.torch_accuracy:.4f}"
+            scores = f"accuracy of the file {self.accuracy:.4f}, of the {other} {self.torch_accuracy:.4f}"
         equal = f"equal answers {self.equal_labels} of {self.images}"
-        lines = [f"compared with the torch classifier on {self.images} images, {how}", scores, equal]
+        lines = [f"compared with the {other} on {self.images} images, {how}", scores, equal]
         width = max(len(check.name) for check in self.checks)
         for check in self.checks:
             value, limit = (
@@ -231,12 +234,12 @@ def compare(
     probabilities, in [0, 1], instead of `PROBABILITIES`, and that in features where it is above `FEATURES`. Raises
     `ParityError` for weights so large that single precision cannot give their answers.
     """
-    size = _sum_of_sizes(head, rows.torch)
+    size = sum_of_sizes(head, rows.torch)
     logits, own = head(rows.torch), head(rows.exported)
     probabilities, same = head.probabilities(logits), head.probabilities(head(rows.same))
     # Features have a limit of their own; if a head with large weights magnifies a difference within it, that is
     # not the file's fault.
-    exact = min(ROUNDING, max(SAME_PROBABILITIES, _far(head.probabilities(own), same) + SAME_SUM * size / 2))
+    exact = min(ROUNDING, max(SAME_PROBABILITIES, far(head.probabilities(own), same) + SAME_SUM * size / 2))
 
     mine, theirs, alike = (head.answers(p) for p in (file["probabilities"], probabilities, same))
     others = np.flatnonzero((mine != theirs).any(axis=1)).tolist()
@@ -249,16 +252,16 @@ def compare(
         checks += [
             Check("pixels", float(rows.levels.max()), float(LEVELS)),
             Check("features", float(distances(rows.exported, rows.torch).max()), max(FEATURES, tolerance or 0.0)),
-            Check("probabilities", _far(file["probabilities"], probabilities), most),
+            Check("probabilities", far(file["probabilities"], probabilities), most),
         ]
     checks += [
         Check("same-pixel features", difference(rows.exported, rows.same), SAME_FEATURES),
-        Check("same-feature logits", _far(file["logits"], own), SAME_SUM * size),
-        Check("same-pixel probabilities", _far(file["probabilities"], same), exact),
+        Check("same-feature logits", far(file["logits"], own), SAME_SUM * size),
+        Check("same-pixel probabilities", far(file["probabilities"], same), exact),
         *_cached(images, head, rows),
     ]
     # a cache that was emptied may hold another engine's features today
-    checks += _as_reported(images, head, _far(head(images.cached), logits) + SAME_FEATURES * size)
+    checks += as_reported(images, head, far(head(images.cached), logits) + SAME_FEATURES * size)
 
     right = [float(images.right(head.class_names, answers).mean()) for answers in (mine, theirs)]
     ids = images.source.ids
@@ -270,12 +273,12 @@ def compare(
         equal_labels=len(ids) - len(others),
         ties=[ids[i] for i in tied],
         differing=[ids[i] for i in others if i not in tied],
-        max_logit_difference=_far(file["logits"], logits),
+        max_logit_difference=far(file["logits"], logits),
         checks=checks,
     )
 
 
-def _sum_of_sizes(head: Head, rows: np.ndarray) -> float:
+def sum_of_sizes(head: Head, rows: np.ndarray) -> float:
     """What the sizes of a logit's terms add up to, the largest of all logits."""
     with np.errstate(over="ignore"):
         size = float((np.abs(rows) @ np.abs(head.weight.T) + np.abs(head.bias)).max())
@@ -288,7 +291,7 @@ def _sum_of_sizes(head: Head, rows: np.ndarray) -> float:
     return size
 
 
-def _as_reported(images: Images, head: Head, apart: float) -> list[Check]:
+def as_reported(images: Images, head: Head, apart: float) -> list[Check]:
     """The accuracy and the log-loss of the cached features, measured as by `fit`, against `report.json`'s.
 
     apart: how far two computations of a logit may be from each other, and so decide near ties.
@@ -309,7 +312,7 @@ def _as_reported(images: Images, head: Head, apart: float) -> list[Check]:
     return checks
 
 
-def _far(a: np.ndarray, b: np.ndarray) -> float:
+def far(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 

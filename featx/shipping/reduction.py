@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from featx.devices import available_threads
+from featx.engines.int8 import quantized
 from featx.errors import ExportError
 from featx.features import distances
 from featx.head import Head
@@ -21,8 +19,8 @@ from featx.options import Input, Reduced, Split
 from featx.runs import Run, open_run
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
-from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put
-from featx.shipping.gate import BATCH, CHANGED, IMAGES, Images, allowed_images, batches, gate_images
+from featx.shipping.exporting import DEFAULT, backbone_path, free_path, metadata, put, require_float
+from featx.shipping.gate import BATCH, CHANGED, IMAGES, LOST, Images, allowed_images, batches, gate_images
 from featx.state import ordinary
 
 if TYPE_CHECKING:
@@ -107,7 +105,7 @@ def export_reduced(
     images: int = IMAGES,
     split: Split = "val",
     data: str | Path | None = None,
-    max_loss: float = 0.5,
+    max_loss: float = LOST,
     max_changed: float = CHANGED,
     providers: list[str] | None = None,
     factory: str | None = None,
@@ -125,6 +123,7 @@ def export_reduced(
     opened = open_run(run, factory, weights)
     if precision not in PRECISIONS:
         raise ExportError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
+    require_float(opened)
     if input == "features":
         raise ExportError("a head alone stays in float: there is no backbone to make smaller")
     path = free_path(opened, output, DEFAULT[input].replace(".onnx", f"-{precision}.onnx"))
@@ -138,7 +137,8 @@ def export_reduced(
 
     head, source = opened.head, backbone_path(opened)
     if precision == "int8":
-        small = quantized(source, gate_images(opened, CALIBRATION, "train", data))
+        ranges = batches(gate_images(opened, CALIBRATION, "train", data))
+        small = graph.parse(quantized(source, (np.stack([crop for _, crop in batch]) for batch in ranges)), source)
     else:
         small = halved(graph.load(source))
     model, fp32 = (
@@ -153,28 +153,6 @@ def export_reduced(
     entries = metadata(opened, model, input, graph.part_digests(model.graph), record, precision)
     put(model, path, entries, record)
     return found
-
-
-def quantized(backbone: Path, images: Images) -> ModelProto:
-    """The backbone in int8: weights per channel, activations by their range over calibration images.
-
-    Static QDQ. Activations are unsigned and weights signed, the pair that x86 processors multiply fastest. Weights
-    have 7 bits: of 8 bits, the sum of two products does not fit into the 16 bits that processors without VNNI have
-    for it, and the file would answer otherwise there (with SqueezeNet, for 11 of 153 photographs instead of 2).
-    """
-    import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    inputs = ({"images": np.stack([crop for _, crop in batch])} for batch in batches(images))
-    reader = SimpleNamespace(get_next=lambda: next(inputs, None))
-    with tempfile.TemporaryDirectory(prefix="featx-int8-") as folder:
-        prepared, result = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
-        quant_pre_process(str(backbone), prepared, skip_symbolic_shape=True)
-        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        form = {"quant_format": QuantFormat.QDQ, "per_channel": True, "reduce_range": True}
-        quantize_static(prepared, result, reader, **form, **types)
-        return onnx.load(result)
 
 
 def halved(backbone: ModelProto) -> ModelProto:
@@ -192,7 +170,7 @@ def measure(
     head: Head,
     *,
     precision: str,
-    max_loss: float = 0.5,
+    max_loss: float = LOST,
     max_changed: float = CHANGED,
     providers: list[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
