@@ -118,8 +118,12 @@ def rows_of(photos: Path, name: str, weights: str, folder: Path) -> Iterator[str
     prepared = folder / "prepared.onnx"
     quant_pre_process(str(backbone_onnx(request, info, cache)), str(prepared), skip_symbolic_shape=True)
 
-    base = losses(features, features.X)
+    nodes, base = onnx.load(prepared), losses(features, features.X)
+    depthwise = any(a.name == "group" and a.i > 1 for node in nodes.graph.node for a in node.attribute)
+    there = {"sizes": arithmetic_of_sizes(nodes), "depthwise": depthwise}
     for way, changed in {"fp32": None, **WAYS}.items():
+        if changed and not all(there.get(part, True) for part in (*changed, changed.get("float", ""))):
+            continue  # the network has nothing of the kind
         if changed is None:
             X, shown = features.X, ["", "", ""]
         else:
