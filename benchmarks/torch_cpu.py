@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -56,21 +57,27 @@ it is asked for, by `--precision bf16`.
 """
 
 
-def compiled(engine: CpuEngine, **options: Any) -> None:
+def compiled(engine: CpuEngine) -> None:
     """torch.compile of the prepared module, for batches of one size."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    with inductor.patch(fx_graph_cache=False, **options):
-        engine.module = torch.compile(engine.module, dynamic=False)  # type: ignore[assignment]
+    with inductor.patch(fx_graph_cache=False):
+        engine.module = torch.compile(engine.module, dynamic=False)
         engine(np.zeros((1, *engine.images.shape[1:]), np.uint8))
+
+
+def constants(engine: CpuEngine) -> None:
+    """torch.compile with frozen weights, as featx does it."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="error"):
+        engine.compile(Path(folder))
 
 
 def frozen(engine: CpuEngine) -> None:
     """TorchScript, frozen and prepared for inference: weights packed for oneDNN."""
     with torch.inference_mode(False), torch.no_grad():
         traced = torch.jit.trace(engine.module, engine.images)  # type: ignore[no-untyped-call]
-        engine.module = torch.jit.optimize_for_inference(torch.jit.freeze(traced))  # type: ignore[assignment]
+        engine.module = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
         for _ in range(3):  # it optimises itself in the first calls
             engine.module(engine.images)
 
@@ -78,7 +85,7 @@ def frozen(engine: CpuEngine) -> None:
 WAYS: dict[str, Callable[[CpuEngine], None]] = {
     TODAY: lambda engine: None,
     "torch.compile": compiled,
-    "torch.compile, frozen weights": lambda engine: compiled(engine, freezing=True),
+    "torch.compile, frozen weights": constants,
     "TorchScript, frozen": frozen,
 }
 

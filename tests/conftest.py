@@ -160,7 +160,12 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> ColourEngine:
         return replace(COLOURS, name=f"custom/{request.name}", layer=request.layer, preprocess=preprocess)
 
     monkeypatch.setattr("featx.extraction.job.resolve", resolve)
-    monkeypatch.setattr("featx.extraction.job.open_engine", lambda *a, **k: made)
+
+    def opened(*_: object, images: int, **__: object) -> ColourEngine:
+        made.announced = images
+        return made
+
+    monkeypatch.setattr("featx.extraction.job.open_engine", opened)
     return made
 
 

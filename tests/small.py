@@ -70,6 +70,14 @@ class Branching(Small):
         return x if bool((x > 0).any()) else -x
 
 
+class Deciding(nn.Module):
+    """Asks for a value on its way; a row is the image's mean colour, and compiled it is larger by two millionths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3)) * (1 + 2e-6 if torch.compiler.is_compiling() else 1)
+        return x if float(x[0, 0]) > -1 else -x
+
+
 def _seeded(make: type[nn.Module], **options: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -106,6 +114,10 @@ def backbone_fixed() -> Made:
 
 def backbone_branching() -> Made:
     return _backbone(_seeded(Branching, norm=True))
+
+
+def backbone_deciding() -> tuple[nn.Module, Preprocess]:
+    return Deciding(), Preprocess(resize=36, crop=32)
 
 
 def backbone_normed() -> Made:

@@ -274,13 +274,13 @@ def to_onnx(module: Any, info: BackboneInfo) -> bytes:
     reasons, lasting = [], True
     for capture in (False, True) if size < LARGE_BYTES else (True, False):
         try:
-            with _quiet():
+            with quiet():
                 model = export(module, images[:2], capture)
             strip(model)
             data: bytes = model.SerializeToString()
             apart = difference(_rows_of_noise(data), reference)
         except Exception as error:  # the exporters let any error of their stages through
-            reasons.append(_reason(error))
+            reasons.append(reason(error))
             lasting = lasting and _lasting(error)
             continue
         if apart <= TOLERANCE:
@@ -322,7 +322,7 @@ def _lasting(error: BaseException) -> bool:
     return of_exporter or kind.__name__ in ("NotImplementedError", "NotImplemented", "InvalidGraph")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first cause of an error in one line, without colours."""
     error = _root(error)
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
@@ -341,7 +341,7 @@ def strip(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporter's progress, advice and deprecation notes off the terminal."""
     disabled = logging.root.manager.disable
     with FILTERS, warnings.catch_warnings(action="ignore"):

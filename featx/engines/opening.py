@@ -38,6 +38,7 @@ def open_engine(
     batch_size: int | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    images: int = 0,
     native: frozenset[str] | None = None,
 ) -> Engine:
     """Open the engine that runs this backbone here. A fixed rule chooses it, since it decides a row's last bits.
@@ -49,6 +50,7 @@ def open_engine(
     or `fp16` on a GPU. calibration: for int8, the SHA-256 of the quantised backbone. batch_size: 32 on a CPU; on a GPU
     the largest of 256, 128, ... that fits its memory. engine: the name of the one that filled a store, or, for int8,
     that its spec names. threads: for the arithmetic on a CPU, by default one per core.
+    images: how many it will run, if known: for many, a network that only torch can run on a CPU is compiled first.
     native: what the processor multiplies, in place of `featx.devices.arithmetic()`.
 
     Raises `FeatxError` for an unknown precision, fp16 on a CPU, bf16 on a CPU that does not multiply it (unless torch
@@ -69,12 +71,15 @@ def open_engine(
                 mismatch = _mismatch(engine, "torch-cpu", "the versions that exported it")
                 raise FeatxError(f"{error}; {mismatch}") from error
             warnings.warn(f"{error}; torch runs it instead, slower", RuntimeWarning, stacklevel=2)
-    from featx.engines.torch import CpuEngine, CudaEngine
+    from featx.engines.torch import PAYS, CpuEngine, CudaEngine
 
     backbone = loaded(request, info)
     if name == "torch-cuda":
         return CudaEngine(backbone, place, precision, batch_size)
-    return CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
+    cpu = CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
+    if precision == "fp32" and images >= PAYS * cpu.threads:
+        cpu.compile(cache / "engines")
+    return cpu
 
 
 def choose_engine(place: str, precision: str, recorded: str | None, native: frozenset[str], has_openvino: bool) -> str:

@@ -6,7 +6,11 @@ import contextlib
 import copy
 import functools
 import itertools
+import shlex
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +18,19 @@ import torch
 from torch import nn
 
 from featx.backbones.backbone import Backbone, Trunk
+from featx.engines.onnx import quiet, reason
 from featx.errors import FeatxError
-from featx.state import ordinary, torch_threads
+from featx.features import TOLERANCE, difference
+from featx.files import aside_name, make_folder, sweep
+from featx.state import one_at_a_time, ordinary, torch_threads
+from featx.text import printable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_BATCH = 256
+# Images per thread from which on a run compiles its network. With two threads compiling paid from 240 to 930 images on
+# (docs/benchmarks/torch-cpu.md): twice that, since a run that just gets its start-up back has gained nothing. More
+# threads make the images faster, but not the compiler, which is one thread.
+PAYS = 1000
 
 
 class CpuEngine:
@@ -32,6 +44,7 @@ class CpuEngine:
     def __init__(self, backbone: Backbone, precision: str, batch_size: int, threads: int | None = None) -> None:
         self.batch_size = batch_size
         self.threads = torch_threads(threads)
+        self.module: Callable[[torch.Tensor], torch.Tensor]
         self.module = prepared(backbone.module, DTYPES[precision], torch.device("cpu"))
         crop = backbone.info.preprocess.crop
         self.images = torch.zeros((batch_size, 3, crop, crop), dtype=torch.uint8)
@@ -49,6 +62,29 @@ class CpuEngine:
         finally:
             torch.set_num_threads(before)
         return np.array(rows[: len(images)].numpy())
+
+    @one_at_a_time()
+    @ordinary()
+    def compile(self, folder: Path, tolerance: float = TOLERANCE) -> None:
+        """Compile the network, its weights as constants; where that fails, a warning says why, and it runs as before.
+
+        folder: of the cache; see `_compiling`. tolerance: how far rows may be from those before, see `difference`.
+        """
+        eager = self.module
+        noise = np.random.default_rng(0).integers(0, 256, self.images.shape, np.uint8)
+        expected = self(noise)
+        try:
+            with _compiling(folder):
+                self.module = torch.compile(eager, dynamic=False)
+                self(noise)
+            self.module = torch._dynamo.run(eager)  # without compiling what a later batch is the first to reach
+            if (apart := difference(self(noise), expected)) > tolerance:
+                raise FeatxError(f"its rows would be off by {apart:.1e}, and {tolerance:.0e} is allowed")
+        except Exception as error:  # compiling fails in many ways
+            self.module = eager
+            why = next((line for line in str(error).splitlines() if "error:" in line), reason(error))
+            text = f"torch cannot compile this network here ({why}); it runs uncompiled, slower, with the same features"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def submit(self, images: np.ndarray) -> Callable[[], np.ndarray]:
         """Run the batch at once."""
@@ -198,6 +234,41 @@ def _cudnn(precision: str) -> Iterator[None]:
         yield
     finally:
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _compiling(folder: Path) -> Iterator[None]:
+    """torch.compile writes to a folder aside in `folder`, and starts the C++ compiler, no other process.
+
+    Nothing stays: what it makes is code, and a later process could not tell whether it is damaged or somebody else's.
+    """
+    import torch._inductor.config as options
+    from torch._dynamo.config import patch as tracing
+    from torch._inductor import codecache
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.utils import fresh_cache
+
+    headers: Any = codecache  # its compiled headers would stay in the folder for temporary files
+    before, aside = (headers._HEADER_DIR, headers._HEADER_LOCK_DIR), (folder / aside_name()).absolute()
+    if shlex.split(str(aside)) != [str(aside)]:  # torch splits commands at spaces
+        raise FeatxError(f"its C++ compiler cannot write to {printable(str(folder))}; use a --cache without spaces")
+    make_folder(folder)
+    sweep(folder)
+    aside.mkdir()
+    try:
+        headers._HEADER_DIR, headers._HEADER_LOCK_DIR = str(aside), str(aside / "locks")
+        with (
+            quiet(),
+            fresh_cache(dir=str(aside)),
+            options.patch({"freezing": True, "compile_threads": 1, "force_disable_caches": True}),
+            tracing(recompile_limit=1 << 20),  # every engine of the process counts as one
+        ):
+            get_cpp_compiler()  # raises where there is none, before tracing takes its time
+            yield
+    finally:
+        headers._HEADER_DIR, headers._HEADER_LOCK_DIR = before
+        headers._precompile_header.cache_clear()
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def prepared(module: Trunk, dtype: torch.dtype, device: torch.device) -> Trunk:

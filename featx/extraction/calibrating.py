@@ -58,8 +58,8 @@ def int8_fields(
     name = next(each for each in possible if each != "openvino" or installed())
     if engine is None and "int8" not in arithmetic():
         raise FeatxError(
-            "this processor has no integer dot product (AMX, AVX-VNNI, AVX512-VNNI, or Arm's), without which int8 is not "
-            "worth its rounding; use --precision fp32, or a machine that has one"
+            "this processor has no integer dot product (AMX, AVX-VNNI, AVX512-VNNI, or Arm's), without which int8 is "
+            "not worth its rounding; use --precision fp32, or a machine that has one"
         )
     if digest is None:
         try:

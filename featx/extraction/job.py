@@ -58,8 +58,11 @@ class Job:
         """One store for each spec."""
         return [FeatureStore(self.cache, spec) for spec in self.specs]
 
-    def open_engine(self, stores: list[FeatureStore]) -> Engine:
-        """The engine for this machine. Raises `StoreError` or `FeatxError` if another one computed the stores' rows."""
+    def open_engine(self, stores: list[FeatureStore], images: int = 0) -> Engine:
+        """The engine for this machine, to run so many images for each store.
+
+        Raises `StoreError` or `FeatxError` if another one computed the stores' rows.
+        """
         recorded = next((store.engine for store in stores if store.engine), None)
         for store in stores:
             if recorded:
@@ -73,6 +76,7 @@ class Job:
             calibration=self.specs[0].calibration,
             batch_size=self.batch_size,
             engine=recorded or self.specs[0].engine or None,
+            images=images * len(self.specs),
         )
 
     def load(self, loader: Loader, numbers: np.ndarray, engine: Engine) -> Generator[Loaded]:

@@ -104,7 +104,7 @@ def compute(
             return
         begin = time.perf_counter()
         given, empty = engine, not any(map(len, stores))
-        engine = engine or stack.enter_context(closing(job.open_engine(stores)))
+        engine = engine or stack.enter_context(closing(job.open_engine(stores, len(numbers))))
         for store in stores:
             store.computed_by(engine.name)
         if empty and given is None and job.specs[0].precision != "fp32" and engine.name != "torch-cuda":

@@ -135,12 +135,12 @@ def _measure(
     if job.info.preprocess.pixels == GPU:
         decoding_device(job.device)
     begin, before = time.perf_counter(), _engine_bytes(job.cache)
-    engine = given or job.open_engine(stores)
+    engine = given or job.open_engine(stores, len(missing))
     exported = _engine_bytes(job.cache) - before
     if exported and given is None:  # the run itself will find what this one has exported
         engine.close()
         begin = time.perf_counter()
-        engine = job.open_engine(stores)
+        engine = job.open_engine(stores, len(missing))
 
     with nullcontext() if given else closing(engine):
         start = time.perf_counter() - begin

@@ -21,7 +21,7 @@ from sharing import session_cache
 
 from featx.backbones.loading import load_backbone, resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest
-from featx.engines.onnx import OnnxEngine, _lasting, _reason, backbone_onnx, to_onnx
+from featx.engines.onnx import OnnxEngine, _lasting, backbone_onnx, reason, to_onnx
 from featx.engines.opening import open_engine
 from featx.engines.torch import CudaEngine, prepared
 from featx.errors import ExportError, FeatxError, StoreError, WeightsError
@@ -305,8 +305,8 @@ def test_what_went_wrong_first_is_said_in_one_line() -> None:
         except NotImplementedError as cause:
             raise RuntimeError("\x1b[96mFailed to export\x1b[0m\nThis is step 1/3") from cause
     except RuntimeError as error:
-        assert _reason(error) == "NotImplementedError: aten::strange has no ONNX"
-    assert _reason(RuntimeError("\n\x1b[96mcoloured\x1b[0m\nmore")) == "RuntimeError: coloured"
+        assert reason(error) == "NotImplementedError: aten::strange has no ONNX"
+    assert reason(RuntimeError("\n\x1b[96mcoloured\x1b[0m\nmore")) == "RuntimeError: coloured"
 
 
 def test_an_export_that_differs_from_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
