@@ -100,6 +100,8 @@ class ColourEngine:
         self.images = 0
         self.interrupt_at: int | None = None
         """Raise `KeyboardInterrupt` once so many images were computed."""
+        self.announced = 0
+        """How many images it was opened for, where `everywhere` opens it."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if self.images == self.interrupt_at:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import os
 import shlex
 import shutil
 import warnings
@@ -242,20 +243,24 @@ def _compiling(folder: Path) -> Iterator[None]:
 
     Nothing stays: what it makes is code, and a later process could not tell whether it is damaged or somebody else's.
     """
-    import torch._inductor.config as options
-    from torch._dynamo.config import patch as tracing
-    from torch._inductor import codecache
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.utils import fresh_cache
-
-    headers: Any = codecache  # its compiled headers would stay in the folder for temporary files
-    before, aside = (headers._HEADER_DIR, headers._HEADER_LOCK_DIR), (folder / aside_name()).absolute()
+    aside = (folder / aside_name()).absolute()
     if shlex.split(str(aside)) != [str(aside)]:  # torch splits commands at spaces
         raise FeatxError(f"its C++ compiler cannot write to {printable(str(folder))}; use a --cache without spaces")
     make_folder(folder)
     sweep(folder)
     aside.mkdir()
+    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    headers: Any = None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(aside)  # else torch makes a folder of its own when these are imported
     try:
+        import torch._inductor.config as options
+        from torch._dynamo.config import patch as tracing
+        from torch._inductor import codecache
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.utils import fresh_cache
+
+        headers = codecache  # those that it compiles would stay in the folder for temporary files
+        before = headers._HEADER_DIR, headers._HEADER_LOCK_DIR
         headers._HEADER_DIR, headers._HEADER_LOCK_DIR = str(aside), str(aside / "locks")
         with (
             quiet(),
@@ -266,8 +271,11 @@ def _compiling(folder: Path) -> Iterator[None]:
             get_cpp_compiler()  # raises where there is none, before tracing takes its time
             yield
     finally:
-        headers._HEADER_DIR, headers._HEADER_LOCK_DIR = before
-        headers._precompile_header.cache_clear()
+        if headers:
+            headers._HEADER_DIR, headers._HEADER_LOCK_DIR = before
+            headers._precompile_header.cache_clear()
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        os.environ |= {} if own is None else {"TORCHINDUCTOR_CACHE_DIR": own}
         shutil.rmtree(aside, ignore_errors=True)
 
 

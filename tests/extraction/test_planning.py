@@ -77,6 +77,15 @@ def test_what_a_dry_run_exports_is_named_and_exported_once(tiny: Path, tmp_path:
     assert again.exported_bytes == 0 and "exported" not in again.text()
 
 
+def test_an_engine_is_opened_for_the_images_that_the_run_lacks_with_their_views(
+    tiny: Path, tmp_path: Path, everywhere: ColourEngine
+) -> None:
+    for run in (plan, sync):
+        everywhere.announced = 0
+        run(tiny, "colours", cache=tmp_path / "cache", views=1)
+        assert everywhere.announced == 12 * 2
+
+
 def test_a_gpu_that_is_not_here_is_missed_before_weights_are_loaded(tiny: Path, tmp_path: Path) -> None:
     options: list[Options] = [{"device": "cuda:99"}, {"decode": "gpu", "device": "cpu"}]
     for run in (plan, sync):
