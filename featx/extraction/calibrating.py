@@ -58,15 +58,16 @@ def int8_fields(
     name = next(each for each in possible if each != "openvino" or installed())
     if engine is None and "int8" not in arithmetic():
         raise FeatxError(
-            "this processor has no integer dot product (AMX, AVX-VNNI, AVX512-VNNI, or Arm's), without which int8 is not "
-            "worth its rounding; use --precision fp32, or a machine that has one"
+            "this processor has no integer dot product (AMX, AVX-VNNI, AVX512-VNNI, or Arm's), without which int8 is "
+            "not worth its rounding; use --precision fp32, or a machine that has one"
         )
     if digest is None:
         try:
             backbone = backbone_onnx(request, info, cache)
         except ExportError as error:
             raise ExportError(f"{error}; int8 needs the exported backbone: use --precision fp32 or bf16") from error
-        digest = int8.calibrate(cache, info, backbone, examples(source, info.preprocess, cache))
+        images = examples(source, info.preprocess, cache)
+        digest = int8.calibrate(cache, info, backbone, images, options["calibration"])
     return {"calibration": digest, "engine": name}
 
 
