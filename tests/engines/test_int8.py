@@ -27,7 +27,7 @@ from featx.cli import cli
 from featx.devices import arithmetic
 from featx.engines import int8
 from featx.engines.onnx import backbone_onnx, session
-from featx.engines.opening import open_engine
+from featx.engines.opening import choose_engine, open_engine
 from featx.errors import ExportError, FeatxError, HeadError, StoreError
 from featx.estimators import ImageFeatures
 from featx.extraction.calibrating import examples
@@ -195,19 +195,26 @@ def test_what_is_for_int8_alone_is_refused_elsewhere(tiny: Path, tmp_path: Path,
         sync(tiny, COLOURS, engine=ColourEngine(), cache=tmp_path, **Options(**{option: value}))  # type: ignore[typeddict-item]
 
 
-def test_a_fitted_transformer_keeps_its_calibration(own: Path, tmp_path: Path) -> None:
+def test_a_fitted_transformer_keeps_its_calibration(cache: Path, own: Path, digest: str, tmp_path: Path) -> None:
     """Else rows to be predicted would have another calibration than those that the head has learned from."""
     data = write_images(tmp_path / "data", per_class=4)
     files = [str(file) for file in sorted(data.glob("*/*.png"))]
-    first = calibrate(data, NORMED, own)
+    shutil.copytree(cache / "calibrations", own / "calibrations")
     given: dict[str, Any] = {"weights": "random", "cache": own, "precision": "int8", "runtime": "onnxruntime"}
-    featx.extract(data, NORMED, engine=engine_of(own, first), **given)
+    featx.extract(data, NORMED, engine=engine_of(own, digest), **given)
     fitted = ImageFeatures(NORMED.name, **given).fit(files)
     rows = fitted.transform(files)
-    assert calibrate(write_images(tmp_path / "other", per_class=2), NORMED, own) != first  # a newer one
-    assert fitted.calibration_ == first and clone(fitted).calibration == "auto"
+    assert calibrate(write_images(tmp_path / "other", per_class=2), NORMED, own) != digest  # a newer one
+    assert fitted.calibration_ == digest and clone(fitted).calibration == "auto"
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(files), rows)
     assert fitted.get_feature_names_out()[-1] == "imagefeatures7"
+
+
+def test_rows_of_an_engine_that_is_not_installed_name_the_other_ones_option() -> None:
+    with pytest.raises(
+        FeatxError, match=r'pip install "featx\[openvino\]", or --runtime onnxruntime for features of their own'
+    ):
+        choose_engine("cpu", "int8", "openvino", frozenset({"int8"}), has_openvino=False)
 
 
 def test_the_cache_commands_keep_calibrations_and_say_whose_rows_are_whose(cache: Path, own: Path) -> None:
@@ -224,9 +231,9 @@ def test_the_cache_commands_keep_calibrations_and_say_whose_rows_are_whose(cache
     assert removed.exit_code == 1 and "is kept: int8 features and runs need the very files" in removed.output
 
 
-def test_a_sweep_states_the_size_of_the_int8_backbone(own: Path, tmp_path: Path) -> None:
+def test_a_sweep_states_the_size_of_the_int8_backbone(cache: Path, own: Path, digest: str, tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", per_class=6)
-    digest = calibrate(data, NORMED, own)
+    shutil.copytree(cache / "calibrations", own / "calibrations")
     given: dict[str, Any] = {"weights": "random", "cache": own, "precision": "int8"}
     engine = engine_of(own, digest)
     swept = featx.sweep(data, [NORMED], ["ncm"], engine=engine, output=tmp_path / "sweep", **given)
