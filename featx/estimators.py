@@ -15,7 +15,7 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 from featx import learning
 from featx.backbones.loading import resolve
 from featx.errors import HeadError, ImageError
-from featx.extraction.job import request_of
+from featx.extraction.job import prepare, request_of
 from featx.extraction.pipeline import sync
 from featx.options import complete
 from featx.solvers.examples import Examples
@@ -61,13 +61,20 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.__dict__.update({name: value for name, value in locals().items() if name != "self"})
 
     def fit(self, X: Any, y: Any = None) -> ImageFeatures:
-        """Nothing to learn: the backbone is frozen."""
+        """Nothing to learn: the backbone is frozen. In int8, its calibration is found or made here, on these images,
+        and `transform` keeps to it: `calibration_` and `runtime_`.
+        """
+        for name in ("calibration_", "runtime_"):
+            self.__dict__.pop(name, None)
+        if self.precision == "int8":
+            spec = prepare(Images.of(X), self.backbone, complete(self._options())).specs[0]
+            self.calibration_, self.runtime_ = spec.calibration, spec.engine
         return self
 
     def transform(self, X: Any) -> np.ndarray:
         """N images -> `float32 | float16 [N, D]`, in their order."""
         source = Images.of(X)
-        extraction = sync(source, **self.get_params(deep=False))
+        extraction = sync(source, self.backbone, **self._options())
         if skipped := extraction.report.skipped_images:
             raise ImageError(
                 f"{len(skipped)} of {len(source)} images cannot be used; the first is {skipped[0]['id']}: "
@@ -76,11 +83,17 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         rows: np.ndarray = extraction.features().X
         return rows if rows.flags.writeable else rows.copy()  # later steps may work in place
 
+    def _options(self) -> dict[str, Any]:
+        """Those of `featx.extract`, with what `fit` found."""
+        options: dict[str, Any] = self.get_params(deep=False)
+        del options["backbone"]
+        if hasattr(self, "calibration_"):
+            options |= {"calibration": self.calibration_, "runtime": self.runtime_}
+        return options
+
     @property
     def _n_features_out(self) -> int:
-        options = self.get_params(deep=False)
-        backbone = options.pop("backbone")
-        info = resolve(request_of(backbone, complete(options)), Path(self.cache))
+        info = resolve(request_of(self.backbone, complete(self._options())), Path(self.cache))
         return int(np.prod(info.row_shape))
 
     def __sklearn_tags__(self) -> Tags:

@@ -19,6 +19,7 @@ from featx.backbones.loading import check
 from featx.backbones.request import BackboneInfo, BackboneRequest, preprocessing
 from featx.devices import memory_for_features
 from featx.engines.engine import Engine, measure_speed
+from featx.engines.int8 import calibrated
 from featx.engines.onnx import backbone_onnx
 from featx.engines.opening import open_engine
 from featx.errors import FeatxError, RunError
@@ -277,7 +278,8 @@ def _speed(request: BackboneRequest, info: BackboneInfo, spec: FeatureSpec, plac
 def _megabytes(request: BackboneRequest, info: BackboneInfo, run: Run, cache: Path) -> float:
     """The exported backbone and the head, 10**6 bytes; where it cannot be exported, four bytes a parameter."""
     try:
-        size = backbone_onnx(request, info, cache).stat().st_size
+        digest = run.config.spec.calibration
+        size = (calibrated(cache, digest) if digest else backbone_onnx(request, info, cache)).stat().st_size
     except FeatxError:
         size = 4 * info.parameters
     return round((size + (run.path / "head.safetensors").stat().st_size) / 1e6, 3)

@@ -130,7 +130,8 @@ def find(cache: Path, name: str) -> Entry:
 
 
 def sizes(cache: Path) -> dict[str, int]:
-    """Bytes in each folder of a cache: `features`, and those of `MADE_AGAIN`, which can be removed at any time."""
+    """Bytes in each folder of a cache: `features`, those of `MADE_AGAIN`, which can be removed at any time, and
+    `calibrations`, which int8 features and runs need: others would be made of other images."""
     return {path.name: _bytes(path) for path in sorted(Path(cache).iterdir()) if path.is_dir()}
 
 
@@ -213,6 +214,8 @@ def removable(cache: Path, name: str) -> tuple[Path, int]:
     Raises `StoreError` where it is a link, or holds a file that featx does not write there.
     """
     path = Path(cache) / name
+    if name == "calibrations":
+        raise StoreError(f"{path} is kept: int8 features and runs need the very files; remove it yourself if none are")
     if name not in MADE_AGAIN or not path.is_dir():
         path = find(cache, name).path
     if path.is_symlink():

@@ -79,12 +79,15 @@ def list_(cache: str, as_json: bool) -> None:
             spec, shape = entry.form.spec, "x".join(map(str, entry.form.row_shape)) or "?"
             what = f"{spec.backbone} {spec.layer} {spec.view} {spec.precision} {spec.dtype} {spec.preprocess.pixels}"
             what += f", weights {spec.weights[:8]}"
+            what += f", calibration {spec.calibration[:8]} by {spec.engine}" if spec.calibration else ""
         what += f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
         line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}"
         echo(printable(line))
-    others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name != "features")
+    others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name in caching.MADE_AGAIN)
     if others:
         say(f"beside the features, and made again after `featx cache remove`: {others}")
+    if size := sizes.get("calibrations"):
+        say(f"beside the features, and needed by those in int8 and by their runs: calibrations {size / 1e6:.1f} MB")
 
 
 @cache.command()

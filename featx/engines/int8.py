@@ -60,18 +60,27 @@ def identity(info: BackboneInfo) -> dict[str, Any]:
 
 def find(cache: Path, info: BackboneInfo, asked: str) -> str | None:
     """The SHA-256 of a backbone's calibration in this cache: the newest for `auto` (None where there is none, and for
-    `new`), or the one that starts with `asked`. Reads records alone. Raises `StoreError` where that is not there.
+    `new`), or the one that starts with `asked`. Reads records alone. Raises `StoreError` where that is not there, and
+    for `auto` where a record is damaged, which may be the newest's.
     """
     if asked == "new":
         return None
-    known = {path: _recorded(path) for path in sorted(_folder(cache).glob("*.json"))}
-    mine = {path.stem: record for path, record in known.items() if record.get("backbone") == identity(info)}
-    if asked == "auto" and (mine or all(known.values())):
+    known = {path.stem: _recorded(path) for path in sorted(_folder(cache).glob("*.json"))}
+    mine = {digest: record for digest, record in known.items() if record.get("backbone") == identity(info)}
+    damaged = [digest for digest, record in known.items() if not record]
+    if asked == "auto" and not damaged:
         return max(mine, key=lambda digest: mine[digest]["made"], default=None)
-    if damaged := [path for path, record in known.items() if not record]:
-        raise StoreError(f"{damaged[0]} is damaged; remove it, or have --calibration new make another calibration")
+    if len(asked) == 64 and not known.get(asked):
+        return asked  # as runs ask, which know that it is theirs; `calibrated` checks the graph where it is needed
+
     found = [digest for digest in mine if digest.startswith(asked)]
     if len(found) != 1:
+        if damaged:
+            others = ", ".join(digest[:12] for digest in mine) or "none"
+            raise StoreError(
+                f"{_folder(cache) / damaged[0]}.json is damaged; choose a calibration by --calibration (there are "
+                f"{others}), have --calibration new make one, or remove that file. Runs find theirs all the same"
+            )
         what = f"{len(found)} calibrations start with" if found else f"{info.name} has no calibration"
         listed = ", ".join(digest[:12] for digest in mine) or "none"
         raise StoreError(
@@ -95,14 +104,23 @@ def calibrated(cache: Path, digest: str) -> Path:
 
 @one_at_a_time()
 @ordinary()
-def calibrate(cache: Path, info: BackboneInfo, backbone: Path, images: dict[str, np.ndarray]) -> str:
+def calibrate(
+    cache: Path, info: BackboneInfo, backbone: Path, images: dict[str, np.ndarray], asked: str = "new"
+) -> str:
     """Quantise an exported backbone, keep it in the cache, and return its SHA-256.
 
-    images: by content key, in hex, `uint8 [3, crop, crop]`. Two processes that make the same one at once write the same
-    bytes; one that ends before its record is written leaves none. Raises `StoreError` where it cannot be written.
+    images: by content key, in hex, `uint8 [3, crop, crop]`. asked: for `auto`, one that another process has kept
+    meanwhile is returned instead, so that data sets that begin at once have one calibration, as in turns. Two
+    processes that make the same one at once write the same bytes; one that ends before its record is written leaves
+    none. Raises `StoreError` where it cannot be written.
     """
     crops = list(images.values())
-    data = quantized(backbone, (np.stack(crops[i : i + BATCH]) for i in range(0, len(crops), BATCH)))
+    try:
+        data = quantized(backbone, (np.stack(crops[i : i + BATCH]) for i in range(0, len(crops), BATCH)))
+    except OSError as error:
+        raise StoreError(
+            f"int8 needs some room in {tempfile.gettempdir()} while it is made ({error}); make room, or set TMPDIR"
+        ) from error
     sample, digest = {"images": np.stack(crops[:BATCH])}, hashlib.sha256(data).hexdigest()
     rows, reference = (session(graph).run(None, sample)[0] for graph in (data, backbone))
     record = {
@@ -114,6 +132,8 @@ def calibrate(cache: Path, info: BackboneInfo, backbone: Path, images: dict[str,
         "distance": difference(rows, reference),
         "made": time.time(),
     }
+    if asked == "auto" and (other := find(cache, info, asked)):
+        return other
     path = _folder(cache) / f"{digest}.onnx"
     try:
         keep(path, data, record)

@@ -92,9 +92,10 @@ def choose_engine(place: str, precision: str, recorded: str | None, native: froz
     possible = ON_CPU[precision] if place == "cpu" else ("torch-cuda",)
     if recorded is not None and recorded in possible:
         if recorded == "openvino" and not has_openvino:
+            other = "--runtime onnxruntime for features of their own" if precision == "int8" else "use another --cache"
             raise FeatxError(
                 "the features in the cache come from OpenVINO, which is not installed; "
-                'pip install "featx[openvino]", or use another --cache'
+                f'pip install "featx[openvino]", or {other}'
             )
         return recorded
     name = next(name for name in possible if name != "openvino" or has_openvino)

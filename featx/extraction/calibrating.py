@@ -66,7 +66,8 @@ def int8_fields(
             backbone = backbone_onnx(request, info, cache)
         except ExportError as error:
             raise ExportError(f"{error}; int8 needs the exported backbone: use --precision fp32 or bf16") from error
-        digest = int8.calibrate(cache, info, backbone, examples(source, info.preprocess, cache))
+        images = examples(source, info.preprocess, cache)
+        digest = int8.calibrate(cache, info, backbone, images, options["calibration"])
     return {"calibration": digest, "engine": name}
 
 

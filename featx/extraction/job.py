@@ -17,6 +17,7 @@ from featx.cache.store import FeatureStore
 from featx.devices import available_threads, choose_device, decoding_device
 from featx.engines.engine import Engine
 from featx.engines.opening import open_engine
+from featx.errors import FeatxError
 from featx.extraction.calibrating import int8_fields
 from featx.extraction.loader import Loaded, Loader
 from featx.features import FeatureSpec
@@ -110,6 +111,8 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any], engine: Eng
     computed = {name: options[name] for name in ("precision", "dtype")}
     if options["precision"] == "int8":
         computed |= int8_fields(source, request, info, cache, options, engine)
+    elif given := [f"--{name} {options[name]}" for name in ("calibration", "runtime") if options[name] != "auto"]:
+        raise FeatxError(f"{given[0]} is for --precision int8, not {options['precision']}; leave it out")
     specs = tuple(info.spec(view=name, **computed) for name in names)
     seconds = time.perf_counter() - begin
     return Job(

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import COLOURS, ColourEngine, write_images
 from int8_runs import calibrate, engine_of
 from onnx import TensorProto, helper, numpy_helper
+from sklearn.base import clone
 
 import featx
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneRequest
+from featx.cache.store import FeatureStore
+from featx.cli import cli
 from featx.devices import arithmetic
 from featx.engines import int8
-from featx.engines.onnx import session
-from featx.engines.opening import open_engine
+from featx.engines.onnx import backbone_onnx, session
+from featx.engines.opening import choose_engine, open_engine
 from featx.errors import ExportError, FeatxError, HeadError, StoreError
+from featx.estimators import ImageFeatures
 from featx.extraction.calibrating import examples
 from featx.extraction.pipeline import sync
 from featx.features import FeatureSpec, content_key
@@ -141,14 +149,97 @@ def test_a_missing_or_damaged_calibration_is_named_and_never_replaced(cache: Pat
     with pytest.raises(StoreError, match="is damaged; bring the same file"):
         open_engine(NORMED, info, cache=tmp_path, precision="int8", calibration=digest, engine="onnxruntime")
     (own / f"{digest}.json").write_text("{}")
-    with pytest.raises(StoreError, match=r"\.json is damaged; remove it, or have --calibration new"):
+    with pytest.raises(StoreError, match=r"\.json is damaged; choose a calibration.*there are none"):
         int8.find(tmp_path, info, "auto")
+    assert int8.find(tmp_path, info, digest) == digest  # as a run asks, which knows that it is its own
     for file in own.iterdir():
         file.unlink()
     os.rmdir(own)
     own.write_text("a file where the folder would be")
     with pytest.raises(StoreError, match="the calibration cannot be written to"):
         calibrate(cache.parent / "data", NORMED, tmp_path)
+
+
+def test_a_damaged_record_that_may_be_the_newests_is_named_and_hinders_no_other(cache: Path, tmp_path: Path) -> None:
+    own, info = shutil.copytree(cache, tmp_path / "cache"), resolve(NORMED, cache)
+    digest = int8.find(own, info, "auto")
+    (own / "calibrations" / f"{'0' * 64}.json").write_text("no record")
+    with pytest.raises(StoreError, match=rf"0000\.json is damaged; .*there are {str(digest)[:12]}"):
+        int8.find(own, info, "auto")
+    assert int8.find(own, info, str(digest)[:8]) == int8.find(own, info, str(digest)) == digest
+
+
+def test_data_sets_that_begin_at_once_have_one_calibration(own: Path, digest: str, cache: Path) -> None:
+    """The second finds, once it has made its own, that another was kept meanwhile."""
+    info, images = resolve(NORMED, own), {f"{i:064x}": image for i, image in enumerate(pixels(4))}
+    backbone = backbone_onnx(NORMED, info, own)
+    first = int8.calibrate(own, info, backbone, images, "auto")
+    assert int8.calibrate(own, info, backbone, {"1": pixels(9)[8]}, "auto") == first
+    assert int8.calibrate(own, info, backbone, {"1": pixels(9)[8]}, "new") != first
+
+
+def test_a_full_folder_for_temporary_files_is_named(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, room = resolve(NORMED, own), tmp_path / "room"
+    room.mkdir()
+    backbone = backbone_onnx(NORMED, info, own)
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    room.rmdir()
+    with pytest.raises(StoreError, match=f"int8 needs some room in {room} .*set TMPDIR"):
+        int8.calibrate(own, info, backbone, {"1": pixels(1)[0]})
+
+
+@pytest.mark.parametrize("option", ["calibration", "runtime"])
+def test_what_is_for_int8_alone_is_refused_elsewhere(tiny: Path, tmp_path: Path, option: str) -> None:
+    value = {"calibration": "0123456789", "runtime": "openvino"}[option]
+    with pytest.raises(FeatxError, match=f"--{option} {value} is for --precision int8, not fp32; leave it out"):
+        sync(tiny, COLOURS, engine=ColourEngine(), cache=tmp_path, **Options(**{option: value}))  # type: ignore[typeddict-item]
+
+
+def test_a_fitted_transformer_keeps_its_calibration(cache: Path, own: Path, digest: str, tmp_path: Path) -> None:
+    """Else rows to be predicted would have another calibration than those that the head has learned from."""
+    data = write_images(tmp_path / "data", per_class=4)
+    files = [str(file) for file in sorted(data.glob("*/*.png"))]
+    shutil.copytree(cache / "calibrations", own / "calibrations")
+    given: dict[str, Any] = {"weights": "random", "cache": own, "precision": "int8", "runtime": "onnxruntime"}
+    featx.extract(data, NORMED, engine=engine_of(own, digest), **given)
+    fitted = ImageFeatures(NORMED.name, **given).fit(files)
+    rows = fitted.transform(files)
+    assert calibrate(write_images(tmp_path / "other", per_class=2), NORMED, own) != digest  # a newer one
+    assert fitted.calibration_ == digest and clone(fitted).calibration == "auto"
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(files), rows)
+    assert fitted.get_feature_names_out()[-1] == "imagefeatures7"
+
+
+def test_rows_of_an_engine_that_is_not_installed_name_the_other_ones_option() -> None:
+    with pytest.raises(
+        FeatxError, match=r'pip install "featx\[openvino\]", or --runtime onnxruntime for features of their own'
+    ):
+        choose_engine("cpu", "int8", "openvino", frozenset({"int8"}), has_openvino=False)
+
+
+def test_the_cache_commands_keep_calibrations_and_say_whose_rows_are_whose(cache: Path, own: Path) -> None:
+    shutil.copytree(cache / "calibrations", own / "calibrations")
+    spec = resolve(NORMED, own).spec(precision="int8", calibration="ab" * 32, engine="onnxruntime")
+    with FeatureStore(own, spec) as store:
+        store.computed_by("onnxruntime")
+        store.append(np.zeros((1, 32), np.uint8), np.zeros((1, 8), np.float32))
+    listed = CliRunner().invoke(cli, ["cache", "list", "--cache", str(own)]).output
+    assert "calibration abababab by onnxruntime" in listed
+    again, needed = (line for line in listed.splitlines() if line.startswith("beside the features"))
+    assert "engines" in again and "calibrations" not in again and "needed by those in int8" in needed
+    removed = CliRunner().invoke(cli, ["cache", "remove", "calibrations", "--yes", "--cache", str(own)])
+    assert removed.exit_code == 1 and "is kept: int8 features and runs need the very files" in removed.output
+
+
+def test_a_sweep_states_the_size_of_the_int8_backbone(cache: Path, own: Path, digest: str, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", per_class=6)
+    shutil.copytree(cache / "calibrations", own / "calibrations")
+    given: dict[str, Any] = {"weights": "random", "cache": own, "precision": "int8"}
+    engine = engine_of(own, digest)
+    swept = featx.sweep(data, [NORMED], ["ncm"], engine=engine, output=tmp_path / "sweep", **given)
+    (point,) = swept.points
+    head = (swept.path / point.run / "head.safetensors").stat().st_size
+    assert point.megabytes == round((int8.calibrated(own, digest).stat().st_size + head) / 1e6, 3)
 
 
 def test_a_calibration_is_for_one_backbone_and_one_preprocessing(cache: Path) -> None:
