@@ -35,8 +35,8 @@ LIMITS = {"machine": 20, "tests": 95, "extraction": 135, "precision": 45, "solve
 # What the parts import, and what the packages that are likely to be carried import: pip brings each one alone
 # (`--no-deps`), so that the machine's own numpy and torch stay in use.
 IMPORTED = "numpy", "torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "h5py", "sklearn", "scipy", "PIL"
-NEEDED = (*IMPORTED, "threadpoolctl", "msgspec", "safetensors", "tqdm", "pytest", "onnx_ir", "ml_dtypes")
-NEEDED += ("google.protobuf", "typing_extensions", "iniconfig", "pluggy", "packaging", "pygments")
+BROUGHT = "onnx_ir", "ml_dtypes", "google.protobuf", "typing_extensions", "iniconfig", "pluggy", "packaging", "pygments"
+NEEDED = (*IMPORTED, "threadpoolctl", "msgspec", "safetensors", "tqdm", "pytest", *BROUGHT)
 # The names under which packages are imported, where the index has another.
 NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "google.protobuf": "protobuf"}
 NEED_PHOTOGRAPHS = {"extraction", "precision", "decoding"}
