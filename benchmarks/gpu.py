@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,30 +32,30 @@ ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".gpu"
 # Seconds for each part, 360 in all; what they do is in gpu_parts.py.
 LIMITS = {"machine": 20, "tests": 95, "extraction": 135, "precision": 45, "solver": 40, "decoding": 25}
+# What the parts import, and what the packages that are likely to be carried import: pip brings each one alone
+# (`--no-deps`), so that the machine's own numpy and torch stay in use.
+IMPORTED = "numpy", "torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "h5py", "sklearn", "scipy", "PIL"
+BROUGHT = "onnx_ir", "ml_dtypes", "google.protobuf", "typing_extensions", "iniconfig", "pluggy", "packaging", "pygments"
+NEEDED = (*IMPORTED, "threadpoolctl", "msgspec", "safetensors", "tqdm", "pytest", *BROUGHT)
 # The names under which packages are imported, where the index has another.
-NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-NEEDED: tuple[str, ...] = (
-    "numpy",
-    "torch",
-    "torchvision",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "h5py",
-    "sklearn",
-    "scipy",
-)
-NEEDED += ("threadpoolctl", "PIL", "msgspec", "safetensors", "jinja2", "matplotlib", "click", "yaml", "tqdm", "pytest")
+NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "google.protobuf": "protobuf"}
+NEED_PHOTOGRAPHS = {"extraction", "precision", "decoding"}
 
 
 def missing(needed: Iterable[str]) -> str:
     """What to carry to this machine, as one line; empty where all is there."""
-    absent = [NAMES.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
+    absent = [NAMES.get(name, name) for name in needed if not _there(name)]
     version = ".".join(map(str, sys.version_info[:2]))
     if not absent:
         return ""
     install = f"pip install --only-binary=:all: --no-deps --python-version {version} --target .gpu/packages"
     return f"missing: {', '.join(absent)}; where there is a package index: {install} {' '.join(absent)}"
+
+
+def _there(name: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # of the package around it
+        return importlib.util.find_spec(name) is not None
+    return False
 
 
 def environment(data: Path) -> dict[str, str]:
@@ -66,6 +67,26 @@ def environment(data: Path) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def lacking(options: argparse.Namespace, data: Path) -> str:
+    """What keeps the parts from being measured here, as one line; empty where nothing does."""
+    if line := missing(NEEDED):
+        return line
+    sys.path.append(str(ROOT))
+    from featx.devices import has_cuda
+
+    photographs = data / "data" / "hymenoptera_data"
+    if options.device != "cpu" and not has_cuda():
+        return "missing: a GPU that NVIDIA's driver sees; --device cpu rehearses without one"
+    if NEED_PHOTOGRAPHS & {*options.parts} and not any(photographs.glob("*/*/*.jpg")):
+        return f"missing: photographs, {photographs}/*/*/*.jpg; bring some, or choose --parts machine tests solver"
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "gpu.log").write_text("")
+    except OSError as error:
+        return f"the results cannot be written to {options.output} ({error}); choose another folder by --output"
+    return ""
 
 
 def ran(command: list[str], limit: float, variables: dict[str, str], log: Path) -> tuple[str, float]:
@@ -97,7 +118,9 @@ def parts(options: argparse.Namespace, data: Path) -> Iterator[dict[str, Any]]:
         command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), name, "--results", str(file)]
         command += ["--device", options.device, "--data", str(data), "--images", str(options.images)]
         limit = options.limits.get(name, LIMITS[name])
-        end, seconds = ran([*command, "--seconds", str(0.8 * limit)], limit, environment(data), log)
+        with tempfile.TemporaryDirectory() as scratch:  # a part that is killed leaves its files there
+            variables = environment(data) | {"TMPDIR": scratch}
+            end, seconds = ran([*command, "--seconds", str(0.8 * limit)], limit, variables, log)
         found = json.loads(file.read_text()) if file.exists() else {}
         said = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
         found |= {"end": end, "took": round(seconds, 1)} | ({} if end == "done" else {"said": said[-5:]})
@@ -126,16 +149,18 @@ def main() -> None:
     options = parser.parse_args()
     options.limits = dict(options.limits)
     if options.draw:
+        if not options.page:
+            parser.error("--page is missing: where the page goes")
         options.page.write_text(page(json.loads(options.draw.read_text())))
         return
     sys.path.append(str(CARRIED / "packages"))
-    if line := missing(NEEDED):
+    given = os.environ.get("FEATX_TEST_DATA") or (CARRIED if (CARRIED / "data").exists() else ROOT.parent / "shared")
+    data = (options.data or Path(given)).absolute()
+    if line := lacking(options, data):
         sys.exit(line)
 
-    given = os.environ.get("FEATX_TEST_DATA") or (CARRIED if (CARRIED / "data").exists() else ROOT.parent / "shared")
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "gpu.log").write_text("")
-    for results in parts(options, (options.data or Path(given)).absolute()):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # `ran` then ends what it has started
+    for results in parts(options, data):
         (options.output / "gpu.json").write_text(json.dumps(results, indent=1))
         (options.output / "gpu.md").write_text(page(results))
         name, found = list(results["parts"].items())[-1]

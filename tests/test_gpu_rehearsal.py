@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from jpegs import encoded, photo
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from featx.devices import has_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from gpu import NAMES, NEEDED, missing, ran  # noqa: E402
+from gpu import NAMES, NEEDED, main, missing, ran  # noqa: E402
 from gpu_page import ALONE, BY_GPU, CPU_DECODES, EXACT, GPU_DECODES, LOADER, page, verdicts  # noqa: E402
+
+# What featx and its tests use elsewhere, and the parts do without.
+ABSENT = ["click", "hypothesis", "jinja2", "matplotlib", "openvino", "pandas", "timm", "yaml"]
 
 
 def test_what_was_measured_is_kept_where_a_part_hits_its_time_limit(tmp_path: Path) -> None:
@@ -30,8 +39,12 @@ def test_what_was_measured_is_kept_where_a_part_hits_its_time_limit(tmp_path: Pa
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--data", str(tmp_path)]
     command += ["--output", str(tmp_path / "out"), "--images", "4"]
     command += ["--parts", "solver", "extraction", "--limits", "solver=0.2", "extraction=300"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
+    (tmp_path / "scratch").mkdir()
+    given = os.environ | {"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path / "scratch")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=given)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not list((tmp_path / "scratch").iterdir())
 
     results = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert {name: part["end"] for name, part in results["parts"].items()} == {
@@ -122,3 +135,65 @@ def test_the_tests_for_a_gpu_import_only_what_the_script_asks_for() -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert {str(name).partition(".")[0] for name in names} <= known, path
     assert NAMES.keys() <= set(NEEDED)
+
+
+def test_what_a_carried_package_needs_is_carried_with_it() -> None:
+    def closure(names: set[str]) -> set[str]:
+        """Distributions, with all that they require."""
+        found: set[str] = set()
+        while todo := names - found:
+            found |= todo
+            asked = [Requirement(line) for name in todo for line in metadata.requires(name) or []]
+            wanted = [each.name for each in asked if not each.marker or each.marker.evaluate({"extra": ""})]
+            names = names | {canonicalize_name(name) for name in wanted}
+        return found
+
+    there = {"torch", "torchvision", "onnxruntime", "scikit-learn"}  # with all of theirs
+    needed = {canonicalize_name(NAMES.get(name, name)) for name in NEEDED}
+    assert closure(needed - closure(there)) - closure(there) <= needed
+
+
+def test_results_that_a_time_limit_cut_off_are_drawn_and_equal_rows_meet_their_tolerance() -> None:
+    row = {"difference": 0.0, "tolerance": 1e-5, "cosine": 1.0, "alone is equal": True, "batch": 256}
+    nan = {**row, "difference": math.nan, "tolerance": None}
+    cut = results(
+        solver={"fits": {"big": {"gpu": 1.25}, "small": {"gpu": 1.0, "cpu": 2.0}}},
+        precision={"distances": {"equal": row, "nan": nan, "nan, fp32": {**nan, "tolerance": 1e-5}}},
+        tests={"passed": 10, "failed": 0, "skipped": 2, "failures": []},
+    )
+    found = {what: row["verdict"] for what, row in verdicts(cut).items()}
+    assert found["distance, equal: times below its tolerance"] == found["pytest -m gpu"] == "met"
+    assert found["distance, nan, fp32: times below its tolerance"] == found["distance, nan"] == "missed"
+    assert "| big | not measured | 1.25 |  |  |" in page(cut) and "10 of 10, 2 skipped" in page(cut)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--output", "{file}/out"], "the results cannot be written to {file}/out"),
+        (["--parts", "decoding"], "missing: photographs, {tmp}/data/hymenoptera_data/*/*/*.jpg"),
+        (["--device", "cuda:0"], "missing: a GPU that NVIDIA's driver sees"),
+    ],
+)
+def test_what_keeps_the_parts_from_being_measured_is_said_before_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], said: str
+) -> None:
+    if "cuda:0" in given and has_cuda():
+        pytest.skip("a GPU is here")
+    (tmp_path / "file").write_bytes(b"")
+    names = {"tmp": tmp_path, "file": tmp_path / "file"}
+    common = [
+        "gpu.py",
+        "--device",
+        "cpu",
+        "--data",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "out"),
+        "--parts",
+        "tests",
+    ]
+    monkeypatch.setattr(sys, "argv", [*common, *(each.format(**names) for each in given)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value).startswith(said.format(**names))

@@ -163,15 +163,18 @@ def accelerated(model: Path, tolerance: float = TOLERANCE / 2, clock: Callable[[
             if not data:
                 write_record(path.with_suffix(".json"), made_of | {"plain": True})
                 return model
-            known = keep(path, data, made_of)
+            known = keep(path, data, made_of | {"gains": gains})
+            del data  # as large as the weights, and both graphs are opened now
         gain = _gain(model, path, tolerance, clock)
         if gain is not None:
-            gains[here] = gain
+            latest = _recorded(path).get("gains", {})  # what another process has decided meanwhile holds for both
+            gain = gain if latest.get(here) == gains.get(here) else latest.get(here, gain)
+            gains |= latest | {here: gain}
             with contextlib.suppress(OSError):  # others may only read this cache
                 if max(gains.values()) < WORTH:  # no processor runs it
                     path.unlink()
                 write_record(path.with_suffix(".json"), known | {"gains": gains})
-            return path if gain >= WORTH else model
+            return path if gain >= WORTH and path.exists() else model
     return model
 
 

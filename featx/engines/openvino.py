@@ -22,6 +22,8 @@ HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 # by onnxruntime, of 8 images 1.75 times. In bf16 and int8 they are half as large, or less.
 PIECE = {"fp32": 4, "bf16": 8, "int8": 8}
 
+X86 = "x86_64", "AMD64"
+
 
 class OpenVinoEngine(PiecewiseEngine):
     """OpenVINO on the CPU. Rows do not depend on the batch they are in, nor on the number of threads.
@@ -66,7 +68,7 @@ class OpenVinoEngine(PiecewiseEngine):
 
 def installed() -> bool:
     """Whether OpenVINO is there, on a processor of the kind that it has bf16 for; imports nothing."""
-    return platform.machine() in ("x86_64", "AMD64") and importlib.util.find_spec("openvino") is not None
+    return platform.machine() in X86 and importlib.util.find_spec("openvino") is not None
 
 
 def runtime() -> Any:

@@ -17,7 +17,7 @@ from featx.cache.store import FeatureStore
 from featx.devices import arithmetic, available_threads, choose_device
 from featx.engines.engine import Engine, measure_speed
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
-from featx.engines.openvino import OpenVinoEngine, installed
+from featx.engines.openvino import X86, OpenVinoEngine, installed
 from featx.errors import ExportError, FeatxError
 from featx.extraction.job import Job
 from featx.extraction.loader import Loader
@@ -66,16 +66,18 @@ def faster(job: Job, rate: float | None, native: frozenset[str] | None = None) -
     if job.specs[0].precision != "fp32" or not rate or "bf16" not in native or choose_device(job.device) != "cpu":
         return ""
     if not installed():
-        return 'this processor multiplies bf16: pip install "featx[openvino]" lets --precision bf16 use that'
+        said = "this processor multiplies bf16: --precision bf16 may be faster, most of all after"
+        return f'{said} pip install "featx[openvino]"' if platform.machine() in X86 else ""
     speeds = _speeds(job, native)
     if not speeds:
         return ""
-    share = rate * (1 / rate - 1 / speeds["fp32"] + 1 / speeds["bf16"])  # on a CPU the stages' costs add
+    rest = max(0.0, 1 / rate - 1 / speeds["fp32"])  # on a CPU the stages' costs add
+    share = rate * (rest + 1 / speeds["bf16"])
     if not share < WORTH:
         return ""
     also = "; it multiplies int8, too (--precision int8)" if "int8" in native else ""
     return (
-        f"this processor multiplies bf16: --precision bf16 would take about {max(share, 0.01):.0%} of the time "
+        f"this processor multiplies bf16: --precision bf16 would take about {share:.0%} of the time "
         f"(measured: the backbone runs {speeds['bf16']:.0f} images/s, {speeds['fp32']:.0f} in fp32){also}"
     )
 

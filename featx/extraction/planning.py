@@ -124,7 +124,8 @@ def plan(
         backbone=job.info.name,
         row_shape=list(job.info.row_shape),
         notes=list(job.source.notes),
-        advice=faster(job, rate) if len(missing) and engine is None else "",
+        # in another arithmetic, what is cached would be computed again
+        advice=faster(job, rate) if len(missing) > cached and engine is None else "",
     )
 
 

@@ -115,7 +115,7 @@ def decoded(data: bytes | Image.Image | np.ndarray, short: int | None = None) ->
         finally:
             if image is not data and size > LARGE_BYTES:
                 image.close()  # before others take its room
-                vars(image).pop("pixels", None)
+                vars(image).pop("featx_array", None)
 
 
 @contextmanager

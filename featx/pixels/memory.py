@@ -36,12 +36,12 @@ def load(image: Any, data: bytes) -> None:
         decoder.cleanup()
 
     if used < 0 and error == 0:
-        image.im, image.pixels, image.tile = memory, pixels, []
+        image.im, image.featx_array, image.tile = memory, (memory, pixels), []
 
 
 def rows(image: Image.Image, first: int, last: int, edge: int) -> Image.Image:
     """The rows `first` to `last` of an RGB image, up to the column `edge`. No copy where `load` has loaded it."""
-    pixels: np.ndarray | None = getattr(image, "pixels", None)
-    if pixels is None:
+    memory, pixels = getattr(image, "featx_array", (None, None))
+    if pixels is None or memory is not image.im:  # changed in place, an image has other memory
         return image.crop((0, first, edge, last))
     return image._new(core.map_buffer(pixels[first:last], (edge, last - first), "raw", 0, ("RGB", 4 * image.width, 1)))

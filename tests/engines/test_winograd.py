@@ -324,6 +324,26 @@ def test_another_processor_decides_for_itself_and_an_older_record_is_completed_o
     assert fast.stat().st_mtime_ns == before  # the file served all of them
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(0.9, 2.0), (2.0, 0.5)])
+def test_two_processes_that_measure_at_once_keep_one_answer_and_the_file_that_it_needs(
+    tmp_path: Path, theirs: float, ours: float
+) -> None:
+    plain, here = _two(tmp_path), f"{processor()}, onnxruntime {metadata.version('onnxruntime')}"
+    fast = accelerated(plain, clock=clock())
+    record = dict(read_record(fast.with_suffix(".json"))[0])
+    write_record(fast.with_suffix(".json"), record | {"gains": {}})
+    moments = clock(ours, 1)
+
+    def decided_meanwhile() -> float:
+        write_record(fast.with_suffix(".json"), record | {"gains": {here: theirs}})
+        if theirs < 1:
+            fast.unlink(missing_ok=True)
+        return moments()
+
+    assert accelerated(plain, clock=decided_meanwhile) == (fast if theirs > 1 else plain)
+    assert gains(fast) == {here: theirs} and fast.exists() == (theirs > 1)
+
+
 def _two(folder: Path, **options: Any) -> Path:
     class Bytes(Two):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import shutil
 from pathlib import Path
 
@@ -214,8 +215,19 @@ def test_the_dry_run_says_how_much_time_bf16_would_save_from_what_was_measured(
         "this processor multiplies bf16: --precision bf16 would take about 50% of the time "
         "(measured: the backbone runs 400 images/s, 80 in fp32)"
     )
+    assert "take about 25% of the time" in faster(job, 100.0, native)  # faster than the backbone: 1/400 s remains
     assert faster(job, 10.0, native) == ""  # decoding takes the time
     assert faster(job, 50.0, frozenset({"int8"})) == ""
+
+
+@pytest.mark.parametrize(("machine", "named"), [("x86_64", True), ("aarch64", False)])
+def test_openvino_is_named_only_where_it_is_missing_and_would_help(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, named: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    said = faster(prepare(tiny, COLOURS, complete({"cache": tmp_path})), 50.0, frozenset({"bf16"}))
+    assert ('pip install "featx[openvino]"' in said) == bool(said) == named
 
 
 def test_a_run_in_less_than_fp32_says_how_far_its_rows_are_from_fp32s(tiny: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_rows_of_a_decoded_jpeg_are_no_copy_and_those_of_other_images_the_same()
         assert part.size == other.size == (55, 50) and part.mode == "RGB"
         assert np.array_equal(np.asarray(part), np.asarray(image)[10:60, :55])
         assert np.array_equal(np.asarray(other), np.asarray(part))
-        image.pixels[10, 0] = 7  # type: ignore[attr-defined]
+        image.featx_array[1][10, 0] = 7  # type: ignore[attr-defined]
         assert part.getpixel((0, 0)) == (7, 7, 7) != other.getpixel((0, 0))
 
 
@@ -135,6 +135,26 @@ def test_an_image_that_is_kept_keeps_its_pixels() -> None:
     gc.collect()
     noise = [np.full((200, 300, 4), 9, np.uint8) for _ in range(5)]  # where the memory would be used again
     assert all(np.array_equal(np.asarray(image), pillows(data)) for image in kept) and noise
+
+
+def test_an_image_that_is_changed_in_place_is_seen_as_it_is_now() -> None:
+    preprocess, data = Preprocess(64, 64), encoded(photo(300, 200))
+    with decoded(data) as image:
+        image.paste((9, 9, 9), (0, 0, 300, 200))
+        assert np.all(preprocess.centre(image) == 9)
+    with decoded(data) as image:
+        image.thumbnail((120, 120))
+        assert np.array_equal(preprocess.centre(image), preprocess(np.asarray(image)))
+
+
+def test_the_callers_image_and_what_it_carries_stay_as_they_were() -> None:
+    data = encoded(photo(300, 200))
+    image: Any = Image.open(io.BytesIO(data))
+    image.load()
+    image.pixels, image.info["note"] = "the caller's", 1
+    assert np.array_equal(Preprocess(64, 64)(image), Preprocess(64, 64)(data))
+    assert image.pixels == "the caller's" and image.info["note"] == 1
+    assert np.array_equal(np.asarray(image), pillows(data))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
