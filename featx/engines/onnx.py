@@ -36,6 +36,7 @@ LARGE_BYTES = 300_000_000  # with larger weights tracing, which copies them, is 
 EXPORT_VERSION = 2  # raised when the exported graph changes
 WINOGRAD_REVISION = 1  # raised when `featx.engines.winograd` makes another graph
 WORTH = 1.05  # times as fast that a rewritten graph must be
+TIMED = 4  # images for each thread: a whole batch of VGG-16 takes ten seconds
 MEASURED_SECONDS = 1.0  # for which both graphs are timed, in turns
 
 
@@ -201,7 +202,7 @@ def _gain(model: Path, path: Path, tolerance: float, clock: Callable[[], float])
     it gives other rows or never runs, and None where it could not be tried.
     """
     try:
-        engines = [OnnxEngine(model), OnnxEngine(path)]
+        engines = [OnnxEngine(each, TIMED * available_threads()) for each in (model, path)]
         shape = engines[0].session.get_inputs()[0].shape[1:]
         reference, rows = (engine(_noise(3, *shape)) for engine in engines)
         if not difference(rows, reference) <= tolerance:
