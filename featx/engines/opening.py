@@ -78,7 +78,7 @@ def open_engine(
         return CudaEngine(backbone, place, precision, batch_size)
     cpu = CpuEngine(backbone, precision, batch_size or CPU_BATCH, threads)
     if precision == "fp32" and images >= PAYS * cpu.threads:
-        cpu.compile(cache / "engines")
+        cpu.compile(cache / "engines", images)
     return cpu
 
 

@@ -6,9 +6,11 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 import os
 import shlex
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,8 @@ CUDA_BATCH = 256
 # (docs/benchmarks/torch-cpu.md): twice that, since a run that just gets its start-up back has gained nothing. More
 # threads make the images faster, but not the compiler, which is one thread.
 PAYS = 1000
+# Seconds that they must take uncompiled: starting took from 13 to 50, and gains from a fifth to a half of the rest.
+LONG = 120.0
 
 
 class CpuEngine:
@@ -66,14 +70,20 @@ class CpuEngine:
 
     @one_at_a_time()
     @ordinary()
-    def compile(self, folder: Path, tolerance: float = TOLERANCE) -> None:
+    def compile(self, folder: Path, images: float = math.inf, tolerance: float = TOLERANCE) -> None:
         """Compile the network, its weights as constants; where that fails, a warning says why, and it runs as before.
 
-        folder: of the cache; see `_compiling`. tolerance: how far rows may be from those before, see `difference`.
+        folder: of the cache; see `_compiling`. images: how many it will run; nothing is compiled where they take less
+        than `LONG` as it is. tolerance: how far rows may be from those before, see `difference`.
         """
         eager = self.module
         noise = np.random.default_rng(0).integers(0, 256, self.images.shape, np.uint8)
         expected = self(noise)
+        begin = time.perf_counter()
+        self(noise)
+        if images / self.batch_size * (time.perf_counter() - begin) < LONG:
+            return
+
         try:
             with _compiling(folder):
                 self.module = torch.compile(eager, dynamic=False)
