@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
