@@ -101,9 +101,9 @@ def test_a_folder_that_the_compiler_cannot_write_to_is_told(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("images", "threads", "precision", "compiles"),
-    [(0, 1, "fp32", 0), (1999, 2, "fp32", 0), (2000, 2, "fp32", 1), (1000, 1, "fp32", 1), (9999, 1, "bf16", 0)],
+    [(0, 1, "fp32", 0), (2000, 2, "fp32", 0), (10**9, 2, "fp32", 1), (10**9, 1, "bf16", 0)],
 )
-def test_a_network_is_compiled_for_a_thousand_images_a_thread(
+def test_a_network_is_compiled_for_a_run_that_would_take_minutes(
     images: int, threads: int, precision: str, compiles: int, tmp_path: Path
 ) -> None:
     info = resolve(DECIDING, session_cache())
