@@ -62,8 +62,8 @@ def verdicts(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def page(results: dict[str, Any]) -> str:
     """The results in Markdown."""
     found = results["parts"]
-    lines = ["# On a GPU", "", "Written by `make gpu`, which runs `benchmarks/gpu.py`. Seconds in which networks are"]
-    lines += ["compiled and engines opened do not count, on either side. Random weights but for SqueezeNet's.", ""]
+    lines = ["# On a GPU", "", "Written by `make gpu`, which runs `benchmarks/gpu.py`. Compiling networks and"]
+    lines += ["opening engines is not timed, on either side. Weights are random, except SqueezeNet's.", ""]
     if results["device"] == "cpu":
         lines += ["**A rehearsal on a CPU: these figures say nothing about a GPU.**", ""]
     lines += [f"- {key}: {value}" for key, value in found.get("machine", {}).get("facts", {}).items()]

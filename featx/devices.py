@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import platform
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -18,6 +17,7 @@ from typing import Any
 from featx.errors import FeatxError
 from featx.options import fields_of
 
+CPUINFO = Path("/proc/cpuinfo")
 # Linux's names of what multiplies them; of x86 and of Arm.
 NATIVE = {
     "bf16": {"amx_bf16", "avx512_bf16", "bf16"},
@@ -57,13 +57,13 @@ def _limits(root: Path, *names: list[str]) -> Iterator[tuple[float, float]]:
                 yield float(first), float(second)
 
 
-def arithmetic(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def arithmetic(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """Which of `bf16` and `int8` this processor multiplies by instructions of its own.
 
     Both, where the system does not say (not Linux): rows are right in either case, and only speed is lost.
     """
     try:
-        flags = set(re.findall(r"\w+", cpuinfo.read_text()))
+        _, flags = _described(cpuinfo)
     except OSError:
         return frozenset(NATIVE)
     return frozenset(name for name, needed in NATIVE.items() if flags & needed)
@@ -72,14 +72,20 @@ def arithmetic(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 @functools.cache
 def processor() -> str:
     """This machine's processor by its name, with a digest of what it can do: names such as `AMD EPYC` are shared."""
-    fields: dict[str, str] = {}
+    name, flags = "", set[str]()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip().lower(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    flags = " ".join(sorted((fields.get("flags") or fields.get("features", "")).split()))
-    return f"{name} ({hashlib.sha256(flags.encode()).hexdigest()[:8]})"
+        name, flags = _described()
+    name = name or platform.processor() or platform.machine()
+    return f"{name} ({hashlib.sha256(' '.join(sorted(flags)).encode()).hexdigest()[:8]})"
+
+
+def _described(cpuinfo: Path = CPUINFO) -> tuple[str, set[str]]:
+    """The first processor's model and flags, as Linux names them; empty where it names none. Raises `OSError`."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    return fields.get("model name", ""), set((fields.get("flags") or fields.get("features", "")).split())
 
 
 def single_thread(wanted: bool = True) -> AbstractContextManager[Any]:

@@ -78,7 +78,7 @@ def runtime() -> Any:
     Raises `FeatxError` where OpenVINO is not installed.
     """
     if not installed():
-        raise FeatxError('OpenVINO is not installed, or this is no x86 processor; pip install "featx[openvino]"')
+        raise FeatxError('OpenVINO is not installed, or this is not an x86 processor; pip install "featx[openvino]"')
     if "openvino" not in sys.modules:
         telemetry = {"openvino_telemetry": None, "openvino_telemetry.backend": None}
         before = {name: sys.modules[name] for name in telemetry if name in sys.modules}
