@@ -27,6 +27,7 @@ Input = Literal["pixels", "tensor", "features"]
 Reduced = Literal["int8", "fp16"]
 Runtime = Literal["auto", "onnxruntime", "openvino"]
 Criterion = Literal["accuracy", "log_loss"]
+Cluster = Literal["ray"]
 Interpolation = Literal["bilinear", "bicubic"]
 CropMode = Literal["center", "squash", "border", "pad"]
 
@@ -52,6 +53,13 @@ class Running(TypedDict, total=False):
     device: Annotated[str, DEVICE]
     batch_size: Annotated[int | None, Option(None, "By default the engine's own choice.", least=1)]
     workers: Annotated[int | None, Option(None, "Decoding threads; by default one per core.", least=1)]
+    on: Annotated[
+        Cluster | None, Option(None, "ray: compute on a Ray cluster, --workers cores a task (docs/scale.md).")
+    ]
+    address: Annotated[
+        str | None,
+        Option(None, "HOST:PORT of the Ray cluster; by default one is started here.", pattern=r".+:\d{1,5}"),
+    ]
 
 
 class Preprocessing(TypedDict, total=False):

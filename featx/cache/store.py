@@ -48,6 +48,7 @@ class FeatureStore:
         spec: FeatureSpec,
         *,
         engine: str | None = None,
+        light: bool = False,
         shard_bytes: int = SHARD_BYTES,
         shard_seconds: float = SHARD_SECONDS,
     ) -> None:
@@ -84,6 +85,11 @@ class FeatureStore:
     def __len__(self) -> int:
         """The number of distinct keys that have a committed row."""
         return len(self._table.index)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row is stored."""
+        return not len(self._table.index.keys)
 
     def listing(self) -> dict[str, int]:
         """Names and sizes in bytes of the shards that were found intact, in the order of their rows."""
@@ -202,6 +208,10 @@ class FeatureStore:
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row."""
         return self._table.index.locate(keys) >= 0
+
+    def confirm(self, keys: np.ndarray) -> np.ndarray:
+        """As `contains`."""
+        return self.contains(keys)
 
     def read(self, keys: np.ndarray, *, mapped: bool = True) -> np.ndarray:
         """The rows of `keys`, `uint8 [N, 32]`, in that order, with repeats: `[N, *row_shape]` as stored.

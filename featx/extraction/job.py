@@ -49,22 +49,31 @@ class Job:
     """Decoding threads; None for one per core of the machine that opens the job."""
     seconds: float = 0.0
     """Time spent on listing the images and resolving the backbone."""
+    cores: int | None = None
+    """Cores to use; None for all that the process may use."""
+    engine: str | None = None
+    """The engine of all processes that share the job; None for the one that the rule chooses."""
+
+    @property
+    def available(self) -> int:
+        """How many cores it may use here."""
+        return self.cores or available_threads()
 
     @property
     def threads(self) -> int:
         """How many threads decode here."""
-        return self.workers or available_threads()
+        return self.workers or self.available
 
-    def open_stores(self) -> list[FeatureStore]:
-        """One store for each spec."""
-        return [FeatureStore(self.cache, spec) for spec in self.specs]
+    def open_stores(self, *, light: bool = False) -> list[FeatureStore]:
+        """One store for each spec. light: for a process that only adds rows."""
+        return [FeatureStore(self.cache, spec, light=light) for spec in self.specs]
 
     def open_engine(self, stores: list[FeatureStore], images: int = 0) -> Engine:
         """The engine for this machine, to run so many images for each store.
 
         Raises `StoreError` or `FeatxError` if another one computed the stores' rows.
         """
-        recorded = next((store.engine for store in stores if store.engine), None)
+        recorded = next((store.engine for store in stores if store.engine), self.engine)
         for store in stores:
             if recorded:
                 store.computed_by(recorded)
@@ -77,6 +86,7 @@ class Job:
             calibration=self.specs[0].calibration,
             batch_size=self.batch_size,
             engine=recorded or self.specs[0].engine or None,
+            threads=self.cores,
             images=images * len(self.specs),
         )
 

@@ -20,7 +20,8 @@ from featx.threads import ahead
 class KeyTable:
     """One content key for each image of a source, as far as it is known. Opening it reads no image."""
 
-    def __init__(self, source: Source, cache: Path) -> None:
+    def __init__(self, source: Source, cache: Path, *, recall: bool = True) -> None:
+        """recall: look the keys up in the memo."""
         self.source = source
         self.keys = np.zeros((len(source.ids), KEY_BYTES), np.uint8)
         """`uint8 [N, 32]`; zeros where unknown."""
@@ -31,7 +32,8 @@ class KeyTable:
         self._memo = None
         if source.stats is not None:
             self._memo = KeyMemo(cache, source.root)
-            self.keys, self.known = self._memo.lookup(source.ids, source.stats)
+            if recall:
+                self.keys, self.known = self._memo.lookup(source.ids, source.stats)
 
     def note(self, number: int, key: bytes, error: str = "") -> None:
         """Record what reading an image gave: its key (empty if it could not be read), and why it cannot be used."""
@@ -68,7 +70,7 @@ class KeyTable:
         """`bool [N]`: which images are known to have a row in every store."""
         stored = self.known.copy()
         for store in stores:
-            stored &= store.contains(self.keys)
+            stored &= store.confirm(self.keys)
         return stored
 
     def first(self) -> np.ndarray:

@@ -114,18 +114,19 @@ class Chunk:
     """What other arithmetic would save here."""
 
 
+def require_some(job: Job, table: KeyTable, stored: np.ndarray) -> None:
+    """Raise `SourceError` where no image has features. stored: `bool [N]`, those that have."""
+    if not stored.any():
+        first = "; ".join(f"{job.source.ids[i]}: {why}" for i, why in list(table.errors.items())[:3])
+        raise SourceError(f"none of the {len(stored)} images in {job.source.uri} could be read ({first})")
+
+
 def describe(
     job: Job, table: KeyTable, stores: list[FeatureStore], stored: np.ndarray, chunk: Chunk, total: float
 ) -> ExtractionReport:
-    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of the whole run.
-
-    Raises `SourceError` where no image has features.
-    """
+    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of the whole run."""
     source, keys, timing = job.source, table.keys, chunk.timing
     numbers = np.flatnonzero(stored)
-    if not len(numbers):
-        first = "; ".join(f"{source.ids[i]}: {why}" for i, why in list(table.errors.items())[:3])
-        raise SourceError(f"none of the {len(stored)} images in {source.uri} could be read ({first})")
     by_key = {keys[i].tobytes(): why for i, why in table.errors.items()}
     skipped: list[Skipped] = [
         {"id": source.ids[i], "reason": table.errors.get(i) or by_key[keys[i].tobytes()]}
