@@ -52,9 +52,9 @@ def measure(root: Path) -> None:
     """Extract and print the count, the seconds and the peak of this process, in bytes."""
     from featx.backbones.request import BackboneInfo
     from featx.cache.store import FeatureStore
+    from featx.extraction.computing import compute
     from featx.extraction.job import prepare
     from featx.extraction.keys import KeyTable
-    from featx.extraction.pipeline import compute
     from featx.extraction.report import Chunk, describe
     from featx.options import complete
     from featx.pixels.preprocess import Preprocess

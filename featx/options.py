@@ -47,19 +47,23 @@ class Option:
 DEVICE = Option("auto", "auto, cpu, cuda or cuda:N.", pattern=r"auto|cpu|cuda(:\d+)?")
 
 
-class Running(TypedDict, total=False):
+class Clustered(TypedDict, total=False):
+    """Where an extraction runs."""
+
+    on: Annotated[
+        Cluster | None, Option(None, "ray: compute on a Ray cluster, --workers cores a task (docs/scale.md).")
+    ]
+    address: Annotated[
+        str | None, Option(None, "HOST:PORT of the Ray cluster; by default one is started here.", pattern=r".+:\d{1,5}")
+    ]
+
+
+class Running(Clustered, total=False):
     """How an extraction runs; no feature depends on it."""
 
     device: Annotated[str, DEVICE]
     batch_size: Annotated[int | None, Option(None, "By default the engine's own choice.", least=1)]
     workers: Annotated[int | None, Option(None, "Decoding threads; by default one per core.", least=1)]
-    on: Annotated[
-        Cluster | None, Option(None, "ray: compute on a Ray cluster, --workers cores a task (docs/scale.md).")
-    ]
-    address: Annotated[
-        str | None,
-        Option(None, "HOST:PORT of the Ray cluster; by default one is started here.", pattern=r".+:\d{1,5}"),
-    ]
 
 
 class Preprocessing(TypedDict, total=False):

@@ -183,6 +183,7 @@ def option(name: str) -> Callable[[Command], Command]:
 
 
 cache_option = option("cache")
+cluster_options = options_of(option("on"), option("address"))
 memory_option = click.option(
     "--memory",
     type=click.FloatRange(0, min_open=True),
@@ -210,7 +211,8 @@ extraction_options = options_of(
     *map(
         option,
         ("cache", "device", "precision", "calibration", "runtime", "dtype", "batch_size", "workers", "views", "decode"),
-    )
+    ),
+    cluster_options,
 )
 
 

@@ -9,7 +9,20 @@ from typing import Any, Literal, get_args
 
 import click
 
-from featx.cli.base import DONE, SKIPPED, Place, echo, emit, json_option, options_of, run_options, say, show, splits
+from featx.cli.base import (
+    DONE,
+    SKIPPED,
+    Place,
+    cluster_options,
+    echo,
+    emit,
+    json_option,
+    options_of,
+    run_options,
+    say,
+    show,
+    splits,
+)
 from featx.options import Input, Reduced
 from featx.text import encodable, escaped, printable, prose
 
@@ -42,6 +55,7 @@ parity_options = options_of(
 @click.option("--max-changed", default=5.0, help="int8, fp16: answers that may change, in points of the images.")
 @click.option("--provider", "providers", multiple=True, help="int8, fp16: execution provider to measure speed on.")
 @run_options
+@cluster_options
 @json_option
 def export(
     run: str, outputs: str | None, precision: Literal["fp32"] | Reduced | None, as_json: bool, **options: Any

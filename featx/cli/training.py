@@ -24,13 +24,21 @@ if TYPE_CHECKING:
 @base.backbone_options
 @base.extraction_options
 @click.option("--dry-run", is_flag=True, help="Say how many images, how long, how much disk; write no feature.")
+@click.option(
+    "--chunk", metavar="K/N", help="Compute this part of the images alone, from 0/N to N-1/N (docs/scale.md)."
+)
+@click.option("--prepare", is_flag=True, help="List the images and export the backbone, once, for all chunks.")
 @json_option
-def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
+def extract(data: str, dry_run: bool, chunk: str | None, prepare: bool, as_json: bool, **options: Any) -> int:
     """Run the frozen backbone once per image of DATA; the features go to the cache.
 
     DATA is a folder (one folder a class, or train/ and val/ with such folders, or images alone) or a
     manifest (.csv, .jsonl, .parquet).
     """
+    if dry_run + prepare + (chunk is not None) > 1:
+        raise click.UsageError("--dry-run, --prepare and --chunk are three things: give one of them")
+    if prepare or chunk is not None:
+        return part_of(data, chunk, as_json, **options)
     if dry_run:
         from featx.extraction.planning import plan
 
@@ -46,6 +54,23 @@ def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
     else:
         say(report.text())
         say(f"{extraction.info.name} ({extraction.info.weights_note}), {extraction.info.row_shape} a row")
+    return report.exit_code
+
+
+def part_of(data: str, chunk: str | None, as_json: bool, **options: Any) -> int:
+    """`extract --prepare`, or `extract --chunk`."""
+    from featx.errors import FeatxError
+    from featx.extraction.chunks import extract_chunk, parse_chunk, prepare_chunks
+
+    if chunk is None:
+        base.show(prepare_chunks(data, **options), as_json)
+        return DONE
+    try:
+        number, chunks = parse_chunk(chunk)
+    except FeatxError as error:
+        raise click.BadParameter(str(error), param_hint="--chunk") from None
+    report = extract_chunk(data, number, chunks, **options)
+    base.show(report, as_json)
     return report.exit_code
 
 
@@ -185,6 +210,7 @@ def rates(text: str) -> dict[str, Any]:
 @base.memory_option
 @option("device")
 @option("workers")
+@base.cluster_options
 @base.run_options
 @json_option
 def evaluate(run: str, data: str, as_json: bool, **options: Any) -> int:
@@ -244,6 +270,7 @@ def curve(run: str, sizes: str | None, as_json: bool, **options: Any) -> int:
 @base.cache_option
 @option("device")
 @option("workers")
+@base.cluster_options
 @click.option("--report/--no-report", default=True, help="Write the winner's report.html.")
 @json_option
 def sweep(data: str, report: bool, as_json: bool, **options: Any) -> int:

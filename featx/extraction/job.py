@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Generator, Iterable
@@ -58,6 +59,11 @@ class Job:
     def available(self) -> int:
         """How many cores it may use here."""
         return self.cores or available_threads()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image's rows in all stores."""
+        return math.prod(self.info.row_shape) * np.dtype(self.specs[0].dtype).itemsize * len(self.specs)
 
     @property
     def threads(self) -> int:

@@ -71,5 +71,3 @@ def run(job: Job, engine: Engine | None = None, on: str | None = None, address: 
     numbers = np.flatnonzero(stored)
     keys = table.keys if len(numbers) == len(table.keys) else table.keys[numbers]
     return Extraction(job.source, job.request, job.info, job.cache, stores, numbers, keys, report)
-
-

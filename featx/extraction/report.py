@@ -124,7 +124,7 @@ def require_some(job: Job, table: KeyTable, stored: np.ndarray) -> None:
 def describe(
     job: Job, table: KeyTable, stores: list[FeatureStore], stored: np.ndarray, chunk: Chunk, total: float
 ) -> ExtractionReport:
-    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of the whole run."""
+    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of all of it."""
     source, keys, timing = job.source, table.keys, chunk.timing
     numbers = np.flatnonzero(stored)
     by_key = {keys[i].tobytes(): why for i, why in table.errors.items()}

@@ -7,7 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from featx import __version__
 from featx.engines.int8 import calibrated
@@ -15,7 +15,7 @@ from featx.engines.onnx import backbone_onnx
 from featx.engines.wire import FORMAT_KEY, require_whole, scan
 from featx.errors import ExportError, ParityError
 from featx.files import write_atomic
-from featx.options import Input, Split, home
+from featx.options import Clustered, Input, Split, home
 from featx.pixels.preprocess import Preprocess
 from featx.records import write_record
 from featx.runs import Run, is_export, is_record, open_run, record_of
@@ -48,6 +48,7 @@ def export(
     tolerance: float | None = None,
     factory: str | None = None,
     weights: str | Path | None = None,
+    **cluster: Unpack[Clustered],
 ) -> Parity:
     """Write a run as one ONNX file, after comparing it with the torch classifier on the run's own images.
 
@@ -60,7 +61,7 @@ def export(
     images: how many are compared, at most, of `split` (`val`, `test` or `train`), those with the
     smallest content hashes. data: labelled images in place of the run's own, such as where these moved to.
     tolerance: on probabilities through the file's resize, in [0, 1], instead of 0.05; above 0.03 on features too.
-    factory, weights: as for `featx.load`.
+    factory, weights: as for `featx.load`. cluster: `on` and `address` of `featx.extract`, for images without a row.
 
     Where images, labels or splits have changed since the fit, the file is compared all the same, and an accuracy
     is stated only if the head has learned from none of these images. Where this backbone was verified on these
@@ -72,7 +73,7 @@ def export(
     model = build(opened, input, outputs)
     parts = graph.part_digests(model.graph)
 
-    chosen = gate_images(opened, images, split, data)
+    chosen = gate_images(opened, images, split, data, **cluster)
     if own := precision(opened, input) == "int8":
         found = int8.verify(opened, model, chosen, tolerance=tolerance)
     else:

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from featx.devices import available_threads, memory_for_features
 from featx.errors import ExportError, ImageError
 from featx.extraction.pipeline import sync
 from featx.features import FeatureSpec, content_key, short_keys
-from featx.options import Split, count
+from featx.options import Clustered, Split, count
 from featx.runs import Run
 from featx.sources.source import Source
 from featx.threads import ahead
@@ -67,14 +67,16 @@ class Images:
         return np.array([set(names[row]) == label for row, label in zip(answers, truth, strict=True)])
 
 
-def gate_images(run: Run, limit: int, split: Split, data: str | Path | Source | None = None) -> Images:
+def gate_images(
+    run: Run, limit: int, split: Split, data: str | Path | Source | None = None, **cluster: Unpack[Clustered]
+) -> Images:
     """Up to `limit` distinct images of a split, those with the smallest content hashes.
 
     data: in place of the run's own. Raises `ExportError` where there are none, or the backbone has changed.
     """
     limit = count("images", limit)
     config, spec = run.config, run.config.spec
-    extraction = sync(data or config.data, run.request, cache=config.cache, **spec.asked)
+    extraction = sync(data or config.data, run.request, cache=config.cache, **spec.asked, **cluster)
     features = extraction.features(memory=memory_for_features())
     if features.spec != spec:
         raise ExportError(

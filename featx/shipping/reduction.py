@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from featx.engines.int8 import quantized
 from featx.errors import ExportError
 from featx.features import distances
 from featx.head import Head
-from featx.options import Input, Reduced, Split
+from featx.options import Clustered, Input, Reduced, Split
 from featx.runs import Run, open_run
 from featx.shipping import graph
 from featx.shipping.deployed import open_session
@@ -111,6 +111,7 @@ def export_reduced(
     factory: str | None = None,
     weights: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    **cluster: Unpack[Clustered],
 ) -> Reduction:
     """Write a run as an ONNX file in `int8` or `fp16`, by default `model-int8.onnx` in its folder.
 
@@ -127,7 +128,7 @@ def export_reduced(
     if input == "features":
         raise ExportError("a head alone stays in float: there is no backbone to make smaller")
     path = free_path(opened, output, DEFAULT[input].replace(".onnx", f"-{precision}.onnx"))
-    chosen = gate_images(opened, images, split, data)
+    chosen = gate_images(opened, images, split, data, **cluster)
     if not chosen.known:
         raise ExportError(
             f"an {precision} file is judged by right answers on images that the head has not seen, and it may "

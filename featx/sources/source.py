@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,8 @@ class Source:
     """Files under a folder that are not images, hidden ones among them, and hidden folders (`.git/`)."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the user should read."""
+    starts: np.ndarray | None = None
+    """Rows where a container (a tar, a row group) begins; None where each image is a file of its own."""
     multilabel: bool = False
     """A label is several names joined by `|` (`cat|indoor`); a lone `|` says that no class applies."""
 
@@ -71,6 +74,11 @@ class Source:
             splits=self.splits and [self.splits[i] for i in numbers],
             stats=None if self.stats is None else self.stats[numbers],
         )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the ids in their order."""
+        return hashlib.sha256("\0".join(self.ids).encode("utf-8", "surrogatepass")).hexdigest()
 
     def path(self, i: int) -> Path:
         """Where image `i` lies."""

@@ -1,0 +1,238 @@
+"""Parts of one extraction, for several processes: `--chunk 17/200`, and what a cluster hands out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+
+from featx.cache.store import FeatureStore
+from featx.devices import processor
+from featx.engines.engine import Engine
+from featx.errors import FeatxError, SourceError
+from featx.extraction.computing import compute
+from featx.extraction.job import Backbone, Data, Job, prepare
+from featx.extraction.keys import KeyTable
+from featx.extraction.report import Chunk, ExtractionReport, describe
+from featx.options import Options, complete, fits
+from featx.records import read_record, write_record
+from featx.state import ordinary
+from featx.text import printable
+
+# A chunk's rows take at least so many bytes, so that they make few shards.
+CHUNK_BYTES = 16 << 20
+# Each worker gets at least so many chunks, so that all end at about the same time.
+CHUNKS_A_WORKER = 4
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What extracting one chunk did; `to_dict` is what `--json` prints."""
+
+    number: int
+    """From 0 to `chunks` - 1."""
+    chunks: int
+    start: int
+    """Its first image, counted in the listing from 0."""
+    stop: int
+    """The image after its last one."""
+    images: int
+    """In the whole listing."""
+    report: ExtractionReport
+
+    @property
+    def exit_code(self) -> int:
+        return self.report.exit_code
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name != "report"}
+        return {"chunk": own, **self.report.to_dict()}
+
+    def text(self) -> str:
+        which = f"images {self.start:,} to {self.stop - 1:,}" if self.stop > self.start else "no image"
+        return f"chunk {self.number}/{self.chunks}: {which} of {self.images:,}\n{self.report.text()}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `--prepare` has made sure of; chunks of another listing are refused."""
+
+    uri: str
+    """The data set, as it was given."""
+    images: int
+    listing: str
+    """SHA-256, in hex, of the images' ids in their order."""
+    engine: str
+    """What computes the rows; a backbone that runs on a CPU is exported by now."""
+    kind: str
+    """What a row's last bits depend on, see `kind_of`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def text(self) -> str:
+        return (
+            f"{self.images:,} images are listed, and the backbone is ready ({self.engine}). Run each chunk, from "
+            "--chunk 0/N to --chunk N-1/N, with the same options; then the command without --chunk, for the report"
+        )
+
+
+def parse_chunk(text: str) -> tuple[int, int]:
+    """`17/200` -> (17, 200). Raises `FeatxError` for any other text, and for a number that is out of range."""
+    number, slash, chunks = text.partition("/")
+    if not (slash and number.isascii() and number.isdigit() and chunks.isascii() and chunks.isdigit()):
+        raise FeatxError(f"a chunk is its number and how many there are, such as 17/200, not {text!r}")
+    return _checked(int(number), int(chunks))
+
+
+def _checked(number: Any, chunks: Any) -> tuple[int, int]:
+    if not (fits(number, int) and fits(chunks, int) and 0 <= number < chunks):
+        last = f"{chunks - 1}/{chunks}" if fits(chunks, int) and chunks > 0 else "199/200"
+        raise FeatxError(f"there is no chunk {number}/{chunks}: they count from 0, so the last one is {last}")
+    return number, chunks
+
+
+@ordinary()
+def prepare_chunks(
+    data: Data, backbone: Backbone = "resnet18", *, engine: Engine | None = None, **options: Unpack[Options]
+) -> Prepared:
+    """Do once what all chunks need: list the images, resolve the backbone, export it; arguments as for `featx.extract`.
+
+    The listing's digest is recorded in the cache: from then on `extract_chunk` refuses other listings with this
+    backbone and these options, unless they were prepared as well.
+    """
+    job = prepare(data, backbone, _here(complete(options, function=prepare_chunks)), engine)
+    stores = job.open_stores(light=True)
+    opened = engine or job.open_engine(stores)
+    done = Prepared(job.source.uri, len(job.source), job.source.digest, opened.name, kind_of(opened.name))
+    if engine is None:
+        opened.close()
+    place = hashlib.sha256(os.fsencode(os.path.abspath(job.source.uri))).hexdigest()[:32]
+    write_record(_plans(job) / f"{place}.json", done.to_dict())
+    return done
+
+
+@ordinary()
+def extract_chunk(
+    data: Data,
+    number: int,
+    chunks: int,
+    backbone: Backbone = "resnet18",
+    *,
+    engine: Engine | None = None,
+    **options: Unpack[Options],
+) -> ChunkReport:
+    """Compute what the cache lacks of chunk `number` of `chunks`, counted from 0; the rest as for `featx.extract`.
+
+    It holds the images `number * N // chunks` to `(number + 1) * N // chunks` of the listing, each end moved to
+    the next start of a container. So processes agree without talking, whatever is cached already. An empty chunk,
+    and one in which no image can be read, is a result as well. Raises `FeatxError` for a number out of range,
+    `SourceError` for another listing than `prepare_chunks` recorded.
+    """
+    number, chunks = _checked(number, chunks)
+    begin = time.perf_counter()
+    job = prepare(data, backbone, _here(complete(options, function=extract_chunk)), engine)
+    note = _check_listing(job)
+    start, stop = bounds(len(job.source), number, chunks, job.source.starts)
+    part = replace(job, source=job.source.take(np.arange(start, stop)), seconds=0.0)
+
+    table, stores = KeyTable(part.source, part.cache), part.open_stores(light=True)
+    chunk = Chunk(listing=time.perf_counter() - begin)
+    stored = work(part, table, stores, chunk, engine)
+    if chunk.extracted and note:
+        chunk.notes.append(note)
+    report = describe(part, table, stores, stored, chunk, time.perf_counter() - begin)
+    return ChunkReport(number, chunks, start, stop, len(job.source), report)
+
+
+def work(job: Job, table: KeyTable, stores: list[FeatureStore], chunk: Chunk, engine: Engine | None) -> np.ndarray:
+    """Compute what light `stores` lack of a job's images; which of them are stored then, `bool [N]`.
+
+    A light store says of a few images that they are stored where they are not: those are computed in a second round.
+    """
+    stored = table.stored(stores)
+    for _ in range(2):
+        usable = np.ones(len(stored), bool)
+        usable[list(table.errors)] = False
+        missing = np.flatnonzero(~stored & usable)
+        if not len(missing):
+            break
+        compute(job, table, stores, missing, chunk, engine)
+        stored = table.stored(stores)
+    return stored
+
+
+def bounds(images: int, number: int, chunks: int, starts: np.ndarray | None = None) -> tuple[int, int]:
+    """The first image of a chunk, and the one after its last; `starts`, ascending, are where containers begin."""
+    ends = [number * images // chunks, (number + 1) * images // chunks]
+    if starts is not None:
+        edges = np.append(starts, images)
+        ends = [int(edges[np.searchsorted(edges, end)]) for end in ends]
+    return ends[0], ends[1]
+
+
+def cut(
+    numbers: np.ndarray, row_bytes: int, workers: int, starts: np.ndarray | None = None, least: int = CHUNK_BYTES
+) -> list[np.ndarray]:
+    """Ascending image numbers, `int [M]`, in chunks of at least `least` bytes of rows, or smaller ones where so many
+    workers would have too few; none ends inside a container.
+    """
+    size = min(-(-least // row_bytes), -(-len(numbers) // (CHUNKS_A_WORKER * workers)))
+    ends = np.arange(max(1, size), len(numbers), max(1, size))
+    if starts is not None:
+        container = np.searchsorted(starts, numbers, "right")
+        ends = np.unique(np.searchsorted(container, container[ends - 1], "right"))
+    return [part for part in np.split(numbers, ends) if len(part)]
+
+
+def kind_of(engine: str) -> str:
+    """What the last bits of an engine's rows depend on: the processor, or GPU, and the version of what multiplies."""
+    if engine == "torch-cuda":
+        import torch
+
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    package = engine.partition("-")[0]
+    with suppress(PackageNotFoundError):
+        return f"{processor()}, {package} {version(package)}"
+    return processor()
+
+
+def _here(options: dict[str, Any]) -> dict[str, Any]:
+    """The options. Raises `FeatxError` where a cluster is asked for as well."""
+    if options["on"] or options["address"]:
+        raise FeatxError(f"a chunk is computed where it is called; leave --on {options['on'] or 'ray'} out")
+    return options
+
+
+def _plans(job: Job) -> Path:
+    return job.cache / "plans" / job.specs[0].folder_name
+
+
+def _check_listing(job: Job) -> str:
+    """A note where rows may differ in their last bits from the others'. Raises `SourceError` where other listings were
+    prepared, and this one was not.
+    """
+    plans = [Prepared(**read_record(path)[0]) for path in sorted(_plans(job).glob("*.json"))]
+    same = [plan for plan in plans if plan.listing == job.source.digest]
+    if plans and not same:
+        uri = printable(job.source.uri)
+        before = next((plan for plan in plans if os.path.abspath(plan.uri) == os.path.abspath(job.source.uri)), None)
+        if before:
+            what = f"the images of {uri} are others than at --prepare ({before.images:,} then, {len(job.source):,} now)"
+        else:
+            known = ", ".join(f"{printable(plan.uri)} ({plan.images:,} images)" for plan in plans[:3])
+            what = f"{uri} ({len(job.source):,} images) was not prepared, but {known} was"
+        raise SourceError(
+            f"{what}: chunks of two listings do not fit together. Run --prepare on {uri}, then all chunks"
+        )
+    here = kind_of(same[0].engine) if same else ""
+    if not same or here == same[0].kind:
+        return ""
+    return f"computed on {here}; --prepare ran on {same[0].kind}: rows may differ in their last bits"

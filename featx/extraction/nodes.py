@@ -1,0 +1,161 @@
+"""What a Ray cluster has: connecting to it, its cores and GPUs, and whether every node sees what it needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from featx import __version__
+from featx.devices import available_threads
+from featx.engines.opening import NEEDS
+from featx.engines.openvino import installed
+from featx.errors import FeatxError, ImageError
+from featx.extraction.job import Job
+from featx.features import content_key
+from featx.files import aside_name, make_folder
+from featx.sources.source import Source
+from featx.text import printable, some
+
+ANSWERS = 5.0  # seconds in which a cluster's address must answer
+LOOKS = 90.0  # seconds in which each node must have started a process and looked around
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """The module `ray`, connected to a cluster. What is started here is ended here. Raises `FeatxError`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import; users may turn it on
+    try:
+        import ray
+    except ImportError as error:
+        raise FeatxError(f'--on ray needs Ray, which cannot be imported ({error}): pip install "featx[ray]"') from error
+    if ray.is_initialized():  # the caller's own connection
+        yield ray
+        return
+
+    own = {"num_cpus": available_threads()} if address is None else {"address": address}
+    if address is not None:
+        _require_answer(address)
+    try:
+        ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+        what = f"the Ray cluster at {address} cannot be used" if address else "Ray cannot be started here"
+        raise FeatxError(
+            f"{what} ({str(error).strip().splitlines()[0]}); run this on one of its nodes, with the same Ray and Python"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise `FeatxError` unless something at HOST:PORT speaks HTTP/2, as Ray does: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and no settings
+    trouble = "what answers there is no Ray"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWERS) as connection:
+            connection.sendall(hello)
+            answer = connection.recv(9)
+            if len(answer) > 3 and answer[3] == 4:  # its own settings
+                return
+    except (OSError, OverflowError) as error:
+        trouble = str(getattr(error, "strerror", None) or error)
+    raise FeatxError(
+        f"no Ray cluster answers at {address} ({trouble}); give the HOST:PORT that `ray start --head` printed"
+    )
+
+
+def demand(ray: Any, job: Job) -> dict[str, float]:
+    """What a task asks of a node. Raises `FeatxError` where no node has it."""
+    total, cores = ray.cluster_resources(), job.workers or 1
+    recorded = next((spec.engine for spec in job.specs if spec.engine), job.engine)
+    on_gpu = job.device.startswith("cuda") or (
+        job.device == "auto" and total.get("GPU", 0) > 0 and (recorded is None or recorded == "torch-cuda")
+    )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = f"its {len(nodes)} nodes have {total.get('CPU', 0):g} cores and {total.get('GPU', 0):g} GPUs"
+    if job.device.startswith("cuda:"):
+        raise FeatxError(f"--device {job.device}: on a cluster a task takes the GPU it is given; use --device cuda")
+    if on_gpu and not any(node.get("GPU", 0) >= 1 for node in nodes):
+        raise FeatxError(f"--device {job.device}: the cluster has no GPU ({have}); use --device cpu")
+    if not any(node.get("CPU", 0) >= cores and (not on_gpu or node.get("GPU", 0) >= 1) for node in nodes):
+        raise FeatxError(f"--workers {cores} takes more cores than any node has ({have}); use fewer")
+    return {"num_cpus": cores, "num_gpus": 1 if on_gpu else 0}
+
+
+def slots_of(ray: Any, options: dict[str, float]) -> int:
+    """How many tasks can run at once."""
+    total = ray.cluster_resources()
+    slots = total.get("CPU", 0) // options["num_cpus"]
+    return max(1, int(min(slots, total.get("GPU", 0)) if options["num_gpus"] else slots))
+
+
+def look_at_nodes(ray: Any, job: Job, shared: bytes, numbers: np.ndarray) -> None:
+    """Raise `FeatxError` unless every node sees the cache, the images and what the engine needs."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    make_folder(job.cache)
+    token = job.cache / aside_name()
+    token.write_bytes(b"")
+    try:
+        sample, key = _sample(job.source, numbers)
+        look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+        asked = {}
+        for node in ray.nodes():
+            if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
+                strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ref = look.options(scheduling_strategy=strategy).remote(shared, str(token), sample, key, __version__)
+                asked[ref] = f"{node['NodeManagerHostname']}-{node['NodeID'][:4]}"
+
+        done, late = ray.wait(list(asked), num_returns=len(asked), timeout=LOOKS)
+        troubles = [f"{asked[ref]} has started no process in {LOOKS:g} s" for ref in late]
+        for ref in done:
+            try:
+                found = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                found = f"cannot run featx ({str(error).strip().splitlines()[-1]}): install the same version there"
+            troubles += [f"{asked[ref]} {found}"] if found else []
+        if troubles:
+            raise FeatxError(f"not every node of the cluster can take part: {some(troubles)}")
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _sample(source: Source, numbers: np.ndarray) -> tuple[Source | None, bytes]:
+    """One image that can be read here, and its key; None where none of a few can."""
+    for number in numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), 8)).astype(int)].tolist():
+        with suppress(ImageError):
+            return source.take(np.array([number])), content_key(source.read(number))
+    return None, b""
+
+
+def look_around(shared: bytes, token: str, sample: Source | None, key: bytes, wanted: str) -> str:
+    """What is missing on the node where this runs, as the rest of a sentence; empty where nothing is."""
+    if __version__ != wanted:
+        return f"has featx {__version__}, not {wanted}: install the same version there"
+    job = pickle.loads(shared)[0]
+    if not os.path.exists(token):
+        return f"does not see the cache {job.cache}: put it where all nodes see it under this path"
+    if not os.access(job.cache, os.W_OK):
+        return f"may not write to the cache {job.cache}"
+    try:
+        if sample is not None and content_key(sample.read(0)) != key:
+            return f"has other images in {sample.root}: {printable(sample.ids[0])} differs"
+    except ImageError as error:
+        assert sample is not None
+        where = f"{printable(sample.ids[0])} in {sample.root}"
+        return f"cannot read {where} ({error}): put the images where all nodes see them"
+    if job.engine == "openvino" and not installed():
+        return f"lacks OpenVINO, which computes these features: {NEEDS['openvino']}"
+    file = job.request.file
+    if file and job.engine.startswith("torch") and not file.exists():
+        return f"does not see the weights {file}: put them where all nodes see them"
+    return ""
