@@ -49,6 +49,8 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         runtime: str = "auto",
         batch_size: int | None = None,
         workers: int | None = None,
+        on: str | None = None,
+        address: str | None = None,
         decode: str = "exact",
         size: int | None = None,
         crop_pct: float | None = None,

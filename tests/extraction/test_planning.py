@@ -17,7 +17,7 @@ from featx.backbones.request import BackboneRequest
 from featx.cache.store import FeatureStore
 from featx.engines.opening import open_engine
 from featx.errors import FeatxError, StoreError
-from featx.extraction import pipeline
+from featx.extraction import computing
 from featx.extraction.fidelity import faster, fidelity, rates_path
 from featx.extraction.job import prepare
 from featx.extraction.pipeline import sync
@@ -194,11 +194,11 @@ def test_the_progress_bar_shows_the_bottleneck(
 ) -> None:
     shown: list[str] = []
 
-    class Bar(pipeline.tqdm):  # type: ignore[misc, name-defined, type-arg]
+    class Bar(computing.tqdm):  # type: ignore[misc, name-defined, type-arg]
         def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
             shown.append(s)
 
-    monkeypatch.setattr(pipeline, "tqdm", Bar)
+    monkeypatch.setattr(computing, "tqdm", Bar)
     sync(write_images(tmp_path / "data", per_class=20), COLOURS, engine=engine, cache=tmp_path / "cache")
     assert len(shown) == 40 // 4
     assert all(text.split()[0] in ("read", "decode", "embed", "store") and text.endswith("%") for text in shown)
