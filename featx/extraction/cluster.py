@@ -122,8 +122,8 @@ def compute(
                 table.keys[task.numbers], table.known[task.numbers] = part.keys, part.known
                 table.errors |= {int(task.numbers[i]): why for i, why in part.errors.items()}
                 progress.add(task, part)
-                bar.update(len(task.numbers))
                 bar.set_postfix_str(progress.rates(), refresh=False)
+                bar.update(len(task.numbers))
     chunk.notes += progress.notes()
 
     before = table.stored(stores)  # as they were listed when the run began
