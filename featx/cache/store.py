@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from featx.cache import shards, writing
-from featx.cache.index import KeyIndex, as_keys, distinct
+from featx.cache.index import KEY_BYTES, KeyIndex, as_keys, distinct
 from featx.cache.memo import CLOCK_NS, READ_ONLY
 from featx.cache.reading import READERS, ShardTable
 from featx.cache.shards import Form, Shard, StaleError
@@ -27,6 +27,7 @@ SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
 # How often a folder is listed again while other processes change it.
 MAX_LISTINGS = 4
+CHANGING = "{} changes faster than it can be read; try again"
 
 
 class FeatureStore:
@@ -61,7 +62,7 @@ class FeatureStore:
         self._buffered, self._since = 0, 0.0
         self._swept = False
         self._refreshing = threading.Lock()
-        self._table: ShardTable
+        self._table = ShardTable(self.folder, None, [], KeyIndex(np.zeros((0, KEY_BYTES), np.uint8)))
         """Replaced as a whole, since other threads may read: they see the old listing or the new one."""
         self.refresh()
         self._check_engine()
@@ -137,7 +138,7 @@ class FeatureStore:
             with self._writing():
                 shard = writing.write(self.folder, form, keys, rows)
             # one assignment: an interrupt must not leave a shard without its keys
-            self._table = self._table.plus(shard, keys)
+            self._table = self._table.plus([shard], keys)
         # an interrupt before this line leaves the rows in the buffer, and `contains` drops them next time
         self._buffer.clear()
         self._buffered = 0
@@ -211,21 +212,28 @@ class FeatureStore:
         """
         if len(keys) == 0:
             return np.zeros((0, *(self.form.row_shape if self.form else ())), self.spec.dtype)
-        asked_again = False
-        for _ in range(2 * MAX_LISTINGS):
-            table = self._table
-            at = table.index.locate(keys)
-            missing = int((at < 0).sum())
-            if missing and asked_again:
-                raise StoreError(
-                    f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
-                )
-            if not missing:
-                with contextlib.suppress(StaleError):  # another process compacts
-                    return table.read(at, mapped=mapped)
-            asked_again = missing > 0  # another process may have stored them meanwhile
+        for _ in range(MAX_LISTINGS):
+            table, places = self.locate(keys)
+            with contextlib.suppress(StaleError):  # another process compacts
+                return table.read(places, mapped=mapped)
             self.refresh()
-        raise StoreError(f"{self.folder} changes faster than it can be read; try again")
+        raise StoreError(CHANGING.format(self.folder))
+
+    def locate(self, keys: np.ndarray) -> tuple[ShardTable, np.ndarray]:
+        """The rows as they are listed now, and the place of each key among them, `int64 [N]`.
+
+        Raises `StoreError` with the number of keys that have no row.
+        """
+        for attempt in (1, 2):
+            table = self._table
+            places = table.index.locate(keys)
+            if not (missing := int((places < 0).sum())):
+                return table, places
+            if attempt == 1:
+                self.refresh()  # another process may have stored them meanwhile
+        raise StoreError(
+            f"{missing} of {len(keys)} features are not in {self.folder}; extract them first (featx extract)"
+        )
 
     # --- the listing
 
@@ -239,14 +247,22 @@ class FeatureStore:
             for _ in range(MAX_LISTINGS):
                 try:
                     form = self._read_form() if self.folder.is_dir() else None
-                    found = [] if form is None else self._list(form, trust)
-                    self._table = ShardTable(self.folder, form, found, KeyIndex(shards.read_keys(self.folder, found)))
+                    self._table = self._tabled(form, [] if form is None else self._list(form, trust))
                     return
                 except (StaleError, FileNotFoundError):
                     continue  # a shard went between listing and reading: another process compacts or removes
                 except OSError as error:
                     raise StoreError(f"the cache {self.folder} cannot be read ({error.strerror})") from error
-        raise StoreError(f"{self.folder} changes faster than it can be read; try again")
+        raise StoreError(CHANGING.format(self.folder))
+
+    def _tabled(self, form: Form | None, found: list[Shard]) -> ShardTable:
+        """The rows of these shards. Those listed before keep their places, and only the keys of new ones are read."""
+        table, left = self._table, set(found)
+        if table.form != form or not left.issuperset(table.shards):  # one has gone
+            table = ShardTable(self.folder, form, [], KeyIndex(np.zeros((0, KEY_BYTES), np.uint8)))
+        left.difference_update(table.shards)
+        new = [shard for shard in found if shard in left]
+        return table.plus(new, shards.read_keys(self.folder, new)) if new else table
 
     def _list(self, form: Form, trust: bool) -> list[Shard]:
         """The folder's valid shards. Sets damaged ones aside."""
