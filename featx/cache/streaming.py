@@ -9,7 +9,8 @@ from copy import copy
 import numpy as np
 
 from featx.cache.shards import StaleError
-from featx.cache.store import CHANGING, MAX_LISTINGS, FeatureStore
+from featx.cache.store import FeatureStore
+from featx.cache.writing import CHANGING, MAX_LISTINGS
 from featx.errors import StoreError
 from featx.features import Rows, gathered
 
