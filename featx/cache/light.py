@@ -21,6 +21,9 @@ class LightStore(Writer):
     left where it is. The next `FeatureStore` verifies them.
     """
 
+    _absent: KeyIndex
+    """Keys of which `confirm` said that other writers have not stored them."""
+
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row.
 
@@ -66,10 +69,9 @@ class LightStore(Writer):
         """Other writers' shards by their names; None for one that cannot be parsed."""
         self._others = KeyFilter()
         self._mine: dict[str, Shard] = {}
-        self._own: KeyIndex = KeyIndex(none)
+        self._own = KeyIndex(none)
         """The keys of the shards that this store has written."""
-        self._absent: KeyIndex = KeyIndex(none)
-        """Keys of which `confirm` said that other writers have not stored them."""
+        self._absent = KeyIndex(none)
 
     def _relist(self, form: Form | None, trust: bool) -> None:
         listed = shards.list_shards(self.folder) if form else {}
