@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from storekit import fork, leftovers, make_read_only, wait
 
+from featx.cache import caching
 from featx.cache.memo import KeyMemo
 from featx.errors import StoreError
 from featx.features import content_key
@@ -274,6 +275,22 @@ def test_the_one_file_of_an_older_featx_is_read_and_becomes_a_segment(tmp_path: 
     record(tmp_path, ids, stats, keys)
     assert not older.exists()
     expect(tmp_path, ids, stats, keys)
+
+
+def test_what_lies_in_a_memo_and_is_no_segment_changes_nothing(tmp_path: Path) -> None:
+    ids, stats, keys = files(60)
+    memo = record(tmp_path, ids[:30], stats[:30], keys[:30])
+    os.mkfifo(memo.folder / "-".join(["f" * 16] * 2))
+    (memo.folder / "-".join(["e" * 16] * 2)).symlink_to(tmp_path / "nowhere")
+    (memo.folder / "notes.txt").write_text("mine")
+    record(tmp_path, ids[30:], stats[30:], keys[30:])
+    expect(tmp_path, ids, stats, keys)
+    with pytest.raises(StoreError, match=r"memo holds \w{32}\.2/notes\.txt, which featx did not write"):
+        caching.remove(tmp_path, "memo")
+    (memo.folder / "notes.txt").unlink()
+    caching.remove(tmp_path, "memo")
+    assert list(tmp_path.iterdir()) == []
+    expect(tmp_path, [], stats[:0], keys[:0])
 
 
 def test_asking_for_few_files_of_a_large_memo_takes_little_memory(tmp_path: Path) -> None:
