@@ -8,15 +8,19 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from featx.cache import shards
+from featx.cache import shards, writing
+from featx.cache.shards import Form
 from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.features import FeatureSpec
+from featx.files import stat_row
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 NAME = SPEC.folder_name
@@ -35,7 +39,7 @@ def tiny_engine(keys: np.ndarray, width: int = 64) -> np.ndarray:
     return np.sin(seeds + np.arange(width)).astype(np.float32)
 
 
-def extract(store: FeatureStore, keys: np.ndarray, batch: int = 16, done: Callable[[], None] | None = None) -> int:
+def extract(store: Writer, keys: np.ndarray, batch: int = 16, done: Callable[[], None] | None = None) -> int:
     """The main path in small: compute what is missing, say after each commit how far it is."""
     todo = keys[~store.contains(keys)]
     computed = 0
@@ -56,6 +60,45 @@ def fill(cache: Path, keys: np.ndarray, rows: np.ndarray, batch: int = 32, **set
         for start in range(0, len(keys), batch):
             store.append(keys[start : start + batch], rows[start : start + batch])
     return store
+
+
+def many_shards(
+    cache: Path, count: int, each: int, width: int = 2, *, answer: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay out shards of so many rows in a moment, as if all were verified: copies of one file with other keys and rows.
+
+    Returns the keys and rows of all, in their order: each key has the shard's number in its last bytes, each row in
+    its last column; answer: False for neither. The digests are wrong, as nobody reads them.
+    """
+    form = Form(SPEC, "tiny", (width,))
+    folder = cache / "features" / NAME
+    shards.create(folder, form)
+    keys, rows = table(each, width)
+    first = writing.write(folder, form, keys, [rows])
+    data = bytearray((folder / first.name).read_bytes())
+    (folder / first.name).unlink()
+    in_keys = np.frombuffer(data, np.uint8, keys.size, first.keys_at).reshape(keys.shape)
+    in_rows = np.frombuffer(data, "<f4", rows.size, first.rows_at).reshape(rows.shape)
+    words, verified = in_keys.view("<u8"), {}
+    salt = np.random.default_rng(1).integers(0, 2**63, (count, 3), np.uint64)
+    for number in range(count):
+        words[:, :3] = keys.view("<u8")[:, :3] ^ salt[number]
+        words[:, 3], in_rows[:, -1] = number, number
+        name = f"{number:016x}-{number:064x}.h5"
+        (folder / name).write_bytes(data)
+        verified[name] = replace(first, name=name, stat=stat_row(os.stat(folder / name)))
+    shards.write_verified(folder, verified)
+
+    if not answer:
+        return keys[:0], rows[:0]
+    of, every, values = (
+        np.arange(count * each) // each,
+        np.tile(keys, (count, 1)).view("<u8"),
+        np.tile(rows, (count, 1)),
+    )
+    every[:, :3] ^= salt[of]
+    every[:, 3], values[:, -1] = of, of
+    return every.view(np.uint8), values
 
 
 def shard_files(cache: Path, name: str = NAME) -> list[Path]:

@@ -164,7 +164,9 @@ def parsers(made: Run, folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], 
     raw = {entry.key: entry.value for entry in onnx.load_from_string(model).metadata_props if entry.key != "seal"}
     spec = made.config.spec
     form = {"kind": "featx features 1", "spec": spec.to_dict(), "engine": "colour", "row_shape": [48]}
-    memo = next((Path(made.config.cache) / "memo").iterdir())
+    written = KeyMemo(folder, folder)
+    written.record(["a"], np.ones((1, 4), np.int64), np.ones((1, 32), np.uint8), np.ones(1, bool))
+    (memo,) = written.folder.iterdir()
 
     def run_with(name: str, values: dict[str, Any]) -> Callable[[tuple[tuple[Any, ...], Any]], Any]:
         def read(change: tuple[tuple[Any, ...], Any]) -> None:
@@ -187,9 +189,8 @@ def parsers(made: Run, folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], 
         read_form(folder / "spec.json")
 
     def parse_memo(data: bytes) -> None:
-        path = Path(made.config.cache) / "memo" / memo.name
-        path.write_bytes(data)
-        KeyMemo(Path(made.config.cache), Path(made.config.data)).lookup(["a"], np.zeros((1, 4), np.int64))
+        memo.write_bytes(data)
+        KeyMemo(folder, folder).lookup(["a"], np.zeros((1, 4), np.int64))
 
     def parse_manifest(lines: list[str]) -> None:
         (folder / "list.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
@@ -383,7 +384,9 @@ def test_pipes_and_devices_are_refused_at_once_or_passed_over(tiny: Path, tmp_pa
 
     cache = tmp_path / "cache"
     run = fit(tiny, COLOURS, engine=ColourEngine(), cache=cache, output=tmp_path / "run")
-    for path in [*(cache / "memo").iterdir(), *(cache / "features").rglob("*.json")]:
+    segment = KeyMemo(cache, tiny).folder / "-".join(["0" * 16] * 2)
+    segment.parent.mkdir(parents=True, exist_ok=True)
+    for path in [segment, *(cache / "features").rglob("*.json")]:
         put(path)
     engine = ColourEngine()
     again = fit(tiny, COLOURS, engine=engine, cache=cache, output=tmp_path / "again")

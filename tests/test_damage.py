@@ -135,7 +135,7 @@ def kinds(root: Path) -> Iterator[Kind]:
     yield Kind("shard", next(folder.glob("*.h5")), features, COSTLY)
     yield Kind("spec.json", folder / "spec.json", features, COSTLY)
     yield Kind("verified.json", folder / "verified.json", features, COSTLY)
-    yield Kind("memo", next((cache / "memo").iterdir()), features, COSTLY)
+    yield Kind("memo", next((cache / "memo").glob("*.2/*")), features, COSTLY)
 
     job = prepare(data, BACKBONE, complete({"cache": cache}))
     remember_rate(job, ExtractionReport(200, 0, 0, 200, 0, 0, images_per_second=123.5))

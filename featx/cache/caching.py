@@ -15,6 +15,7 @@ import numpy as np
 
 from featx.cache import shards, writing
 from featx.cache.index import distinct
+from featx.cache.memo import SEGMENT
 from featx.cache.shards import Form, StaleError
 from featx.cache.store import FeatureStore
 from featx.errors import DamageError, NewerError, StoreError
@@ -29,6 +30,7 @@ MADE_AGAIN = ("engines", "memo", "rates", "resolved")
 # What featx calls an entry, and what it writes into an entry's folder or into those of MADE_AGAIN.
 ENTRY = re.compile(r"[\w.-]*-[0-9a-f]{16}", re.ASCII)
 WRITTEN = re.compile(r"spec\.json|verified\.json|damaged|[0-9a-f]{16}-[0-9a-f]{64}\.h5|[0-9a-f]{32}.*|\.(~|nfs).*")
+WITHIN = re.compile(rf"{SEGMENT.pattern}|\.(~|nfs).*")
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,10 @@ def removable(cache: Path, name: str) -> tuple[Path, int]:
         path = find(cache, name).path
     if path.is_symlink():
         raise StoreError(f"{path} is a link, and featx removes nothing behind a link; remove it yourself")
-    if others := [each for each in sorted(os.listdir(path)) if not WRITTEN.fullmatch(each)]:
+    found = [each for each in sorted(os.listdir(path)) if not WRITTEN.fullmatch(each)]
+    segments = path.glob("*.2/*") if path.name == "memo" else ()
+    others = found + [str(each.relative_to(path)) for each in segments if not WITHIN.fullmatch(each.name)]
+    if others:
         raise StoreError(f"{path} holds {printable(others[0])}, which featx did not write; move it away first")
     return path, _bytes(path)
 

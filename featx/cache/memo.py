@@ -6,132 +6,260 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
+import secrets
 import time
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from featx.errors import StoreError
-from featx.files import MOST_NETWORK_BYTES, make_folder, read_plain, write_chunks
+from featx.files import make_folder, open_plain, sweep, write_chunks
 
-MAGIC = b"featx memo 1\n"
+MAGIC, OLD_MAGIC = b"featx memo 2\n\0\0\0", b"featx memo 1\n"
+# One file: a hash of its path; size, mtime_ns, ctime_ns, inode; the SHA-256 of its bytes.
+ENTRY = np.dtype([("path", "<u8"), ("stat", "<i8", 4), ("key", "u1", 32)])
+SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
+# Entries that are read, and paths that are hashed, at a time; entries that are written at a time.
+AT_ONCE, MOST = 1 << 14, 1 << 18
+# Segments that are merged at a time; each takes an open file.
+AT_A_TIME = 64
 # A file that changed this shortly before it was looked at can change again without another timestamp
 # (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
 CLOCK_NS = 2_000_000_000
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-AT_ONCE = 1 << 12  # paths that are encoded at a time
+# How often the folder is listed again while other processes merge its segments.
+MAX_LISTINGS = 100
 
 
 class KeyMemo:
     """Keys of the files under one root, by path, size, mtime, ctime and inode.
 
-    One file, `cache/memo/<hash of the root>`; it can be deleted at any time: files are then read again.
-    A damaged one counts as deleted. If several processes write it, the last one wins.
+    A folder, `cache/memo/<hash of the root>.2`, of segments: files that are never changed, so any number of processes
+    may record at once. Small ones are merged, and removed once the merged one is durable. The folder can be deleted at
+    any time: files are then read again. A damaged segment counts as deleted.
     """
 
     def __init__(self, cache: Path, root: Path) -> None:
-        root = Path(os.path.abspath(root))
-        self.path = Path(cache) / "memo" / hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
+        name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:32]
+        self.folder = Path(cache) / "memo" / f"{name}.2"
+        self._older = self.folder.with_suffix("")
+        """The one file of an older featx: read as the oldest segment, and merged by the first `record`."""
         # files are read, and their keys recorded, after this moment
         self._opened = time.time_ns()
-        self._names = b""
-        self._stats = np.zeros((0, 4), np.int64)
-        self._keys = np.zeros((0, 32), np.uint8)
-        self._load()
+        self._unread: dict[Path, Exception] = {}
+        """Segments that could not be read, and why."""
+        self._asked: tuple[Sequence[str], np.ndarray] | None = None
+        self._known = np.zeros(0, bool)
+        self._found = np.zeros(0, np.uint64)
+        """Which of the files last asked for are in the memo, and the first 8 bytes of their keys."""
 
-    def lookup(self, ids: list[str], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(self, ids: Sequence[str], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys `uint8 [N, 32]` of files, and which of them are known, `bool [N]`; the others' are zeros.
 
         ids: paths under the root, with `/`; stats: `int64 [N, 4]`, size, mtime_ns, ctime_ns, inode.
         """
-        count = len(ids)
-        at = self._find(ids)
-        if at is None:  # the same paths as last time, maybe with others behind them
-            saved, keys, known = self._stats[:count], self._keys[:count].copy(), np.ones(count, bool)
-        else:
-            known = at >= 0
-            at[~known] = 0
-            empty = np.zeros((count, 4), np.int64), np.zeros((count, 32), np.uint8)
-            saved, keys = (self._stats[at], self._keys[at]) if len(self._stats) else empty
-        known &= (saved == stats).all(axis=1)
-        keys[~known] = 0
+        keys, known = np.zeros((len(ids), 32), np.uint8), np.zeros(len(ids), bool)
+        paths = _hashes(ids)
+        left = np.argsort(paths)  # files whose path was in no segment yet
+        done: set[Path] = set()
+        for _ in range(MAX_LISTINGS):
+            segments = self._segments()
+            for segment in [each for each in reversed(segments) if each not in done]:  # the newest entry counts
+                with contextlib.suppress(FileNotFoundError):  # merged meanwhile
+                    there, same = self._search(segment, paths[left], stats, left, keys)
+                    known[same] = True
+                    left = left[~there]
+                    done.add(segment)
+            if done.issuperset(segments):
+                break
+        self._asked, self._known = (ids, stats), known.copy()
+        self._found = np.ascontiguousarray(keys[:, :8]).view(np.uint64)[:, 0]
         return keys, known
 
-    def record(self, ids: list[str], stats: np.ndarray, keys: np.ndarray, known: np.ndarray) -> None:
+    def record(self, ids: Sequence[str], stats: np.ndarray, keys: np.ndarray, known: np.ndarray) -> None:
         """Remember `keys` (`uint8 [N, 32]`) where `known` (`bool [N]`); stats are those listed before reading.
 
-        Files changed within 2 s before this memo was opened, or after, are left out: they could have
-        changed again unseen. On a read-only cache nothing is remembered. Raises `StoreError` on a full disk.
+        Only what the memo lacks is written. Files changed within 2 s before this memo was opened, or after, are left
+        out: they could have changed again unseen. On a read-only cache nothing is remembered. Raises `StoreError` on
+        a full disk.
         """
+        if self._asked is None or self._asked[0] is not ids or self._asked[1] is not stats:
+            self.lookup(ids, stats)
         changed = stats[:, 2] if os.name != "nt" else stats[:, 1:3].max(axis=1)  # on Windows, ctime is creation
-        keep = known & (changed < self._opened - CLOCK_NS)
-        at = self._find(ids)
-        if at is None and keep.all() and np.array_equal(self._stats, stats) and np.array_equal(self._keys, keys):
+        found = np.ascontiguousarray(keys[:, :8]).view(np.uint64)[:, 0]
+        new = known & (changed < self._opened - CLOCK_NS) & ~(self._known & (self._found == found))
+        numbers = np.flatnonzero(new)
+        if not len(numbers) and not self._older.is_file():
             return
 
-        names = ids if keep.all() else [ids[i] for i in np.flatnonzero(keep).tolist()]
-        # files of another data set under the same root, as long as they are not many
-        others = np.ones(len(self._stats), bool)
-        others[slice(len(ids)) if at is None else at[at >= 0]] = False
-        other = np.flatnonzero(others)[: 4 * len(ids) + 100_000]
-        old = self._names.split(b"\0") if len(other) else []
-        if len(other) or len(names) < len(ids):  # else no copies: with a million images they are the peak of memory
-            stats = np.concatenate([stats[keep], self._stats[other]])
-            keys = np.concatenate([keys[keep], self._keys[other]])
-        arrays = [np.ascontiguousarray(array, dtype).reshape(-1) for array, dtype in ((stats, "<i8"), (keys, "u1"))]
-        head: list[bytes | memoryview] = [len(stats).to_bytes(8, "little"), *(array.data for array in arrays)]
-        behind = [old[i] for i in other.tolist()]
-        digest = hashlib.sha256()
-        for part in chain(head, _parts(names, behind)):
-            digest.update(part)
         try:
-            make_folder(self.path.parent)
-            body = chain([MAGIC, digest.digest()], head, _parts(names, behind))
-            write_chunks(self.path.parent, body, lambda: self.path.name)
+            make_folder(self.folder)
+            sweep(self.folder)
+            for path, trouble in self._unread.items():
+                if isinstance(trouble, ValueError):
+                    path.unlink(missing_ok=True)
+            for start in range(0, len(numbers), MOST):
+                part = numbers[start : start + MOST]
+                entries = _entries(_hashes([ids[i] for i in part.tolist()]), stats[part], keys[part])
+                _write(self.folder, f"{time.time_ns():016x}", [entries])
+            self._merge()
         except OSError as error:
             if error.errno not in READ_ONLY:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 what = "make room and run the same command again" if full else "give another --cache"
-                raise StoreError(f"cannot write {self.path} ({error.strerror}): {what}") from error
+                raise StoreError(f"cannot write {self.folder} ({error.strerror}): {what}") from error
+        self._known[numbers], self._found[numbers] = True, found[numbers]
 
-    def _find(self, ids: list[str]) -> np.ndarray | None:
-        """Where each path is in the memo, -1 where it is not; None where they are its first, in order."""
-        if not len(self._stats):
-            return np.full(len(ids), -1, np.int64)
-        joined = _joined(ids)
-        if ids and self._names.startswith(joined) and self._names[len(joined) : len(joined) + 1] in (b"", b"\0"):
-            return None
-        index = {name: place for place, name in enumerate(self._names.split(b"\0"))}
-        return np.fromiter((index.get(id.encode("utf-8", "surrogatepass"), -1) for id in ids), np.int64, len(ids))
+    def _segments(self) -> list[Path]:
+        """The memo's files, oldest first."""
+        names: list[str] = []
+        with contextlib.suppress(OSError):
+            names = sorted(name for name in os.listdir(self.folder) if SEGMENT.fullmatch(name))
+        return [self._older] * self._older.is_file() + [self.folder / name for name in names]
 
-    def _load(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            data = read_plain(self.path, MOST_NETWORK_BYTES)
-            start = len(MAGIC) + 32
-            body = memoryview(data)[start:]
-            if data[: len(MAGIC)] != MAGIC or hashlib.sha256(body).digest() != data[len(MAGIC) : start]:
-                return
-            count = int.from_bytes(body[:8], "little")
-            keys_at = 8 + 32 * count
-            names = bytes(body[keys_at + 32 * count :])
-            if names.count(b"\0") + 1 != count:
-                return
-            self._stats = np.frombuffer(body[8:keys_at], "<i8").reshape(count, 4)
-            self._keys = np.frombuffer(body[keys_at : keys_at + 32 * count], np.uint8).reshape(count, 32)
-            self._names = names
+    def _search(
+        self, segment: Path, asked: np.ndarray, stats: np.ndarray, numbers: np.ndarray, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the paths `asked`, ascending, are in a segment, `bool [M]`, and which files with them are unchanged.
+
+        numbers: the files with these paths, by which `stats` and `keys` are indexed; `keys` is filled in.
+        Raises `FileNotFoundError`.
+        """
+        there, same = np.zeros(len(asked), bool), np.zeros(len(asked), bool)
+        try:
+            for block in _blocks(segment):
+                paths = block["path"].copy()
+                start, stop = np.searchsorted(asked, paths[0]), np.searchsorted(asked, paths[-1], "right")
+                at = np.searchsorted(paths, asked[start:stop])
+                there[start:stop] = hit = paths[at] == asked[start:stop]
+                which, at = start + np.flatnonzero(hit), at[hit]
+                same[which] = equal = (block["stat"][at] == stats[numbers[which]]).all(axis=1)
+                keys[numbers[which[equal]]] = block["key"][at[equal]]
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            self._unread[segment] = error
+            keys[numbers[same]] = 0
+            there[:] = same[:] = False
+        return there, numbers[same]
+
+    def _merge(self) -> None:
+        """Make one of the newest segments, from the newest on while the next is less than 4 times as long as these."""
+        merging: list[Path] = []
+        size, every = 0, self._older.is_file()
+        try:
+            for segment in [each for each in reversed(self._segments()) if each not in self._unread]:
+                length = segment.stat().st_size
+                if len(merging) == AT_A_TIME or (not every and length >= 4 * size > 0):
+                    break
+                merging.append(segment)
+                size += length
+            if len(merging) > 1 or self._older in merging:
+                newest = f"{0:016x}" if merging == [self._older] else merging[0].name[:16]
+                _write(self.folder, newest, _merged(merging[::-1]))
+                for segment in merging:
+                    segment.unlink(missing_ok=True)
+        except (FileNotFoundError, ValueError):
+            return  # another process merges them; or one is damaged, and the next lookup leaves it out
 
 
-def _parts(names: list[str], others: list[bytes]) -> Iterator[bytes]:
-    """The paths with a NUL between each two, some thousand at a time: a million are not copied at once."""
-    between = b""
-    for start in range(0, len(names), AT_ONCE):
-        yield between + _joined(names[start : start + AT_ONCE])
-        between = b"\0"
-    if others:
-        yield between + b"\0".join(others)
+def _write(folder: Path, stamp: str, parts: Iterable[np.ndarray]) -> None:
+    """Write a segment of entries, which ascend by the hash of their paths. Raises `OSError`."""
+
+    def sealed() -> Iterator[bytes | memoryview]:
+        digest = hashlib.sha256(MAGIC)
+        yield MAGIC
+        for part in parts:
+            data = part.view(np.uint8).data
+            digest.update(data)
+            yield data
+        yield digest.digest()
+
+    write_chunks(folder, sealed(), lambda: f"{stamp}-{secrets.token_hex(8)}")
 
 
-def _joined(ids: list[str]) -> bytes:
-    return "\0".join(ids).encode("utf-8", "surrogatepass")
+def _blocks(segment: Path) -> Iterator[np.ndarray]:
+    """The entries of a segment, some thousand at a time; none of them holds where the end raises `ValueError`."""
+    with open_plain(segment) as file:
+        size = os.fstat(file.fileno()).st_size - len(MAGIC) - 32
+        start = file.read(len(MAGIC))
+        if start.startswith(OLD_MAGIC):
+            yield from _old_entries(start + file.readall())
+            return
+        digest, count = hashlib.sha256(start), size // ENTRY.itemsize
+        if start != MAGIC or size != count * ENTRY.itemsize:
+            raise ValueError("not a segment, or cut short")
+        for first in range(0, count, AT_ONCE):
+            data = file.read(min(AT_ONCE, count - first) * ENTRY.itemsize)
+            digest.update(data)
+            block = np.frombuffer(data, ENTRY)
+            if (block["path"][1:] <= block["path"][:-1]).any():
+                raise ValueError("its entries are not in order")
+            yield block
+        if file.read(33) != digest.digest():
+            raise ValueError("it does not have the SHA-256 that it was written with")
+
+
+def _old_entries(data: bytes) -> list[np.ndarray]:
+    """The entries of the one file that a memo was before it had segments."""
+    start = len(OLD_MAGIC) + 32
+    body = memoryview(data)[start:]
+    if hashlib.sha256(body).digest() != data[len(OLD_MAGIC) : start]:
+        raise ValueError("it does not have the SHA-256 that it was written with")
+    count = int.from_bytes(body[:8], "little")
+    names = bytes(body[8 + 64 * count :]).split(b"\0")
+    if len(names) != count:
+        raise ValueError("it has fewer or more paths than it says")
+    stats = np.frombuffer(body[8 : 8 + 32 * count], "<i8").reshape(count, 4)
+    keys = np.frombuffer(body[8 + 32 * count : 8 + 64 * count], np.uint8).reshape(count, 32)
+    return [_entries(_hashes([name.decode("utf-8", "surrogatepass") for name in names]), stats, keys)]
+
+
+def _entries(paths: np.ndarray, stats: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    entries = np.empty(len(paths), ENTRY)
+    entries["path"], entries["stat"], entries["key"] = paths, stats, keys
+    return _newest(entries)
+
+
+def _newest(entries: np.ndarray) -> np.ndarray:
+    """Entries by the hash of their paths; the last one of each path."""
+    order = np.argsort(entries["path"], kind="stable")
+    ordered = entries[order]
+    last = np.ones(len(ordered), bool)
+    last[:-1] = ordered["path"][1:] != ordered["path"][:-1]
+    return ordered if last.all() else ordered[last]
+
+
+def _merged(segments: list[Path]) -> Iterator[np.ndarray]:
+    """The entries of several segments, the oldest first, in one order; of those with one path the newest."""
+    streams = [_blocks(segment) for segment in segments]
+    blocks = [next(stream, None) for stream in streams]
+    while held := [block for block in blocks if block is not None]:
+        last = min(block["path"][-1] for block in held)  # up to here, all that there is has been read
+        cuts = [0 if block is None else int(np.searchsorted(block["path"], last, "right")) for block in blocks]
+        yield _newest(np.concatenate([b[:cut] for b, cut in zip(blocks, cuts, strict=True) if b is not None]))
+        for i, (stream, block, cut) in enumerate(zip(streams, blocks, cuts, strict=True)):
+            blocks[i] = block[cut:] if block is not None and cut < len(block) else next(stream, None)
+
+
+# The first bytes of a word of eight, by how many belong to the path.
+_WITHIN = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+
+
+def _hashes(ids: Sequence[str]) -> np.ndarray:
+    """A hash of each path, `uint64 [N]`, the same in every process. A file is only known by its stat besides."""
+    hashes = np.zeros(len(ids), np.uint64)
+    for start in range(0, len(ids), AT_ONCE):
+        part = ids[start : start + AT_ONCE]
+        data = "\0".join(part).encode("utf-8", "surrogatepass") + bytes(8)
+        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)[: len(part)]
+        at = np.append(0, ends[:-1] + 1)
+        left, rows, found = ends - at, np.arange(len(part)), hashes[start : start + AT_ONCE]
+        words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # eight bytes from each byte on
+        while len(rows):
+            mixed = (found[rows] ^ words[at] & _WITHIN[np.minimum(left, 8)]) * np.uint64(0x9E37_79B9_7F4A_7C15)
+            found[rows] = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xBF58_476D_1CE4_E5B9)
+            rows, at, left = (each[left > 8] for each in (rows, at + 8, left - 8))
+    return hashes ^ hashes >> np.uint64(29)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +17,8 @@ from featx.threads import ahead
 
 # Large reads and hashes are shared out to a few threads, in pieces of this many bytes of rows.
 PIECE_BYTES, READERS = 8 << 20, min(4, available_threads())
+# Shards that are mapped at a time; each takes an open file.
+MAPS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +34,16 @@ class ShardTable:
     shards: list[Shard]
     index: KeyIndex
     """The keys of all rows, in the same order."""
-    maps: dict[str, np.ndarray] = field(default_factory=dict)
-    """The rows of a shard, by its name, as far as they are mapped already."""
+    maps: Maps = field(default_factory=lambda: Maps())
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Where each shard's rows start, and the number of all rows: `int64 [S + 1]`."""
         return np.cumsum([0, *(shard.count for shard in self.shards)], dtype=np.int64)
 
-    def plus(self, shard: Shard, keys: np.ndarray) -> ShardTable:
-        """A table with one more shard; this one stays as it is."""
-        return replace(self, shards=[*self.shards, shard], index=self.index.plus(keys))
+    def plus(self, shards: list[Shard], keys: np.ndarray) -> ShardTable:
+        """A table with more shards, behind the others; this one stays as it is."""
+        return replace(self, shards=[*self.shards, *shards], index=self.index.plus(keys))
 
     def read(self, at: np.ndarray, *, mapped: bool = True) -> np.ndarray:
         """The rows at these places, `int64 [M]`: a memory map where they are one run in one file, else a copy.
@@ -95,6 +97,21 @@ class ShardTable:
 
     def _map(self, shard: Shard) -> np.ndarray:
         assert self.form is not None
-        if shard.name not in self.maps:
-            self.maps[shard.name] = shard.map(self.folder, self.form)
-        return self.maps[shard.name]
+        return self.maps.of(shard, self.folder, self.form)
+
+
+class Maps:
+    """The shards that were read last, memory-mapped. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def of(self, shard: Shard, folder: Path, form: Form) -> np.ndarray:
+        """The rows of a shard. Raises `StaleError` where it has to be mapped and is gone or changed."""
+        with self._lock:
+            rows = self._rows.pop(shard.name, None)
+            self._rows[shard.name] = rows = shard.map(folder, form) if rows is None else rows
+            if len(self._rows) > MAPS:
+                del self._rows[next(iter(self._rows))]
+            return rows

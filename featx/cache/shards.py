@@ -30,6 +30,8 @@ KIND = "featx features 1"
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.h5")
 # Rows are hashed in blocks of about this size too, so that one flipped byte costs one block, not the shard.
 BLOCK_BYTES = 1 << 20
+# The most bytes of a `spec.json`, which anyone may have written.
+FORM_BYTES = 1 << 24
 
 
 class StaleError(Exception):
@@ -128,7 +130,7 @@ def read_form(path: Path, spec: FeatureSpec | None = None) -> Form:
 
     Raises `DamageError`, `NewerError`, `StaleError`, `OSError`.
     """
-    values = _unsealed(path)
+    values = _unsealed(path, FORM_BYTES)
     with parsing(f"{path} cannot be used"):
         if spec is None:
             spec = FeatureSpec.from_dict(values["spec"])
@@ -284,9 +286,12 @@ def parsing(trouble: str) -> Iterator[None]:
         raise DamageError(f"{trouble}: {error}") from None
 
 
-def _unsealed(path: Path) -> dict[str, Any]:
+def _unsealed(path: Path, most: int | None = None) -> dict[str, Any]:
     with open_regular(path) as file:
-        data = file.read(1 << 26)
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise DamageError(f"{path} has {size:,} bytes, and a record of its kind at most {most:,}")
+        data = file.readall()
     with parsing(str(path)):
         return unsealed(data or b"")
 

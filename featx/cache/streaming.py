@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from copy import copy
 
 import numpy as np
 
+from featx.cache.shards import StaleError
+from featx.cache.store import FeatureStore
+from featx.cache.writing import CHANGING, MAX_LISTINGS
+from featx.errors import StoreError
 from featx.features import Rows, gathered
-
-if TYPE_CHECKING:
-    from featx.cache.store import FeatureStore
 
 
 class StoredRows:
-    """The rows of some keys, `[N, *row_shape]`, read from the store slice by slice."""
+    """The rows of some keys, `uint8 [N, 32]`, as a table `[N, *row_shape]`, read from the store slice by slice.
+
+    The keys are looked up once, and again where a shard has gone. Raises `StoreError` where one has no row.
+    """
 
     def __init__(self, store: FeatureStore, keys: np.ndarray) -> None:
         assert store.form is not None
-        self.store, self.keys = store, keys
+        self.store, self._located = store, store.locate(keys)
         self.shape = (len(keys), *store.form.row_shape)
 
+    @property
+    def places(self) -> np.ndarray:
+        """`int64 [N]`: where each row is in the store. Rows are read fastest by ascending places."""
+        return self._located[1]
+
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.store.read(self.keys[rows], mapped=False)  # mapped files would count as memory in use
+        for _ in range(MAX_LISTINGS):
+            table, places = self._located
+            with contextlib.suppress(StaleError):
+                return table.read(places[rows], mapped=False)  # mapped files would count as memory in use
+            self.store.refresh()  # another process compacts
+            self._located = self.store.locate(table.index.keys[places])
+        raise StoreError(CHANGING.format(self.store.folder))
 
     def take(self, which: np.ndarray) -> StoredRows:
         """The rows with these numbers, `int [M]`; nothing is read."""
-        return StoredRows(self.store, self.keys[which])
+        taken, (table, places) = copy(self), self._located
+        taken._located = table, places[which]
+        taken.shape = (len(which), *self.shape[1:])
+        return taken
 
 
 class Stacked:

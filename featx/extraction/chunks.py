@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.devices import processor
 from featx.engines.engine import Engine
 from featx.errors import FeatxError, SourceError
@@ -109,7 +110,7 @@ def prepare_chunks(
     backbone and these options, unless they were prepared as well.
     """
     job = prepare(data, backbone, _here(complete(options, function=prepare_chunks)), engine)
-    stores = job.open_stores(light=True)
+    stores = job.light_stores()
     opened = engine or job.open_engine(stores)
     done = Prepared(job.source.uri, len(job.source), job.source.digest, opened.name, kind_of(opened.name))
     if engine is None:
@@ -143,7 +144,7 @@ def extract_chunk(
     start, stop = bounds(len(job.source), number, chunks, job.source.starts)
     part = replace(job, source=job.source.take(np.arange(start, stop)), seconds=0.0)
 
-    table, stores = KeyTable(part.source, part.cache), part.open_stores(light=True)
+    table, stores = KeyTable(part.source, part.cache), part.light_stores()
     chunk = Chunk(listing=time.perf_counter() - begin)
     stored = work(part, table, stores, chunk, engine)
     if chunk.extracted and note:
@@ -152,7 +153,7 @@ def extract_chunk(
     return ChunkReport(number, chunks, start, stop, len(job.source), report)
 
 
-def work(job: Job, table: KeyTable, stores: list[FeatureStore], chunk: Chunk, engine: Engine | None) -> np.ndarray:
+def work(job: Job, table: KeyTable, stores: Sequence[Writer], chunk: Chunk, engine: Engine | None) -> np.ndarray:
     """Compute what light `stores` lack of a job's images; which of them are stored then, `bool [N]`.
 
     A light store says of a few images that they are stored where they are not: those are computed in a second round.

@@ -10,7 +10,7 @@ import pickle
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from featx.cache.index import KEY_BYTES
-from featx.cache.store import FeatureStore
+from featx.cache.light import LightStore
+from featx.cache.writing import Writer
 from featx.engines.engine import Engine
 from featx.errors import FeatxError
 from featx.extraction.chunks import CHUNK_BYTES, cut, kind_of, work
@@ -94,7 +95,7 @@ class Progress:
 def compute(
     job: Job,
     table: KeyTable,
-    stores: list[FeatureStore],
+    stores: Sequence[Writer],
     numbers: np.ndarray,
     chunk: Chunk,
     engine: Engine | None = None,
@@ -134,7 +135,7 @@ def compute(
 
 def _shared(
     job: Job,
-    stores: list[FeatureStore],
+    stores: Sequence[Writer],
     numbers: np.ndarray,
     chunk: Chunk,
     engine: Engine | None,
@@ -161,10 +162,10 @@ def _shared(
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(shared: bytes) -> tuple[Job, list[FeatureStore], Engine, str]:
+def _kept(shared: bytes) -> tuple[Job, list[LightStore], Engine, str]:
     """What a process keeps between its tasks: the job, light stores and the engine, and of which kind it is."""
     job, engine = pickle.loads(shared)
-    stores = job.open_stores(light=True)
+    stores = job.light_stores()
     engine = engine or job.open_engine(stores)
     return job, stores, engine, kind_of(engine.name)
 

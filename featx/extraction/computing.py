@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.engines.engine import Engine
 from featx.extraction.embedding import embed, keep
 from featx.extraction.fidelity import faster, fidelity
@@ -26,12 +26,7 @@ LONG = 20.0  # seconds of work, from which on a run may measure for some more wh
 
 
 def compute(
-    job: Job,
-    table: KeyTable,
-    stores: list[FeatureStore],
-    numbers: np.ndarray,
-    chunk: Chunk,
-    engine: Engine | None = None,
+    job: Job, table: KeyTable, stores: Sequence[Writer], numbers: np.ndarray, chunk: Chunk, engine: Engine | None = None
 ) -> None:
     """Load, embed and store images, `numbers` `int [M]` of the source, as far as the stores lack them; fill in `chunk`.
 
@@ -78,7 +73,7 @@ def compute(
 
 
 def skip_stored(
-    job: Job, table: KeyTable, stores: list[FeatureStore], numbers: np.ndarray, bar: tqdm[NoReturn]
+    job: Job, table: KeyTable, stores: Sequence[Writer], numbers: np.ndarray, bar: tqdm[NoReturn]
 ) -> np.ndarray:
     """The numbers from the first image on that needs the engine; those before it are read, and stored or unusable."""
     loader = Loader(job.source, job.info.preprocess, stores, job.threads)

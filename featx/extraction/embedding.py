@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.engines.engine import Engine
 from featx.errors import FeatxError
 from featx.extraction.loader import Loaded
@@ -90,7 +90,7 @@ def stack(pixels: list[Pixels], engine: Engine) -> Any:
     return nvjpeg.stacked(pixels)
 
 
-def keep(batch: Embedded, stores: list[FeatureStore], source: Source) -> None:
+def keep(batch: Embedded, stores: Sequence[Writer], source: Source) -> None:
     """Hand a batch's rows to the stores of their views; raise `FeatxError` if one is not finite.
 
     Once cached, such a row would come back however often its image is extracted again.

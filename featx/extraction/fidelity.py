@@ -7,13 +7,14 @@ import hashlib
 import json
 import platform
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.devices import arithmetic, available_threads, choose_device
 from featx.engines.engine import Engine, measure_speed
 from featx.engines.onnx import OnnxEngine, accelerated, backbone_onnx
@@ -29,7 +30,7 @@ IMAGES = 16
 WORTH = 0.8  # of the time, or less
 
 
-def fidelity(job: Job, engine: Engine, stores: list[FeatureStore], numbers: np.ndarray) -> str:
+def fidelity(job: Job, engine: Engine, stores: Sequence[Writer], numbers: np.ndarray) -> str:
     """How far this engine's rows are from fp32's, on the first of these images, as a sentence. numbers: `int [M]`.
 
     Empty where no image can be read, and for a network that onnxruntime cannot run in fp32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 
 from featx.backbones.loading import resolve
 from featx.backbones.request import BackboneInfo, BackboneRequest, preprocessing
+from featx.cache.light import LightStore
 from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.devices import available_threads, choose_device, decoding_device
 from featx.engines.engine import Engine
 from featx.engines.opening import open_engine
@@ -70,11 +72,15 @@ class Job:
         """How many threads decode here."""
         return self.workers or self.available
 
-    def open_stores(self, *, light: bool = False) -> list[FeatureStore]:
-        """One store for each spec. light: for a process that only adds rows."""
-        return [FeatureStore(self.cache, spec, light=light) for spec in self.specs]
+    def open_stores(self) -> list[FeatureStore]:
+        """One store for each spec."""
+        return [FeatureStore(self.cache, spec) for spec in self.specs]
 
-    def open_engine(self, stores: list[FeatureStore], images: int = 0) -> Engine:
+    def light_stores(self) -> list[LightStore]:
+        """One for each spec, for a process that only adds rows."""
+        return [LightStore(self.cache, spec) for spec in self.specs]
+
+    def open_engine(self, stores: Sequence[Writer], images: int = 0) -> Engine:
         """The engine for this machine, to run so many images for each store.
 
         Raises `StoreError` or `FeatxError` if another one computed the stores' rows.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from featx.cache.index import KEY_BYTES, distinct
 from featx.cache.memo import KeyMemo
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.devices import available_threads
 from featx.errors import ImageError, SourceError
 from featx.features import content_key, groups
@@ -66,7 +67,7 @@ class KeyTable:
             assert self.source.stats is not None
             self._memo.record(self.source.ids, self.source.stats, self.keys, self.known)
 
-    def stored(self, stores: list[FeatureStore]) -> np.ndarray:
+    def stored(self, stores: Sequence[Writer]) -> np.ndarray:
         """`bool [N]`: which images are known to have a row in every store."""
         stored = self.known.copy()
         for store in stores:

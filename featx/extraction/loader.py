@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.errors import ImageError
 from featx.features import content_key
 from featx.pixels.jpeg import Encoded, header
@@ -56,7 +56,7 @@ class Loader:
         self,
         source: Source,
         preprocess: Preprocess,
-        stores: list[FeatureStore],
+        stores: Sequence[Writer],
         workers: int,
         *,
         waiting_bytes: int = WAITING_BYTES,

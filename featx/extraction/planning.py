@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from featx.cache.index import KEY_BYTES
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.devices import decoding_device
 from featx.engines.engine import Engine
 from featx.extraction.embedding import embed
@@ -130,7 +131,7 @@ def plan(
 
 
 def _measure(
-    job: Job, stores: list[FeatureStore], missing: np.ndarray, given: Engine | None
+    job: Job, stores: Sequence[Writer], missing: np.ndarray, given: Engine | None
 ) -> tuple[float, float, int, int]:
     """Images per second from file to features on a sample, seconds to open the engine, bytes exported, sample size."""
     if job.info.preprocess.pixels == GPU:

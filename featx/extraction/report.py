@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
 
 from featx.backbones.request import ASSUMED
-from featx.cache.store import FeatureStore
+from featx.cache.writing import Writer
 from featx.errors import SourceError
 from featx.extraction.job import Job
 from featx.extraction.keys import KeyTable
@@ -122,7 +123,7 @@ def require_some(job: Job, table: KeyTable, stored: np.ndarray) -> None:
 
 
 def describe(
-    job: Job, table: KeyTable, stores: list[FeatureStore], stored: np.ndarray, chunk: Chunk, total: float
+    job: Job, table: KeyTable, stores: Sequence[Writer], stored: np.ndarray, chunk: Chunk, total: float
 ) -> ExtractionReport:
     """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of all of it."""
     source, keys, timing = job.source, table.keys, chunk.timing

@@ -23,6 +23,7 @@ from storekit import NAME, SPEC, extract, fork, leftovers, shard_files, table, t
 
 from featx import files
 from featx.cache import caching
+from featx.cache.light import LightStore
 from featx.cache.store import FeatureStore
 from featx.errors import StoreError
 
@@ -33,6 +34,10 @@ SHARD = 16 * 64 * 4 * 2  # two batches
 
 def open_store(cache: Path, **settings: Any) -> FeatureStore:
     return FeatureStore(cache, SPEC, engine="tiny", **{"shard_bytes": SHARD, **settings})
+
+
+def open_light(cache: Path) -> LightStore:
+    return LightStore(cache, SPEC, engine="tiny", shard_bytes=SHARD)
 
 
 def expect_rows(cache: Path, acknowledged: int) -> FeatureStore:
@@ -379,9 +384,9 @@ def test_several_writers_at_once_end_with_the_same_rows(tmp_path: Path, quick: N
 
         def work(order: np.ndarray, cache: Path = cache, start: float = start) -> None:
             time.sleep(max(0.0, start - time.time()))
-            store = open_store(cache)
+            store = (open_store, open_light)[int(order[0] % 2)](cache)
             extract(store, KEYS[order])
-            assert np.array_equal(store.read(KEYS), ROWS)
+            assert store.contains(KEYS).all() and (isinstance(store, LightStore) or right(store, KEYS[:, 0] >= 0))
 
         codes = [wait(child) for child in [fork(lambda order=order: work(order)) for order in orders]]
         assert codes == [0] * count
@@ -461,7 +466,7 @@ def test_of_two_engines_at_once_one_is_recorded_and_the_other_told(tmp_path: Pat
 
 def test_compacting_while_others_write_and_read_loses_nothing(tmp_path: Path, quick: None) -> None:
     def write(half: int) -> None:
-        extract(open_store(tmp_path), KEYS[half::2])
+        extract((open_store, open_light)[half](tmp_path), KEYS[half::2])
 
     def compact() -> None:
         for _ in range(8):

@@ -249,6 +249,7 @@ def own_output(root: Path) -> None:
         root,
         f"cache/features/tiny-{digest}/spec.json",
         f"cache/memo/{digest * 2}",
+        f"cache/memo/{digest * 2}.2/{digest}-{digest}",
         f"cache/engines/{digest * 4}.winograd1.json",
     )
     touch(root, "export/photos-tiny/plots/confusion.png", "export/photos-tiny/plots/map.png", "export/mine/model.onnx")
