@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class KeyMemo:
         self._keys = np.zeros((0, 32), np.uint8)
         self._load()
 
-    def lookup(self, ids: list[str], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(self, ids: Sequence[str], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys `uint8 [N, 32]` of files, and which of them are known, `bool [N]`; the others' are zeros.
 
         ids: paths under the root, with `/`; stats: `int64 [N, 4]`, size, mtime_ns, ctime_ns, inode.
@@ -59,7 +59,7 @@ class KeyMemo:
         keys[~known] = 0
         return keys, known
 
-    def record(self, ids: list[str], stats: np.ndarray, keys: np.ndarray, known: np.ndarray) -> None:
+    def record(self, ids: Sequence[str], stats: np.ndarray, keys: np.ndarray, known: np.ndarray) -> None:
         """Remember `keys` (`uint8 [N, 32]`) where `known` (`bool [N]`); stats are those listed before reading.
 
         Files changed within 2 s before this memo was opened, or after, are left out: they could have
@@ -96,7 +96,7 @@ class KeyMemo:
                 what = "make room and run the same command again" if full else "give another --cache"
                 raise StoreError(f"cannot write {self.path} ({error.strerror}): {what}") from error
 
-    def _find(self, ids: list[str]) -> np.ndarray | None:
+    def _find(self, ids: Sequence[str]) -> np.ndarray | None:
         """Where each path is in the memo, -1 where it is not; None where they are its first, in order."""
         if not len(self._stats):
             return np.full(len(ids), -1, np.int64)
@@ -123,7 +123,7 @@ class KeyMemo:
             self._names = names
 
 
-def _parts(names: list[str], others: list[bytes]) -> Iterator[bytes]:
+def _parts(names: Sequence[str], others: list[bytes]) -> Iterator[bytes]:
     """The paths with a NUL between each two, some thousand at a time: a million are not copied at once."""
     between = b""
     for start in range(0, len(names), AT_ONCE):
@@ -133,5 +133,5 @@ def _parts(names: list[str], others: list[bytes]) -> Iterator[bytes]:
         yield between + b"\0".join(others)
 
 
-def _joined(ids: list[str]) -> bytes:
+def _joined(ids: Sequence[str]) -> bytes:
     return "\0".join(ids).encode("utf-8", "surrogatepass")

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 @base.backbone_options
 @base.extraction_options
 @click.option("--dry-run", is_flag=True, help="Say how many images, how long, how much disk; write no feature.")
+@click.option(
+    "--findings", metavar="FILE", type=Place(dir_okay=False), help="Name all odd images there, as JSON lines."
+)
 @json_option
-def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
+def extract(data: str, dry_run: bool, findings: str | None, as_json: bool, **options: Any) -> int:
     """Run the frozen backbone once per image of DATA; the features go to the cache.
 
     DATA is a folder (one folder a class, or train/ and val/ with such folders, or images alone) or a
@@ -34,12 +37,19 @@ def extract(data: str, dry_run: bool, as_json: bool, **options: Any) -> int:
     if dry_run:
         from featx.extraction.planning import plan
 
+        if findings:
+            raise click.UsageError("--findings names what an extraction finds: leave --dry-run out")
         planned = plan(data, **options)
         base.show(planned, as_json)
         return DONE
+    from featx.extraction.findings import check
     from featx.extraction.pipeline import sync
 
+    if findings:
+        check(findings)
     extraction = sync(data, **options)
+    if findings:
+        extraction.findings().write(findings)
     report = extraction.report
     if as_json:
         base.emit(report.to_dict() | {"backbone": extraction.info.to_dict(), "cache": str(extraction.cache)})

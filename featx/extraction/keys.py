@@ -11,7 +11,7 @@ from featx.cache.memo import KeyMemo
 from featx.cache.store import FeatureStore
 from featx.devices import available_threads
 from featx.errors import ImageError, SourceError
-from featx.features import content_key, groups
+from featx.features import content_key
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 from featx.threads import ahead
@@ -77,15 +77,10 @@ class KeyTable:
         first[np.flatnonzero(self.known)[distinct(self.keys[self.known])]] = True
         return first
 
-    def copies(self, numbers: np.ndarray) -> list[list[int]]:
-        """Lists of those among `numbers`, `int [M]`, with the same bytes; an image without a copy is in no list."""
-        keys = self.keys[numbers]
-        if len(np.unique(keys[:, :8].copy().view(np.uint64))) == len(numbers):
-            return []
-        group = groups(keys)  # equal first bytes: compare whole keys
-        order = np.argsort(group, kind="stable")
-        runs = np.split(numbers[order], np.flatnonzero(np.diff(group[order])) + 1)
-        return [run.tolist() for run in runs if len(run) > 1]
+    def reasons(self, stored: np.ndarray) -> dict[int, str]:
+        """Why each image has no features, by its number, in order. stored: `bool [N]`, those that have."""
+        by_key = {self.keys[i].tobytes(): why for i, why in self.errors.items()}
+        return {i: self.errors.get(i) or by_key[self.keys[i].tobytes()] for i in np.flatnonzero(~stored).tolist()}
 
 
 def content_keys(data: str | Path | Source, cache: str | Path, *, whole: bool = False) -> np.ndarray:
