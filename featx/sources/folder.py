@@ -326,19 +326,18 @@ def _scan(listing: _Listing, below: str) -> _Folder | None:
         with os.scandir(path if handle is None else handle) as entries:
             for entry in entries:
                 name = entry.name
+                # the suffix first: of an image, its stat will say whether it is a folder
+                if name[0] != "." and (name[-4:] in _SUFFIXES or name[name.rfind(".") :] in _SUFFIXES):
+                    names.append(name)
+                    continue
                 try:
                     inner = entry.is_dir()
                 except OSError:  # a link to itself, or into a closed folder
                     inner = False
                 if inner and name[0] != ".":
                     found.folders.append(name)
-                    if entry.is_symlink():
-                        found.links.add(name)
-                elif inner or name[name.rfind(".") :] not in _SUFFIXES or name[0] == ".":
-                    others.append(f"{name}/" if inner else name)
                 else:
-                    names.append(name)
-        found.folders.sort()
+                    others.append(f"{name}/" if inner else name)
         names.sort()
         if below and is_own(path, found.folders, names, others):
             return None
@@ -348,9 +347,11 @@ def _scan(listing: _Listing, below: str) -> _Folder | None:
     finally:
         if handle is not None:
             os.close(handle)
-    if odd:
-        others += odd
-        names = [name for name in names if name not in odd]
+    names = [name for name in names if name not in odd] if odd else names
+    for name, inner in odd.items():
+        (found.folders if inner else others).append(name)
+    found.folders.sort()
+    found.links = {name for name in found.folders if os.path.islink(os.path.join(path, name))}
 
     first = len(listing.stats) // 4 - len(names)
     found.images = range(first, first + len(names))
@@ -362,9 +363,9 @@ def _scan(listing: _Listing, below: str) -> _Folder | None:
     return found
 
 
-def _stat(names: list[str], above: str, handle: int | None, stats: array[int]) -> set[str]:
-    """Add the `stat_row` of each file to `stats`; those that are no plain files are left out, and returned."""
-    put, look, plain, odd = stats.append, os.stat, stat.S_IFREG, set()
+def _stat(names: list[str], above: str, handle: int | None, stats: array[int]) -> dict[str, bool]:
+    """Add the `stat_row` of each plain file to `stats`; return the other names, and which of them are folders."""
+    put, look, plain, odd = stats.append, os.stat, stat.S_IFREG, {}
     for name in names:
         try:
             found = look(above + name, dir_fd=handle)
@@ -372,7 +373,7 @@ def _stat(names: list[str], above: str, handle: int | None, stats: array[int]) -
             stats.extend(NO_STAT)
             continue
         if found.st_mode & 0o170000 != plain:
-            odd.add(name)
+            odd[name] = stat.S_ISDIR(found.st_mode)
             continue
         put(found.st_size)  # `stat_row` without its tuple
         put(found.st_mtime_ns)
