@@ -79,7 +79,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         extraction = sync(source, self.backbone, **self._options())
         if skipped := extraction.report.skipped_images:
             raise ImageError(
-                f"{len(skipped)} of {len(source)} images cannot be used; the first is {skipped[0]['id']}: "
+                f"{extraction.report.skipped} of {len(source)} images cannot be used; the first is {skipped[0]['id']}: "
                 f"{skipped[0]['reason']}"
             )
         rows: np.ndarray = extraction.features().X

@@ -25,7 +25,7 @@ FOREIGN_AGE = 24 * 3600.0
 _ASIDE = re.compile(r"\.~([^~]*)~(\d+)~(\d+)~[^~]*\.tmp")  # host, process, when it started
 
 Stat = tuple[int, int, int, int]
-_INT64 = 0x7FFF_FFFF_FFFF_FFFF
+INT64 = 0x7FFF_FFFF_FFFF_FFFF
 
 
 def open_plain(path: str | Path, *, follow: bool = True) -> io.FileIO:
@@ -177,4 +177,4 @@ def stat_row(found: os.stat_result) -> Stat:
 
     Inodes of more than 63 bits (ReFS) are cut to 63.
     """
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INT64
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & INT64

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from featx.errors import FeatxError
@@ -57,7 +57,7 @@ def cell(value: Any) -> Any:
     return "'" * bool(_FORMULA.match(value) and not _NUMBER.fullmatch(value)) + printable(value)
 
 
-def some(names: list[str], most: int = 3) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
     """The first few names, for a message: `a, b, c and 7 more`."""
     text = ", ".join(printable(name) for name in names[:most])
     return f"{text} and {len(names) - most:,} more" if len(names) > most else text

@@ -78,6 +78,11 @@ class KeyMemo:
         self._found = np.ascontiguousarray(keys[:, :8]).view(np.uint64)[:, 0]
         return keys, known
 
+    def expect_none(self, ids: Sequence[str], stats: np.ndarray) -> None:
+        """In place of `lookup`, for files that the memo is known to lack: `record` will not read it, either."""
+        self._asked, self._known = (ids, stats), np.zeros(len(ids), bool)
+        self._found = np.zeros(len(ids), np.uint64)
+
     def record(self, ids: Sequence[str], stats: np.ndarray, keys: np.ndarray, known: np.ndarray) -> None:
         """Remember `keys` (`uint8 [N, 32]`) where `known` (`bool [N]`); stats are those listed before reading.
 

@@ -25,18 +25,29 @@ if TYPE_CHECKING:
 @base.extraction_options
 @click.option("--dry-run", is_flag=True, help="Say how many images, how long, how much disk; write no feature.")
 @click.option(
+    "--findings", metavar="FILE", type=Place(dir_okay=False), help="Name all odd images there, as JSON lines."
+)
+@click.option(
     "--chunk", metavar="K/N", help="Compute this part of the images alone, from 0/N to N-1/N (docs/scale.md)."
 )
 @click.option("--prepare", is_flag=True, help="List the images and export the backbone, once, for all chunks.")
 @json_option
-def extract(data: str, dry_run: bool, chunk: str | None, prepare: bool, as_json: bool, **options: Any) -> int:
+def extract(
+    data: str, dry_run: bool, findings: str | None, chunk: str | None, prepare: bool, as_json: bool, **options: Any
+) -> int:
     """Run the frozen backbone once per image of DATA; the features go to the cache.
 
     DATA is a folder (one folder a class, or train/ and val/ with such folders, or images alone) or a
     manifest (.csv, .jsonl, .parquet).
     """
-    if dry_run + prepare + (chunk is not None) > 1:
-        raise click.UsageError("--dry-run, --prepare and --chunk are three things: give one of them")
+    given = {
+        "--dry-run": dry_run,
+        "--prepare": prepare,
+        "--chunk": chunk is not None,
+        "--findings": findings is not None,
+    }
+    if len(several := [name for name, there in given.items() if there]) > 1:
+        raise click.UsageError(f"{' and '.join(several)} are different things to do: give one of them")
     if prepare or chunk is not None:
         return part_of(data, chunk, as_json, **options)
     if dry_run:
@@ -45,9 +56,14 @@ def extract(data: str, dry_run: bool, chunk: str | None, prepare: bool, as_json:
         planned = plan(data, **options)
         base.show(planned, as_json)
         return DONE
+    from featx.extraction.findings import check
     from featx.extraction.pipeline import sync
 
+    if findings:
+        check(findings)
     extraction = sync(data, **options)
+    if findings:
+        extraction.findings().write(findings)
     report = extraction.report
     if as_json:
         base.emit(report.to_dict() | {"backbone": extraction.info.to_dict(), "cache": str(extraction.cache)})

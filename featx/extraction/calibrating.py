@@ -84,8 +84,8 @@ def examples(source: Source, preprocess: Preprocess, cache: Path, most: int = IM
 
     numbers = np.flatnonzero(table.first())
     if source.labels:
-        labels = [source.labels[i] for i in numbers]
-        given = np.array([source.splits[i] if source.splits else "" for i in numbers], dtype="U5")
+        labels = [source.labels[i] for i in numbers.tolist()]
+        given = np.array([source.splits[i] if source.splits else "" for i in numbers.tolist()], dtype="U5")
         splits = joined(labels, source.multilabel, table.keys[numbers], given)[2]
         numbers = numbers[splits == "train"] if (splits == "train").any() else numbers
     by_key = {table.keys[i].tobytes().hex(): i for i in numbers.tolist()}

@@ -12,7 +12,7 @@ from featx.cache.memo import KeyMemo
 from featx.cache.writing import Writer
 from featx.devices import available_threads
 from featx.errors import ImageError, SourceError
-from featx.features import content_key, groups
+from featx.features import content_key
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 from featx.threads import ahead
@@ -22,7 +22,7 @@ class KeyTable:
     """One content key for each image of a source, as far as it is known. Opening it reads no image."""
 
     def __init__(self, source: Source, cache: Path, *, recall: bool = True) -> None:
-        """recall: look the keys up in the memo."""
+        """recall: look the keys up in the memo; False where it is known to lack them."""
         self.source = source
         self.keys = np.zeros((len(source.ids), KEY_BYTES), np.uint8)
         """`uint8 [N, 32]`; zeros where unknown."""
@@ -35,6 +35,8 @@ class KeyTable:
             self._memo = KeyMemo(cache, source.root)
             if recall:
                 self.keys, self.known = self._memo.lookup(source.ids, source.stats)
+            else:
+                self._memo.expect_none(source.ids, source.stats)
 
     def note(self, number: int, key: bytes, error: str = "") -> None:
         """Record what reading an image gave: its key (empty if it could not be read), and why it cannot be used."""
@@ -80,15 +82,10 @@ class KeyTable:
         first[np.flatnonzero(self.known)[distinct(self.keys[self.known])]] = True
         return first
 
-    def copies(self, numbers: np.ndarray) -> list[list[int]]:
-        """Lists of those among `numbers`, `int [M]`, with the same bytes; an image without a copy is in no list."""
-        keys = self.keys[numbers]
-        if len(np.unique(keys[:, :8].copy().view(np.uint64))) == len(numbers):
-            return []
-        group = groups(keys)  # equal first bytes: compare whole keys
-        order = np.argsort(group, kind="stable")
-        runs = np.split(numbers[order], np.flatnonzero(np.diff(group[order])) + 1)
-        return [run.tolist() for run in runs if len(run) > 1]
+    def reasons(self, stored: np.ndarray) -> dict[int, str]:
+        """Why each image has no features, by its number, in order. stored: `bool [N]`, those that have."""
+        by_key = {self.keys[i].tobytes(): why for i, why in self.errors.items()}
+        return {i: self.errors.get(i) or by_key[self.keys[i].tobytes()] for i in np.flatnonzero(~stored).tolist()}
 
 
 def content_keys(data: str | Path | Source, cache: str | Path, *, whole: bool = False) -> np.ndarray:

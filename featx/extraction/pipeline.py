@@ -80,4 +80,5 @@ def run(
         remember_rate(job, report)
     numbers = np.flatnonzero(stored)
     keys = table.keys if len(numbers) == len(table.keys) else table.keys[numbers]
-    return Extraction(job.source, job.request, job.info, job.cache, stores, numbers, keys, report)
+    errors = table.reasons(stored)
+    return Extraction(job.source, job.request, job.info, job.cache, stores, numbers, keys, report, errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,15 +12,20 @@ import numpy as np
 from featx.backbones.request import ASSUMED
 from featx.cache.writing import Writer
 from featx.errors import SourceError
+from featx.extraction.findings import Findings
 from featx.extraction.job import Job
 from featx.extraction.keys import KeyTable
 from featx.extraction.timing import STAGES, Timing
 from featx.pixels.preprocess import GPU
-from featx.sources.source import left_out
+from featx.sources.columns import Names
+from featx.sources.source import Source, left_out
 from featx.text import printable
 
+MOST = 100
+"""Images, files and groups that a report names of each kind, and images of a group."""
 COUNTS = ("found", "ignored", "cached", "extracted", "duplicate", "skipped")
 LISTED = 10
+ALL = "all of them with `featx extract DATA --findings FILE`"
 DONE, SKIPPED = 0, 3
 
 
@@ -30,7 +36,10 @@ class Skipped(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class ExtractionReport:
-    """`found` = `cached` + `extracted` + `duplicate` + `skipped` images; `to_dict` is what `--json` prints."""
+    """`found` = `cached` + `extracted` + `duplicate` + `skipped` images; `to_dict` is what `--json` prints.
+
+    Counts are of all images. Lists hold the first 100, `Extraction.findings` gives all.
+    """
 
     found: int
     ignored: int
@@ -53,9 +62,11 @@ class ExtractionReport:
     ignored_files: list[str] = field(default_factory=list)
     skipped_images: list[Skipped] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
-    """Ids with the same bytes."""
+    """Ids with the same bytes, at most 100 of a group."""
     conflicts: list[dict[str, str]] = field(default_factory=list)
-    """Id -> label, where the same bytes have several labels."""
+    """Id -> label, where the same bytes have several labels; at most 100 of a group, each label among them."""
+    duplicate_groups: int = 0
+    conflict_groups: int = 0
     notes: list[str] = field(default_factory=list)
     decoded_on_gpu: int = 0
     decode_cosine: float | None = None
@@ -71,19 +82,19 @@ class ExtractionReport:
     def text(self) -> str:
         """For people: the counts, then what is behind them."""
         lines = ["  ".join(f"{name} {getattr(self, name)}" for name in COUNTS)]
-        named = {
-            "ignored": [f"{printable(name)} ({left_out(name) or 'not an image'})" for name in self.ignored_files],
-            "skipped": [f"{printable(image['id'])}: {image['reason']}" for image in self.skipped_images],
-            "same bytes, several labels": [
-                ", ".join(f"{printable(name)} ({printable(label)})" for name, label in conflict.items())
-                for conflict in self.conflicts
-            ],
-            "note": self.notes,
-        }
-        for what, names in named.items():
-            lines += [f"{what}: {name}" for name in names[:LISTED]]
-            if len(names) > LISTED:
-                lines.append(f"{what}: {len(names) - LISTED} more, all of them with --json")
+        conflicts = (
+            ", ".join(f"{printable(name)} ({printable(label)})" for name, label in conflict.items())
+            for conflict in self.conflicts
+        )
+        ignored = (f"{printable(name)} ({left_out(name) or 'not an image'})" for name in self.ignored_files)
+        skipped = (f"{printable(image['id'])}: {image['reason']}" for image in self.skipped_images)
+        named = {"ignored": (self.ignored, ignored), "skipped": (self.skipped, skipped)}
+        named |= {"same bytes, several labels": (self.conflict_groups, conflicts)}
+        for what, (count, sentences) in named.items():
+            lines += [f"{what}: {sentence}" for sentence in islice(sentences, LISTED)]
+            if count > LISTED:
+                lines.append(f"{what}: {count - LISTED:,} more, {ALL}")
+        lines += [f"note: {note}" for note in self.notes]
 
         if self.extracted:
             shares = ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items())
@@ -128,18 +139,9 @@ def describe(
     """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of all of it."""
     source, keys, timing = job.source, table.keys, chunk.timing
     numbers = np.flatnonzero(stored)
-    by_key = {keys[i].tobytes(): why for i, why in table.errors.items()}
-    skipped: list[Skipped] = [
-        {"id": source.ids[i], "reason": table.errors.get(i) or by_key[keys[i].tobytes()]}
-        for i in np.flatnonzero(~stored).tolist()
-    ]
-
-    copies = table.copies(numbers)
-    distinct = len(numbers) - sum(len(same) - 1 for same in copies)
-    labels = source.labels or []
-    conflicts = [
-        {source.ids[i]: labels[i] for i in same} for same in copies if labels and len({labels[i] for i in same}) > 1
-    ]
+    findings = Findings.of(source, numbers, keys[numbers], table.reasons(stored))
+    conflicts = [_conflict(source, findings.group(number)) for number in findings.conflicts[:MOST].tolist()]
+    distinct = len(numbers) - len(findings.copies) + len(findings.begins)
 
     notes, note, preprocess = list(source.notes), job.info.weights_note, job.info.preprocess
     if ASSUMED in note:
@@ -148,7 +150,7 @@ def describe(
             "assumed; --size, --crop-pct, --crop-mode, --interpolation, --mean and --std say otherwise"
         )
     if conflicts:
-        notes.append(f"{len(conflicts)} images appear with the same bytes under several labels")
+        notes.append(f"{len(findings.conflicts)} images appear with the same bytes under several labels")
     notes += [note for store in stores for note in store.notes] + [note for note in chunk.notes if note]
     if job.info.preprocess.pixels == GPU and chunk.extracted and not chunk.decoded_on_gpu:
         notes.append("no image was decoded on the GPU: none was a baseline JPEG, or it refused them")
@@ -162,17 +164,30 @@ def describe(
         cached=distinct - chunk.extracted,
         extracted=chunk.extracted,
         duplicate=len(numbers) - distinct,
-        skipped=len(skipped),
+        skipped=len(findings.errors),
         images_per_second=round(chunk.extracted / busy, 1) if chunk.extracted else None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         shares=timing.shares if timing else {},
         used=round(timing.used, 3) if timing else 0.0,
         advice="; ".join(text for text in (timing.advice() if timing else "", chunk.advice) if text),
-        ignored_files=source.ignored,
-        skipped_images=skipped,
-        duplicates=[[source.ids[i] for i in same] for same in copies],
+        ignored_files=[*source.ignored[:MOST]],
+        skipped_images=[{"id": source.ids[i], "reason": why} for i, why in islice(findings.errors.items(), MOST)],
+        duplicates=[
+            [source.ids[i] for i in findings.group(number)[:MOST].tolist()]
+            for number in range(min(MOST, len(findings.begins)))
+        ],
         conflicts=conflicts,
+        duplicate_groups=len(findings.begins),
+        conflict_groups=len(findings.conflicts),
         notes=notes,
         decoded_on_gpu=chunk.decoded_on_gpu,
         decode_cosine=chunk.decode_cosine,
     )
+
+
+def _conflict(source: Source, same: np.ndarray) -> dict[str, str]:
+    """Id -> label of a group of copies: the first with each label, then others, up to `MOST`, in their order."""
+    labels = Names.of(source.labels or ()).codes[same]
+    first = np.unique(labels, return_index=True)[1]
+    chosen = same[np.sort([*first, *np.setdiff1d(np.arange(len(same)), first)][:MOST])]
+    return {source.ids[i]: (source.labels or ())[i] for i in chosen.tolist()}

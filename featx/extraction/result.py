@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,10 @@ import numpy as np
 from featx.backbones.request import BackboneInfo, BackboneRequest
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
+from featx.extraction.findings import Findings
 from featx.extraction.report import ExtractionReport
 from featx.features import Features, joined
+from featx.sources.columns import Names, Texts
 from featx.sources.source import Source
 
 
@@ -32,28 +34,34 @@ class Extraction:
     keys: np.ndarray
     """`uint8 [N, 32]`: their content keys."""
     report: ExtractionReport
+    errors: dict[int, str] = field(default_factory=dict)
+    """Why an image has no features, by its number in `source`."""
 
     def features(self, view: int = 0, *, memory: float = float("inf")) -> Features:
         """The features of one view (0: the centre crop), with today's labels and splits.
 
         memory: bytes; features that take more stay in the cache, and are read by slices. By default none do.
         """
-        source, store, numbers = self.source, self.stores[view], self.numbers.tolist()
-        labels = [source.labels[i] if source.labels else "" for i in numbers]
-        given = np.array([source.splits[i] if source.splits else "" for i in numbers], dtype="U5")
-        y, class_names, splits, notes = joined(labels, source.multilabel, self.keys, given)
+        source, store, none = self.source, self.stores[view], [""] * len(self.source)
+        labels, given = (Names.of(column or none).take(self.numbers) for column in (source.labels, source.splits))
+        parts = np.array(given, dtype="U5")
+        y, class_names, splits, notes = joined(labels, source.multilabel, self.keys, parts)
 
         return Features(
             rows=StoredRows(store, self.keys) if self.exceeds(memory, len(self.keys)) else store.read(self.keys),
             y=y,
-            ids=[source.ids[i] for i in numbers],
+            ids=list(Texts.of(source.ids).take(self.numbers)),
             class_names=class_names,
             splits=splits,
             keys=self.keys,
             spec=store.spec,
             report=replace(self.report, notes=[*self.report.notes, *notes]),
-            given=given,
+            given=parts,
         )
+
+    def findings(self) -> Findings:
+        """All images that were found odd, of which `report` names the first; `write` puts them into a file."""
+        return Findings.of(self.source, self.numbers, self.keys, self.errors)
 
     def views(self, keys: np.ndarray, *, memory: float = float("inf")) -> Sequence[np.ndarray | StoredRows]:
         """The rows of these keys, `uint8 [M, 32]`, in every view: in memory, or read by slices where the rows of

@@ -191,10 +191,10 @@ def evaluate(
             f"{seen} of {len(features)} images are images that the run was trained on, byte for byte: "
             "the scores are too optimistic"
         )
-    if skipped := extraction.report.skipped_images:
-        first = "; ".join(f"{image['id']}: {image['reason']}" for image in skipped[:3])
-        report.notes.append(f"{len(skipped)} images could not be read and are left out, the first: {first}")
-    return replace(report, skipped=len(skipped))
+    if skipped := extraction.report.skipped:
+        first = "; ".join(f"{image['id']}: {image['reason']}" for image in extraction.report.skipped_images[:3])
+        report.notes.append(f"{skipped} images could not be read and are left out, the first: {first}")
+    return replace(report, skipped=skipped)
 
 
 def _require_known(run: Run, source: Source) -> None:

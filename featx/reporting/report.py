@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from featx.errors import FeatxError, RunError
-from featx.extraction.report import COUNTS
+from featx.extraction.report import ALL, COUNTS
 from featx.features import Features
 from featx.measuring.curve import Curve
 from featx.measuring.quantised import Int8Cost
@@ -201,8 +201,9 @@ def _extraction_notes(found: dict[str, Any]) -> list[str]:
         "several labels for the same bytes: " + ", ".join(f"{name(id)} ({label})" for id, label in same.items())
         for same in found["conflicts"]
     ]
-    if len(sentences) > LISTED:
-        sentences[LISTED:] = [f"{len(sentences) - LISTED} more in report.json"]
+    groups = [found.get(f"{what}_groups", len(found[f"{what}s"])) for what in ("duplicate", "conflict")]  # older runs
+    if (more := found["skipped"] + found["ignored"] + sum(groups) - LISTED) > 0:
+        sentences[LISTED:] = [f"{more:,} more, {ALL}"]
     return [*sentences, *found["notes"]]
 
 

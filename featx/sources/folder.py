@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import stat
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featx.errors import SourceError
-from featx.files import stat_row
+from featx.files import INT64
+from featx.sources.columns import Names, Texts
 from featx.sources.names import PLAIN, SPLITS, class_name, differ_in_case, split_of, splits_among, words
 from featx.sources.own import is_own
 from featx.sources.source import EXTENSIONS, NO_STAT, Source
@@ -21,44 +26,69 @@ from featx.text import printable, some
 WRAPPERS = {"images", "image", "imgs", "img", "jpg", "jpeg"}
 # Words, and kinds, of the files in which some downloads list their splits.
 LISTED, LISTS = {*SPLITS, "split", "splits", "setid"}, (".csv", ".json", ".jsonl", ".mat", ".parquet", ".tsv", ".txt")
+# The suffixes in every mixture of cases: a look into a set is faster than `lower().endswith()`.
+_SUFFIXES = {"".join(cased) for each in EXTENSIONS for cased in product(*({c, c.upper()} for c in each))}
 Tree = dict[str, "_Folder"]  # every folder at and below one, by its path under the root
 
 
 @dataclass
 class _Folder:
-    """What lies directly in one folder, each list sorted."""
+    """What lies directly in one folder; its images are in the listing's columns."""
 
-    images: list[str] = field(default_factory=list)
-    stats: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
-    """`int64 [N, 4]`, of `images`."""
-    folders: list[str] = field(default_factory=list)
-    links: set[str] = field(default_factory=set)
+    folders: list[str]
+    """Sorted."""
+    links: set[str]
     """Those of `folders` that are symbolic links."""
-    others: list[str] = field(default_factory=list)
+    images: range
+    """Their rows, sorted by name."""
 
 
 @dataclass
 class _Listing:
-    """The columns, filled folder by folder."""
+    """The columns, filled as folders are looked at; and which folders' rows follow each other in the data set."""
 
     root: str
-    ids: list[str] = field(default_factory=list)
+    names: BytesIO = field(default_factory=BytesIO)
+    """Of all images, as `Texts` packs them: a list of names would take most of the memory."""
+    stats: array[int] = field(default_factory=lambda: array("q"))
+    """Four numbers an image."""
+    others: BytesIO = field(default_factory=BytesIO)
+    other_count: int = 0
+    rows: list[range] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    """One for each range of rows, as are the splits."""
     splits: list[str] = field(default_factory=list)
-    stats: list[np.ndarray] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
     """Folders that featx has written."""
 
-    def add(self, prefix: str, found: _Folder, label: str, split: str) -> None:
-        self.ids += [prefix + name for name in found.images]
-        self.labels += [label] * len(found.images)
-        if split:  # all images have one, or none has
-            self.splits += [split] * len(found.images)
-        self.stats.append(found.stats)
-        self.ignored += [prefix + name for name in found.others]
-        del found.images[1:]  # from now on it only matters whether there are any
+    def add(self, found: _Folder, label: str, split: str) -> None:
+        if found.images:
+            self.rows.append(found.images)
+            self.labels.append(label)
+            self.splits.append(split)
+
+    def packed(self, ignored: Texts, named: bool) -> dict[str, Any]:
+        """The columns of `Source`."""
+        counts = [len(rows) for rows in self.rows]
+        ids = Texts.packed(self.names.getvalue(), sum(counts))
+        stats = np.frombuffer(self.stats, np.int64).reshape(-1, 4)
+        if any(rows.start > after.start for rows, after in pairwise(self.rows)):
+            order = np.concatenate([np.arange(rows.start, rows.stop) for rows in self.rows])
+            ids, stats = ids.take(order), stats[order]
+        return {
+            "ids": ids,
+            "labels": Names.repeated(self.labels, counts) if any(self.labels) else None,
+            "splits": Names.repeated(self.splits, counts) if named else None,
+            "stats": stats,
+            "ignored": ignored,
+            "notes": self.notes,
+        }
+
+    def images(self, found: _Folder) -> Sequence[str]:
+        """The names of a folder's images."""
+        ids = Texts.packed(self.names.getvalue(), len(self.stats) // 4)
+        return [os.path.basename(id) for id in ids[found.images.start : found.images.stop]]
 
 
 def open_folder(path: str) -> Source:
@@ -70,22 +100,24 @@ def open_folder(path: str) -> Source:
     order is `ImageFolder`'s too. A folder around all of these is looked through. What featx itself has written is
     left out. Raises `SourceError` where two of these fit, or none.
     """
-    listing, top = _Listing(path), _scan(path)
+    listing = _Listing(path)
+    top = _scan(listing, "")
+    assert top
     trees = {name: _tree(listing, name, [path]) for name in top.folders}
     place = ""  # where the classes or splits lie, below the root
     while True:
         full = [name for name, tree in trees.items() if any(found.images for found in tree.values())]
         for name in [name for name in trees if name not in full]:
-            _empty(listing, name, trees[name])
+            _empty(listing, name)
         if top.images or len(full) != 1 or not _wraps(trees[full[0]], full[0]):
             break
-        listing.add(place, top, "", "")
+        listing.add(top, "", "")
         tree, place = trees[full[0]], f"{full[0]}/"
         top = tree[full[0]]
         trees = {f"{place}{child}": _below(tree, f"{place}{child}") for child in top.folders}
 
-    named = _named(path, place, top, full)
-    listing.add(place, top, "", "")
+    named = _named(listing, place, top, full)
+    listing.add(top, "", "")
     for name in full:
         if named:
             _split(listing, name, trees[name], named[name])
@@ -96,26 +128,18 @@ def open_folder(path: str) -> Source:
                     f"{printable(os.path.join(path, name))} holds folders named as splits ({some([*within])}): it is "
                     "unclear whether it is a class. Give it alone, or lay the images out as train/<class>, test/<class>"
                 )
-            for below, found in trees[name].items():
-                listing.add(f"{below}/", found, label, "")
-    _remark(listing, path, place, named, {name: trees[name] for name in full})
-    return Source(
-        uri=path,
-        root=Path(path),
-        ids=listing.ids,
-        labels=listing.labels if any(listing.labels) else None,
-        splits=listing.splits if named else None,
-        stats=np.concatenate(listing.stats),
-        ignored=listing.ignored,
-        notes=listing.notes,
-    )
+            for found in trees[name].values():
+                listing.add(found, label, "")
+    ignored = Texts.packed(listing.others.getvalue(), listing.other_count)
+    _remark(listing, ignored, place, named, {name: trees[name] for name in full})
+    return Source(uri=path, root=Path(path), **listing.packed(ignored, bool(named)))
 
 
-def _named(path: str, place: str, top: _Folder, full: list[str]) -> dict[str, str]:
+def _named(listing: _Listing, place: str, top: _Folder, full: list[str]) -> dict[str, str]:
     """Which split each folder is; empty where they are classes. Raises `SourceError` where that is unclear."""
-    here, names = os.path.join(path, place).rstrip("/"), [name.removeprefix(place) for name in full]
+    here, names = os.path.join(listing.root, place).rstrip("/"), [name.removeprefix(place) for name in full]
     if top.images and full:
-        raise SourceError(_both(here, top.images, names))
+        raise SourceError(_both(here, listing.images(top), names))
     named = splits_among(names)
     others = [name for name in names if name not in named]
     if named and others:
@@ -147,20 +171,19 @@ def _wraps(tree: Tree, name: str) -> bool:
     return not PLAIN.isdisjoint(words(last))
 
 
-def _empty(listing: _Listing, name: str, tree: Tree) -> None:
+def _empty(listing: _Listing, name: str) -> None:
     """Pass over a folder without images; one that holds nothing but what featx has written is named elsewhere."""
-    for below, found in tree.items():
-        listing.add(f"{below}/", found, "", "")
     if not any(own == name or own.startswith(f"{name}/") for own in listing.own):
         listing.notes.append(f"folder {printable(name)!r} has no images; ignored")
 
 
-def _remark(listing: _Listing, path: str, place: str, named: dict[str, str], trees: dict[str, Tree]) -> None:
+def _remark(listing: _Listing, ignored: Texts, place: str, named: dict[str, str], trees: dict[str, Tree]) -> None:
     """Note what looks like a mistake in the layout. Raises `SourceError` where there is no image."""
+    path = listing.root
     if listing.own:
         listing.notes.append(f"left out, since featx wrote them: {some(listing.own)}")
-    if not listing.ids:
-        names = listing.own + listing.ignored
+    if not listing.rows:
+        names = [*listing.own, *ignored]
         others = f"; it holds {some(names)}" if names else ", or anything else"
         raise SourceError(
             f"there is no image in {printable(path)}{others}. Expected class folders, "
@@ -170,14 +193,14 @@ def _remark(listing: _Listing, path: str, place: str, named: dict[str, str], tre
     if place:
         listing.notes.append(f"{printable(place)} holds all images, and is read as the data set")
     if not all(listing.labels):
-        tables = [name for name in listing.ignored if name.lower().endswith((".csv", ".jsonl", ".parquet"))]
+        tables = [name for name in ignored if name.lower().endswith((".csv", ".jsonl", ".parquet"))]
         if tables:
             listing.notes.append(f"{some(tables)} is ignored; give its own path to use the labels in it")
     if named:
         _compare_splits(listing)
         odd = [f"{printable(n)} is {split}" for n, split in named.items() if os.path.basename(n).lower() not in SPLITS]
         listing.notes += [f"read as splits: {', '.join(odd)}"] if odd else []
-    elif lists := [n for n in listing.ignored[:9999] if n.lower().endswith(LISTS) and LISTED & {*words(Path(n).stem)}]:
+    elif lists := [n for n in ignored[:9999] if n.lower().endswith(LISTS) and LISTED & {*words(Path(n).stem)}]:
         listing.notes.append(
             f"{some(lists)} may say which images are held out; featx does not read it, but a manifest's column split"
         )
@@ -205,21 +228,21 @@ def _split(listing: _Listing, name: str, tree: Tree, split: str) -> None:
         base = f"{base}/{full[0]}"
     where = os.path.join(listing.root, base)
     if tree[base].images and full:
-        raise SourceError(_both(where, tree[base].images, full))
+        raise SourceError(_both(where, listing.images(tree[base]), full))
     if len(full) > 1 and len(among := splits_among(full)) == len(full):
         raise SourceError(
             f"{printable(where)}, a split, holds folders named as splits ({some([*among])}): it is unclear which are "
             "meant. Give one of both folders, or list the images in a manifest"
         )
     if tree[base].images:
-        listing.notes.append(f"images directly in {printable(base)}/ have no label: {some(tree[base].images)}")
+        listing.notes.append(f"images directly in {printable(base)}/ have no label: {some(listing.images(tree[base]))}")
     for child in tree[base].folders:
         if child not in full:
-            _empty(listing, f"{base}/{child}", {})
+            _empty(listing, f"{base}/{child}")
     labels = {child: class_name(child) for child in tree[base].folders}
     for below, found in tree.items():
         child = below.removeprefix(base).split("/")[1] if below.startswith(f"{base}/") else ""
-        listing.add(f"{below}/", found, labels.get(child, ""), split)
+        listing.add(found, labels.get(child, ""), split)
 
 
 def _nested(base: str, child: str, split: str) -> bool:
@@ -274,8 +297,8 @@ def _tree(listing: _Listing, name: str, above: list[str]) -> Tree:
             listing.notes.append(f"folder {printable(below)!r} leads back to one that is listed already")
             continue
         seen.add(identity)
-        found = _scan(path)
-        if is_own(path, found.folders, found.images, found.others):
+        found = _scan(listing, below)
+        if not found:
             listing.own.append(below)
             continue
         tree[below] = found
@@ -290,45 +313,73 @@ def _identity(path: str) -> tuple[int, int] | str:
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
-def _scan(path: str) -> _Folder:
-    found = _Folder()
+def _scan(listing: _Listing, below: str) -> _Folder | None:
+    """Look at what lies directly in one folder, by its path under the root; None where featx has written it."""
+    path = os.path.join(listing.root, below) if below else listing.root
+    found = _Folder([], set(), range(0))
     names: list[str] = []
-    stats = array("q")  # not a tuple of integers for each image: ten times the memory
+    others: list[str] = []
+    handle = None
     try:
-        with os.scandir(path) as entries:
+        if os.stat in os.supports_dir_fd:  # not on Windows; else each file's whole path is resolved again
+            handle = os.open(path, os.O_RDONLY)
+        with os.scandir(path if handle is None else handle) as entries:
             for entry in entries:
                 name = entry.name
-                hidden = name[0] == "."
+                # the suffix first: of an image, its stat will say whether it is a folder
+                if name[0] != "." and (name[-4:] in _SUFFIXES or name[name.rfind(".") :] in _SUFFIXES):
+                    names.append(name)
+                    continue
                 try:
                     inner = entry.is_dir()
                 except OSError:  # a link to itself, or into a closed folder
                     inner = False
-                if inner and not hidden:
+                if inner and name[0] != ".":
                     found.folders.append(name)
-                    if entry.is_symlink():
-                        found.links.add(name)
-                elif inner or hidden or not name.lower().endswith(EXTENSIONS):
-                    found.others.append(f"{name}/" if inner else name)
                 else:
-                    try:
-                        status = entry.stat()
-                    except OSError:  # vanished, or a link to nothing: reading it says so
-                        names.append(name)
-                        stats.extend(NO_STAT)
-                        continue
-                    if stat.S_ISREG(status.st_mode):
-                        names.append(name)
-                        stats.extend(stat_row(status))
-                    else:
-                        found.others.append(name)
+                    others.append(f"{name}/" if inner else name)
+        names.sort()
+        if below and is_own(path, found.folders, names, others):
+            return None
+        odd = _stat(names, "" if handle is not None else f"{path}/", handle, listing.stats)
     except OSError as error:
         raise _unlisted(path, error) from error
-    order = sorted(range(len(names)), key=names.__getitem__)
-    found.images = [names[i] for i in order]
-    found.stats = np.array(stats, np.int64).reshape(-1, 4)[order]
+    finally:
+        if handle is not None:
+            os.close(handle)
+    names = [name for name in names if name not in odd] if odd else names
+    for name, inner in odd.items():
+        (found.folders if inner else others).append(name)
     found.folders.sort()
-    found.others.sort()
+    found.links = {name for name in found.folders if os.path.islink(os.path.join(path, name))}
+
+    first = len(listing.stats) // 4 - len(names)
+    found.images = range(first, first + len(names))
+    listing.other_count += len(others)
+    for column, texts in ((listing.names, names), (listing.others, sorted(others))):
+        if texts:
+            prefix, more = f"{below}/" if below else "", "\0" if column.tell() else ""
+            column.write((more + prefix + f"\0{prefix}".join(texts)).encode("utf-8", "surrogatepass"))
     return found
+
+
+def _stat(names: list[str], above: str, handle: int | None, stats: array[int]) -> dict[str, bool]:
+    """Add the `stat_row` of each plain file to `stats`; return the other names, and which of them are folders."""
+    put, look, plain, odd = stats.append, os.stat, stat.S_IFREG, {}
+    for name in names:
+        try:
+            found = look(above + name, dir_fd=handle)
+        except OSError:  # vanished, or a link to nothing: reading it says so
+            stats.extend(NO_STAT)
+            continue
+        if found.st_mode & 0o170000 != plain:
+            odd[name] = stat.S_ISDIR(found.st_mode)
+            continue
+        put(found.st_size)  # `stat_row` without its tuple
+        put(found.st_mtime_ns)
+        put(found.st_ctime_ns)
+        put(found.st_ino & INT64)
+    return odd
 
 
 def _unlisted(path: str, error: OSError) -> SourceError:
@@ -338,7 +389,7 @@ def _unlisted(path: str, error: OSError) -> SourceError:
     )
 
 
-def _both(path: str, images: list[str], folders: list[str]) -> str:
+def _both(path: str, images: Sequence[str], folders: list[str]) -> str:
     return (
         f"{printable(path)} holds images itself ({some(images)}) and folders with images "
         f"({some(folders)}): it is unclear what the images' class is. Move them into a class folder, or "

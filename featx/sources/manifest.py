@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import re
 import stat
 import unicodedata
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,11 @@ def open_manifest(path: str) -> Source:
     file is listed, noted, and skipped when it is read. Raises `SourceError`, which names the row, for another form.
     """
     root = os.path.dirname(path)
-    shown = printable(path)
+    above, shown = os.path.join(root, ""), printable(path)
     ids: list[str] = []
     labels: list[str] = []
     splits: list[str] = []
-    stats: list[tuple[int, int, int, int]] = []
+    stats = array("q")
     first: dict[str, int] = {}  # id -> its place
     numbers: list[int] = []
     missing: list[str] = []
@@ -54,9 +56,9 @@ def open_manifest(path: str) -> Source:
         if names is not header:
             header, (at, label_at) = names, _columns(names, where if path.lower().endswith(".jsonl") else shown)
             splits_at = [(names.index(name), means) for name, means in saying.items() if name in names]
-        identity, row = _found(cells[at], root, where)
+        identity, row = _found(cells[at], above, where)
         text, joined = _label(cells[label_at], where)
-        part = split_cell([(cells[i], means) for i, means in splits_at], where)
+        part = split_cell([(cells[i], means) for i, means in splits_at], where) if splits_at else ""
         if (place := first.setdefault(identity, len(ids))) < len(ids):
             if (labels[place], splits[place]) != (text, part):
                 raise SourceError(
@@ -72,7 +74,7 @@ def open_manifest(path: str) -> Source:
         labels.append(text)
         splits.append(part)
         numbers.append(number)
-        stats.append(row)
+        stats.extend(row)
         if row is NO_STAT:
             missing.append(f"{identity} (row {number})")
     if not saying and (found := split_folders(ids))[0]:
@@ -85,7 +87,7 @@ def open_manifest(path: str) -> Source:
         ids=ids,
         labels=labels if any(labels) else None,
         splits=splits if any(splits) else None,
-        stats=np.array(stats, np.int64).reshape(-1, 4),
+        stats=np.frombuffer(stats, np.int64).reshape(-1, 4),
         notes=notes,
         multilabel=multilabel,
     )
@@ -114,10 +116,16 @@ def _remarks(path: str, ids: list[str], several: list[str], missing: list[str], 
 
 
 def _found(name: Any, root: str, where: str) -> tuple[str, tuple[int, int, int, int]]:
-    """The id and the `stat_row` of the file that a path cell names; `NO_STAT` where it is not there.
+    """The id and the `stat_row` of the file that a path cell names; `NO_STAT` where none is there. root: ends in `/`.
 
     A blank at an end, and an accent written as a letter of its own, may be in the file's name or in the cell alone.
     """
+    if isinstance(name, str) and _is_plain(name):  # most are, and many rows must list fast
+        try:
+            found = os.stat(root + name)
+            return name, stat_row(found) if stat.S_ISREG(found.st_mode) else NO_STAT
+        except (OSError, ValueError):
+            pass
     if isinstance(name, (dict, bytes)):
         raise SourceError(f"{where}: images inside a manifest are not read; give the path of a file")
     if not isinstance(name, str) or not name.strip():
@@ -138,6 +146,12 @@ def _found(name: Any, root: str, where: str) -> tuple[str, tuple[int, int, int, 
             raise SourceError(f"{where}: {name!r} cannot be a path ({error})") from error
         return identity, stat_row(found) if stat.S_ISREG(found.st_mode) else NO_STAT
     return _identity(bare, root), NO_STAT
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a path is its own `_identity`, and may be written in one way only."""
+    bare = name.isascii() and name.strip() is name and os.sep == "/"
+    return bare and name[:1] not in "/" and name[-1] not in "/." and "//" not in name and "./" not in name
 
 
 def _identity(name: str, root: str) -> str:
@@ -163,15 +177,23 @@ def _label(value: Any, where: str) -> tuple[str, bool]:
         return "", False
     if isinstance(value, bool):
         return str(value).lower(), False
-    if isinstance(value, str) and _DECIMAL.fullmatch(value):
-        value = float(value)  # one number is one class, in text as in JSON; `007` and `1e3` are names
+    if isinstance(value, str):
+        return _text_label(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value)), False  # tables with gaps turn whole numbers into floats
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, (int, float)):
         raise SourceError(f"{where}: a label is a text, a number or a list of these; got {value!r}")
-    if SEPARATOR not in str(value):
-        return class_name(str(value)), False
-    names = [_label(part, where)[0] for part in str(value).split(SEPARATOR)]
+    return class_name(str(value)), False
+
+
+@functools.lru_cache(4096)
+def _text_label(text: str) -> tuple[str, bool]:
+    if _DECIMAL.fullmatch(text):
+        number = float(text)  # one number is one class, in text as in JSON; `007` and `1e3` are names
+        return str(int(number) if number.is_integer() else number), False
+    if SEPARATOR not in text:
+        return class_name(text), False
+    names = [_text_label(part)[0] for part in text.split(SEPARATOR)]
     return SEPARATOR.join(dict.fromkeys(name for name in names if name)) or SEPARATOR, True
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from featx.errors import ImageError
 from featx.options import home
-
-if TYPE_CHECKING:  # `featx --help`, which needs `printable`, loads no numpy
-    import numpy as np
+from featx.sources.columns import Column, Names, Texts
 
 # The suffixes of images in a folder, in any case: those of torchvision.datasets.ImageFolder, and what phones, browsers
 # and cameras write since.
@@ -35,6 +34,7 @@ NO_STAT = (-1, 0, 0, 0)
 class Source:
     """A data set as columns, not as an object per image: a million images must list fast.
 
+    Texts may be given as any sequence, such as a list; they are packed, and stay equal to what was given.
     Listing reads no image, so an image that cannot be read is found only when `read` is called.
     """
 
@@ -42,23 +42,31 @@ class Source:
     """What the user gave."""
     root: Path
     """The folder that `ids` are relative to; a manifest's own folder."""
-    ids: list[str]
+    ids: Sequence[str]
     """Paths under `root`, with `/`, unique. Bytes that are not UTF-8 are kept as lone surrogates: show
     ids to people through `printable`. A manifest may name files elsewhere: `../x.jpg`, `/data/x.jpg`."""
-    labels: list[str] | None = None
+    labels: Sequence[str] | None = None
     """One per image, empty for an image without one; None where no image has one."""
-    splits: list[str] | None = None
+    splits: Sequence[str] | None = None
     """`train`, `val`, `test` or empty; None where no image has one."""
     stats: np.ndarray | None = None
     """`int64 [N, 4]`: size in bytes, mtime and ctime in ns, inode; size -1 where there is no such file."""
-    ignored: list[str] = field(default_factory=list)
+    ignored: Sequence[str] = ()
     """Files under a folder that are not images, hidden ones among them, and hidden folders (`.git/`)."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the user should read."""
-    starts: np.ndarray | None = None
-    """Rows where a container (a tar, a row group) begins; None where each image is a file of its own."""
     multilabel: bool = False
     """A label is several names joined by `|` (`cat|indoor`); a lone `|` says that no class applies."""
+    starts: np.ndarray | None = None
+    """`int64`, ascending: rows where a container (a tar, a row group) begins; None where each image is a file of its
+    own."""
+
+    def __post_init__(self) -> None:
+        packed: dict[str, Column] = {"ids": Texts.of(self.ids), "ignored": Texts.of(self.ignored)}
+        given = {"labels": self.labels, "splits": self.splits}
+        packed |= {name: Names.of(column) for name, column in given.items() if column is not None}
+        for name, column in packed.items():
+            object.__setattr__(self, name, column)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,16 +77,17 @@ class Source:
         """
         return replace(
             self,
-            ids=[self.ids[i] for i in numbers],
-            labels=self.labels and [self.labels[i] for i in numbers],
-            splits=self.splits and [self.splits[i] for i in numbers],
+            ids=Texts.of(self.ids).take(numbers),
+            labels=None if self.labels is None else Names.of(self.labels).take(numbers),
+            splits=None if self.splits is None else Names.of(self.splits).take(numbers),
             stats=None if self.stats is None else self.stats[numbers],
+            starts=None,
         )
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the ids in their order."""
-        return hashlib.sha256("\0".join(self.ids).encode("utf-8", "surrogatepass")).hexdigest()
+        """SHA-256, in hex, of the ids in their order: the same for the same listing."""
+        return Texts.of(self.ids).digest()
 
     def path(self, i: int) -> Path:
         """Where image `i` lies."""

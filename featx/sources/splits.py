@@ -83,6 +83,9 @@ def split_columns(
 
 def split_cell(cells: Sequence[tuple[Any, str]], where: str) -> str:
     """The split that a row's cells say, each with what 1 stands for in its column; empty where they say none."""
+    cell, means = cells[0]
+    if len(cells) == 1 and not means and isinstance(cell, str) and cell in SPLITS:
+        return SPLITS[cell]
     texts = [(_text(cell), means) for cell, means in cells]
     if not any(text for text, _ in texts):
         return ""

@@ -229,15 +229,15 @@ def test_a_folder_that_vanishes_while_it_is_listed_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = touch(tmp_path, "cat/1.jpg", "dog/2.jpg")
-    real = os.scandir
+    real = os.open
 
-    def scandir(path: str) -> object:
+    def opened(path: str, flags: int) -> int:
         if path.endswith("cat"):
             (root / "dog" / "2.jpg").unlink()
             (root / "dog").rmdir()
-        return real(path)
+        return real(path, flags)
 
-    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "open", opened)
     with pytest.raises(SourceError, match=r"dog cannot be listed \(No such file or directory\)"):
         open_source(root)
 
