@@ -62,15 +62,14 @@ class KeyMemo:
         """
         keys, known = np.zeros((len(ids), 32), np.uint8), np.zeros(len(ids), bool)
         paths = _hashes(ids)
-        left = np.argsort(paths)  # files whose path was in no segment yet
+        left = np.argsort(paths)
         done: set[Path] = set()
         for _ in range(MAX_LISTINGS):
             segments = self._segments()
-            for segment in [each for each in reversed(segments) if each not in done]:  # the newest entry counts
+            for segment in [each for each in reversed(segments) if each not in done]:
                 with contextlib.suppress(FileNotFoundError):  # merged meanwhile
-                    there, same = self._search(segment, paths[left], stats, left, keys)
-                    known[same] = True
-                    left = left[~there]
+                    known[self._search(segment, paths[left], left, stats, keys)] = True
+                    left = left[~known[left]]  # the newest entry counts
                     done.add(segment)
             if done.issuperset(segments):
                 break
@@ -105,8 +104,7 @@ class KeyMemo:
             for path, trouble in self._unread.items():
                 if isinstance(trouble, ValueError):
                     path.unlink(missing_ok=True)
-            for start in range(0, len(numbers), MOST):
-                part = numbers[start : start + MOST]
+            for part in np.array_split(numbers, -(-len(numbers) // MOST) or 1):  # of one length, so they are merged
                 entries = _entries(_hashes([ids[i] for i in part.tolist()]), stats[part], keys[part])
                 _write(self.folder, f"{time.time_ns():016x}", [entries])
             self._merge()
@@ -125,30 +123,28 @@ class KeyMemo:
         return [self._older] * self._older.is_file() + [self.folder / name for name in names]
 
     def _search(
-        self, segment: Path, asked: np.ndarray, stats: np.ndarray, numbers: np.ndarray, keys: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the paths `asked`, ascending, are in a segment, `bool [M]`, and which files with them are unchanged.
+        self, segment: Path, asked: np.ndarray, numbers: np.ndarray, stats: np.ndarray, keys: np.ndarray
+    ) -> np.ndarray:
+        """The files, `int64 [M]`, of which a segment has path and stat; their `keys` are filled in.
 
-        numbers: the files with these paths, by which `stats` and `keys` are indexed; `keys` is filled in.
-        Raises `FileNotFoundError`.
+        asked: hashes of paths, ascending, and `numbers` of the files that have them. Raises `FileNotFoundError`.
         """
-        there, same = np.zeros(len(asked), bool), np.zeros(len(asked), bool)
+        found = [numbers[:0]]
         try:
             for block in _blocks(segment):
                 paths = block["path"].copy()
-                start, stop = np.searchsorted(asked, paths[0]), np.searchsorted(asked, paths[-1], "right")
-                at = np.searchsorted(paths, asked[start:stop])
-                there[start:stop] = hit = paths[at] == asked[start:stop]
-                which, at = start + np.flatnonzero(hit), at[hit]
-                same[which] = equal = (block["stat"][at] == stats[numbers[which]]).all(axis=1)
-                keys[numbers[which[equal]]] = block["key"][at[equal]]
+                which, at = _pairs(asked, paths)
+                files = numbers[which]
+                equal = (block["stat"][at] == stats[files]).all(axis=1)
+                found.append(files[equal])
+                keys[files[equal]] = block["key"][at[equal]]
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
             self._unread[segment] = error
-            keys[numbers[same]] = 0
-            there[:] = same[:] = False
-        return there, numbers[same]
+            keys[np.concatenate(found)] = 0
+            return numbers[:0]
+        return np.concatenate(found)
 
     def _merge(self) -> None:
         """Make one of the newest segments, from the newest on while the next is less than 4 times as long as these."""
@@ -168,6 +164,19 @@ class KeyMemo:
                     segment.unlink(missing_ok=True)
         except (FileNotFoundError, ValueError):
             return  # another process merges them; or one is damaged, and the next lookup leaves it out
+
+
+def _pairs(asked: np.ndarray, paths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All `i` and `j`, `int64 [M]` each, with `asked[i] == paths[j]`; both ascend, and only `asked` has repeats."""
+    start, stop = np.searchsorted(asked, paths[0]), np.searchsorted(asked, paths[-1], "right")
+    if stop - start < len(paths):  # the fewer are looked up among the more
+        at = np.searchsorted(paths, asked[start:stop])
+        hit = np.flatnonzero(paths[at] == asked[start:stop])
+        return start + hit, at[hit]
+    first, last = np.searchsorted(asked, paths), np.searchsorted(asked, paths, "right")
+    count = last - first
+    at = np.repeat(np.arange(len(paths)), count)
+    return np.arange(len(at)) + np.repeat(first - (np.cumsum(count) - count), count), at
 
 
 def _write(folder: Path, stamp: str, parts: Iterable[np.ndarray]) -> None:
