@@ -63,15 +63,15 @@ def fill(cache: Path, keys: np.ndarray, rows: np.ndarray, batch: int = 32, **set
 
 
 def many_shards(
-    cache: Path, count: int, each: int, width: int = 2, *, answer: bool = True
+    cache: Path, count: int, each: int, width: int = 2, *, answer: bool = True, spec: FeatureSpec = SPEC
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lay out shards of so many rows in a moment, as if all were verified: copies of one file with other keys and rows.
 
     Returns the keys and rows of all, in their order: each key has the shard's number in its last bytes, each row in
     its last column; answer: False for neither. The digests are wrong, as nobody reads them.
     """
-    form = Form(SPEC, "tiny", (width,))
-    folder = cache / "features" / NAME
+    form = Form(spec, "tiny", (width,))
+    folder = cache / "features" / spec.folder_name
     shards.create(folder, form)
     keys, rows = table(each, width)
     first = writing.write(folder, form, keys, [rows])

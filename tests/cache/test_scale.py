@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import COLOURS
 from storekit import NAME, SPEC, fill, flip, many_shards, shard_files, table
 
 from featx.cache import caching, shards
@@ -118,24 +120,34 @@ def test_rows_by_slices_keep_places_which_a_compact_changes(tmp_path: Path) -> N
         stored[0:9]
 
 
-OPEN_LIGHT = """
+WORKER = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
-from storekit import SPEC
-from featx.cache.light import LightStore
-def peak():
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-LightStore(Path(sys.argv[1]) / "empty", SPEC)
-empty = peak()
-store = LightStore(Path(sys.argv[1]), SPEC)
-print(json.dumps([peak() - empty, store.empty]))
+from conftest import COLOURS, ColourEngine
+from featx.extraction.chunks import extract_chunk
+
+class Narrow(ColourEngine):
+    name = "tiny"
+    def __call__(self, images):
+        return super().__call__(images)[:, :1]
+
+_, cache, images = map(Path, sys.argv)
+info = replace(COLOURS, row_shape=(1,))
+done = extract_chunk(images, 0, 1, info, engine=Narrow(), cache=cache)
+peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+print(json.dumps([peak, done.report.extracted]))
 """
 
 
-def test_a_light_store_of_ten_million_rows_takes_less_than_50_mb(tmp_path: Path) -> None:
-    many_shards(tmp_path, 2000, 5000, width=1, answer=False)
-    more, empty = in_process(OPEN_LIGHT, tmp_path)
-    assert 30 < more < 50 and not empty
+def test_a_worker_takes_hardly_more_memory_where_ten_million_rows_are_stored(tiny: Path, tmp_path: Path) -> None:
+    spec, peaks = replace(COLOURS, row_shape=(1,)).spec(), []
+    for count in (2, 2000):
+        many_shards(tmp_path / str(count), count, 5000, width=1, answer=False, spec=spec)
+        peak, extracted = in_process(WORKER, tmp_path / str(count), tiny)
+        assert extracted == 12
+        peaks.append(peak)
+    assert 30 < peaks[1] - peaks[0] < 50  # MB: 4 bytes a key
 
 
 def test_a_light_store_says_no_wrongly_never_and_yes_as_long_as_nobody_asks_for_certainty(tmp_path: Path) -> None:
