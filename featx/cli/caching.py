@@ -142,7 +142,7 @@ def compact(name: str, cache: str, against: str | None, only: bool, as_json: boo
 @cache_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, cache: str, yes: bool) -> None:
-    """Remove the entry NAME and all its features; or engines, memo, rates or resolved, which runs make again."""
+    """Remove the entry NAME and all its features; or engines, memo, plans, rates or resolved, which runs make again."""
     from featx.cache import caching
 
     path, size = caching.removable(Path(cache), name)

@@ -115,8 +115,8 @@ def prepare_chunks(
     done = Prepared(job.source.uri, len(job.source), job.source.digest, opened.name, kind_of(opened.name))
     if engine is None:
         opened.close()
-    place = hashlib.sha256(os.fsencode(os.path.abspath(job.source.uri))).hexdigest()[:32]
-    write_record(_plans(job) / f"{place}.json", done.to_dict())
+    place = hashlib.sha256(os.fsencode(os.path.abspath(job.source.uri))).hexdigest()
+    write_record(job.cache / "plans" / f"{job.specs[0].digest[:32]}.{place[:32]}.json", done.to_dict())
     return done
 
 
@@ -212,10 +212,6 @@ def _here(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _plans(job: Job) -> Path:
-    return job.cache / "plans" / job.specs[0].folder_name
-
-
 def _read_plan(path: Path) -> Prepared:
     try:
         return convert(read_record(path)[0], Prepared)
@@ -227,7 +223,8 @@ def _check_listing(job: Job) -> str:
     """A note where rows may differ in their last bits from the others'. Raises `SourceError` where other listings were
     prepared, and this one was not.
     """
-    plans = [_read_plan(path) for path in sorted(_plans(job).glob("*.json"))]
+    found = (job.cache / "plans").glob(f"{job.specs[0].digest[:32]}.*.json")
+    plans = [_read_plan(path) for path in sorted(found)]
     same = [plan for plan in plans if plan.listing == job.source.digest]
     if plans and not same:
         uri = printable(job.source.uri)

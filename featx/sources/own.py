@@ -13,7 +13,7 @@ from featx.files import read_plain
 FIGURES = ("confusion", "reliability", "map", "curves", "path", "learning", "mistakes", "predictions", "batch")
 FIGURE = re.compile(rf"({'|'.join(FIGURES)})\.png")
 # The folders of a cache, and what featx calls everything in them.
-_CACHE = ("features", "engines", "memo", "rates", "resolved")
+_CACHE = ("features", "engines", "memo", "plans", "rates", "resolved")
 _CACHED = re.compile(r"[\w.-]*-[0-9a-f]{16}|([0-9a-f]{32}){1,2}(\..*)?|\..*", re.ASCII)
 # Files of a run and of a sweep whose names could be anybody's, and what each holds.
 _MARKS = {"config.json": (b'"featx"', b'"data_digest"'), "sweep.json": (b'"winner"', b'"points"')}

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import featx
+from featx.cache import caching
 from featx.cache.memo import KeyMemo
 from featx.cli import main
 from featx.errors import FeatxError, SourceError
@@ -27,6 +28,7 @@ from featx.extraction.chunks import CHUNKS_A_WORKER, bounds, cut, extract_chunk,
 from featx.extraction.pipeline import extract, sync
 from featx.records import write_record
 from featx.sources.opening import open_source
+from featx.sources.own import is_own
 
 
 @given(st.integers(0, 500), st.integers(1, 40), st.lists(st.integers(1, 499), max_size=9))
@@ -155,6 +157,9 @@ def test_rows_of_another_processor_than_at_prepare_are_named(tmp_path: Path) -> 
     plan.write_text("{")
     with pytest.raises(FeatxError, match=r"cannot be read.*run --prepare again"):
         extract_chunk(images, 1, 2, COLOURS, **where)
+    assert is_own(str(plan.parent), [], [], [plan.name])
+    caching.remove(tmp_path / "cache", "plans")
+    extract_chunk(images, 1, 2, COLOURS, **where)
 
 
 @pytest.mark.parametrize("text", ["17", "a/b", "1/2/3", "-1/4", "1.5/4", "", "٣/4"])
