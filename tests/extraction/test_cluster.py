@@ -264,3 +264,29 @@ def test_an_address_alone_is_refused(images: Path, tmp_path: Path) -> None:
         sync(images, COLOURS, engine=ColourEngine(), on="ray", address="head", cache=tmp_path / "cache")
     with pytest.raises(FeatxError, match="on is one of ray"):
         sync(images, COLOURS, engine=ColourEngine(), on="dask", cache=tmp_path / "cache")
+
+
+def test_fits_and_sweeps_extract_on_the_cluster(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    script = (
+        "import json, sys, featx; from conftest import COLOURS, ColourEngine; from featx.sweeping import sweep\n"
+        "_, data, address, folder = sys.argv\n"
+        "where = dict(engine=ColourEngine(), cache=f'{folder}/cache', on='ray', address=address)\n"
+        "run = featx.fit(data, COLOURS, 'ncm', output=f'{folder}/run', **where)\n"
+        "where['cache'] = f'{folder}/cache2'\n"
+        "best = sweep(data, [COLOURS], ['ncm', 'ridge'], output=f'{folder}/sweep', **where).winner\n"
+        "print(json.dumps([each.report['extract'] for each in (run, best)]))"
+    )
+    command = [sys.executable, "-c", script, str(images), cluster.address, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    fitted, swept = json.loads(done.stdout)
+    assert fitted["extracted"] == 120 and any("computed on a Ray cluster: " in note for note in fitted["notes"])
+    assert swept["found"] == 120 and len(list(tmp_path.glob("cache2/features/*/*.h5"))) >= 3  # a chunk each, at least
+
+
+def test_an_export_asks_the_cluster_for_images_without_a_row(photo_run: Path, photos: Path, tmp_path: Path) -> None:
+    for name in ("ants", "bees"):
+        (tmp_path / name).mkdir()
+        photo = min((photos / "val" / name).glob("*.jpg"))
+        (tmp_path / name / "new.jpg").write_bytes(photo.read_bytes() + b"\0")
+    with pytest.raises(FeatxError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 "):
+        featx.export(photo_run, data=tmp_path, output=tmp_path / "m.onnx", on="ray", address="127.0.0.1:1")
