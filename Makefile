@@ -31,7 +31,7 @@ $(DONE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("featx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[openvino,parquet,timm]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[openvino,parquet,ray,timm]" --group dev
 	touch $(DONE)
 
 clean:

@@ -22,7 +22,7 @@ from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.report import Chunk, ExtractionReport, describe
 from featx.options import Options, complete, fits
-from featx.records import read_record, write_record
+from featx.records import convert, read_record, write_record
 from featx.state import ordinary
 from featx.text import printable
 
@@ -215,11 +215,18 @@ def _plans(job: Job) -> Path:
     return job.cache / "plans" / job.specs[0].folder_name
 
 
+def _read_plan(path: Path) -> Prepared:
+    try:
+        return convert(read_record(path)[0], Prepared)
+    except (OSError, ValueError) as error:
+        raise FeatxError(f"{path} cannot be read ({error}); remove it, then run --prepare again") from error
+
+
 def _check_listing(job: Job) -> str:
     """A note where rows may differ in their last bits from the others'. Raises `SourceError` where other listings were
     prepared, and this one was not.
     """
-    plans = [Prepared(**read_record(path)[0]) for path in sorted(_plans(job).glob("*.json"))]
+    plans = [_read_plan(path) for path in sorted(_plans(job).glob("*.json"))]
     same = [plan for plan in plans if plan.listing == job.source.digest]
     if plans and not same:
         uri = printable(job.source.uri)

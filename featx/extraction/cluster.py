@@ -84,7 +84,7 @@ class Progress:
 
     def notes(self) -> list[str]:
         """Sentences on who has computed what."""
-        notes = [f"computed on {len(self.images)} nodes of a Ray cluster: {self.rates()}"] if self.images else []
+        notes = [f"computed on a Ray cluster: {self.rates()}"] if self.images else []
         if len(self.numbers) > 1:
             which = "; ".join(f"{kind}: images {ranges(np.concatenate(n))}" for kind, n in sorted(self.numbers.items()))
             notes.append(f"rows of different processors or versions may differ in their last bits ({which})")
@@ -100,11 +100,11 @@ def compute(
     engine: Engine | None = None,
     *,
     address: str | None = None,
-    least: int = CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
     """As `computing.compute`, on a cluster: `HOST:PORT` of one that runs, or one that is started on this machine.
 
-    engine: one of the caller's own, which is pickled. least: see `featx.extraction.chunks.cut`. The caller's stores
+    engine: one of the caller's own, which is pickled. chunk_bytes: see `featx.extraction.chunks.cut`. The stores given
     are refreshed. Raises `FeatxError` for a cluster that cannot be reached, lacks what is needed, or loses too much.
     """
     begin = time.perf_counter()
@@ -114,7 +114,7 @@ def compute(
         look_at_nodes(ray, job, shared, numbers)
         chunk.opening = time.perf_counter() - begin
 
-        parts = cut(numbers, job.row_bytes, slots_of(ray, options), job.source.starts, least)
+        parts = cut(numbers, job.row_bytes, slots_of(ray, options), job.source.starts, chunk_bytes)
         progress = Progress()
         source = replace(job.source, root=job.source.root.absolute())  # tasks have other working folders
         with tqdm(total=len(numbers), desc="extract", unit=" images", disable=None) as bar:
@@ -169,25 +169,24 @@ def _kept(shared: bytes) -> tuple[Job, list[FeatureStore], Engine, str]:
     return job, stores, engine, kind_of(engine.name)
 
 
-def compute_task(shared: bytes, source: Source) -> Part | FeatxError:
-    """A task: compute what is missing of some images. Expected errors are returned: Ray would add its tracebacks."""
-    import ray
+def compute_task(shared: bytes, source: Source, here: str = "") -> Part | FeatxError:
+    """A task: compute what is missing of some images. Expected errors are returned: Ray would add its tracebacks.
 
+    here: this node's name, for people; by default Ray is asked, since several nodes may run on one machine.
+    """
+    if not here:
+        import ray
+
+        here = f"{socket.gethostname()}-{ray.get_runtime_context().get_node_id()[:4]}"
     try:
         job, stores, engine, kind = _kept(shared)
         for store in stores:
             store.refresh()
-        part = replace(job, source=source)
         table = KeyTable(source, job.cache, recall=False)
-        work(part, table, stores, Chunk(), engine)
+        work(replace(job, source=source), table, stores, Chunk(), engine)
     except FeatxError as error:
-        return type(error)(f"on {_here(ray)}: {error}")
-    return Part(table.keys, table.known, table.errors, _here(ray), kind)
-
-
-def _here(ray: Any) -> str:
-    """This node, for people: several may run on one machine."""
-    return f"{socket.gethostname()}-{ray.get_runtime_context().get_node_id()[:4]}"
+        return type(error)(f"on {here}: {error}")
+    return Part(table.keys, table.known, table.errors, here, kind)
 
 
 def run(

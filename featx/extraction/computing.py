@@ -50,9 +50,10 @@ def compute(
             stack.enter_context(store)
         bar = stack.enter_context(tqdm(total=len(numbers), desc="extract", unit=" images", disable=None))
 
-        numbers = skip_stored(job, table, stores, numbers, bar)
-        if not len(numbers):
-            return
+        if engine is None:  # opening one takes seconds
+            numbers = skip_stored(job, table, stores, numbers, bar)
+            if not len(numbers):
+                return
         begin = time.perf_counter()
         given, empty = engine, all(store.empty for store in stores)
         engine = engine or stack.enter_context(closing(job.open_engine(stores, len(numbers))))

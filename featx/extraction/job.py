@@ -117,7 +117,8 @@ def prepare(data: Data, backbone: Backbone, options: dict[str, Any], engine: Eng
     request = request_of(backbone, options)
     if isinstance(data, str | os.PathLike) and not os.path.exists(home(data)):
         open_source(data)  # says so before weights are loaded
-    check_place(request, cache, options["device"])
+    if not options["on"]:  # a cluster may have what this machine has not
+        check_place(request, cache, options["device"])
     if isinstance(backbone, BackboneInfo):
         info = replace(backbone, preprocess=request.override(backbone.preprocess))
     else:

@@ -23,6 +23,8 @@ from featx.files import aside_name, make_folder
 from featx.sources.source import Source
 from featx.text import printable, some
 
+# No telemetry; and Ray does not print the state of lost nodes on standard output, which is for results.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 ANSWERS = 5.0  # seconds in which a cluster's address must answer
 LOOKS = 90.0  # seconds in which each node must have started a process and looked around
 
@@ -30,7 +32,8 @@ LOOKS = 90.0  # seconds in which each node must have started a process and looke
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
     """The module `ray`, connected to a cluster. What is started here is ended here. Raises `FeatxError`."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import; users may turn it on
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)  # before the import; users may say otherwise
     try:
         import ray
     except ImportError as error:

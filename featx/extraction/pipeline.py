@@ -10,6 +10,7 @@ import numpy as np
 from featx.engines.engine import Engine
 from featx.errors import FeatxError
 from featx.extraction import cluster
+from featx.extraction.chunks import CHUNK_BYTES
 from featx.extraction.computing import compute
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
@@ -49,8 +50,17 @@ def sync(
 
 
 @ordinary()
-def run(job: Job, engine: Engine | None = None, on: str | None = None, address: str | None = None) -> Extraction:
-    """What `sync` does once it knows the images and the backbone: in this process, or on a Ray cluster."""
+def run(
+    job: Job,
+    engine: Engine | None = None,
+    on: str | None = None,
+    address: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Extraction:
+    """What `sync` does once it knows the images and the backbone: in this process, or on a Ray cluster.
+
+    chunk_bytes: of rows, that a task of the cluster computes at least, see `featx.extraction.chunks.cut`.
+    """
     begin = time.perf_counter() - job.seconds
     table, stores = KeyTable(job.source, job.cache), job.open_stores()
     stored = table.stored(stores)
@@ -61,7 +71,7 @@ def run(job: Job, engine: Engine | None = None, on: str | None = None, address: 
         if on is None:
             compute(job, table, stores, missing, chunk, engine)
         else:
-            cluster.compute(job, table, stores, missing, chunk, engine, address=address)
+            cluster.compute(job, table, stores, missing, chunk, engine, address=address, chunk_bytes=chunk_bytes)
         stored = table.stored(stores)
 
     require_some(job, table, stored)

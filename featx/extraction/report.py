@@ -86,7 +86,7 @@ class ExtractionReport:
 
         if self.extracted:
             shares = ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items())
-            lines.append(f"{self.images_per_second} images/s; work: {shares}")
+            lines.append(f"{self.images_per_second} images/s" + (f"; work: {shares}" if shares else ""))
             lines += [self.advice] if self.advice else []
         if self.decode_cosine is not None:
             lines.append(

@@ -1,0 +1,266 @@
+"""Extraction on a Ray cluster: three nodes on this machine, of which one is lost; a driver that is killed; an image
+that ends its process; and what a cluster lacks, said in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import COLOURS, ColourEngine, write_images
+
+import featx
+from featx.cache.memo import KeyMemo
+from featx.cache.store import FeatureStore
+from featx.errors import FeatxError, StoreError
+from featx.extraction.cluster import MOST_LOST, Part, Progress, Task, after, compute_task, ranges
+from featx.extraction.job import prepare
+from featx.extraction.nodes import connected, look_around
+from featx.extraction.pipeline import sync
+from featx.options import complete
+from featx.sources.opening import open_source
+from featx.sources.source import Source
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install featx[ray]")
+TESTS = Path(__file__).parents[1]
+
+
+class Cluster:
+    """`ray_cluster.py`, running."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "ray_cluster.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(word, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(featx.__file__).parents[1]), str(TESTS)])
+    return os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("ray") / "images", per_class=60)
+
+
+def driver(images: Path, cache: Path, cluster: Cluster, seconds: float, killer: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, str(TESTS / "ray_driver.py"), str(images), str(cache), cluster.address]
+    command += [str(cache.parent / "log"), str(seconds), killer]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def report_of(process: subprocess.Popen[str]) -> dict[str, object]:
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found: dict[str, object] = json.loads(out)
+    return found
+
+
+def wait_until(true: object, what: str, seconds: float = 120) -> None:
+    assert callable(true)
+    begin = time.monotonic()
+    while not true():
+        assert time.monotonic() - begin < seconds, what
+        time.sleep(0.05)
+
+
+def test_a_lost_node_loses_no_photograph_and_changes_no_byte(
+    cluster: Cluster, photos: Path, photo_run: Path, squeezenet_weights: Path, tmp_path: Path
+) -> None:
+    reference = photo_run.parent / "cache"
+    shutil.copytree(reference, tmp_path / "cache", ignore=shutil.ignore_patterns("features", "memo"))
+    command = [sys.executable, "-m", "featx", "extract", str(photos), "-b", "squeezenet1_1", "--json"]
+    command += ["--weights", str(squeezenet_weights), "--cache", str(tmp_path / "cache")]
+    command += ["--on", "ray", "--address", cluster.address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_until(lambda: len(list(tmp_path.glob("cache/features/*/*.h5"))) >= 3, "no chunk was done")
+    cluster.tell("kill")
+    report = report_of(process)
+    cluster.tell("add")
+
+    assert (report["found"], report["extracted"], report["skipped"]) == (397, 397, 0)
+    spec = prepare(photos, "squeezenet1_1", complete({"weights": squeezenet_weights, "cache": reference})).specs[0]
+    alone, spread = FeatureStore(reference, spec), FeatureStore(tmp_path / "cache", spec)
+    assert len(alone) == len(spread) == 397
+    np.testing.assert_array_equal(spread.read(alone.keys()), alone.read(alone.keys()))
+
+
+def test_after_a_killed_driver_only_unfinished_chunks_are_read_again(
+    cluster: Cluster, images: Path, tmp_path: Path
+) -> None:
+    def known() -> int:
+        source = open_source(images)
+        assert source.stats is not None
+        return int(KeyMemo(tmp_path / "cache", source.root).lookup(source.ids, source.stats)[1].sum())
+
+    os.utime(images, (0, 0))
+    first = driver(images, tmp_path / "cache", cluster, seconds=0.1)
+    wait_until(lambda: known() >= 24, "no chunk was done")
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    time.sleep(2)  # its tasks end
+    finished, log = known(), tmp_path / "log"
+    assert 24 <= finished < 120
+    log.write_text("")
+
+    report = report_of(driver(images, tmp_path / "cache", cluster, seconds=0.0))
+    assert report["found"] == 120 and report["cached"] + report["extracted"] == 120
+    assert report["cached"] >= finished
+    assert len(set(log.read_text().split("\n")) - {""}) == 120 - finished
+
+
+def test_an_image_that_ends_its_process_is_named_and_all_others_are_done(
+    cluster: Cluster, images: Path, tmp_path: Path
+) -> None:
+    report = report_of(driver(images, tmp_path / "cache", cluster, seconds=0.0, killer="warm/042.png"))
+    assert (report["found"], report["extracted"], report["skipped"]) == (120, 119, 1)
+    assert report["skipped_images"][0]["id"] == "warm/042.png"
+    assert "the process that computed it ended" in report["skipped_images"][0]["reason"]
+
+
+def test_a_cluster_without_what_is_asked_for_is_said_in_seconds(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from conftest import COLOURS, ColourEngine; from featx.extraction.pipeline import sync\n"
+        "for options in ({'device': 'cuda'}, {'device': 'cuda:1'}, {'workers': 9}):\n"
+        "    try: sync(sys.argv[1], COLOURS, engine=ColourEngine(), on='ray', address=sys.argv[2], cache=sys.argv[3],"
+        " **options)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(images), cluster.address, str(tmp_path / "cache")]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120).stdout.splitlines()
+    assert said == [
+        "--device cuda: the cluster has no GPU (its 3 nodes have 3 cores and 0 GPUs); use --device cpu",
+        "--device cuda:1: on a cluster a task takes the GPU it is given; use --device cuda",
+        "--workers 9 takes more cores than any node has (its 3 nodes have 3 cores and 0 GPUs); use fewer",
+    ]
+    assert not (tmp_path / "cache" / "features").exists()
+
+
+def test_an_address_that_no_cluster_answers_at_is_said_in_seconds() -> None:
+    def said(address: str) -> str:
+        with pytest.raises(FeatxError, match="no Ray cluster answers at") as error, connected(address):
+            pass
+        return str(error.value)
+
+    begin = time.monotonic()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        assert "refused" in said(f"127.0.0.1:{closed.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as other:  # a web server, say
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")).start()
+        assert "what answers there is no Ray" in said(f"127.0.0.1:{other.getsockname()[1]}")
+    assert "`ray start --head` printed" in said("nowhere.invalid:6379")
+    assert time.monotonic() - begin < 30
+
+
+def test_a_node_that_does_not_see_what_it_needs_says_what(images: Path, tmp_path: Path) -> None:
+    source = open_source(images)
+    job = prepare(source, COLOURS, complete({"cache": tmp_path / "cache"}))
+    (tmp_path / "cache").mkdir()
+    token = tmp_path / "cache" / "token"
+    sample, key = source.take(np.array([7])), hashlib.sha256(source.read(7)).digest()
+
+    def said(sample: Source | None = sample, key: bytes = key, version: str = featx.__version__, **fields: Any) -> str:
+        return look_around(pickle.dumps((replace(job, **fields), None)), str(token), sample, key, version)
+
+    assert "does not see the cache" in said()
+    token.touch()
+    assert said(engine="onnxruntime") == ""
+    assert "has featx" in said(version="0.0.1")
+    assert "has other images" in said(key=bytes(32))
+    moved = replace(sample, root=tmp_path / "elsewhere")
+    assert "cannot read cold/007.png" in said(moved) and "the file is not there" in said(moved)
+    lost = job.request.at(tmp_path / "net.pth")
+    assert "does not see the weights" in said(engine="torch-cpu", request=lost)
+    assert said(engine="onnxruntime", request=lost) == ""  # its export is in the cache
+
+
+def test_what_follows_a_lost_task_depends_on_why_it_was_lost() -> None:
+    exceptions, task = ray.exceptions, Task(np.arange(5))
+    crash, gone = exceptions.WorkerCrashedError(), exceptions.NodeDiedError("power cut")
+    again = after(task, crash, exceptions)
+    assert len(again) == 1 and again[0].crashed and (again[0].numbers == np.arange(5)).all()
+    halves = after(again[0], crash, exceptions)
+    assert [half.numbers.tolist() for half in halves] == [[0, 1, 2], [3, 4]] and all(half.crashed for half in halves)
+    assert after(Task(np.array([4]), crashed=True), crash, exceptions) == []
+
+    for lost in range(MOST_LOST):
+        (task,) = after(task, gone, exceptions)
+        assert task.lost == lost + 1 and not task.crashed
+    with pytest.raises(FeatxError, match=r"20 times a node was lost.*What is computed is kept"):
+        after(task, gone, exceptions)
+    with pytest.raises(exceptions.TaskCancelledError):
+        after(task, exceptions.TaskCancelledError(), exceptions)
+
+
+def test_rows_of_several_kinds_of_processor_are_named() -> None:
+    progress = Progress()
+    keys, known = np.zeros((4, 32), np.uint8), np.ones(4, bool)
+    for numbers, node, kind in ((range(4), "a-1", "EPYC"), (range(8, 12), "b-2", "Xeon"), (range(4, 8), "a-1", "EPYC")):
+        progress.add(Task(np.array(numbers)), Part(keys, known, {}, node, kind))
+    computed, differ = progress.notes()
+    assert computed.startswith("computed on a Ray cluster: a-1 ") and "b-2 " in computed
+    assert differ == (
+        "rows of different processors or versions may differ in their last bits (EPYC: images 0-7; Xeon: images 8-11)"
+    )
+    assert ranges(np.arange(0, 40, 2), most=2) == "0-0, 2-2 and 18 more ranges"
+
+
+def test_a_task_returns_its_error_with_the_node(images: Path, tmp_path: Path) -> None:
+    job = prepare(images, COLOURS, complete({"cache": tmp_path / "cache"}))
+    with FeatureStore(job.cache, job.specs[0]) as store:
+        store.computed_by("another")
+        store.append(np.zeros((1, 32), np.uint8), np.zeros((1, 48), np.float32))
+    found = compute_task(pickle.dumps((job, ColourEngine())), job.source, here="node-1")
+    assert isinstance(found, StoreError) and "on node-1: the features in" in str(found)
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(FeatxError, match=r'pip install "featx\[ray\]"'), connected(None):
+        pass
+
+
+def test_an_address_alone_is_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(FeatxError, match="add --on ray"):
+        sync(images, COLOURS, engine=ColourEngine(), address="head:6379", cache=tmp_path / "cache")
+    with pytest.raises(FeatxError, match="HOST:PORT"):
+        sync(images, COLOURS, engine=ColourEngine(), on="ray", address="head", cache=tmp_path / "cache")
+    with pytest.raises(FeatxError, match="on is one of ray"):
+        sync(images, COLOURS, engine=ColourEngine(), on="dask", cache=tmp_path / "cache")
