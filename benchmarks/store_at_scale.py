@@ -1,13 +1,15 @@
 """What the cache's metadata costs at a million rows and more: listing, opening, looking up, memory.
 
     python benchmarks/store_at_scale.py [--rows 1000000 10000000] [--shard-rows 5000] [--memo-rows 10000000]
-                                        [--folder FOLDER] [--markdown FILE]
+                                        [--file-rows 1000000] [--steps list open ...] [--folder FOLDER]
+                                        [--markdown FILE]
 
 The shards are real files with random keys, but their rows have one column: what is measured does not depend on
 a row's width, except the first opening, which hashes every byte. Needs 38 bytes of disk a row. Each step runs in a
 process of its own; memory is its peak beyond what it had after its imports. Seconds are CPU seconds of all threads,
 so that other work on the machine disturbs them little. With 10^8 rows this takes 8 GB of memory and half an hour;
-the memo is left out beyond --memo-rows, since the ids alone would take 8 GB then.
+the memo is left out beyond --memo-rows, since the ids alone would take 8 GB then. The list of the images is measured
+with hard links, a folder for each thousand, up to --file-rows.
 
 A folder of 10^9 rows is measured by its names alone (--names): empty files in the place of shards, and a
 `verified.json` of as many made-up entries.
@@ -29,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from listing import lay_out
 
 from featx.cache import shards, writing
 from featx.cache.memo import KeyMemo
@@ -36,6 +39,7 @@ from featx.cache.shards import Form, Shard
 from featx.cache.store import FeatureStore
 from featx.devices import processor
 from featx.features import FeatureSpec
+from featx.sources.opening import open_source
 
 SPEC = FeatureSpec("torchvision/resnet18", "ab" * 32)
 FORM = Form(SPEC, "benchmark", (1,))
@@ -90,7 +94,7 @@ def write(cache: Path, rows: int, shard_rows: int) -> Figures:
     return {"shards": count, "write a shard, CPU ms": (cpu() - begin) / count * 1e3, "bytes": tree_bytes(folder)}
 
 
-def listing(cache: Path, rows: int, shard_rows: int) -> Figures:
+def list_shards(cache: Path, rows: int, shard_rows: int) -> Figures:
     begin = cpu()
     found = shards.list_shards(cache / "features" / SPEC.folder_name)
     assert len(found) == -(-rows // shard_rows)
@@ -156,6 +160,19 @@ def memo(cache: Path, rows: int, shard_rows: int) -> Figures:
     return figures | {"memo: memory, MB": resident("VmHWM") - before}
 
 
+def files(cache: Path, rows: int, shard_rows: int) -> Figures:
+    """The list of the images themselves, which every process that extracts makes for itself."""
+    root = cache / "images" / "files"
+    root.mkdir(parents=True)
+    lay_out(root, rows, -(-rows // 1000))
+    before, begin = fresh_peak(), cpu()
+    source = open_source(root)
+    figures = {"list the images, CPU s": cpu() - begin, "list of the images: memory, MB": resident("VmHWM") - before}
+    figures["list of the images: memory an image, bytes"] = (resident("VmRSS") - before) * 1e6 / rows
+    assert len(source) == rows
+    return figures
+
+
 def names(cache: Path, count: int, shard_rows: int) -> Figures:
     """A folder of so many empty shards, and a `verified.json` that names them."""
     folder = cache / "features" / SPEC.folder_name
@@ -181,11 +198,12 @@ def names(cache: Path, count: int, shard_rows: int) -> Figures:
 
 STEPS: dict[str, Callable[[Path, int, int], Figures]] = {
     "write": write,
-    "list": listing,
+    "list": list_shards,
     "first": first,
     "open": opening,
     "light": light,
     "memo": memo,
+    "files": files,
     "names": names,
 }
 
@@ -205,7 +223,7 @@ def measured(above: Path | None, count: int, options: argparse.Namespace, steps:
     cache, figures = Path(tempfile.mkdtemp(prefix="featx-scale-", dir=above)), Figures()
     try:
         for step in steps:
-            if step != "memo" or count <= options.memo_rows:
+            if count <= {"memo": options.memo_rows, "files": options.file_rows}.get(step, count):
                 figures |= run(step, cache, count, options.shard_rows)
     finally:
         shutil.rmtree(cache)
@@ -229,6 +247,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10**6, 10**7])
     parser.add_argument("--shard-rows", type=int, default=5000)
     parser.add_argument("--memo-rows", type=int, default=10**7, help="the most rows for which the memo is measured")
+    parser.add_argument("--file-rows", type=int, default=10**6, help="the most rows for which images are listed")
+    parser.add_argument(
+        "--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="most need write and first"
+    )
     parser.add_argument("--names", type=int, nargs="*", default=list(NAMES), help="shards that are names alone")
     parser.add_argument("--folder", type=Path, help="where the temporary folders go")
     parser.add_argument("--markdown", type=Path)
@@ -239,9 +261,9 @@ def main() -> None:
         return
 
     text = [f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}", ""]
-    steps = [step for step in STEPS if step != "names"]
+    steps = [step for step in STEPS if step in options.steps and step != "names"]
     text += table({f"{rows:,} rows": measured(options.folder, rows, options, steps) for rows in options.rows})
-    if options.names:
+    if options.names and "names" in options.steps:
         text += ["", *table({f"{n:,} names": measured(options.folder, n, options, ["names"]) for n in options.names})]
     print("\n".join(text))
     if options.markdown:
