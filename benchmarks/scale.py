@@ -33,10 +33,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from store_at_scale import fresh_peak, resident
 
 from featx.cache import shards, writing
 from featx.cache.shards import Form
-from featx.cache.store import SHARD_BYTES, FeatureStore
+from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
 from featx.devices import processor
 from featx.engines.engine import Engine
@@ -56,6 +57,7 @@ MARKS = "FEATX_BENCHMARK_MARKS"
 """The variable that names the folder where tasks note their times."""
 BESIDE = ("starting the workers, CPU s", "driver, CPU s", "other processes of Ray, CPU s")
 """Counted apart: what is done once, however many images there are."""
+SHARD_BYTES = 16 << 20
 SLICE = 8192
 
 Figures = dict[str, float]
@@ -243,34 +245,29 @@ def fill(options: argparse.Namespace) -> Figures:
 
 def read(options: argparse.Namespace) -> Figures:
     """The first opening, then all rows in slices, then 80 % of them in the order they are stored."""
-    before, begin, wall = resident("VmRSS"), time.process_time(), time.perf_counter()
+    base = resident("VmRSS") - resident("RssFile")
+    before, begin, wall = fresh_peak(), time.process_time(), time.perf_counter()
     store = FeatureStore(options.folder, rows_spec(options))
     figures = {"open, CPU s": time.process_time() - begin, "open, wall s": time.perf_counter() - wall}
-    figures |= {"open, peak MB": resident("VmHWM") - before, "shards": len(store.listing())}
+    figures |= {"open, memory, MB": resident("VmHWM") - before, "shards": len(store.listing())}
 
     table = StoredRows(store, store.stored())
     some = np.flatnonzero(np.random.default_rng(1).random(options.rows) < 0.8)
     for name, part in (("all rows", table), ("80 % of them", table.take(some))):
+        fresh_peak()
         begin, wall, total, own = time.process_time(), time.perf_counter(), 0.0, 0.0
         for rows in slices(part):
             total += float(rows.sum(dtype=np.float64))
-            own = max(own, resident("RssAnon"))
+            own = max(own, resident("VmRSS") - resident("RssFile"))
         figures |= {f"{name}, CPU s": time.process_time() - begin, f"{name}, wall s": time.perf_counter() - wall}
-        figures |= {f"{name}, peak of its own memory (imports too), MB": own, f"{name}, sum": total}
-    return figures | {
-        "peak MB": resident("VmHWM") - before,
-        "peak with the imports and mapped files, MB": resident("VmHWM"),
-    }
+        figures |= {f"{name}, memory, MB": resident("VmHWM") - before, f"{name}, without mapped files, MB": own - base}
+        figures[f"{name}, sum"] = total
+    return figures
 
 
 def slices(table: StoredRows) -> Iterator[np.ndarray]:
     for start in range(0, table.shape[0], SLICE):
         yield table[start : start + SLICE]
-
-
-def resident(field: str) -> float:
-    """VmRSS, VmHWM (its peak) or RssAnon (without mapped files) of this process, in MB."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024 / 1e6
 
 
 def million(options: argparse.Namespace) -> list[str]:

@@ -74,7 +74,7 @@ def fresh_peak() -> float:
 
 
 def resident(field: str) -> float:
-    """VmRSS or VmHWM (the peak) of this process, in MB."""
+    """VmRSS, VmHWM (its peak) or RssFile (of mapped files) of this process, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
 
@@ -118,10 +118,14 @@ def light(cache: Path, rows: int, shard_rows: int) -> Figures:
     return opened(cache, rows, shard_rows, light=True)
 
 
+def open_store(cache: Path, light: bool) -> FeatureStore:
+    return FeatureStore(cache, SPEC, light=light)
+
+
 def opened(cache: Path, rows: int, shard_rows: int, *, light: bool) -> Figures:
     what, keys = "light store" if light else "store", asked(rows, shard_rows)
     before, begin = fresh_peak(), cpu()
-    store = FeatureStore(cache, SPEC, light=light)
+    store = open_store(cache, light)
     figures = {f"{what}: open, CPU s": cpu() - begin, f"{what}: memory of that, MB": resident("VmHWM") - before}
     for name, look in (("look up", store.contains), ("confirm", store.confirm)):
         if name == "look up" or light:
@@ -131,7 +135,8 @@ def opened(cache: Path, rows: int, shard_rows: int, *, light: bool) -> Figures:
             begin = cpu()
             found = look(keys)
             figures[f"{what}: {name}, CPU us a key"] = (cpu() - begin) / len(keys) * 1e6
-            assert len(keys) // 2 <= found.sum() <= len(keys) // 2 + len(keys) // 1000, found.sum()
+            wrong = int(found.sum()) - len(keys) // 2  # a light store may say yes of a few that are not stored
+            assert 0 <= wrong <= (len(keys) // 20 if light and look == store.contains else 0), wrong
     begin = cpu()
     store.refresh()
     figures[f"{what}: refresh, nothing new, CPU s"] = cpu() - begin
