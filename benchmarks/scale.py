@@ -194,10 +194,7 @@ def compare(options: argparse.Namespace) -> list[str]:
 
 
 def compared(found: dict[str, list[Figures]]) -> list[str]:
-    lines = [
-        "| | CPU s | ms an image | wall s | driver, CPU s | Ray's other processes, CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [f"| | {' | '.join(['CPU s', 'ms an image', 'wall s', *BESIDE])} |", "|---" * (4 + len(BESIDE)) + "|"]
     for name, runs in found.items():
         cells = [each(runs, "cpu"), f"{median(runs, 'cpu') / runs[0]['images'] * 1e3:.2f}", each(runs, "wall")]
         cells += [each(runs, what) for what in BESIDE]
