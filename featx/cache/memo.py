@@ -19,7 +19,7 @@ from featx.files import make_folder, open_plain, sweep, write_chunks
 
 MAGIC, OLD_MAGIC = b"featx memo 2\n\0\0\0", b"featx memo 1\n"
 # One file: a hash of its path; size, mtime_ns, ctime_ns, inode; the SHA-256 of its bytes.
-ENTRY = np.dtype([("path", "<u8"), ("stat", "<i8", 4), ("key", "u1", 32)])
+ENTRY = np.dtype([("path", "<u8"), ("stat", "<i8", 4), ("key", "V32")])
 SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 # Entries that are read, and paths that are hashed, at a time; entries that are written at a time.
 AT_ONCE, MOST = 1 << 14, 1 << 18
@@ -124,15 +124,14 @@ class KeyMemo:
 
         asked: hashes of paths, ascending, and `numbers` of the files that have them. Raises `FileNotFoundError`.
         """
-        found = [numbers[:0]]
+        found, whole = [numbers[:0]], keys.view("V32")[:, 0]
         try:
             for block in _blocks(segment):
-                paths = block["path"].copy()
-                which, at = _pairs(asked, paths)
-                files = numbers[which]
-                equal = (block["stat"][at] == stats[files]).all(axis=1)
+                which, at = _pairs(asked, block["path"].copy())
+                files, entries = numbers[which], block[at]
+                equal = (entries["stat"] == stats.take(files, axis=0)).view(np.uint32)[:, 0] == 0x0101_0101  # all four
                 found.append(files[equal])
-                keys[files[equal]] = block["key"][at[equal]]
+                whole[files[equal]] = entries["key"][equal]
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
@@ -228,7 +227,7 @@ def _old_entries(data: bytes) -> list[np.ndarray]:
 
 def _entries(paths: np.ndarray, stats: np.ndarray, keys: np.ndarray) -> np.ndarray:
     entries = np.empty(len(paths), ENTRY)
-    entries["path"], entries["stat"], entries["key"] = paths, stats, keys
+    entries["path"], entries["stat"], entries["key"] = paths, stats, np.ascontiguousarray(keys).view("V32")[:, 0]
     return _newest(entries)
 
 
