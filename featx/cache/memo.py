@@ -128,7 +128,8 @@ class KeyMemo:
         try:
             for block in _blocks(segment):
                 which, at = _pairs(asked, block["path"].copy())
-                files, entries = numbers[which], block[at]
+                files = numbers[which]
+                entries = block if np.array_equal(at, np.arange(len(block))) else block[at]
                 equal = (entries["stat"] == stats.take(files, axis=0)).view(np.uint32)[:, 0] == 0x0101_0101  # all four
                 found.append(files[equal])
                 whole[files[equal]] = entries["key"][equal]
@@ -264,10 +265,20 @@ def _hashes(ids: Sequence[str]) -> np.ndarray:
         data = "\0".join(part).encode("utf-8", "surrogatepass") + bytes(8)
         ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)[: len(part)]
         at = np.append(0, ends[:-1] + 1)
-        left, rows, found = ends - at, np.arange(len(part)), hashes[start : start + AT_ONCE]
+        left, found = ends - at, hashes[start : start + AT_ONCE]
         words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # eight bytes from each byte on
+        for _ in range((int(left.min()) - 1) // 8):  # as long as all have eight
+            found[:] = _mixed(found ^ words[at])
+            at, left = at + 8, left - 8
+        rows = np.arange(len(part))
         while len(rows):
-            mixed = (found[rows] ^ words[at] & _WITHIN[np.minimum(left, 8)]) * np.uint64(0x9E37_79B9_7F4A_7C15)
-            found[rows] = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xBF58_476D_1CE4_E5B9)
+            found[rows] = _mixed(found[rows] ^ words[at] & _WITHIN[np.minimum(left, 8)])
             rows, at, left = (each[left > 8] for each in (rows, at + 8, left - 8))
     return hashes ^ hashes >> np.uint64(29)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    words = words * np.uint64(0x9E37_79B9_7F4A_7C15)
+    words ^= words >> np.uint64(32)
+    words *= np.uint64(0xBF58_476D_1CE4_E5B9)
+    return words
