@@ -163,11 +163,6 @@ class KeyMemo:
 
 def _pairs(asked: np.ndarray, paths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All `i` and `j`, `int64 [M]` each, with `asked[i] == paths[j]`; both ascend, and only `asked` has repeats."""
-    start, stop = np.searchsorted(asked, paths[0]), np.searchsorted(asked, paths[-1], "right")
-    if stop - start < len(paths):  # the fewer are looked up among the more
-        at = np.searchsorted(paths, asked[start:stop])
-        hit = np.flatnonzero(paths[at] == asked[start:stop])
-        return start + hit, at[hit]
     first, last = np.searchsorted(asked, paths), np.searchsorted(asked, paths, "right")
     count = last - first
     at = np.repeat(np.arange(len(paths)), count)
@@ -219,8 +214,6 @@ def _old_entries(data: bytes) -> list[np.ndarray]:
         raise ValueError("it does not have the SHA-256 that it was written with")
     count = int.from_bytes(body[:8], "little")
     names = bytes(body[8 + 64 * count :]).split(b"\0")
-    if len(names) != count:
-        raise ValueError("it has fewer or more paths than it says")
     stats = np.frombuffer(body[8 : 8 + 32 * count], "<i8").reshape(count, 4)
     keys = np.frombuffer(body[8 + 32 * count : 8 + 64 * count], np.uint8).reshape(count, 32)
     return [_entries(_hashes([name.decode("utf-8", "surrogatepass") for name in names]), stats, keys)]

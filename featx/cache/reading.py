@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class ShardTable:
     shards: list[Shard]
     index: KeyIndex
     """The keys of all rows, in the same order."""
-    maps: Maps = field(default_factory=lambda: Maps())
+    maps: Callable[[Shard, Path, Form], np.ndarray] = field(default_factory=lambda: lru_cache(MAPS)(Shard.map))
+    """`Shard.map`, which keeps the shards that were read last."""
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -97,21 +98,4 @@ class ShardTable:
 
     def _map(self, shard: Shard) -> np.ndarray:
         assert self.form is not None
-        return self.maps.of(shard, self.folder, self.form)
-
-
-class Maps:
-    """The shards that were read last, memory-mapped. Threads may share it."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, np.ndarray] = {}
-        self._lock = threading.Lock()
-
-    def of(self, shard: Shard, folder: Path, form: Form) -> np.ndarray:
-        """The rows of a shard. Raises `StaleError` where it has to be mapped and is gone or changed."""
-        with self._lock:
-            rows = self._rows.pop(shard.name, None)
-            self._rows[shard.name] = rows = shard.map(folder, form) if rows is None else rows
-            if len(self._rows) > MAPS:
-                del self._rows[next(iter(self._rows))]
-            return rows
+        return self.maps(shard, self.folder, self.form)
