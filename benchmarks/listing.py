@@ -1,73 +1,112 @@
-"""How long `open_source` takes to list many files, beside `find`, which looks at them too.
+"""How long `open_source` takes to list many files, and how much memory, beside a bare walk that looks at each file.
 
-    python benchmarks/listing.py [--files 100000] [--classes 100]
+    python benchmarks/listing.py [--files 1000000] [--rounds 5]
 
-The files are hard links to one small file in a temporary folder, all in the page cache.
+Twice: folders of 1,000 empty files, and 20 large folders; then a CSV manifest of a tenth of the files. The trees are
+made in a temporary folder, and removed. Processor seconds are the least of several rounds, in which both walks take
+turns; memory is the growth of the peak resident size in a process of its own, without the bytes of the names.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import shutil
+import resource
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from featx.sources.opening import open_source
 
-LINKS = 30_000  # per file; ext4 allows 65,000
+
+def lay_out(root: Path, folders: int, each: int) -> None:
+    for number in range(folders):
+        folder = root / f"class-{number:04d}"
+        folder.mkdir(parents=True)
+        for place in range(number * each, (number + 1) * each):
+            os.close(os.open(folder / f"image-{place:07d}.jpg", os.O_CREAT | os.O_WRONLY))
 
 
-def lay_out(root: Path, files: int, classes: int) -> None:
-    for number in range(files):
-        seed = root.parent / f"seed-{number // LINKS}.jpg"
-        if number % LINKS == 0:
-            seed.write_bytes(b"x" * 100)
-        folder = root / f"class-{number % classes:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.link(seed, folder / f"{number:07d}.jpg")
-    with open(root.parent / "list.csv", "w") as table:
-        table.write("path,label\n")
-        for number in range(files):
-            table.write(f"files/class-{number % classes:03d}/{number:07d}.jpg,{number % classes}\n")
+def walk(root: str) -> int:
+    """The least that a listing can do: every name, and the stat of every file."""
+    found, waiting = 0, [root]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                else:
+                    entry.stat()
+                    found += 1
+    return found
 
 
-def best(work: Callable[[], object], times: int = 5) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return round(min(seconds), 3)
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def grown(root: str, small: str) -> None:
+    """Print the bytes a file that listing `root` adds to the peak of this process, beside its name."""
+    open_source(small)  # imports, and what else comes once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    source = open_source(root)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = sum(len(os.fsencode(id)) for id in source.ids)
+    print(((after - before) * 1024 - names) / len(source))
+
+
+def measure(root: Path, small: Path, rounds: int) -> str:
+    """One row of the table."""
+    files = walk(str(root))  # which fills the page cache
+    bare, listing = [], []
+    for _ in range(rounds):
+        bare.append(seconds(lambda: walk(str(root))))
+        listing.append(seconds(lambda: open_source(root)))
+    command = [sys.executable, __file__, "--grown", str(root), str(small)]
+    memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    folders = len(list(root.iterdir()))
+    cells = f"{files:,} in {folders:,} folders", f"{min(bare):.2f} s", f"{min(listing):.2f} s"
+    return f"| {' | '.join(cells)} | {min(listing) / min(bare):.2f} | {memory:.0f} |"
+
+
+def measure_csv(root: Path, rounds: int) -> str:
+    """A sentence on a manifest of every tenth file."""
+    source = open_source(root)
+    rows = source.take(np.arange(0, len(source), 10))
+    table = root.parent / "list.csv"
+    lines = (f"files/{id},{label}\n" for id, label in zip(rows.ids, rows.labels or (), strict=True))
+    table.write_text("path,label\n" + "".join(lines))
+    spent = min(seconds(lambda: open_source(table)) for _ in range(rounds))
+    return f"A CSV manifest of {len(rows):,} of them: {spent:.2f} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--files", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--grown", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    above = Path(tempfile.mkdtemp(prefix="featx-listing-"))
-    try:
-        root = above / "files"
-        lay_out(root, options.files, options.classes)
-        assert len(open_source(root)) == len(open_source(above / "list.csv")) == options.files
-        find = ["find", str(root), "-type", "f", "-printf", "%s %T@\n"]
-        result = {
-            "files": options.files,
-            "folder_s": best(lambda: open_source(root)),
-            "csv_s": best(lambda: open_source(above / "list.csv")),
-            "find_s": best(lambda: subprocess.run(find, stdout=subprocess.DEVNULL, check=True)),
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-        }
-        print(json.dumps(result, indent=2))
-    finally:
-        shutil.rmtree(above)
+    if options.grown:
+        return grown(*options.grown)
+
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores\n")
+    print("| files | bare walk | listing | ratio | bytes a file beside its name |\n|---|---|---|---|---|")
+    for folders in (max(1, options.files // 1000), 20):
+        with tempfile.TemporaryDirectory(prefix="featx-listing-") as above:
+            root, small = Path(above, "files"), Path(above, "small")
+            lay_out(root, folders, options.files // folders)
+            lay_out(small, 1, 1)
+            print(measure(root, small, options.rounds), flush=True)
+            csv = measure_csv(root, options.rounds)
+    print(f"\n{csv}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import numpy as np
 from listing import lay_out
 
 from featx.cache import shards, writing
+from featx.cache.light import LightStore
 from featx.cache.memo import KeyMemo
 from featx.cache.shards import Form, Shard
 from featx.cache.store import FeatureStore
@@ -118,14 +119,10 @@ def light(cache: Path, rows: int, shard_rows: int) -> Figures:
     return opened(cache, rows, shard_rows, light=True)
 
 
-def open_store(cache: Path, light: bool) -> FeatureStore:
-    return FeatureStore(cache, SPEC, light=light)
-
-
 def opened(cache: Path, rows: int, shard_rows: int, *, light: bool) -> Figures:
     what, keys = "light store" if light else "store", asked(rows, shard_rows)
     before, begin = fresh_peak(), cpu()
-    store = open_store(cache, light)
+    store = LightStore(cache, SPEC) if light else FeatureStore(cache, SPEC)
     figures = {f"{what}: open, CPU s": cpu() - begin, f"{what}: memory of that, MB": resident("VmHWM") - before}
     for name, look in (("look up", store.contains), ("confirm", store.confirm)):
         if name == "look up" or light:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class LightStore(Writer):
             begin = np.zeros(1 << 16, bool)
             begin[asked.view(np.uint16)[:, 0]] = True
             with contextlib.suppress(StaleError):  # another process compacts
-                for shard in filter(None, self._shards.values()):
+                for shard in [shard for name, shard in self._shards.items() if shard and name not in self._mine]:
                     if there.all():
                         break
                     part = shards.read_keys(self.folder, [shard])
@@ -61,44 +60,41 @@ class LightStore(Writer):
 
     @property
     def empty(self) -> bool:
-        return not self._mine and not any(self._shards.values())
+        return not any(self._shards.values())
 
     def _forget(self) -> None:
         none = np.zeros((0, KEY_BYTES), np.uint8)
         self._shards: dict[str, Shard | None] = {}
-        """Other writers' shards by their names; None for one that cannot be parsed."""
+        """All shards by their names; None for one that cannot be parsed."""
         self._others = KeyFilter()
-        self._mine: dict[str, Shard] = {}
+        self._mine: set[str] = set()
         self._own = KeyIndex(none)
         """The keys of the shards that this store has written."""
         self._absent = KeyIndex(none)
 
     def _relist(self, form: Form | None, trust: bool) -> None:
         listed = shards.list_shards(self.folder) if form else {}
-        known = {name: shard for name, shard in [*self._shards.items(), *self._mine.items()] if shard}
-        if any(listed.get(name) != shard.stat for name, shard in known.items()):
+        if any(shard and listed.get(name) != shard.stat for name, shard in self._shards.items()):
             self._forget()  # one has gone
-        names = [name for name in listed if name not in self._shards and name not in self._mine]
+        names = [name for name in listed if name not in self._shards]
         verified = shards.read_verified(self.folder) if names else {}
         new: dict[str, Shard | None] = {}
         for name in names:
             shard = verified.get(name)
             new[name] = shard if shard and shard.stat == listed[name] else self._inspect(name, form)
+
         there = [shard for shard in new.values() if shard]
+        first, end = np.empty(sum(shard.count for shard in there), np.uint32), 0
         stored = np.zeros(len(self._absent.keys), bool)
-
-        def keys() -> Iterable[np.ndarray]:
-            for shard in there:
-                part = shards.read_keys(self.folder, [shard])
-                if len(stored):
-                    places = self._absent.locate(part)
-                    stored[places[places >= 0]] = True
-                yield part
-
-        others = self._others.plus(sum(shard.count for shard in there), keys())
-        if stored.any():
-            self._absent = KeyIndex(self._absent.keys[~stored])
-        self._others, self._shards = others, self._shards | new
+        for shard in there:
+            part = shards.read_keys(self.folder, [shard])
+            first[end : end + len(part)] = part.view(np.uint32)[:, 0]
+            end += len(part)
+            if len(stored):
+                places = self._absent.locate(part)
+                stored[places[places >= 0]] = True
+        self._absent = KeyIndex(self._absent.keys[~stored])
+        self._others, self._shards = self._others.plus(first), self._shards | new
 
     def _inspect(self, name: str, form: Form | None) -> Shard | None:
         try:
@@ -112,7 +108,9 @@ class LightStore(Writer):
         return self._own.locate(keys) >= 0
 
     def _took(self, shard: Shard, keys: np.ndarray) -> None:
-        self._own, self._mine = self._own.plus(keys), self._mine | {shard.name: shard}
+        # in this order, so that an interrupt leaves the shard as another writer's
+        self._own, self._shards = self._own.plus(keys), self._shards | {shard.name: shard}
+        self._mine.add(shard.name)
 
 
 class KeyFilter:
@@ -121,13 +119,9 @@ class KeyFilter:
     def __init__(self, runs: tuple[np.ndarray, ...] = ()) -> None:
         self._runs = runs
 
-    def plus(self, count: int, parts: Iterable[np.ndarray]) -> KeyFilter:
-        """A filter with so many more keys, `uint8 [n, 32]` each part; this one stays as it is."""
-        run, end, runs = np.empty(count, np.uint32), 0, list(self._runs)
-        for part in parts:
-            run[end : end + len(part)] = part.view(np.uint32)[:, 0]
-            end += len(part)
-        assert end == count
+    def plus(self, run: np.ndarray) -> KeyFilter:
+        """A filter with more first 4 bytes, `uint32 [n]`, which are sorted in place; this one stays as it is."""
+        runs = list(self._runs)
         run.sort()
         while runs and len(runs[-1]) < 4 * len(run):
             run = np.concatenate([runs.pop(), run])

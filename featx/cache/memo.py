@@ -19,7 +19,7 @@ from featx.files import make_folder, open_plain, sweep, write_chunks
 
 MAGIC, OLD_MAGIC = b"featx memo 2\n\0\0\0", b"featx memo 1\n"
 # One file: a hash of its path; size, mtime_ns, ctime_ns, inode; the SHA-256 of its bytes.
-ENTRY = np.dtype([("path", "<u8"), ("stat", "<i8", 4), ("key", "u1", 32)])
+ENTRY = np.dtype([("path", "<u8"), ("stat", "<i8", 4), ("key", "V32")])
 SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 # Entries that are read, and paths that are hashed, at a time; entries that are written at a time.
 AT_ONCE, MOST = 1 << 14, 1 << 18
@@ -129,15 +129,15 @@ class KeyMemo:
 
         asked: hashes of paths, ascending, and `numbers` of the files that have them. Raises `FileNotFoundError`.
         """
-        found = [numbers[:0]]
+        found, whole = [numbers[:0]], keys.view("V32")[:, 0]
         try:
             for block in _blocks(segment):
-                paths = block["path"].copy()
-                which, at = _pairs(asked, paths)
+                which, at = _pairs(asked, block["path"].copy())
                 files = numbers[which]
-                equal = (block["stat"][at] == stats[files]).all(axis=1)
+                entries = block if np.array_equal(at, np.arange(len(block))) else block[at]
+                equal = (entries["stat"] == stats.take(files, axis=0)).view(np.uint32)[:, 0] == 0x0101_0101  # all four
                 found.append(files[equal])
-                keys[files[equal]] = block["key"][at[equal]]
+                whole[files[equal]] = entries["key"][equal]
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
@@ -168,11 +168,6 @@ class KeyMemo:
 
 def _pairs(asked: np.ndarray, paths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All `i` and `j`, `int64 [M]` each, with `asked[i] == paths[j]`; both ascend, and only `asked` has repeats."""
-    start, stop = np.searchsorted(asked, paths[0]), np.searchsorted(asked, paths[-1], "right")
-    if stop - start < len(paths):  # the fewer are looked up among the more
-        at = np.searchsorted(paths, asked[start:stop])
-        hit = np.flatnonzero(paths[at] == asked[start:stop])
-        return start + hit, at[hit]
     first, last = np.searchsorted(asked, paths), np.searchsorted(asked, paths, "right")
     count = last - first
     at = np.repeat(np.arange(len(paths)), count)
@@ -224,8 +219,6 @@ def _old_entries(data: bytes) -> list[np.ndarray]:
         raise ValueError("it does not have the SHA-256 that it was written with")
     count = int.from_bytes(body[:8], "little")
     names = bytes(body[8 + 64 * count :]).split(b"\0")
-    if len(names) != count:
-        raise ValueError("it has fewer or more paths than it says")
     stats = np.frombuffer(body[8 : 8 + 32 * count], "<i8").reshape(count, 4)
     keys = np.frombuffer(body[8 + 32 * count : 8 + 64 * count], np.uint8).reshape(count, 32)
     return [_entries(_hashes([name.decode("utf-8", "surrogatepass") for name in names]), stats, keys)]
@@ -233,7 +226,7 @@ def _old_entries(data: bytes) -> list[np.ndarray]:
 
 def _entries(paths: np.ndarray, stats: np.ndarray, keys: np.ndarray) -> np.ndarray:
     entries = np.empty(len(paths), ENTRY)
-    entries["path"], entries["stat"], entries["key"] = paths, stats, keys
+    entries["path"], entries["stat"], entries["key"] = paths, stats, np.ascontiguousarray(keys).view("V32")[:, 0]
     return _newest(entries)
 
 
@@ -270,10 +263,20 @@ def _hashes(ids: Sequence[str]) -> np.ndarray:
         data = "\0".join(part).encode("utf-8", "surrogatepass") + bytes(8)
         ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)[: len(part)]
         at = np.append(0, ends[:-1] + 1)
-        left, rows, found = ends - at, np.arange(len(part)), hashes[start : start + AT_ONCE]
+        left, found = ends - at, hashes[start : start + AT_ONCE]
         words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # eight bytes from each byte on
+        for _ in range((int(left.min()) - 1) // 8):  # as long as all have eight
+            found[:] = _mixed(found ^ words[at])
+            at, left = at + 8, left - 8
+        rows = np.arange(len(part))
         while len(rows):
-            mixed = (found[rows] ^ words[at] & _WITHIN[np.minimum(left, 8)]) * np.uint64(0x9E37_79B9_7F4A_7C15)
-            found[rows] = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xBF58_476D_1CE4_E5B9)
+            found[rows] = _mixed(found[rows] ^ words[at] & _WITHIN[np.minimum(left, 8)])
             rows, at, left = (each[left > 8] for each in (rows, at + 8, left - 8))
     return hashes ^ hashes >> np.uint64(29)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    words = words * np.uint64(0x9E37_79B9_7F4A_7C15)
+    words ^= words >> np.uint64(32)
+    words *= np.uint64(0xBF58_476D_1CE4_E5B9)
+    return words

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +16,8 @@ from featx.threads import ahead
 
 # Large reads and hashes are shared out to a few threads, in pieces of this many bytes of rows.
 PIECE_BYTES, READERS = 8 << 20, min(4, available_threads())
-# Shards that are mapped at a time; each takes an open file.
-MAPS = 64
+# Rows that lie no further apart than this are read in one go, with those between them.
+NEAR_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,6 @@ class ShardTable:
     shards: list[Shard]
     index: KeyIndex
     """The keys of all rows, in the same order."""
-    maps: Maps = field(default_factory=lambda: Maps())
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -54,11 +52,12 @@ class ShardTable:
             number = int(np.searchsorted(self.starts, at[0], "right")) - 1
             if at[-1] < self.starts[number + 1]:
                 first = int(at[0] - self.starts[number])
-                return self._map(self.shards[number])[first : first + len(at)]
+                assert self.form is not None
+                return self.shards[number].map(self.folder, self.form)[first : first + len(at)]
         return self._gather(at)
 
     def _gather(self, at: np.ndarray) -> np.ndarray:
-        """A copy of the rows: whole runs straight from the file, scattered rows from its map."""
+        """A copy of the rows."""
         assert self.form is not None
         out = np.empty((len(at), *self.form.row_shape), self.form.dtype)
         of = np.searchsorted(self.starts, at, "right") - 1
@@ -84,34 +83,23 @@ class ShardTable:
         return out
 
     def _copy(self, shard: Shard, source: np.ndarray, to: np.ndarray, out: np.ndarray) -> None:
+        """Put the rows `source` of a shard into the rows `to` of `out`. Files are read, not mapped: a map's pages count
+        as memory in use."""
         breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(to) != 1)) + 1
-        if len(breaks) > len(source) // 64:
-            if to[-1] - to[0] == len(to) - 1:  # ascending, so one run: no second copy
-                np.take(self._map(shard), source, axis=0, out=out[to[0] : to[-1] + 1], mode="clip")
-            else:
-                out[to] = self._map(shard)[source]
-            return
+        scattered = len(breaks) > len(source) // 64
+        if scattered:
+            order = np.argsort(source, kind="stable")
+            source, to = source[order], to[order]
+            far = np.diff(source) * out[:1].nbytes > NEAR_BYTES
+            part = (source - source[0]) * out[:1].nbytes // PIECE_BYTES
+            breaks = np.flatnonzero(far | (np.diff(part) != 0)) + 1
 
-        runs = pairwise([0, *breaks.tolist(), len(source)])
-        shard.read_rows(self.folder, [(int(source[a]), out[int(to[a]) : int(to[a]) + b - a]) for a, b in runs])
-
-    def _map(self, shard: Shard) -> np.ndarray:
-        assert self.form is not None
-        return self.maps.of(shard, self.folder, self.form)
-
-
-class Maps:
-    """The shards that were read last, memory-mapped. Threads may share it."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, np.ndarray] = {}
-        self._lock = threading.Lock()
-
-    def of(self, shard: Shard, folder: Path, form: Form) -> np.ndarray:
-        """The rows of a shard. Raises `StaleError` where it has to be mapped and is gone or changed."""
-        with self._lock:
-            rows = self._rows.pop(shard.name, None)
-            self._rows[shard.name] = rows = shard.map(folder, form) if rows is None else rows
-            if len(self._rows) > MAPS:
-                del self._rows[next(iter(self._rows))]
-            return rows
+        with shard.open(self.folder) as file:
+            for a, b in pairwise([0, *breaks.tolist(), len(source)]):
+                first, end = int(source[a]), int(source[b - 1]) + 1
+                if not scattered:
+                    shard.fill(out[int(to[a]) : int(to[a]) + b - a], file, first)
+                    continue
+                near = np.empty((end - first, *out.shape[1:]), out.dtype)  # with the rows between those asked for
+                shard.fill(near, file, first)
+                out[to[a:b]] = near[source[a:b] - first]

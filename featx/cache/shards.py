@@ -83,11 +83,9 @@ class Shard:
             raise StaleError(f"{self.name} changed since it was verified")
         return file
 
-    def read_rows(self, folder: Path, runs: list[tuple[int, np.ndarray]]) -> None:
-        """Fill each array with the rows from the number beside it on. Raises `StaleError`."""
-        with self.open(folder) as file:
-            for first, target in runs:
-                read_into(file, self.rows_at + first * target[:1].nbytes, target.data.cast("B"))
+    def fill(self, target: np.ndarray, file: FileIO, first: int) -> None:
+        """Fill an array with the rows from number `first` on. Raises `StaleError`."""
+        read_into(file, self.rows_at + first * target[:1].nbytes, target.data.cast("B"))
 
     def map(self, folder: Path, form: Form) -> np.ndarray:
         """The rows, memory-mapped: `[N, *row_shape]`. Raises `StaleError`."""

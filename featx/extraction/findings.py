@@ -42,10 +42,10 @@ class Findings:
         """numbers: `int64 [N]`, the images that have features; keys: `uint8 [N, 32]`, theirs."""
         short = short_keys(keys)
         order = np.argsort(short, kind="stable")
-        same, alike = short[order][1:] == short[order][:-1], np.zeros(len(order), bool)
-        alike[1:] |= same
-        alike[:-1] |= same
-        maybe = np.sort(order[alike])
+        same, again = short[order][1:] == short[order][:-1], np.zeros(len(order), bool)
+        again[1:] = same
+        again[:-1] |= same
+        maybe = np.sort(order[again])
 
         whole = np.ascontiguousarray(keys[maybe]).view("V32").ravel()  # equal first bytes: compare whole keys
         _, first, inverse, counts = np.unique(whole, return_index=True, return_inverse=True, return_counts=True)

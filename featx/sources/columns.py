@@ -75,7 +75,7 @@ class Texts(Column):
     @classmethod
     def packed(cls, data: bytes, count: int) -> Texts:
         """So many texts, none of which holds a NUL, encoded and joined by NUL."""
-        begins, at, step = np.zeros(count + 1, _offsets(data)), 1, 1 << 22
+        begins, at, step = np.zeros(count + 1, _offsets(data)), 1, 1 << 16
         for start in range(0, len(data), step):
             zeros = np.flatnonzero(np.frombuffer(data, np.uint8, min(step, len(data) - start), start) == 0)
             begins[at : at + len(zeros)] = zeros + (start + 1)

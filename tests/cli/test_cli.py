@@ -77,6 +77,24 @@ def test_skipped_images_are_named_and_end_in_exit_code_3(tiny: Path, here: Path,
     assert json.loads((here / "run" / "report.json").read_text())["extract"]["skipped"] == 1
 
 
+def test_extract_names_all_that_is_odd_in_a_file(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
+    shutil.copy(tiny / "cold" / "000.png", tiny / "warm" / "copy.png")
+    (tiny / "warm" / "broken.png").write_bytes(b"broken")
+    (here / "mine.jsonl").write_text("mine")
+    refused = run("extract", tiny, "--findings", "mine.jsonl")
+    assert refused.exit_code == 1 and "mine.jsonl holds no findings of featx" in refused.stderr
+    assert everywhere.images == 0 and (here / "mine.jsonl").read_text() == "mine"
+    assert run("extract", tiny, "--dry-run", "--findings", "odd.jsonl").exit_code == 2
+    assert run("extract", tiny, "--findings", "odd.jsonl").exit_code == 3
+    rows = [json.loads(line) for line in (here / "odd.jsonl").read_text().splitlines()]
+    assert [(row["what"], row.get("id")) for row in rows] == [
+        ("skipped", "warm/broken.png"),
+        ("duplicate", "warm/copy.png"),
+        ("conflict", "cold/000.png"),
+        ("conflict", "warm/copy.png"),
+    ]
+
+
 def test_ignored_files_leave_the_exit_code_0(tiny: Path, here: Path, everywhere: ColourEngine) -> None:
     (tiny / "cold" / "animation.gif").write_bytes(b"GIF89a")
     result = run("extract", tiny)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from featx.errors import ImageError, SourceError
+from featx.files import stat_row
 from featx.shipping.prediction import expand
 from featx.sources.opening import open_source
 from featx.sources.source import EXTENSIONS, Source
@@ -291,3 +294,30 @@ def test_a_class_may_be_called_like_the_folders_that_featx_writes(tmp_path: Path
     assert set(source.labels or []) == set(names) and len(source) == 15
     assert not any("left out" in note for note in source.notes)
     assert len(list(expand(root))) == 15
+
+
+def test_rows_follow_the_order_of_whole_paths_whatever_order_folders_are_looked_at(tmp_path: Path) -> None:
+    paths = ["cat/a/2.jpg", "cat/a b/3.JPEG", "cat/a-b/4.png", "cat/1.jpg", "cat/a.jpg/5.jpg", "cat/a/b/6.jpg"]
+    root = touch(tmp_path, *paths, "dog/1.jpg")
+    source = open_source(root)
+    walked = [sorted(path for path in [*paths, "dog/1.jpg"] if os.path.dirname(path) == folder)
+              for folder in sorted({os.path.dirname(path) for path in [*paths, "dog/1.jpg"]})]  # fmt: skip
+    assert source.ids == list(chain.from_iterable(walked))
+    assert source.labels == [id[:3] for id in source.ids]
+    assert source.stats is not None
+    assert [tuple(row) for row in source.stats.tolist()] == [stat_row(os.stat(root / id)) for id in source.ids]
+
+
+def test_listing_takes_at_most_100_bytes_a_file_beside_its_name_at_its_peak(tmp_path: Path) -> None:
+    for folder in range(20):
+        touch(tmp_path, *(f"{folder}/{i:030d}.jpg" for i in range(100)), *(f"{folder}/{i}.txt" for i in range(100)))
+    open_source(tmp_path)
+    tracemalloc.start()
+    try:
+        source = open_source(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(source), len(source.ignored)) == (2000, 2000)
+    names = sum(len(name) for name in (*source.ids, *source.ignored))
+    assert peak - names < 100 * len(source) + (1 << 17)  # and what is the same for a million files
