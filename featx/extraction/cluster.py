@@ -27,7 +27,7 @@ from featx.extraction.chunks import CHUNK_BYTES, cut, kind_of, work
 from featx.extraction.fidelity import fidelity
 from featx.extraction.job import Job
 from featx.extraction.keys import KeyTable
-from featx.extraction.nodes import connected, demand, look_at_nodes, slots_of
+from featx.extraction.nodes import Shared, connected, demand, look_at_nodes, sample_of, slots_of, visible
 from featx.extraction.report import Chunk
 from featx.sources.source import Source
 from featx.text import printable
@@ -109,15 +109,17 @@ def compute(
     are refreshed. Raises `FeatxError` for a cluster that cannot be reached, lacks what is needed, or loses too much.
     """
     begin = time.perf_counter()
-    with connected(address) as ray:
+    source = replace(job.source, root=job.source.root.absolute())  # tasks have other working folders
+    with connected(address) as ray, visible(job.cache) as token:
         options = demand(ray, job)
-        shared = _shared(job, stores, numbers, chunk, engine, options)
-        look_at_nodes(ray, job, shared, numbers)
+        ready = _ready(job, stores, numbers, chunk, engine, options)
+        # takes classes of the script that is run, too
+        shared = ray.cloudpickle.dumps(Shared(ready, engine, token, *sample_of(source, numbers)))
+        look_at_nodes(ray, shared)
         chunk.opening = time.perf_counter() - begin
 
         parts = cut(numbers, job.row_bytes, slots_of(ray, options), job.source.starts, chunk_bytes)
         progress = Progress()
-        source = replace(job.source, root=job.source.root.absolute())  # tasks have other working folders
         with tqdm(total=len(numbers), desc="extract", unit=" images", disable=None) as bar:
             for task, part in run(ray, source, shared, options, parts):
                 table.keys[task.numbers], table.known[task.numbers] = part.keys, part.known
@@ -133,22 +135,18 @@ def compute(
     chunk.extracted = int((table.first() & table.stored(stores) & ~before).sum())
 
 
-def _shared(
+def _ready(
     job: Job,
     stores: Sequence[Writer],
     numbers: np.ndarray,
     chunk: Chunk,
     engine: Engine | None,
     options: dict[str, float],
-) -> bytes:
-    """What all tasks have in common, pickled: the job without its images, and the caller's engine, if any.
-
-    A backbone that runs on CPUs is exported by now.
-    """
-    device = "cuda" if options["num_gpus"] else "cpu"
-    file = job.request.file
+) -> Job:
+    """The job without its images, as tasks run it; a backbone that runs on CPUs is exported by now."""
+    device, cores, file = "cuda" if options["num_gpus"] else "cpu", int(options["num_cpus"]), job.request.file
     request = job.request.at(file.resolve()) if file else job.request
-    job = replace(job, request=request, device=device, workers=int(options["num_cpus"]), cores=int(options["num_cpus"]))
+    job = replace(job, request=request, device=device, workers=cores, cores=cores)
     name = engine.name if engine else "torch-cuda"
     if engine is None and device == "cpu":
         with closing(job.open_engine(stores)) as opened:
@@ -157,17 +155,21 @@ def _shared(
                 chunk.notes.append(fidelity(job, opened, stores, numbers))
     for store in stores:
         store.computed_by(name)
-    empty = Source(job.source.uri, job.source.root, [])
-    return pickle.dumps((replace(job, source=empty, engine=name), engine))
+    return replace(job, source=Source(job.source.uri, job.source.root, []), engine=name)
 
 
 @functools.lru_cache(maxsize=1)
 def _kept(shared: bytes) -> tuple[Job, list[LightStore], Engine, str]:
-    """What a process keeps between its tasks: the job, light stores and the engine, and of which kind it is."""
-    job, engine = pickle.loads(shared)
-    stores = job.light_stores()
-    engine = engine or job.open_engine(stores)
-    return job, stores, engine, kind_of(engine.name)
+    """What a process keeps between its tasks: the job, light stores, the engine, and its `kind_of`.
+
+    Raises `FeatxError` on a node that lacks something: it may have joined since all were looked at.
+    """
+    common: Shared = pickle.loads(shared)
+    if found := common.missing():
+        raise FeatxError(f"the node {found}")
+    stores = common.job.light_stores()
+    engine = common.engine or common.job.open_engine(stores)
+    return common.job, stores, engine, kind_of(engine.name)
 
 
 def compute_task(shared: bytes, source: Source, here: str = "") -> Part | FeatxError:

@@ -8,12 +8,15 @@ import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featx import __version__
 from featx.devices import available_threads
+from featx.engines.engine import Engine
 from featx.engines.opening import NEEDS
 from featx.engines.openvino import installed
 from featx.errors import FeatxError, ImageError
@@ -44,7 +47,7 @@ def connected(address: str | None) -> Iterator[Any]:
 
     own = {"num_cpus": available_threads()} if address is None else {"address": address}
     if address is not None:
-        _require_answer(address)
+        require_answer(address)
     try:
         ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
@@ -58,7 +61,7 @@ def connected(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _require_answer(address: str) -> None:
+def require_answer(address: str) -> None:
     """Raise `FeatxError` unless something at HOST:PORT speaks HTTP/2, as Ray does: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and no settings
@@ -101,64 +104,88 @@ def slots_of(ray: Any, options: dict[str, float]) -> int:
     return max(1, int(min(slots, total.get("GPU", 0)) if options["num_gpus"] else slots))
 
 
-def look_at_nodes(ray: Any, job: Job, shared: bytes, numbers: np.ndarray) -> None:
-    """Raise `FeatxError` unless every node sees the cache, the images and what the engine needs."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all tasks have in common; pickled, it goes to every process."""
 
-    make_folder(job.cache)
-    token = job.cache / aside_name()
+    job: Job
+    """Without its images."""
+    engine: Engine | None
+    """The caller's own, if any."""
+    token: Path
+    """A file in the cache, as long as the run takes."""
+    sample: Source | None
+    """One image."""
+    key: bytes
+    """Its key."""
+
+    def missing(self) -> str:
+        """What is missing on the node where this is called, as the rest of a sentence; empty where nothing is."""
+        cache, sample, file = self.job.cache, self.sample, self.job.request.file
+        if not self.token.exists():
+            return f"does not see the cache {cache}: put it where all nodes see it under this path"
+        if not os.access(cache, os.W_OK):
+            return f"may not write to the cache {cache}"
+        try:
+            if sample is not None and content_key(sample.read(0)) != self.key:
+                return f"has other images in {sample.root}: {printable(sample.ids[0])} differs"
+        except ImageError as error:
+            assert sample is not None
+            where = f"{printable(sample.ids[0])} in {sample.root}"
+            return f"cannot read {where} ({error}): put the images where all nodes see them"
+        if self.job.engine == "openvino" and not installed():
+            return f"lacks OpenVINO, which computes these features: {NEEDS['openvino']}"
+        if file and str(self.job.engine).startswith("torch") and not file.exists():
+            return f"does not see the weights {file}: put them where all nodes see them"
+        return ""
+
+
+@contextmanager
+def visible(cache: Path) -> Iterator[Path]:
+    """An empty file in the cache, by which nodes see that it is the same one."""
+    make_folder(cache)
+    token = cache / aside_name()
     token.write_bytes(b"")
     try:
-        sample, key = _sample(job.source, numbers)
-        look = ray.remote(num_cpus=0, max_retries=0)(look_around)
-        asked = {}
-        for node in ray.nodes():
-            if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
-                strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ref = look.options(scheduling_strategy=strategy).remote(shared, str(token), sample, key, __version__)
-                asked[ref] = f"{node['NodeManagerHostname']}-{node['NodeID'][:4]}"
-
-        done, late = ray.wait(list(asked), num_returns=len(asked), timeout=LOOKS)
-        troubles = [f"{asked[ref]} has started no process in {LOOKS:g} s" for ref in late]
-        for ref in done:
-            try:
-                found = ray.get(ref)
-            except ray.exceptions.RayError as error:
-                found = f"cannot run featx ({str(error).strip().splitlines()[-1]}): install the same version there"
-            troubles += [f"{asked[ref]} {found}"] if found else []
-        if troubles:
-            raise FeatxError(f"not every node of the cluster can take part: {some(troubles)}")
+        yield token
     finally:
         token.unlink(missing_ok=True)
 
 
-def _sample(source: Source, numbers: np.ndarray) -> tuple[Source | None, bytes]:
-    """One image that can be read here, and its key; None where none of a few can."""
+def sample_of(source: Source, numbers: np.ndarray) -> tuple[Source | None, bytes]:
+    """One of these images that can be read here, and its key; None where none of a few can."""
     for number in numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), 8)).astype(int)].tolist():
         with suppress(ImageError):
             return source.take(np.array([number])), content_key(source.read(number))
     return None, b""
 
 
-def look_around(shared: bytes, token: str, sample: Source | None, key: bytes, wanted: str) -> str:
+def look_at_nodes(ray: Any, shared: bytes) -> None:
+    """Raise `FeatxError` where a node lacks something of what is `Shared`."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look, asked = ray.remote(num_cpus=0, max_retries=0)(look_around), {}
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ref = look.options(scheduling_strategy=strategy).remote(shared, __version__)
+            asked[ref] = f"{node['NodeManagerHostname']}-{node['NodeID'][:4]}"
+
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=LOOKS)
+    troubles = [f"{asked[ref]} has started no process in {LOOKS:g} s" for ref in late]
+    for ref in done:
+        try:
+            found = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            found = f"cannot run featx ({str(error).strip().splitlines()[-1]}): install the same version there"
+        troubles += [f"{asked[ref]} {found}"] if found else []
+    if troubles:
+        raise FeatxError(f"not every node of the cluster can take part: {some(troubles)}")
+
+
+def look_around(shared: bytes, wanted: str) -> str:
     """What is missing on the node where this runs, as the rest of a sentence; empty where nothing is."""
     if __version__ != wanted:
         return f"has featx {__version__}, not {wanted}: install the same version there"
-    job = pickle.loads(shared)[0]
-    if not os.path.exists(token):
-        return f"does not see the cache {job.cache}: put it where all nodes see it under this path"
-    if not os.access(job.cache, os.W_OK):
-        return f"may not write to the cache {job.cache}"
-    try:
-        if sample is not None and content_key(sample.read(0)) != key:
-            return f"has other images in {sample.root}: {printable(sample.ids[0])} differs"
-    except ImageError as error:
-        assert sample is not None
-        where = f"{printable(sample.ids[0])} in {sample.root}"
-        return f"cannot read {where} ({error}): put the images where all nodes see them"
-    if job.engine == "openvino" and not installed():
-        return f"lacks OpenVINO, which computes these features: {NEEDS['openvino']}"
-    file = job.request.file
-    if file and job.engine.startswith("torch") and not file.exists():
-        return f"does not see the weights {file}: put them where all nodes see them"
-    return ""
+    found: str = pickle.loads(shared).missing()
+    return found

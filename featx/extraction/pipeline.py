@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Unpack
 
 import numpy as np
@@ -14,6 +15,7 @@ from featx.extraction.chunks import CHUNK_BYTES
 from featx.extraction.computing import compute
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
+from featx.extraction.nodes import require_answer
 from featx.extraction.planning import RATE_IMAGES, remember_rate
 from featx.extraction.report import Chunk, describe, require_some
 from featx.extraction.result import Extraction
@@ -46,6 +48,8 @@ def sync(
     asked = complete(options, function=sync)
     if asked["address"] and not asked["on"]:
         raise FeatxError(f"address {asked['address']} is a Ray cluster's; add --on ray")
+    if asked["address"] and not (Path(asked["cache"]) / "features").exists():
+        require_answer(asked["address"])  # before a backbone is loaded; a filled cache may need no cluster
     return run(prepare(data, backbone, asked, engine), engine, asked["on"], asked["address"])
 
 

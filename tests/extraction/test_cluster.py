@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +29,10 @@ from featx.cache.store import FeatureStore
 from featx.errors import FeatxError, StoreError
 from featx.extraction.cluster import MOST_LOST, Part, Progress, Task, after, compute_task, ranges
 from featx.extraction.job import prepare
-from featx.extraction.nodes import connected, look_around
+from featx.extraction.nodes import Shared, connected, look_around, sample_of, visible
 from featx.extraction.pipeline import sync
 from featx.options import complete
 from featx.sources.opening import open_source
-from featx.sources.source import Source
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install featx[ray]")
 TESTS = Path(__file__).parents[1]
@@ -192,23 +190,23 @@ def test_an_address_that_no_cluster_answers_at_is_said_in_seconds() -> None:
 def test_a_node_that_does_not_see_what_it_needs_says_what(images: Path, tmp_path: Path) -> None:
     source = open_source(images)
     job = prepare(source, COLOURS, complete({"cache": tmp_path / "cache"}))
-    (tmp_path / "cache").mkdir()
-    token = tmp_path / "cache" / "token"
-    sample, key = source.take(np.array([7])), hashlib.sha256(source.read(7)).digest()
-
-    def said(sample: Source | None = sample, key: bytes = key, version: str = featx.__version__, **fields: Any) -> str:
-        return look_around(pickle.dumps((replace(job, **fields), None)), str(token), sample, key, version)
-
-    assert "does not see the cache" in said()
-    token.touch()
-    assert said(engine="onnxruntime") == ""
-    assert "has featx" in said(version="0.0.1")
-    assert "has other images" in said(key=bytes(32))
-    moved = replace(sample, root=tmp_path / "elsewhere")
-    assert "cannot read cold/007.png" in said(moved) and "the file is not there" in said(moved)
-    lost = job.request.at(tmp_path / "net.pth")
-    assert "does not see the weights" in said(engine="torch-cpu", request=lost)
-    assert said(engine="onnxruntime", request=lost) == ""  # its export is in the cache
+    job = replace(job, engine="onnxruntime")
+    sample, key = sample_of(source, np.arange(7, 9))
+    assert sample is not None and key == hashlib.sha256((images / "cold" / "007.png").read_bytes()).digest()
+    with visible(tmp_path / "cache") as token:
+        shared = Shared(job, None, token, sample, key)
+        assert look_around(pickle.dumps(shared), featx.__version__) == shared.missing() == ""
+        assert "has featx" in look_around(pickle.dumps(shared), "0.0.1")
+        assert "has other images in" in replace(shared, key=bytes(32)).missing()
+        moved = replace(shared, sample=replace(sample, root=tmp_path / "elsewhere")).missing()
+        assert "cannot read cold/007.png" in moved and "the file is not there" in moved
+        lost = job.request.at(tmp_path / "net.pth")
+        weights = replace(shared, job=replace(job, engine="torch-cpu", request=lost)).missing()
+        assert "does not see the weights" in weights
+        assert replace(shared, job=replace(job, request=lost)).missing() == ""  # its export is in the cache
+    assert "does not see the cache" in shared.missing()
+    found = compute_task(pickle.dumps(shared), source, here="node-9")  # a node that joined later
+    assert isinstance(found, FeatxError) and "on node-9: the node does not see the cache" in str(found)
 
 
 def test_what_follows_a_lost_task_depends_on_why_it_was_lost() -> None:
@@ -247,7 +245,9 @@ def test_a_task_returns_its_error_with_the_node(images: Path, tmp_path: Path) ->
     with FeatureStore(job.cache, job.specs[0]) as store:
         store.computed_by("another")
         store.append(np.zeros((1, 32), np.uint8), np.zeros((1, 48), np.float32))
-    found = compute_task(pickle.dumps((job, ColourEngine())), job.source, here="node-1")
+    with visible(job.cache) as token:
+        shared = Shared(job, ColourEngine(), token, None, b"")
+        found = compute_task(pickle.dumps(shared), job.source, here="node-1")
     assert isinstance(found, StoreError) and "on node-1: the features in" in str(found)
 
 
