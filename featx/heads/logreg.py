@@ -70,7 +70,7 @@ def fit(
         some = None
         if counted.any() and measures:
             some = stratified(task.y, examples.groups, fold, part, task.X.shape[1], seed)
-        task = _training.measured(task, Asked(gram=True, kept=some and some.rows))
+        task = _training.measured(task, Asked(gram=True, kept=some.rows if some else None))
         weights = _training.class_weights(task, class_weight)
         info: dict[str, Any] = {"notes": task.notes}
         gpu = _gpu(task, device)

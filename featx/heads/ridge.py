@@ -98,10 +98,10 @@ class _Rooted:
         self.task, self.root, self.shape = task, np.sqrt(weights, dtype=np.float32)[:, None], task.X.shape
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.task.standardise(self.task.X[rows]) * self.root[rows]
+        return np.asarray(self.task.standardise(self.task.X[rows]) * self.root[rows])
 
     def take(self, which: np.ndarray) -> np.ndarray:
-        return self.task.standardise(gathered(self.task.X, which)) * self.root[which]
+        return np.asarray(self.task.standardise(gathered(self.task.X, which)) * self.root[which])
 
 
 def _rooted(task: Task, weights: np.ndarray) -> Task:

@@ -70,6 +70,7 @@ class Design:
         self.single = self.rows  # for single-precision passes
         if not self.streamed:
             self._fill(task)
+        self.eigenvalues: np.ndarray
         if like is not None:
             self.eigenvalues, self.rotation = like.eigenvalues * (self.count / like.count), like.rotation
             self.rotate(np.float32)
@@ -100,7 +101,7 @@ class Design:
 
     def _fill(self, task: Task) -> None:
         def work(rows: slice, _: None) -> None:
-            self.rows[rows, :-1] = task.standardise(task.X[self.order[rows]])  # type: ignore[index]
+            task.standardise(task.X[self.order[rows]], self.rows[rows, :-1])  # type: ignore[index]
             self.rows[rows, -1] = 1
 
         spread(work, self.count, max(64, SCRATCH // self.rows.shape[1]), lambda: None, 16.0 * self.rows.size)
@@ -310,5 +311,6 @@ class _Streamed:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         part = self.task.X[rows] if isinstance(rows, slice) else gathered(self.task.X, rows)
-        part = self.task.standardise(part)
-        return np.concatenate([part, np.ones((len(part), 1), np.float32)], axis=1)
+        out = np.ones((len(part), self.shape[1]), np.float32)
+        self.task.standardise(part, out[:, :-1])
+        return out

@@ -29,7 +29,7 @@ def lbfgs(
     in `most` passes, with arithmetic in `dtype`. part: some of the rows, in memory, in the same coordinates. Those
     whose gap cannot be estimated stop where they are, not converged.
     """
-    A = found.A[:, some].astype(dtype)
+    A: np.ndarray = found.A[:, some].astype(dtype)
     at = Problems.visit(design, some, found.strength[some], found.member[some], A)
     noise = 4 * float(np.finfo(dtype).eps)  # rounding: a relative difference of losses below this means nothing
     pairs: list[_Pair] = []  # newest last
@@ -53,7 +53,7 @@ def lbfgs(
         step, change = new.A - at.A, new.g - at.g
         along = dot(step, change)
         usable = good & (along > 0)
-        rho = np.where(usable, 1 / np.where(usable, along, 1), 0).astype(dtype)
+        rho: np.ndarray = np.where(usable, 1 / np.where(usable, along, 1), 0).astype(dtype)
         pairs = [*pairs, _Pair(step, change, rho)][-MEMORY:]
         # a refused step is halved, or cut to a tenth at most, as the parabola through both losses says
         with np.errstate(divide="ignore", invalid="ignore"):

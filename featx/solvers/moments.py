@@ -150,7 +150,7 @@ def moments(X: Rows, shares: np.ndarray | None, asked: Asked) -> tuple[Moments, 
 def _squares(weighted: np.ndarray, centred: np.ndarray) -> np.ndarray:
     """Each column's summed squares, a few rows at a time, which stay in the cache and lose no digits."""
     parts = (slice(i, i + 512) for i in range(0, len(centred), 512))
-    return np.sum([np.einsum("nd,nd->d", weighted[p], centred[p]) for p in parts], axis=0, dtype=np.float64)
+    return np.asarray(np.sum([np.einsum("nd,nd->d", weighted[p], centred[p]) for p in parts], axis=0, dtype=np.float64))
 
 
 def _add_sums(

@@ -18,6 +18,7 @@ from featx.solvers.newton import SETTLED, Solution, newton
 STATE = 1 << 29  # bytes of vectors at a time; more problems than fit are solved in turns
 LONG = 60  # passes of L-BFGS; Newton's method solves what needs more
 ROUGH = 1e-3  # the relative gap of a part's solutions: they are only a start
+NEARER = 3e-7  # the aim with a part, where a pass gains so much that one more tells neighbouring strengths apart
 SINGLE = 1e-6  # the smallest relative gap to aim at in single precision
 
 
@@ -40,10 +41,12 @@ def minimise(
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance, settled)
-    coarse = wanted >= SINGLE
-    for some in _parts(np.flatnonzero(coarse), many):
+    single = wanted >= SINGLE
+    if part:
+        wanted = np.minimum(wanted, NEARER)
+    for some in _parts(np.flatnonzero(single), many):
         lbfgs(design, found, some, wanted, LONG, part, np.float32)
-    for some in _parts(np.flatnonzero(~coarse & (part is not None)), many):
+    for some in _parts(np.flatnonzero(~single & (part is not None)), many):
         lbfgs(design, found, some, wanted, LONG, part, np.float64)
 
     if not design.streamed:
@@ -136,8 +139,9 @@ class Path:
         before = self.design.passes
         strengths, members = np.repeat(self.strengths[level], M), np.tile(self.members, len(level))
         part = self.coarse.design if self.coarse else None
-        asked = {"tolerance": self.tolerance, "settled": self.settled}
-        found = minimise(self.design, strengths, members, start, **asked, part=part)
+        found = minimise(
+            self.design, strengths, members, start, tolerance=self.tolerance, settled=self.settled, part=part
+        )
 
         self.passes += self.design.passes - before
         for column, i in enumerate(level):

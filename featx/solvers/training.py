@@ -65,9 +65,9 @@ class Task:
         """Whether an image may have several labels."""
         return self.y.ndim == 2
 
-    def standardise(self, part: np.ndarray) -> np.ndarray:
-        """Rows of X `[B, D]`, standardised, `float32`."""
-        out = np.asarray(part, np.float32) - self.mean.astype(np.float32)
+    def standardise(self, part: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows of X `[B, D]`, standardised, `float32`, written to `out` where it is given."""
+        out = np.subtract(np.asarray(part, np.float32), self.mean.astype(np.float32), out=out)
         out /= self.scale.astype(np.float32)
         return out
 
@@ -75,7 +75,7 @@ class Task:
         """All features, standardised, `float32 [N, D]`, in memory."""
         out = np.empty(self.X.shape, np.float32)
         for rows, part in blocks(self.X):
-            out[rows] = self.standardise(part)
+            self.standardise(part, out[rows])
         return out
 
     def one_hot(self) -> np.ndarray:
