@@ -20,6 +20,8 @@ PRODUCTS = 500  # a Newton step multiplies by the Hessian at most so often
 # A Newton step that changes the held-out loss per row by less than this is the last: the distance that remains
 # is several times less, since conjugate gradients leave only a share of it.
 SETTLED = 5e-4
+# By so much the Hessian of a part may lengthen a step: where its answers are certain, it has hardly any curvature.
+FURTHEST = 1e4
 
 
 class Batch:
@@ -205,7 +207,8 @@ def solved(part: Design, at: Problems, g: np.ndarray, ratio: float) -> np.ndarra
     ratio: how many rows one row of the part stands for.
     """
     like = replace(at, g=g, strength=ratio * at.strength)
-    return np.asarray(_direction(part, like, np.full(len(at.f), np.inf))[0] / -ratio)
+    radius = FURTHEST * np.sqrt(_dot(g, g / like.metric(part)))
+    return np.asarray(_direction(part, like, radius)[0] / -ratio)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
