@@ -66,25 +66,21 @@ def fit(
     grid = _training.ascending(strengths, "strengths are positive numbers (scikit-learn's C)")
     with single_thread():  # passes over many rows bring their own threads
         task, fold, counted = _training.prepared(examples, class_names, folds, seed)
-        measures = len(grid) > 1 or calibrate or reject is not None or threshold is not None
-        some = None
-        if counted.any() and measures:
-            some = stratified(task.y, examples.groups, fold, part, task.X.shape[1], seed)
+        measures = counted.any() and (len(grid) > 1 or calibrate or {reject, threshold} != {None})
+        some = stratified(task.y, examples.groups, fold, part if measures else 0, task.X.shape[1], seed)
         task = _training.measured(task, Asked(gram=True, kept=some.rows if some else None))
         weights = _training.class_weights(task, class_weight)
         info: dict[str, Any] = {"notes": task.notes}
-        gpu = _gpu(task, device)
-        design = Design(task, fold, weights, scored=examples.scored, torch_device=gpu)
+        design = Design(task, fold, weights, scored=examples.scored, torch_device=_gpu(task, device))
 
         chosen, held_out, start, near = float(grid[0]), None, None, None
-        if not counted.any():
-            if len(grid) > 1:
-                chosen = UNMEASURED
-                info["notes"].append(f"strength {chosen} was taken without measuring")
-        elif measures:
+        if len(grid) > 1 and not measures:
+            chosen = UNMEASURED
+            info["notes"].append(f"strength {chosen} was taken without measuring")
+        if measures:
             path = Path(design, grid, np.arange(fold.max() + 1), tolerance=GAP)
             if some:
-                near = some.design(task, fold, weights, examples.scored, design, gpu)
+                near = some.design(design, task, fold, weights, examples.scored)
                 info["coarse_start"] = path.begin(near)
             best = path.search()
             chosen, start = float(grid[best]), path.solved[best].A.mean(axis=1, keepdims=True)

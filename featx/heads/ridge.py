@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from featx.devices import single_thread
-from featx.features import gathered
 from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.design import Design
 from featx.solvers.examples import Examples
 from featx.solvers.finishing import finish
-from featx.solvers.moments import SCRATCH, Asked, spread
-from featx.solvers.training import Task, streamed
+from featx.solvers.moments import SCRATCH, spread
+from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
 # Per image, so that they mean the same whatever N: the penalty on ||W||^2 is N times these.
@@ -51,10 +50,7 @@ def fit(
     grid = _training.ascending(penalties, "penalties are positive numbers")
     with single_thread():
         task = _training.labelled(examples.X, examples.y, class_names, examples.weights)
-        if streamed(task.X):  # its products with the targets come from the same read as those of its columns
-            task, sums, _ = _training.summed(task, np.full(len(task.y), -1), gram=True)
-        else:
-            task, sums = _training.measured(task, Asked(gram=True)), None
+        task, (sums,), _ = _training.summed(task, np.full(len(task.y), -1), gram=True)
         weights = np.ones(task.X.shape[0]) if task.weights is None else task.weights / task.weights.mean()
         able, notes = _training.measurable(task.y, examples.groups)
         counted = _training.counted(able, examples.scored)
@@ -63,17 +59,14 @@ def fit(
         design = Design(task if task.weights is None else _rooted(task, weights), np.full(task.X.shape[0], -1))
         groups = None if examples.groups is None else np.asarray(examples.groups)[design.order]
         targets = (2 * task.one_hot() - 1)[design.order]
-        sums = sums if sums is None else sums[-1]
         left_out = LeftOut(design, targets, groups, counted[design.order], weights[design.order], sums=sums)
 
-        scores = None
         if counted.any():
-            penalty, scores = _choose(left_out, grid, info)
-            scores = scores[np.argsort(design.order)][counted]
+            penalty, every = _choose(left_out, grid, info)
+            scores = every[np.argsort(design.order)][counted]
         else:
-            penalty = float(grid[0]) if len(grid) == 1 else UNMEASURED
-            if len(grid) > 1:
-                info["notes"].append(f"penalty {UNMEASURED:g} was taken without measuring")
+            penalty, scores = float(grid[0]) if len(grid) == 1 else UNMEASURED, None
+            info["notes"] += [f"penalty {UNMEASURED:g} was taken without measuring"] * (len(grid) > 1)
             info["notes"].append("probabilities are not calibrated: no image could be left out")
 
         shrunk = left_out.coefficients / (design.eigenvalues + penalty * design.count)
@@ -91,22 +84,9 @@ def fit(
     return Fitted(head, info | {"penalty": penalty})
 
 
-class _Rooted:
-    """Standardised rows times the square roots of their weights, which are those of a problem without weights."""
-
-    def __init__(self, task: Task, weights: np.ndarray) -> None:
-        self.task, self.root, self.shape = task, np.sqrt(weights, dtype=np.float32)[:, None], task.X.shape
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.asarray(self.task.standardise(self.task.X[rows]) * self.root[rows])
-
-    def take(self, which: np.ndarray) -> np.ndarray:
-        return np.asarray(self.task.standardise(gathered(self.task.X, which)) * self.root[which])
-
-
 def _rooted(task: Task, weights: np.ndarray) -> Task:
-    rooted = _Rooted(task, weights)
-    X = rooted if streamed(task.X) else rooted[0 : task.X.shape[0]]
+    """Rows times the square roots of their weights `[N]`, which are those of a problem without weights; in memory."""
+    X = task.standard() * np.sqrt(weights, dtype=np.float32)[:, None]
     return replace(task, X=X, mean=np.zeros_like(task.mean), scale=np.ones_like(task.scale))
 
 
@@ -151,8 +131,8 @@ class LeftOut:
     ) -> None:
         """targets `float32 [N, C]`, groups `int [N]`, the rows that count, `bool [N]`, and weights `float [N]` of mean
         1, all in `design`'s order, whose rows are times the square roots of the weights. The rows are rotated here,
-        once. dtype: of the arithmetic; by default double precision for small data. sums: of a streamed table's rows of
-        each class, as `summed` gives them.
+        once. dtype: of the arithmetic; by default double precision for small data. sums: of the rows of each class, as
+        `summed` gives them; small data are summed again, in double precision.
         """
         self.design, self.targets = design, targets
         self.dtype = dtype = dtype or (np.float64 if design.count * design.size < EXACT else np.float32)
@@ -169,12 +149,13 @@ class LeftOut:
         def product(rows: slice, into: np.ndarray) -> None:
             into += self._centred(rows).T @ np.asarray(design.rows[rows], dtype)[:, :-1]
 
-        step, flops = max(64, SCRATCH // width), float(design.count * width * C)
-        if sums is None:
+        if sums is None or (dtype == np.float64 and not design.streamed):
+            step, flops = max(64, SCRATCH // width), float(design.count * width * C)
             shared = np.sum(spread(product, design.count, step, lambda: np.zeros((C, width)), flops), axis=0)
+            self.coefficients = shared if design.rotation is None else shared @ design.rotation
         else:  # a class's targets are 1, all others' -1
             shared = 2 * sums[:C] - np.outer(1 + self.centre, sums.sum(axis=0))
-        self.coefficients = shared if design.rotation is None else shared @ design.rotation
+            self.coefficients = shared @ (design.dual if design.rotation is None else design.rotation)
         """`Z^T T` in the eigenbasis, `[C, rank]`."""
 
     def _centred(self, rows: slice | np.ndarray) -> np.ndarray:

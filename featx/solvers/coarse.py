@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from featx.errors import HeadError
 from featx.solvers.design import Design
 from featx.solvers.training import EMPTY, Task, units
 
@@ -23,21 +24,15 @@ class Some:
     """How many rows of the table each stands for, `float [n]`."""
 
     def design(
-        self,
-        task: Task,
-        fold: np.ndarray,
-        weights: np.ndarray | None,
-        scored: np.ndarray | None,
-        design: Design,
-        device: str,
+        self, all: Design, task: Task, fold: np.ndarray, weights: np.ndarray | None, scored: np.ndarray | None
     ) -> Design:
         """These rows, which `task` has kept, in the coordinates of all rows, with weights that make their objective an
-        estimate of the whole one: that is scikit-learn's with C times N / n. Arguments: as for the `design` of all.
+        estimate of the whole one: that is scikit-learn's with C times N / n. The others: what `all` was made of.
         """
         of, own = self.rows, self.worth if weights is None else self.worth * weights[self.rows]
         few = replace(task, X=task.kept, y=task.y[of], weights=None, gram=None, kept=EMPTY)
         scored = None if scored is None else scored[of]
-        return Design(few, fold[of], own, scored=scored, torch_device=device, like=design)
+        return Design(few, fold[of], own, scored=scored, torch_device=all.place.get("device", ""), like=all)
 
 
 def stratified(
@@ -47,8 +42,11 @@ def stratified(
 
     Groups come whole. Each class keeps its share of each fold, and at least a group of it. None where the table is
     smaller than four parts, or so many classes make the part too large. y, groups, fold: as for `folds`, which gave
-    the folds. The same seed takes the same groups, whatever the order of the rows.
+    the folds. The same seed takes the same groups, whatever the order of the rows. Raises `HeadError` for a `size`
+    below 0.
     """
+    if size < 0:
+        raise HeadError(f"part is a number of rows, 0 for none, not {size}")
     count, size = len(y), min(size, LARGEST // width)
     if not size or count < FEWEST * size:
         return None

@@ -52,7 +52,7 @@ class Design:
         self.even = 0.25 if self.several else (1 - 1 / self.columns) / self.columns
         self.count = len(fold)
         self.passes = 0
-        self.streamed = streamed(task.X)
+        self.streamed, self.partial = streamed(task.X), like is not None
         # class by class, so that a block's targets are a few slices
         order = np.arange(self.count) if self.streamed or self.several else np.argsort(task.y, kind="stable")
         self.order = order

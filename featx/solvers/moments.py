@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ SCRATCH = 1 << 20  # numbers per block: a block stays in a core's cache between 
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
 
-NONE = (sys.maxsize, sys.maxsize)  # no rows
 T = TypeVar("T")
 
 
@@ -61,22 +59,20 @@ class Moments:
     """The summed rows of each kind and target, less a fixed row, `float64 [kinds, targets, D]`."""
     totals: np.ndarray
     """The summed shares of each kind and target, `float64 [kinds, targets]`."""
-    bad: tuple[int, int] = NONE
-    """The first rows that are not finite, or too large to square."""
 
     def join(self, weight: float, mean: np.ndarray, squares: np.ndarray) -> None:
         """Take in the moments of other rows."""
         total, step = self.weight + weight, mean - self.mean
         between = np.outer(step, step) if squares.ndim == 2 else step**2
-        self.squares += squares + between * (self.weight * weight / total)
-        self.mean, self.weight = self.mean + step * (weight / total), total
+        share = weight / max(total, 1e-300)
+        self.squares += squares + between * (self.weight * share)
+        self.mean, self.weight = self.mean + step * share, total
 
     def __iadd__(self, other: Moments) -> Moments:
-        if other.weight:
+        with np.errstate(invalid="ignore"):
             self.join(other.weight, other.mean, other.squares)
         self.sums += other.sums
         self.totals += other.totals
-        self.bad = min(self.bad, other.bad)
         return self
 
 
@@ -124,27 +120,30 @@ def moments(X: Rows, shares: np.ndarray | None, asked: Asked) -> tuple[Moments, 
             weighted = centred if shares is None else centred * share[:, None]
             off = weighted.sum(axis=0, dtype=np.float64) / weight
             squares = (weighted.T @ centred if asked.gram else _squares(weighted, centred)).astype(np.float64)
-        if not (np.isfinite(off).all() and np.isfinite(squares).all()):
-            lost = np.flatnonzero(~np.isfinite(part).all(axis=1))[:1] + rows.start
-            first = int(lost[0]) if len(lost) else rows.start
-            found.bad = min(found.bad, (first, first + 1 if len(lost) else rows.stop))
-            return
-
-        squares -= weight * (np.outer(off, off) if asked.gram else off**2)
-        found.join(weight, centre + off, squares)
-        if asked.kind is not None:
-            _add_sums(found, weighted, share, centre - origin, asked, rows)
+            squares -= weight * (np.outer(off, off) if asked.gram else off**2)
+            found.join(weight, centre + off, squares)
+            if asked.kind is not None:
+                _add_sums(found, weighted, share, centre - origin, asked, rows)
 
     step, flops = max(64, 4 * SCRATCH // width), float(count) * width * (width if asked.gram else 16)
     found = functools.reduce(operator.iadd, spread(work, count, step, empty, flops))
-    if found.bad != NONE:
-        first, last = found.bad
-        where = f"row {first}" if last == first + 1 else f"rows {first} to {last}"
+    if not (np.isfinite(found.mean).all() and np.isfinite(found.squares).all()):
+        bad = _first_bad(X, step)
         raise HeadError(
-            f"the features hold NaN, infinity or numbers beyond float32 ({where}); extract these images again, in fp32"
+            f"the features hold NaN, infinity or numbers beyond float32 ({bad}); extract these images again, in fp32"
         )
     found.sums -= found.totals[..., None] * (found.mean - origin)
     return found, kept
+
+
+def _first_bad(X: Rows, step: int) -> str:
+    for start in range(0, X.shape[0], step):
+        part = np.asarray(X[start : start + step], np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", part, part)))
+        if len(bad):
+            return f"row {start + bad[0]}"
+    return f"rows 0 to {X.shape[0]}"
 
 
 def _squares(weighted: np.ndarray, centred: np.ndarray) -> np.ndarray:

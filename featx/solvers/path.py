@@ -30,17 +30,16 @@ def minimise(
     *,
     tolerance: float,
     most: int = 100,
-    settled: float = SETTLED,
     part: Design | None = None,
 ) -> Solution:
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
-    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and until the held-out loss changes by less than
-    `settled` per row. part: some of the rows, in memory, in the same coordinates; with it a pass gains more.
+    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and until the held-out loss hardly changes.
+    part: some of the rows, in memory, in the same coordinates; with it a pass gains more.
     """
     found = Solution.unsolved(strengths * design.mean, member, start)
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
-    wanted = _wanted(design, member, tolerance, settled)
+    wanted = _wanted(design, member, tolerance)
     single = wanted >= SINGLE
     if part:
         wanted = np.minimum(wanted, NEARER)
@@ -72,14 +71,15 @@ def _parts(which: np.ndarray, many: int) -> list[np.ndarray]:
     return [which[i : i + many] for i in range(0, len(which), many)]
 
 
-def _wanted(design: Design, member: np.ndarray, tolerance: float, settled: float) -> np.ndarray:
-    """The relative gaps `[P]` at which held-out losses are right to `settled` per row, at most `tolerance`.
+def _wanted(design: Design, member: np.ndarray, tolerance: float) -> np.ndarray:
+    """The relative gaps `[P]` at which held-out losses are right to `SETTLED` per row, at most `tolerance`.
 
     By Cauchy and Schwarz a gap of g moves the loss of n held-out rows by at most `sqrt(2 g f * h' H^-1 h)`, h
     its gradient. For rows like the N trained on, `h' H^-1 h` is about n / N times the number of weights (the
     Hessian is the gradients' covariance), and f about N.
     """
     count = design.held_out(member)
+    settled = SETTLED * (10 if design.partial else 1)  # what a part says is only a start
     near = settled**2 * count / (2 * design.columns * design.size)
     return np.where(count > 0, np.minimum(near, tolerance), tolerance)
 
@@ -97,17 +97,8 @@ class Path:
     most of the sampling error is the same at both.
     """
 
-    def __init__(
-        self,
-        design: Design,
-        strengths: np.ndarray,
-        members: np.ndarray,
-        *,
-        tolerance: float = 1e-5,
-        settled: float = SETTLED,
-    ) -> None:
+    def __init__(self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5) -> None:
         self.design, self.strengths, self.members, self.tolerance = design, strengths, members, tolerance
-        self.settled = settled
         self.coarse: Path | None = None
         """The path of a part of the rows, in memory, once begun there."""
         self.near = 0
@@ -124,9 +115,9 @@ class Path:
         large, whoever measures them. Each solution on all rows then starts from the part's of the same penalty per row.
         """
         own = self.strengths * (self.design.mean / part.mean)
-        found = Path(part, own, self.members, tolerance=ROUGH, settled=10 * SETTLED)
+        found = Path(part, own, self.members, tolerance=ROUGH)
         self.near = found.search()
-        self.coarse = Path(part, self.strengths, self.members, tolerance=ROUGH, settled=10 * SETTLED)
+        self.coarse = Path(part, self.strengths, self.members, tolerance=ROUGH)
         return {"rows": part.count, "strength": float(self.strengths[self.near])}
 
     def solve(self, level: list[int]) -> None:
@@ -139,9 +130,7 @@ class Path:
         before = self.design.passes
         strengths, members = np.repeat(self.strengths[level], M), np.tile(self.members, len(level))
         part = self.coarse.design if self.coarse else None
-        found = minimise(
-            self.design, strengths, members, start, tolerance=self.tolerance, settled=self.settled, part=part
-        )
+        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance, part=part)
 
         self.passes += self.design.passes - before
         for column, i in enumerate(level):
