@@ -232,30 +232,50 @@ def whole_fit(photos: FilePath, weights: FilePath) -> None:
 CHILD = """
 import json, resource, sys, time
 import numpy as np
-folder, streamed, limit = sys.argv[1], sys.argv[2] == "streamed", int(sys.argv[3])
+folder, settings, limit = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # an allocation beyond it is a MemoryError
 from pathlib import Path
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows
 from featx.features import FeatureSpec
-from featx.heads import logreg
+from featx.heads import logreg, ncm, ridge
+from featx.solvers import training
 from featx.solvers.examples import Examples
-keys, y = np.load(f"{folder}/keys.npy"), np.load(f"{folder}/y.npy")
+class Counted:
+    def __init__(self, X):
+        self.X, self.shape, self.rows = X, X.shape, 0
+    def __getitem__(self, rows):
+        part = self.X[rows]
+        self.rows += len(part)
+        return part
+keys, y, names = np.load(f"{folder}/keys.npy"), np.load(f"{folder}/y.npy"), [str(c) for c in range(10)]
 store = FeatureStore(Path(folder), FeatureSpec("custom/gaussian", "00" * 32))
-begin = time.perf_counter()
-X = StoredRows(store, keys) if streamed else store.read(keys)
-fitted = logreg.fit(Examples(X, y), [str(c) for c in range(10)], device="cpu")
-seconds = time.perf_counter() - begin
-peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+begin, cpu = time.perf_counter(), time.process_time()
+X = Counted(StoredRows(store, keys)) if limit else store.read(keys)
+module = {"logreg": logreg, "ridge": ridge, "ncm": ncm}[settings.pop("head")]
+fitted = module.fit(Examples(X, y), names, device="cpu", **settings)
+found = {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+found["peak"] = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+found["reads"] = X.rows / len(y) if limit else 0
 new = np.load(f"{folder}/new.npy")
-right = float((fitted.head(new).argmax(axis=1) == np.load(f"{folder}/new_y.npy")).mean())
-print(json.dumps([seconds, peak, right, fitted.info["strength"], fitted.info["cross_validation"]["passes"]]))
+found["right"] = float((fitted.head(new).argmax(axis=1) == np.load(f"{folder}/new_y.npy")).mean())
+if module is logreg:
+    task, total = training.check(X, y, names, gram=False), 0.0
+    for start in range(0, len(y), 8192):
+        logits = X[start : start + 8192] @ fitted.head.weight.T.astype(np.float64) + fitted.head.bias
+        logits -= logits.max(axis=1, keepdims=True)
+        own = np.take_along_axis(logits, y[start : start + 8192, None], 1)
+        total += float((np.log(np.exp(logits).sum(axis=1)) - own[:, 0]).sum())
+    weight, strength = fitted.head.weight * task.scale, fitted.info["strength"]
+    found |= {"objective": total + float((weight**2).sum() / (2 * strength)), "strength": strength}
+    found["tried"] = fitted.info["cross_validation"]["strengths"]
+print(json.dumps(found))
 """
 
 
 def million(rows: int = 1_000_000, size: int = 512, new: int = 20_000, limit: int = 10**9) -> None:
-    """A cross-validated fit on features of 2 GB in the cache, in a process that may allocate 1 GB."""
+    """Fits on features of 2 GB in the cache, in processes that may allocate 1 GB, and one in memory."""
     with tempfile.TemporaryDirectory() as folder:
         X, y = features(rows + new, size, 10, 0.11)
         keys = np.random.default_rng(1).integers(0, 256, (rows, 32), dtype=np.uint8)
@@ -268,17 +288,29 @@ def million(rows: int = 1_000_000, size: int = 512, new: int = 20_000, limit: in
             np.save(f"{folder}/{name}.npy", array)
         del X, arrays, store
         time.sleep(2.5)  # a younger shard is hashed again at every opening
-        print(f"\nlogreg.fit with cross-validation, N={rows:,} D={size} C=10, from the cache")
-        for how, most in (("streamed", limit), ("in memory", 0)):
-            command = [sys.executable, "-c", CHILD, folder, how, str(most)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            seconds, peak, right, strength, passes = json.loads(done.stdout)
-            allowed = f", allowed to allocate {most / 1e9:g} GB" if most else ""
+        print(f"\nN={rows:,} D={size} C=10, from the cache; streamed where at most {limit / 1e9:g} GB may be allocated")
+        runs: list[tuple[str, dict[str, object], int]] = [
+            ("logreg, begun on a part", {"head": "logreg"}, limit),
+            ("logreg, part=0", {"head": "logreg", "part": 0}, limit),
+            ("ridge", {"head": "ridge"}, limit),
+            ("ncm", {"head": "ncm"}, limit),
+            ("logreg, in memory", {"head": "logreg"}, 0),
+        ]
+        done = {}
+        for how, settings, most in runs:
+            command = [sys.executable, "-c", CHILD, folder, json.dumps(settings), str(most)]
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            done[how] = found
+            strength = f"; C={found['strength']:.3g} of {len(found['tried'])} tried" if "tried" in found else ""
             print(
-                f"  {how}{allowed}: {seconds:.1f} s, {peak:,.0f} MiB at most, {right:.4f} right of {new:,} new rows; "
-                f"C={strength:.3g}, {passes} passes in cross-validation",
+                f"  {how}: {found['seconds']:.1f} s, CPU {found['cpu']:.1f} s, {found['reads']:.2f} reads of it, "
+                f"{found['peak']:,.0f} MiB at most, {found['right']:.4f} right of {new:,} new rows{strength}",
                 flush=True,
             )
+        part, whole = list(done.values())[:2]
+        shares = ", ".join(f"{part[name] / whole[name]:.2f} of its {name}" for name in ("seconds", "cpu", "reads"))
+        apart = part["objective"] / whole["objective"] - 1
+        print(f"  begun on a part, against part=0: {shares}; objective {apart:+.1e} of it")
 
 
 def environment() -> None:

@@ -28,7 +28,7 @@ from featx.measuring.evaluation import Report, evaluate_logits
 from featx.measuring.quantised import int8_cost
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, Preprocessing, complete, fields_of, home
-from featx.solvers.examples import Examples
+from featx.solvers.examples import Examples, in_stored_order
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 from featx.state import ordinary
@@ -105,13 +105,21 @@ def measured(features: Features, fitted: Fitted, seconds: float, *, learned: boo
     head, notes = fitted.head, repeated(features) if learned else []
     train, *others = features.parts()
     val, test = (
-        evaluate_logits(head(part.rows), part.y, head, part.class_names, part.ids) if len(part.y) else None
+        evaluate_logits(answered(head, part.rows), part.y, head, part.class_names, part.ids) if len(part.y) else None
         for part in others
     )
     if val is None:
         notes = ["there are no validation images: nothing was measured on images the head has not seen", *notes]
-    right = head.accuracy(train.rows, train.y, train.class_names) if len(train.y) else None
+    rows, order = in_stored_order(train.rows)
+    right = head.accuracy(rows, train.y[order], train.class_names) if len(train.y) else None
     return Fit(head, fitted.info, seconds, val, test, right, notes)
+
+
+def answered(head: Head, rows: Rows) -> np.ndarray:
+    """A head's logits `float32 [N, C]`; a table in the cache is read in the order in which it is stored."""
+    rows, order = in_stored_order(rows)
+    logits = head(rows)
+    return logits[np.argsort(order)]
 
 
 @ordinary()

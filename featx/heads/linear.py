@@ -15,6 +15,7 @@ from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 from featx.solvers.finishing import finish
+from featx.solvers.moments import Asked
 from featx.solvers.training import Task
 from featx.text import near
 
@@ -103,6 +104,7 @@ def fit(
     sgd = _Sgd(*steps, label_smoothing, seed)
 
     task, fold, counted = _training.prepared(examples, class_names, folds, seed)
+    task = _training.measured(task, Asked())
     if not own["standardise"]:  # constant columns stay out here too
         task = replace(task, mean=0 * task.mean, scale=np.where(np.isinf(task.scale), np.inf, 1.0))
     info: dict[str, Any] = {"notes": task.notes}

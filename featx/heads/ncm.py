@@ -11,7 +11,6 @@ from featx.head import Fitted
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
 from featx.solvers.finishing import finish
-from featx.solvers.training import Task
 
 LEARNS = STREAMS = True
 
@@ -28,14 +27,14 @@ def fit(
 ) -> Fitted:
     """`logit_c = -|x - mean_c|^2 / (2 t)` on standardised columns, which is affine up to a common term.
 
-    The rows are read in blocks. With several labels per image, the mean of each label's rows competes with the
+    The rows are read in blocks, twice. With several labels per image, the mean of each label's rows competes with the
     mean of all others. Answers do not depend on t; probabilities do: t has the least log-loss over held-out
     folds, drawn towards sqrt(D) while their rows are few; without folds it is sqrt(D).
     threshold, reject: see `featx.solvers.finishing.finish`. device: unused. Raises `HeadError`.
     """
     task, fold, counted = _training.prepared(examples, class_names, folds, seed)
+    task, sums, counts = _training.summed(task, fold)
     info: dict[str, Any] = {"notes": task.notes}
-    sums, counts = _class_sums(task, fold)
     total, count, spread = sums.sum(axis=0), counts.sum(axis=0), float(np.sqrt(task.X.shape[1]))
     weight, bias = _affine(total, count, task.several)
     head, held_out = task.head(weight / spread, bias / spread), None
@@ -55,24 +54,6 @@ def fit(
     calibrate = held_out is not None
     head = finish(head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject)
     return Fitted(head, info)
-
-
-def _class_sums(task: Task, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of standardised rows `[F + 1, C, D]` and counts `[F + 1, C]` by fold (the last: never held out).
-    With several labels per image, C are the labels and then their absences.
-    """
-    targets = task.one_hot()
-    targets = np.concatenate([targets, 1 - targets], axis=1) if task.several else targets
-    folds, own = int(fold.max()) + 2, np.ones(len(fold)) if task.weights is None else task.weights
-    sums = np.zeros((folds, targets.shape[1], task.X.shape[1]))
-    counts = np.zeros((folds, targets.shape[1]))
-    for rows, part in _training.blocks(task.X):
-        Z = task.standardise(part)
-        for k in range(folds):
-            t = targets[rows] * own[rows, None] * (fold[rows] == (k if k < folds - 1 else -1))[:, None]
-            sums[k] += t.T @ Z
-            counts[k] += t.sum(axis=0)
-    return sums, counts
 
 
 def _affine(sums: np.ndarray, counts: np.ndarray, several: bool) -> tuple[np.ndarray, np.ndarray]:

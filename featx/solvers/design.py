@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from featx.devices import available_threads, single_thread
+from featx.devices import single_thread
 from featx.features import gathered
-from featx.solvers.training import FLOOR, Task
+from featx.solvers.moments import SCRATCH, spread
+from featx.solvers.training import FLOOR, Task, streamed
 
 CACHE = 1 << 28  # bytes of probabilities that a Hessian keeps between products
-SCRATCH = 1 << 20  # numbers per block of logits: a block stays in a core's cache between two products
-# Below this many multiplications a pass is over before threads have started.
-THREADED = 1 << 26
 
 Array = Any  # numpy's, or torch's where torch makes the passes
 T = TypeVar("T")
@@ -41,9 +38,11 @@ class Design:
         *,
         scored: np.ndarray | None = None,
         torch_device: str = "",
+        like: Design | None = None,
     ) -> None:
         """fold: `int [N]`, -1 for never held out; weights: `float [N]`; scored: `bool [N]`, rows whose held-out loss
         counts. torch_device: where torch makes the passes, `cuda:0`; empty for numpy. Tables on disk are streamed.
+        like: the design whose coordinates, which are rotated, the rows take.
         """
         several = task.several
         self.paired = not several and len(task.class_names) == 2  # one column for both classes
@@ -53,9 +52,9 @@ class Design:
         self.even = 0.25 if self.several else (1 - 1 / self.columns) / self.columns
         self.count = len(fold)
         self.passes = 0
-        self.streamed = streamed = isinstance(task.X, np.memmap) or not isinstance(task.X, np.ndarray)
+        self.streamed, self.partial = streamed(task.X), like is not None
         # class by class, so that a block's targets are a few slices
-        order = np.arange(self.count) if streamed or self.several else np.argsort(task.y, kind="stable")
+        order = np.arange(self.count) if self.streamed or self.several else np.argsort(task.y, kind="stable")
         self.order = order
         y = task.y[order]
         self.y: Array = y[:, None] if self.paired else y
@@ -67,15 +66,19 @@ class Design:
         self.dual: np.ndarray | None = None  # set where rows were rotated instead
 
         width = task.X.shape[1] + 1
-        self.rows: Array = _Streamed(task) if streamed else np.empty((self.count, width), np.float32)
+        self.rows: Array = _Streamed(task) if self.streamed else np.empty((self.count, width), np.float32)
         self.single = self.rows  # for single-precision passes
-        if self.count < width - 1 and not streamed:
-            self.rows[:, :-1], self.rows[:, -1] = task.standardise(task.X[order]), 1  # type: ignore[index]
+        if not self.streamed:
+            self._fill(task)
+        self.eigenvalues: np.ndarray
+        if like is not None:
+            self.eigenvalues, self.rotation = like.eigenvalues * (self.count / like.count), like.rotation
+            self.rotate(np.float32)
+        elif task.gram is None:
             self._rotate_rows()
         else:
-            gram = self._gram(task)
-            with single_thread(len(gram) < 2048):
-                values, self.rotation = np.linalg.eigh(gram)
+            with single_thread(width < 2048):
+                values, self.rotation = np.linalg.eigh(task.gram)
             self.eigenvalues = np.maximum(values, 0.0)
         self.size = len(self.eigenvalues) + 1
 
@@ -96,21 +99,12 @@ class Design:
         self.rows = np.concatenate([vectors[:, kept] * root, np.ones((self.count, 1))], axis=1)
         self.single = self.rows.astype(np.float32)
 
-    def _gram(self, task: Task) -> np.ndarray:
-        """`X^T X` of standardised features; fills in the rows, too, where they are kept in memory."""
-        width = self.rows.shape[1] - 1
+    def _fill(self, task: Task) -> None:
+        def work(rows: slice, _: None) -> None:
+            task.standardise(task.X[self.order[rows]], self.rows[rows, :-1])  # type: ignore[index]
+            self.rows[rows, -1] = 1
 
-        def work(rows: slice, gram: np.ndarray) -> None:
-            if self.streamed:
-                part = self.rows[rows][:, :-1]
-            else:
-                part = task.standardise(task.X[self.order[rows]])  # type: ignore[index]
-                self.rows[rows, :-1], self.rows[rows, -1] = part, 1
-            gram += part.T @ part
-
-        step = max(64, 4 * SCRATCH // width)
-        parts = spread(work, self.count, step, lambda: np.zeros((width, width)), self.count * width**2)
-        return functools.reduce(np.add, parts)
+        spread(work, self.count, max(64, SCRATCH // self.rows.shape[1]), lambda: None, 16.0 * self.rows.size)
 
     def _move(self, device: str) -> None:
         """Let torch make the passes; rows that take less than half of the GPU's free memory move to it."""
@@ -174,16 +168,23 @@ class Design:
             return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
         return weight, bias
 
-    def logits(self, A: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The head's logits `[M, C]` for rows `bool [N]` of the training data, by one problem `[K, rank + 1]`."""
-        weight = self.placed(self.for_rows(A[:, None])[:, 0])
-        every = np.empty((self.count, len(A)), np.float32)
+    def logits(self, A: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """The logits `[M, C]` of the rows `counted`, `bool [N]`, in the order of the training data, each by the
+        problem, of `[K, P, rank + 1]`, that its fold numbers; in one pass.
+        """
+        weights = self.flat(self.for_rows(A.astype(np.float32)).swapaxes(0, 1)).reshape(A.shape[1], len(A), -1)
+        place, chosen = np.cumsum(counted) - 1, counted[self.order]
+        every = np.empty((int(counted.sum()), len(A)), np.float32)
+
+        def work(rows: slice, _: None) -> None:
+            Z, to, fold = self.block(rows, weights), self.order[rows], taken_back(self.fold[rows])
+            for k, weight in enumerate(weights):
+                mine = np.flatnonzero((fold == k) & chosen[rows])
+                every[place[to[mine]]] = taken_back(Z[mine] @ weight.T)
+
         step = max(64, 4 * SCRATCH // self.rows.shape[1])
-        for start in range(0, self.count, step):
-            some = slice(start, start + step)
-            every[self.order[some]] = taken_back(self.block(some, weight) @ weight.T)
-        out = every[rows]
-        return np.concatenate([-out / 2, out / 2], axis=1) if self.paired else out
+        spread(work, self.count, step, lambda: None, 0 if self.place else float(A[:, 0].size * self.count))
+        return np.concatenate([-every / 2, every / 2], axis=1) if self.paired else every
 
     def for_rows(self, A: np.ndarray) -> np.ndarray:
         """Coordinates `[K, P, rank + 1]` -> weights that multiply `rows`, `[K, P, width]`."""
@@ -284,92 +285,6 @@ class Visit:
         return self
 
 
-class Hessian:
-    """The Hessians of P problems' losses at A `[K, P, rank + 1]`, without the penalty.
-
-    Newton's directions need few digits, so single precision is enough, if small probabilities are not
-    rounded to 0: where the classes are linearly separable, they carry all of the curvature.
-    """
-
-    def __init__(self, design: Design, A: np.ndarray, member: np.ndarray) -> None:
-        self.design, self.member, self.at = design, member, design.for_rows(A.astype(np.float32))
-        kept = not design.streamed and design.count * A[..., 0].size * 4 <= CACHE
-        shape = (*A.shape[:2], design.count)
-        self.shares: Array = design.xp.empty(shape, dtype=design.xp.float32, **design.place) if kept else None
-        self.known = False  # whether `shares` has been filled in
-        self._place()
-
-    def take(self, kept: np.ndarray) -> None:
-        """Keep some of the problems, `bool [P]`."""
-        self.member, self.at = self.member[kept], self.at[:, kept]
-        self.shares = None if self.shares is None else self.shares[:, kept]
-        self._place()
-
-    def _place(self) -> None:
-        self.flat, self.members = self.design.flat(self.at), self.design.placed(self.member)
-
-    def times(self, V: np.ndarray) -> np.ndarray:
-        """The Hessians' products with V, `float32 [K, P, rank + 1]`."""
-        design = self.design
-        turned = design.flat(design.for_rows(V))
-        product = design.spread(
-            lambda rows, total: self._block(rows, turned, total), lambda: design.xp.zeros_like(turned), len(turned)
-        )
-        self.known = self.shares is not None
-        return design.from_rows(taken_back(product).reshape(*V.shape[:2], -1))
-
-    def _block(self, rows: slice, turned: Array, total: Array) -> None:
-        design, xp, member = self.design, self.design.xp, self.members
-        Z = design.block(rows, turned)
-        if self.known:
-            share = self.shares[:, :, rows]
-        else:
-            share = self._shares((self.flat @ Z.T).reshape(-1, len(member), len(Z)), rows, member)
-            if self.shares is not None:
-                self.shares[:, :, rows] = share
-
-        U = (turned @ Z.T).reshape(share.shape)
-        if not design.several:
-            weight = design.placed(xp.clip(design.weights[rows], 1e-30, None), U)
-            for _ in range(2):  # the second time removes what rounding left: all of it, if a class is nearly certain
-                U -= xp.einsum("kpb,kpb->pb", share, U) / weight
-        U *= share
-        total += U.reshape(-1, len(Z)) @ Z
-
-    def _shares(self, L: Array, rows: slice, member: Array) -> Array:
-        """Each row's weight, 0 where it is held out, times its probabilities, or `p (1 - p)` for sigmoids; L:
-        logits `[K, P, B]`.
-        """
-        xp = self.design.xp
-        if self.design.several:
-            xp.exp(xp.clip(-abs(L), FLOOR, None, out=L), out=L)
-            L /= (1 + L) ** 2
-        else:
-            L -= xp.amax(L, 0)
-            xp.exp(xp.clip(L, FLOOR, None, out=L), out=L)
-            L /= L.sum(0)
-        L *= self.design.placed(self.design.trained(rows, member), L)
-        return L
-
-
-def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float) -> list[T]:
-    """Run `work` on every block of `step` of `count` rows, in one thread or as many as there are cores;
-    returns what each thread has gathered.
-    """
-    threads = 1 if flops < THREADED else min(available_threads(), -(-count // step))
-    starts = iter(range(0, count, step))
-
-    def run(gathered: T) -> T:
-        for start in starts:  # the threads share the iterator, which hands out each number once
-            work(slice(start, min(start + step, count)), gathered)
-        return gathered
-
-    if threads == 1:
-        return [run(empty())]
-    with single_thread(), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, [empty() for _ in range(threads)]))
-
-
 def _turned(A: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """All of `A` `[K, P, ...]` but the last column, the bias's, times `rotation`."""
     out = np.empty((*A.shape[:2], rotation.shape[1] + 1), A.dtype)
@@ -396,5 +311,6 @@ class _Streamed:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         part = self.task.X[rows] if isinstance(rows, slice) else gathered(self.task.X, rows)
-        part = self.task.standardise(part)
-        return np.concatenate([part, np.ones((len(part), 1), np.float32)], axis=1)
+        out = np.ones((len(part), self.shape[1]), np.float32)
+        self.task.standardise(part, out[:, :-1])
+        return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featx.cache.streaming import Stacked
+from featx.cache.streaming import Stacked, StoredRows
 from featx.features import Rows
 
 
@@ -31,14 +31,27 @@ class Examples:
         """Every view, `[M, D]`, of the same M images, one below the other.
 
         The views of an image share its label and its group. The first view alone is scored: it is the centre
-        crop, which is what the head will see. Views in memory are copied into one array, others stay unread.
+        crop, which is what the head will see. Views in memory are copied into one array, others stay unread; rows in
+        the cache come in the order in which they are stored.
         """
-        if len(views) == 1:
-            return cls(views[0], y, groups)
-        arrays = [view for view in views if isinstance(view, np.ndarray)]
+        tables, orders = zip(*map(in_stored_order, views), strict=True)
+        arrays = [table for table in tables if isinstance(table, np.ndarray)]
+        order = np.concatenate(orders)
+        if len(tables) == 1:
+            return cls(tables[0], y[order], None if groups is None else groups[order])
         return cls(
-            X=np.concatenate(arrays) if len(arrays) == len(views) else Stacked(views),
-            y=np.concatenate([y] * len(views)),
-            groups=np.tile(np.arange(len(y)) if groups is None else groups, len(views)),
-            scored=np.arange(len(views) * len(y)) < len(y),
+            X=np.concatenate(arrays) if len(arrays) == len(tables) else Stacked(tables),
+            y=y[order],
+            groups=(np.arange(len(y)) if groups is None else groups)[order],
+            scored=np.arange(len(order)) < len(y),
         )
+
+
+def in_stored_order(X: Rows) -> tuple[Rows, np.ndarray]:
+    """A table with its rows in the order in which they are stored, so that a pass reads every file from its first row
+    to its last; and their numbers in X, `int [N]`. A table that is not in the cache stays as it is.
+    """
+    if not isinstance(X, StoredRows):
+        return X, np.arange(X.shape[0])
+    order = np.argsort(X.places, kind="stable")
+    return X.take(order), order

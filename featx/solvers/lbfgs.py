@@ -3,6 +3,10 @@
 Where the classes overlap it takes a third of the time of Newton's steps. Its metric is diagonal in the
 eigenbasis of `X^T X`, where the Hessian is close to `h * eigenvalue + 1 / C`, with `h` the mean of `p (1 - p)`.
 The more certain the answers, the more `p (1 - p)` varies over rows, and the worse is the metric's estimate of the gap.
+
+Where a part of the rows is in memory, its Hessian is the metric. It differs from that of all rows by the sampling
+error alone, so a pass over all rows shrinks the gap by a factor of some tens (subsampled Newton; Byrd, Chin, Neveitt
+and Nocedal 2011, SIAM Journal on Optimization 21, 977-995).
 """
 
 from __future__ import annotations
@@ -12,26 +16,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from featx.solvers.design import Design
-from featx.solvers.newton import Batch, Problems, Solution, dot
+from featx.solvers.newton import Batch, Problems, Solution, dot, solved
 
 MEMORY = 12  # pairs of steps and gradient changes that each problem keeps
 SURE = 10  # times less curvature than at equal probabilities: beyond this the estimated gap is not trusted
 
 
-def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, most: int) -> None:
+def lbfgs(
+    design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, most: int, part: Design | None, dtype: type
+) -> None:
     """Minimise the problems numbered `some`, from their coordinates in `found`, to relative gaps of `wanted` `[P]`,
-    in `most` passes. Those whose gap cannot be estimated stop where they are, not converged.
+    in `most` passes, with arithmetic in `dtype`. part: some of the rows, in memory, in the same coordinates. Those
+    whose gap cannot be estimated stop where they are, not converged.
     """
-    A = found.A[:, some].astype(np.float32)
+    A: np.ndarray = found.A[:, some].astype(dtype)
     at = Problems.visit(design, some, found.strength[some], found.member[some], A)
-    noise = 4 * float(np.finfo(np.float32).eps)  # rounding: a relative difference of losses below this means nothing
+    noise = 4 * float(np.finfo(dtype).eps)  # rounding: a relative difference of losses below this means nothing
     pairs: list[_Pair] = []  # newest last
     t = np.ones(len(some))
 
     for passes in range(1, most + 1):
-        d = _direction(at.g, 1 / at.metric(design), pairs)
+        d = _direction(design, part, at, pairs)
         slope = dot(at.g, d)
-        sureness = design.even / np.maximum(at.curvature.mean(axis=0), 1e-9)
+        sureness = np.ones(len(t)) if part else design.even / np.maximum(at.curvature.mean(axis=0), 1e-9)
         gap = -0.5 * slope * np.maximum(sureness, 1) / at.f
         done = (gap <= wanted[at.number]) & (sureness <= SURE)
         over = done | (sureness > SURE) | (t < 1e-4) | (passes == most)
@@ -41,12 +48,12 @@ def lbfgs(design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray,
                 break
             at, d, t, slope, pairs = at.take(~over), d[:, ~over], t[~over], slope[~over], [p.take(~over) for p in pairs]
 
-        new = Problems.visit(design, at.number, at.strength, at.member, at.A + d * t[:, None].astype(np.float32))
+        new = Problems.visit(design, at.number, at.strength, at.member, at.A + d * t[:, None].astype(dtype))
         good = new.f <= at.f + 1e-4 * t * slope + noise * np.abs(at.f)
         step, change = new.A - at.A, new.g - at.g
         along = dot(step, change)
         usable = good & (along > 0)
-        rho = np.where(usable, 1 / np.where(usable, along, 1), 0).astype(np.float32)
+        rho: np.ndarray = np.where(usable, 1 / np.where(usable, along, 1), 0).astype(dtype)
         pairs = [*pairs, _Pair(step, change, rho)][-MEMORY:]
         # a refused step is halved, or cut to a tenth at most, as the parabola through both losses says
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -66,15 +73,15 @@ class _Pair(Batch):
     rho: np.ndarray
 
 
-def _direction(g: np.ndarray, inverse: np.ndarray, pairs: list[_Pair]) -> np.ndarray:
+def _direction(design: Design, part: Design | None, at: Problems, pairs: list[_Pair]) -> np.ndarray:
     """L-BFGS's two loops (Nocedal 1980) for all problems at once."""
-    q = g.copy()
+    q = at.g.copy()
     alphas = []
     for pair in reversed(pairs):
         alpha = pair.rho * np.einsum("kpd,kpd->p", pair.step, q)
         q -= alpha[:, None] * pair.change
         alphas.append(alpha)
-    q *= inverse
+    q = q / at.metric(design) if part is None else solved(part, at, q, part.mean / design.mean).astype(q.dtype)
     for pair, alpha in zip(pairs, reversed(alphas), strict=True):
         beta = pair.rho * np.einsum("kpd,kpd->p", pair.change, q)
         q += (alpha - beta)[:, None] * pair.step

@@ -7,18 +7,21 @@ close to `h * eigenvalue + 1 / C` there, with `h` the mean of `p (1 - p)` (Böhn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 
-from featx.solvers.design import Design, Hessian
+from featx.solvers.design import Design
+from featx.solvers.hessian import Hessian
 
 INEXACT = 0.2  # conjugate gradients stop at this share of the gradient, in the preconditioner's norm
 PRODUCTS = 500  # a Newton step multiplies by the Hessian at most so often
 # A Newton step that changes the held-out loss per row by less than this is the last: the distance that remains
 # is several times less, since conjugate gradients leave only a share of it.
 SETTLED = 5e-4
+# By so much the Hessian of a part may lengthen a step: where its answers are certain, it has hardly any curvature.
+FURTHEST = 1e4
 
 
 class Batch:
@@ -196,6 +199,16 @@ def _direction(design: Design, at: Problems, radius: np.ndarray) -> tuple[np.nda
         along, own = turn * (along + step * own), size + turn**2 * own
         v = z + turn[:, None].astype(single) * v
     return out * scale[:, None], gains * scale**2, np.sqrt(lengths) * scale
+
+
+def solved(part: Design, at: Problems, g: np.ndarray, ratio: float) -> np.ndarray:
+    """g `[K, P, rank + 1]` times the inverse Hessians of all rows, as a part of them has them: nearly.
+
+    ratio: how many rows one row of the part stands for.
+    """
+    like = replace(at, g=g, strength=ratio * at.strength)
+    radius = FURTHEST * np.sqrt(_dot(g, g / like.metric(part)))
+    return np.asarray(_direction(part, like, radius)[0] / -ratio)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ weights, L-BFGS in single precision is accurate enough; Newton's method solves t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from featx.solvers.design import CACHE, Design
@@ -15,21 +17,36 @@ from featx.solvers.newton import SETTLED, Solution, newton
 
 STATE = 1 << 29  # bytes of vectors at a time; more problems than fit are solved in turns
 LONG = 60  # passes of L-BFGS; Newton's method solves what needs more
+ROUGH = 1e-3  # the relative gap of a part's solutions: they are only a start
+NEARER = 3e-7  # the aim with a part, where a pass gains so much that one more tells neighbouring strengths apart
 SINGLE = 1e-6  # the smallest relative gap to aim at in single precision
 
 
 def minimise(
-    design: Design, strengths: np.ndarray, member: np.ndarray, start: np.ndarray, *, tolerance: float, most: int = 100
+    design: Design,
+    strengths: np.ndarray,
+    member: np.ndarray,
+    start: np.ndarray,
+    *,
+    tolerance: float,
+    most: int = 100,
+    part: Design | None = None,
 ) -> Solution:
     """Minimise P problems, `strengths` `[P]` (scikit-learn's C) and `member` `int [P]` (the fold left out),
-    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and until the held-out loss no longer changes.
+    from `start` `[K, P, rank + 1]`, to a relative gap of `tolerance` and until the held-out loss hardly changes.
+    part: some of the rows, in memory, in the same coordinates; with it a pass gains more.
     """
     found = Solution.unsolved(strengths * design.mean, member, start)
     K = design.columns
     many = max(1, STATE // (200 * K * design.size))
     wanted = _wanted(design, member, tolerance)
-    for some in _parts(np.flatnonzero(wanted >= SINGLE), many):
-        lbfgs(design, found, some, wanted, LONG)
+    single = wanted >= SINGLE
+    if part:
+        wanted = np.minimum(wanted, NEARER)
+    for some in _parts(np.flatnonzero(single), many):
+        lbfgs(design, found, some, wanted, LONG, part, np.float32)
+    for some in _parts(np.flatnonzero(~single & (part is not None)), many):
+        lbfgs(design, found, some, wanted, LONG, part, np.float64)
 
     if not design.streamed:
         many = min(many, max(1, CACHE // (4 * K * design.count)))
@@ -62,7 +79,8 @@ def _wanted(design: Design, member: np.ndarray, tolerance: float) -> np.ndarray:
     Hessian is the gradients' covariance), and f about N.
     """
     count = design.held_out(member)
-    near = SETTLED**2 * count / (2 * design.columns * design.size)
+    settled = SETTLED * (10 if design.partial else 1)  # what a part says is only a start
+    near = settled**2 * count / (2 * design.columns * design.size)
     return np.where(count > 0, np.minimum(near, tolerance), tolerance)
 
 
@@ -74,15 +92,33 @@ class Path:
     Ridge regression keeps this product constant, so most of a path starts next to its optimum. Beyond the
     largest C solved, A itself is extrapolated linearly: where the classes are linearly separable, weights
     grow with log C.
+
+    With a `coarse` path it starts from the part's solution, plus what the part's of the nearest solved strength lacks:
+    most of the sampling error is the same at both.
     """
 
     def __init__(self, design: Design, strengths: np.ndarray, members: np.ndarray, *, tolerance: float = 1e-5) -> None:
         self.design, self.strengths, self.members, self.tolerance = design, strengths, members, tolerance
+        self.coarse: Path | None = None
+        """The path of a part of the rows, in memory, once begun there."""
+        self.near = 0
         self._metric = design.even * np.append(design.eigenvalues, 0.0) + 1 / (design.mean * strengths[:, None])
         self._metric[:, -1] = 1.0
         self.solved: dict[int, Solution] = {}
         """By the index of the strength: a problem per member."""
         self.passes = 0
+
+    def begin(self, part: Design) -> dict[str, Any]:
+        """Search where to begin on a part of the rows, in memory, in the same coordinates; returns what was found.
+
+        The best strength is sought as scikit-learn's C, which depends little on the number of rows: weights are as
+        large, whoever measures them. Each solution on all rows then starts from the part's of the same penalty per row.
+        """
+        own = self.strengths * (self.design.mean / part.mean)
+        found = Path(part, own, self.members, tolerance=ROUGH)
+        self.near = found.search()
+        self.coarse = Path(part, self.strengths, self.members, tolerance=ROUGH)
+        return {"rows": part.count, "strength": float(self.strengths[self.near])}
 
     def solve(self, level: list[int]) -> None:
         """Solve the strengths with these indices together; those already solved are skipped."""
@@ -93,13 +129,19 @@ class Path:
         start = np.stack([self._start(i) for i in level], axis=1).reshape(K, len(level) * M, -1)
         before = self.design.passes
         strengths, members = np.repeat(self.strengths[level], M), np.tile(self.members, len(level))
-        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance)
+        part = self.coarse.design if self.coarse else None
+        found = minimise(self.design, strengths, members, start, tolerance=self.tolerance, part=part)
 
         self.passes += self.design.passes - before
         for column, i in enumerate(level):
             self.solved[i] = found.take(slice(column * M, (column + 1) * M))
 
     def _start(self, i: int) -> np.ndarray:
+        if self.coarse:
+            self.coarse.solve([i])
+            j = min(self.solved, key=lambda j: abs(j - i), default=i)
+            lacking = self.solved[j].A - self.coarse.solved[j].A if j != i else 0
+            return np.asarray(self.coarse.solved[i].A + lacking)
         if not self.solved:
             return climb(self.design, float(self.strengths[i]), self.members)
         known, x = sorted(self.solved), np.log(self.strengths)
@@ -122,9 +164,17 @@ class Path:
         """The index of the strength with the least held-out loss; solves only what it takes to find it.
 
         Every eighth strength, from the strongest regularisation on, until the loss rises; then those half-way
-        around the best, three times. The loss is assumed to have one minimum at these distances.
+        around the best, three times. The loss is assumed to have one minimum at these distances. With a `coarse`
+        path: the part's best and its neighbours, and on from there until the best has both neighbours solved.
         """
         last = len(self.strengths) - 1
+        if self.coarse:
+            best = self.near
+            while True:
+                self.solve([i for i in range(best - 1, best + 2) if 0 <= i <= last])
+                if best == self.best:
+                    return best
+                best = self.best
         coarse = sorted({*range(0, last + 1, 8), last})
         self.solve(coarse[:3])
         for anchor in coarse[3:]:

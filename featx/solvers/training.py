@@ -13,6 +13,7 @@ from featx.features import Rows
 from featx.head import Activation, Head
 from featx.options import fits
 from featx.solvers.examples import Examples
+from featx.solvers.moments import Asked, moments
 from featx.text import near
 
 BLOCK = 1 << 22  # numbers read at a time, 16 MB as float32
@@ -21,6 +22,7 @@ CONSTANT = 1e-6
 # Logits are clipped this far below the highest: a probability of 1e-26 changes no sum, and smaller ones would
 # make the products denormal, which takes ten times as long.
 FLOOR = -60.0
+EMPTY = np.zeros(0)
 
 
 def blocks(X: Rows) -> Iterator[tuple[slice, np.ndarray]]:
@@ -48,15 +50,24 @@ class Task:
     notes: list[str] = field(default_factory=list)
     weights: np.ndarray | None = None
     """`float64 [N]`, see `Examples`."""
+    gram: np.ndarray | None = None
+    """`float64 [D, D]`: the products of standardised columns, summed over rows, which count by their weights (of mean
+    1). None where rows are so few that they are rotated themselves, and where nobody asked."""
+    sums: np.ndarray = field(default_factory=lambda: EMPTY)
+    """`float64 [kinds, targets, D]`: standardised rows, summed like `gram`, as `Asked` says."""
+    totals: np.ndarray = field(default_factory=lambda: EMPTY)
+    """`float64 [kinds, targets]`: the weights in `sums`."""
+    kept: np.ndarray = field(default_factory=lambda: EMPTY)
+    """`float32 [n, D]`: the rows that were asked for, as they are."""
 
     @property
     def several(self) -> bool:
         """Whether an image may have several labels."""
         return self.y.ndim == 2
 
-    def standardise(self, part: np.ndarray) -> np.ndarray:
-        """Rows of X `[B, D]`, standardised, `float32`."""
-        out = np.asarray(part, np.float32) - self.mean.astype(np.float32)
+    def standardise(self, part: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows of X `[B, D]`, standardised, `float32`, written to `out` where it is given."""
+        out = np.subtract(np.asarray(part, np.float32), self.mean.astype(np.float32), out=out)
         out /= self.scale.astype(np.float32)
         return out
 
@@ -64,7 +75,7 @@ class Task:
         """All features, standardised, `float32 [N, D]`, in memory."""
         out = np.empty(self.X.shape, np.float32)
         for rows, part in blocks(self.X):
-            out[rows] = self.standardise(part)
+            self.standardise(part, out[rows])
         return out
 
     def one_hot(self) -> np.ndarray:
@@ -81,13 +92,21 @@ class Task:
         return Head(weight.astype(np.float32), bias.astype(np.float32), self.class_names, activation)
 
 
-def check(X: Rows, y: np.ndarray, class_names: Sequence[str], weights: np.ndarray | None = None) -> Task:
+def check(
+    X: Rows, y: np.ndarray, class_names: Sequence[str], weights: np.ndarray | None = None, *, gram: bool = True
+) -> Task:
     """Check training data and measure its columns, in one pass over X.
 
-    X: float `[N, D]`; y: `int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image; weights: see `Examples`.
+    X: float `[N, D]`; y: `int [N]` in [0, C), or 0/1 `[N, C]` for several labels per image; weights: see `Examples`;
+    gram: whether the products of columns are wanted.
     Raises `HeadError` for shapes, labels or weights that do not fit, NaN or infinite features (the first such row is
     named), fewer than two classes with images, and features that are all constant.
     """
+    return measured(labelled(X, y, class_names, weights), Asked(gram))
+
+
+def labelled(X: Rows, y: np.ndarray, class_names: Sequence[str], weights: np.ndarray | None) -> Task:
+    """A task whose labels and weights are checked, and whose columns are not measured yet."""
     y, names, notes = np.asarray(y), list(class_names), []
     if len(X.shape) != 2 or not X.shape[0] or not X.shape[1]:
         raise HeadError(f"expected features [N, D] with rows and columns, got {list(X.shape)}")
@@ -120,40 +139,50 @@ def check(X: Rows, y: np.ndarray, class_names: Sequence[str], weights: np.ndarra
         some = ", ".join(repr(names[i]) for i in left_out[:5])
         notes.append(f"{len(left_out)} classes cannot be learned from these training images: {some}")
 
-    mean, scale, constant = _columns(X, weights)
+    return Task(X, y, tuple(names[i] for i in kept), EMPTY, EMPTY, notes, weights)
+
+
+def measured(task: Task, asked: Asked) -> Task:
+    """The task with what one pass over its rows gathers. Raises `HeadError`, see `check`."""
+    X, notes, shares = task.X, task.notes, None
+    if task.weights is not None:
+        shares = (task.weights / task.weights.mean()).astype(np.float32)
+    asked = replace(asked, gram=asked.gram and (X.shape[0] >= X.shape[1] or streamed(X)))
+    found, kept = moments(X, shares, asked)
+    squares = np.diagonal(found.squares) if asked.gram else found.squares
+    scale = np.sqrt(np.maximum(squares / found.weight, 0.0))
+    constant = scale <= CONSTANT * np.abs(found.mean)
     if constant.all():
         raise HeadError("all features are constant: every image looks the same to this backbone and layer")
     if constant.any():
-        notes.append(f"{int(constant.sum())} of {len(constant)} feature columns are constant and get no weight")
-    return Task(X, y, tuple(names[i] for i in kept), mean, scale, notes, weights)
+        notes = [*notes, f"{int(constant.sum())} of {len(constant)} feature columns are constant and get no weight"]
 
-
-def _columns(X: Rows, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, standard deviation and constancy of each column; sums are relative to the first row: nothing cancels."""
-    first = np.asarray(X[0:1], np.float32)
-    total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
-    shares = np.ones(X.shape[0], np.float32) if weights is None else (weights / weights.mean()).astype(np.float32)
-    for rows, part in blocks(X):
-        for start in range(0, len(part), 512):  # small enough to stay in the cache
-            with np.errstate(over="ignore", invalid="ignore"):
-                centred, share = part[start : start + 512] - first, shares[rows][start : start + 512]
-                total += share @ centred
-                weighted = centred if weights is None else centred * share[:, None]
-                squares += np.einsum("nd,nd->d", weighted, centred)
-        if not (np.isfinite(total).all() and np.isfinite(squares).all()):
-            bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
-            where = f"row {rows.start + bad[0]}" if len(bad) else f"rows {rows.start} to {rows.stop}"
-            raise HeadError(
-                f"the features hold NaN, infinity or numbers beyond float32 ({where}); extract these images "
-                "again, in fp32"
-            )
-    offset = total / X.shape[0]
-    mean = first[0].astype(np.float64) + offset
-    scale = np.sqrt(np.maximum(squares / X.shape[0] - offset**2, 0.0))
-    constant = scale <= CONSTANT * np.abs(mean)
     # rounded to float32, so that standardising in float32 and folding back use the same numbers
-    mean, scale = (a.astype(np.float32).astype(np.float64) for a in (mean, np.where(constant, np.inf, scale)))
-    return mean, scale, constant
+    mean, scale = (a.astype(np.float32).astype(np.float64) for a in (found.mean, np.where(constant, np.inf, scale)))
+    off, gram = found.mean - mean, None
+    if asked.gram:
+        gram = (found.squares + found.weight * np.outer(off, off)) / scale / scale[:, None]
+    sums = (found.sums + found.totals[..., None] * off) / scale
+    return replace(task, mean=mean, scale=scale, notes=notes, gram=gram, sums=sums, totals=found.totals, kept=kept)
+
+
+def summed(task: Task, fold: np.ndarray, *, gram: bool = False) -> tuple[Task, np.ndarray, np.ndarray]:
+    """A `measured` task, and its standardised rows summed by fold and class, `float64 [F + 1, C, D]`, with their summed
+    weights, `[F + 1, C]`; the last fold is -1. With several labels per image, C are the labels and then their absences.
+    """
+    held = np.where(fold < 0, fold.max() + 1, fold)
+    folds, classes = int(fold.max()) + 2, len(task.class_names)
+    if task.several:
+        asked = Asked(gram, held, folds, np.concatenate([task.y, 1 - task.y], axis=1))
+    else:
+        asked = Asked(gram, held * classes + task.y, folds * classes)
+    task = measured(task, asked)
+    return task, task.sums.reshape(folds, -1, task.X.shape[1]), task.totals.reshape(folds, -1)
+
+
+def streamed(X: Rows) -> bool:
+    """Whether a table is read from a disk, pass by pass."""
+    return isinstance(X, np.memmap) or not isinstance(X, np.ndarray)
 
 
 def ascending(values: Sequence[float], says: str) -> np.ndarray:
@@ -169,10 +198,10 @@ def ascending(values: Sequence[float], says: str) -> np.ndarray:
 def prepared(
     examples: Examples, class_names: Sequence[str], count: int, seed: int
 ) -> tuple[Task, np.ndarray, np.ndarray]:
-    """A checked task, with notes on its folds, too; its `folds`, `int64 [N]`, `count` of them; and the rows that are
-    measured when they are held out, `bool [N]`.
+    """A task with checked labels, with notes on its folds, too; its `folds`, `int64 [N]`, `count` of them; and the rows
+    that are measured when they are held out, `bool [N]`. Its columns are left to `measured`.
     """
-    task = check(examples.X, examples.y, class_names, examples.weights)
+    task = labelled(examples.X, examples.y, class_names, examples.weights)
     fold, notes = folds(task.y, count, groups=examples.groups, seed=seed)
     return replace(task, notes=[*task.notes, *notes]), fold, counted(fold >= 0, examples.scored)
 
@@ -190,7 +219,7 @@ def folds(
     """
     if not isinstance(count, Integral) or count < 2:
         raise HeadError(f"folds is a whole number of at least 2 (5 is usual), not {count!r}")
-    unit, size, label, alone, notes = _units(y, groups)
+    unit, size, label, alone, notes = units(y, groups)
     used = min(count, int((~alone).sum()))
     if used < 2:
         return np.full(len(y), -1), notes
@@ -221,13 +250,11 @@ def measurable(y: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, li
     """`bool [N]`: the rows whose class can still be learned when they are left out with their group, which are
     those that `folds` would hold out; and sentences on the others.
     """
-    unit, _, _, alone, notes = _units(y, groups)
+    unit, _, _, alone, notes = units(y, groups)
     return ~alone[unit], notes
 
 
-def _units(
-    y: np.ndarray, groups: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def units(y: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Each row's group, `int [N]`; of each group the size, the class and whether it is its class's only one,
     `[G]` each; and sentences on the classes that cannot be measured.
     """
@@ -236,9 +263,8 @@ def _units(
         y = np.where(y.any(axis=1), np.where(y > 0, rarity, y.shape[1]).min(axis=1), y.shape[1])
     groups = np.arange(len(y)) if groups is None else groups
     _, unit, size = np.unique(groups, return_inverse=True, return_counts=True)
-    first = np.full(len(size), -1)
-    first[unit[::-1]] = np.arange(len(y))[::-1]
-    label = y[first]  # a group's class is its first row's
+    label = np.full(len(size), np.iinfo(np.int64).max)
+    np.minimum.at(label, unit, y)  # a group's class is its smallest, whatever the order of its rows
     _, inverse, many = np.unique(label, return_inverse=True, return_counts=True)
     alone = many[inverse] == 1
     notes = []

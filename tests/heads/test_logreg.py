@@ -15,6 +15,8 @@ from featx.devices import has_cuda
 from featx.errors import FeatxError, HeadError
 from featx.heads import logreg
 from featx.solvers import design as _design
+from featx.solvers import hessian as _hessian
+from featx.solvers import moments as _moments
 from featx.solvers import path as _solver
 from featx.solvers import training as _training
 from featx.solvers.examples import Examples
@@ -175,7 +177,7 @@ def test_threads_and_blocks_change_no_answer() -> None:
     design = _design.Design(_training.check(X, y, names), np.arange(20_000) % 3)
     A = np.random.default_rng(0).normal(size=(4, 20, design.size)) * 0.1
     member = np.arange(20) % 4 - 1
-    assert A[..., 0].size * X.size > _design.THREADED
+    assert A[..., 0].size * X.size > _moments.THREADED
     split = design.visit(A, member)
     for p in (0, 1, 18):
         plain = design.visit(A[:, [p]], member[[p]])  # in one block, by one thread
@@ -268,7 +270,7 @@ def test_torch_makes_the_same_passes_as_numpy(kind: str, dtype: type) -> None:
     assert other.gradient.dtype == dtype and np.abs(one.gradient).max() > 1
     np.testing.assert_allclose(other.gradient, one.gradient, atol=rel * np.abs(one.gradient).max())
     along = rng.normal(size=A.shape)
-    products = [_design.Hessian(design, A, member).times(along.astype(np.float32)) for design in (numpy, torch)]
+    products = [_hessian.Hessian(design, A, member).times(along.astype(np.float32)) for design in (numpy, torch)]
     near, far = (numpy.visit(A.astype(np.float64) + step * along, member).gradient for step in (-1e-5, 1e-5))
     for product in products:
         np.testing.assert_allclose(product, (far - near) / 2e-5, atol=1e-4 * np.abs(product).max())
@@ -284,7 +286,7 @@ def test_a_search_by_torchs_passes_is_numpys() -> None:
         assert other.solved[i].converged.all() and other.held(i) == pytest.approx(usual.held(i), rel=1e-4)
     (weight, _), (same, _) = (logreg._last(design, 0.01, None, {"notes": []}) for design in designs)
     assert np.abs(same - weight).max() < 1e-3 * np.abs(weight).max()
-    logits = [d.logits(p.solved[usual.best].A[:, 0], fold == 0) for d, p in zip(designs, (usual, other), strict=True)]
+    logits = [d.logits(p.solved[usual.best].A, fold >= 0) for d, p in zip(designs, (usual, other), strict=True)]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-2)
     assert logits[0].std() > 0.1
 

@@ -34,7 +34,7 @@ def test_leave_one_out_is_what_leaving_out_gives(rows: int, size: int, grouped: 
     T_sorted = T[design.order]
     counted = np.arange(rows) % 3 > 0 if some else np.ones(rows, bool)
     together = groups[design.order] if grouped else None
-    errors = ridge.LeftOut(design, T_sorted, together, counted[design.order]).errors(penalties)
+    errors = ridge.LeftOut(design, T_sorted, together, counted[design.order]).measure(penalties, 0)[0]
     Z = task.standard().astype(np.float64)
     for penalty, error in zip(penalties, errors, strict=True):
         total = 0.0
@@ -54,7 +54,7 @@ def test_single_precision_and_blocks_change_little() -> None:
     for dtype in (np.float64, np.float32):
         design = _design.Design(task, np.full(30_000, -1))
         left_out = ridge.LeftOut(design, (2 * task.one_hot() - 1)[design.order], dtype=dtype)
-        found.append((left_out.errors(np.array([1.0, 3e4])), left_out.scores(300.0)))
+        found.append(left_out.measure(np.array([1.0, 3e4, 300.0]), 2))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-4)
     assert found[0][1].std() > 0.1
