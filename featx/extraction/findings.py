@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -96,13 +97,9 @@ def check(path: str | Path) -> Path:
 
     Raises `FeatxError`, before any extraction, for any other file.
     """
-    path = Path(path)
-    if os.path.lexists(path):
-        try:
-            with open_plain(path, follow=False) as file:
-                known = file.read(len(FIRST)) in (FIRST, b"")
-        except OSError:
-            known = False
-        if not known:
-            raise FeatxError(f"{printable(str(path))} holds no findings of featx, so it stays; give another file")
+    path, known = Path(path), not os.path.lexists(path)
+    with contextlib.suppress(OSError), open_plain(path, follow=False) as file:
+        known = file.read(len(FIRST)) in (FIRST, b"")
+    if not known:
+        raise FeatxError(f"{printable(str(path))} holds no findings of featx, so it stays; give another file")
     return path

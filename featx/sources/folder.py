@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -68,22 +67,15 @@ class _Listing:
             self.labels.append(label)
             self.splits.append(split)
 
-    def packed(self, ignored: Texts, named: bool) -> dict[str, Any]:
-        """The columns of `Source`."""
+    def packed(self) -> tuple[Texts, np.ndarray, list[int]]:
+        """The ids, their stats, and how many there are for each label."""
         counts = [len(rows) for rows in self.rows]
         ids = Texts.packed(self.names.getvalue(), sum(counts))
         stats = np.frombuffer(self.stats, np.int64).reshape(-1, 4)
         if any(rows.start > after.start for rows, after in pairwise(self.rows)):
             order = np.concatenate([np.arange(rows.start, rows.stop) for rows in self.rows])
             ids, stats = ids.take(order), stats[order]
-        return {
-            "ids": ids,
-            "labels": Names.repeated(self.labels, counts) if any(self.labels) else None,
-            "splits": Names.repeated(self.splits, counts) if named else None,
-            "stats": stats,
-            "ignored": ignored,
-            "notes": self.notes,
-        }
+        return ids, stats, counts
 
     def images(self, found: _Folder) -> Sequence[str]:
         """The names of a folder's images."""
@@ -132,7 +124,10 @@ def open_folder(path: str) -> Source:
                 listing.add(found, label, "")
     ignored = Texts.packed(listing.others.getvalue(), listing.other_count)
     _remark(listing, ignored, place, named, {name: trees[name] for name in full})
-    return Source(uri=path, root=Path(path), **listing.packed(ignored, bool(named)))
+    ids, stats, counts = listing.packed()
+    labels = Names.repeated(listing.labels, counts) if any(listing.labels) else None
+    splits = Names.repeated(listing.splits, counts) if named else None
+    return Source(path, Path(path), ids, labels, splits, stats, ignored, listing.notes)
 
 
 def _named(listing: _Listing, place: str, top: _Folder, full: list[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import math
 import os
 import re
@@ -177,23 +176,15 @@ def _label(value: Any, where: str) -> tuple[str, bool]:
         return "", False
     if isinstance(value, bool):
         return str(value).lower(), False
-    if isinstance(value, str):
-        return _text_label(value)
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)  # one number is one class, in text as in JSON; `007` and `1e3` are names
     if isinstance(value, float) and value.is_integer():
         return str(int(value)), False  # tables with gaps turn whole numbers into floats
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (str, int, float)):
         raise SourceError(f"{where}: a label is a text, a number or a list of these; got {value!r}")
-    return class_name(str(value)), False
-
-
-@functools.lru_cache(4096)
-def _text_label(text: str) -> tuple[str, bool]:
-    if _DECIMAL.fullmatch(text):
-        number = float(text)  # one number is one class, in text as in JSON; `007` and `1e3` are names
-        return str(int(number) if number.is_integer() else number), False
-    if SEPARATOR not in text:
-        return class_name(text), False
-    names = [_text_label(part)[0] for part in text.split(SEPARATOR)]
+    if SEPARATOR not in str(value):
+        return class_name(str(value)), False
+    names = [_label(part, where)[0] for part in str(value).split(SEPARATOR)]
     return SEPARATOR.join(dict.fromkeys(name for name in names if name)) or SEPARATOR, True
 
 

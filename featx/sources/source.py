@@ -12,7 +12,7 @@ import numpy as np
 
 from featx.errors import ImageError
 from featx.options import home
-from featx.sources.columns import Column, Names, Texts
+from featx.sources.columns import Names, Texts
 
 # The suffixes of images in a folder, in any case: those of torchvision.datasets.ImageFolder, and what phones, browsers
 # and cameras write since.
@@ -62,11 +62,9 @@ class Source:
     own."""
 
     def __post_init__(self) -> None:
-        packed: dict[str, Column] = {"ids": Texts.of(self.ids), "ignored": Texts.of(self.ignored)}
-        given = {"labels": self.labels, "splits": self.splits}
-        packed |= {name: Names.of(column) for name, column in given.items() if column is not None}
-        for name, column in packed.items():
-            object.__setattr__(self, name, column)
+        for name, kind in (("ids", Texts), ("labels", Names), ("splits", Names), ("ignored", Texts)):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, kind.of(given))
 
     def __len__(self) -> int:
         return len(self.ids)
