@@ -8,10 +8,11 @@ from structure import all_patches, code_lines, long_functions, package_files
 LONGER: dict[str, str] = {}
 
 
-def test_the_package_has_at_most_16_400_lines_of_code() -> None:
+def test_the_package_has_at_most_16_800_lines_of_code() -> None:
     """13,000 before it took what people bring: layouts, names, kinds of images and of checkpoints, pipelines;
-    14,500 before it computed in bf16 by OpenVINO and in int8, and prepared what runs on a GPU."""
-    assert sum(map(code_lines, package_files())) <= 16_400
+    14,500 before it computed in bf16 by OpenVINO and in int8, and prepared what runs on a GPU; 15,400 before chunks,
+    clusters, packed columns, a memo of several writers, and heads that read a table once."""
+    assert sum(map(code_lines, package_files())) <= 16_800
 
 
 def test_functions_have_at_most_60_lines() -> None:
