@@ -27,7 +27,7 @@ from featx.files import stat_row, sweep, write_chunks
 SHARD_BYTES = 16 << 20
 SHARD_SECONDS = 20.0
 # How often a folder is listed again while other processes change it.
-MAX_LISTINGS = 4
+MAX_LISTINGS = 20
 CHANGING = "{} changes faster than it can be read; try again"
 
 
