@@ -166,7 +166,7 @@ def files(cache: Path, rows: int, shard_rows: int) -> Figures:
     """The list of the images themselves, which every process that extracts makes for itself."""
     root = cache / "images" / "files"
     root.mkdir(parents=True)
-    lay_out(root, rows, -(-rows // 1000))
+    lay_out(root, -(-rows // 1000), 1000)
     before, begin = fresh_peak(), cpu()
     source = open_source(root)
     figures = {"list the images, CPU s": cpu() - begin, "list of the images: memory, MB": resident("VmHWM") - before}

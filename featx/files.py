@@ -20,6 +20,10 @@ from pathlib import Path
 # The most bytes of a file that is read whole: records and heads; networks, which one ONNX file of 2**31 bytes holds;
 # checkpoints with the state of an optimizer.
 MOST_BYTES, MOST_NETWORK_BYTES, MOST_CHECKPOINT_BYTES = 1 << 28, 1 << 31, 1 << 34
+# A file that changed this shortly before it was looked at can change again without another timestamp
+# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
+CLOCK_NS = 2_000_000_000
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # Leftovers of another machine are swept when they are older than this; writing a shard takes seconds.
 FOREIGN_AGE = 24 * 3600.0
 _ASIDE = re.compile(r"\.~([^~]*)~(\d+)~(\d+)~[^~]*\.tmp")  # host, process, when it started

@@ -24,7 +24,7 @@ from featx.features import Features, LazyRows, Rows, groups, labelled, repeated,
 from featx.finetuning.processes import World, processes, rank
 from featx.head import Fitted, Head
 from featx.heads import pretrained
-from featx.measuring.evaluation import Report, evaluate_logits
+from featx.measuring.evaluation import Report, answered, evaluate_logits
 from featx.measuring.quantised import int8_cost
 from featx.measuring.views import average, measure_gain
 from featx.options import Options, Preprocessing, complete, fields_of, home
@@ -113,13 +113,6 @@ def measured(features: Features, fitted: Fitted, seconds: float, *, learned: boo
     rows, order = in_stored_order(train.rows)
     right = head.accuracy(rows, train.y[order], train.class_names) if len(train.y) else None
     return Fit(head, fitted.info, seconds, val, test, right, notes)
-
-
-def answered(head: Head, rows: Rows) -> np.ndarray:
-    """A head's logits `float32 [N, C]`; a table in the cache is read in the order in which it is stored."""
-    rows, order = in_stored_order(rows)
-    logits = head(rows)
-    return logits[np.argsort(order)]
 
 
 @ordinary()

@@ -21,12 +21,11 @@ from featx.cache.store import FeatureStore
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import Features
 from featx.files import aside_name, make_folder, sweep, sync_folder, write_chunks
+from featx.sources.own import MADE_AGAIN
 from featx.text import near, printable
 
 # Bytes of rows copied at a time when shards are merged.
 COPY_BYTES = 8 << 20
-# Folders beside the features; the next run makes again what it needs of them.
-MADE_AGAIN = ("engines", "memo", "plans", "rates", "resolved")
 # What featx calls an entry, and what it writes into an entry's folder or into those of MADE_AGAIN.
 ENTRY = re.compile(r"[\w.-]*-[0-9a-f]{16}", re.ASCII)
 WRITTEN = re.compile(r"spec\.json|verified\.json|damaged|[0-9a-f]{16}-[0-9a-f]{64}\.h5|[0-9a-f]{32}.*|\.(~|nfs).*")

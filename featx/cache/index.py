@@ -9,6 +9,7 @@ import numpy as np
 from featx.errors import StoreError
 
 KEY_BYTES = 32
+NONE = np.zeros((0, KEY_BYTES), np.uint8)
 # Keys looked up at a time, so that a million of them need little memory beside themselves.
 AT_ONCE = 1 << 16
 
@@ -20,7 +21,7 @@ class KeyIndex:
     run of millions of images is not all sorted again with every shard.
     """
 
-    def __init__(self, keys: np.ndarray) -> None:
+    def __init__(self, keys: np.ndarray = NONE) -> None:
         self._buffer, self._count = keys, len(keys)
         self._used = [self._count]  # rows of the buffer that this index, or one that `plus` made of it, has taken
         self._runs: list[_Run] = []

@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 
 from featx.cache import shards
-from featx.cache.index import KEY_BYTES, KeyIndex, as_keys, distinct
+from featx.cache.index import KeyIndex, as_keys, distinct
 from featx.cache.shards import Form, Shard, StaleError
 from featx.cache.writing import CHANGING, MAX_LISTINGS, Writer
 from featx.errors import DamageError, StoreError
@@ -26,8 +26,9 @@ class LightStore(Writer):
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """`bool [N]`: which of the keys, `uint8 [N, 32]`, have a committed row.
 
-        Never wrongly no, and exact for the rows that this store has appended itself. Among n rows of other writers, it
-        is wrongly yes for about one key in 2**32 / n (10**7 rows: one in 430), unless `confirm` has said no.
+        It finds every stored key. Of keys that are not stored it says yes for about one in 2**32 / n, where other
+        writers have stored n rows (10**7: one in 430), until `confirm` was asked. It is exact for the rows that this
+        store has appended.
         """
         found = self._others.maybe(keys)
         found &= self._absent.locate(keys) < 0
@@ -63,14 +64,13 @@ class LightStore(Writer):
         return not any(self._shards.values())
 
     def _forget(self) -> None:
-        none = np.zeros((0, KEY_BYTES), np.uint8)
         self._shards: dict[str, Shard | None] = {}
         """All shards by their names; None for one that cannot be parsed."""
         self._others = KeyFilter()
         self._mine: set[str] = set()
-        self._own = KeyIndex(none)
+        self._own = KeyIndex()
         """The keys of the shards that this store has written."""
-        self._absent = KeyIndex(none)
+        self._absent = KeyIndex()
 
     def _relist(self, form: Form | None, trust: bool) -> None:
         listed = shards.list_shards(self.folder) if form else {}

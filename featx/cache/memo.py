@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from featx.errors import StoreError
-from featx.files import make_folder, open_plain, sweep, write_chunks
+from featx.files import CLOCK_NS, READ_ONLY, make_folder, open_plain, sweep, write_chunks
 
 MAGIC, OLD_MAGIC = b"featx memo 2\n\0\0\0", b"featx memo 1\n"
 # One file: a hash of its path; size, mtime_ns, ctime_ns, inode; the SHA-256 of its bytes.
@@ -25,12 +25,8 @@ SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 AT_ONCE, MOST = 1 << 14, 1 << 18
 # Segments that are merged at a time; each takes an open file.
 AT_A_TIME = 64
-# A file that changed this shortly before it was looked at can change again without another timestamp
-# (2 s on FAT, 1 s on old network file systems, 4-10 ms on ext4): its key is not remembered.
-CLOCK_NS = 2_000_000_000
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # How often the folder is listed again while other processes merge its segments.
-MAX_LISTINGS = 100
+MOST_LISTINGS = 100
 
 
 class KeyMemo:
@@ -64,7 +60,7 @@ class KeyMemo:
         paths = _hashes(ids)
         left = np.argsort(paths)
         done: set[Path] = set()
-        for _ in range(MAX_LISTINGS):
+        for _ in range(MOST_LISTINGS):
             segments = self._segments()
             for segment in [each for each in reversed(segments) if each not in done]:
                 with contextlib.suppress(FileNotFoundError):  # merged meanwhile

@@ -9,13 +9,12 @@ import time
 import numpy as np
 
 from featx.cache import shards, writing
-from featx.cache.index import KEY_BYTES, KeyIndex
-from featx.cache.memo import CLOCK_NS
+from featx.cache.index import KeyIndex
 from featx.cache.reading import READERS, ShardTable
 from featx.cache.shards import Form, Shard, StaleError
 from featx.cache.writing import CHANGING, MAX_LISTINGS, Writer
 from featx.errors import DamageError, StoreError
-from featx.files import make_folder, sync_folder
+from featx.files import CLOCK_NS, make_folder, sync_folder
 from featx.threads import ahead
 
 
@@ -26,7 +25,7 @@ class FeatureStore(Writer):
     """
 
     def _forget(self) -> None:
-        self._table = ShardTable(self.folder, None, [], KeyIndex(np.zeros((0, KEY_BYTES), np.uint8)))
+        self._table = ShardTable(self.folder, None, [], KeyIndex())
         """Replaced as a whole, since other threads may read: they see the old listing or the new one."""
 
     @property
@@ -99,7 +98,7 @@ class FeatureStore(Writer):
         found = [] if form is None else self._list(form, trust)
         table, left = self._table, set(found)
         if table.form != form or not left.issuperset(table.shards):  # one has gone
-            table = ShardTable(self.folder, form, [], KeyIndex(np.zeros((0, KEY_BYTES), np.uint8)))
+            table = ShardTable(self.folder, form, [], KeyIndex())
         left.difference_update(table.shards)
         new = [shard for shard in found if shard in left]  # the others keep their places, and their keys are not read
         self._table = table.plus(new, shards.read_keys(self.folder, new)) if new else table

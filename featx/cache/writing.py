@@ -17,11 +17,10 @@ import numpy as np
 
 from featx.cache import shards
 from featx.cache.index import KEY_BYTES, as_keys, distinct
-from featx.cache.memo import READ_ONLY
 from featx.cache.shards import BLOCK_BYTES, Form, Shard, StaleError
 from featx.errors import DamageError, NewerError, StoreError
 from featx.features import FeatureSpec
-from featx.files import stat_row, sweep, write_chunks
+from featx.files import READ_ONLY, stat_row, sweep, write_chunks
 
 # A killed run loses at most so many bytes of rows, or so many seconds of work.
 SHARD_BYTES = 16 << 20

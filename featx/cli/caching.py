@@ -65,6 +65,7 @@ against_option = click.option(
 def list_(cache: str, as_json: bool) -> None:
     """List the cache's entries, with sizes."""
     from featx.cache import caching
+    from featx.sources.own import MADE_AGAIN
 
     found, sizes = caching.entries(Path(cache)), caching.sizes(Path(cache))
     if as_json:
@@ -83,7 +84,7 @@ def list_(cache: str, as_json: bool) -> None:
         what += f"; {entry.damaged} damaged files set aside" if entry.damaged else ""
         line = f"{entry.name:<{width}}  {entry.bytes / 1e6:>9.1f}  {entry.shards:>6}  {shape:<8}  {what}"
         echo(printable(line))
-    others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name in caching.MADE_AGAIN)
+    others = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if name in MADE_AGAIN)
     if others:
         say(f"beside the features, and made again after `featx cache remove`: {others}")
     if size := sizes.get("calibrations"):

@@ -40,14 +40,10 @@ def extract(
     DATA is a folder (one folder a class, or train/ and val/ with such folders, or images alone) or a
     manifest (.csv, .jsonl, .parquet).
     """
-    given = {
-        "--dry-run": dry_run,
-        "--prepare": prepare,
-        "--chunk": chunk is not None,
-        "--findings": findings is not None,
-    }
-    if len(several := [name for name, there in given.items() if there]) > 1:
-        raise click.UsageError(f"{' and '.join(several)} are different things to do: give one of them")
+    given = {"--dry-run": dry_run, "--prepare": prepare, "--chunk": chunk, "--findings": findings}
+    several = [name for name, value in given.items() if value not in (None, False)]
+    if len(several) > 1:
+        raise click.UsageError(f"{' and '.join(several)} cannot be combined; give one of them")
     if prepare or chunk is not None:
         return part_of(data, chunk, as_json, **options)
     if dry_run:
@@ -56,14 +52,14 @@ def extract(
         planned = plan(data, **options)
         base.show(planned, as_json)
         return DONE
-    from featx.extraction.findings import check
+    from featx.extraction.findings import check_findings
     from featx.extraction.pipeline import sync
 
     if findings:
-        check(findings)
+        check_findings(findings)
     extraction = sync(data, **options)
     if findings:
-        extraction.findings().write(findings)
+        extraction.findings.write(findings)
     report = extraction.report
     if as_json:
         base.emit(report.to_dict() | {"backbone": extraction.info.to_dict(), "cache": str(extraction.cache)})

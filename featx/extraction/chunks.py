@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from featx.devices import processor
 from featx.engines.engine import Engine
 from featx.errors import FeatxError, SourceError
 from featx.extraction.computing import compute
+from featx.extraction.findings import Findings
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.report import Chunk, ExtractionReport, describe
@@ -87,16 +89,15 @@ class Prepared:
 
 def parse_chunk(text: str) -> tuple[int, int]:
     """`17/200` -> (17, 200). Raises `FeatxError` for any other text, and for a number that is out of range."""
-    number, slash, chunks = text.partition("/")
-    if not (slash and number.isascii() and number.isdigit() and chunks.isascii() and chunks.isdigit()):
+    found = re.fullmatch(r"(\d{1,12})/(\d{1,12})", text, re.ASCII)
+    if not found:
         raise FeatxError(f"a chunk is its number and how many there are, such as 17/200, not {text!r}")
-    return _checked(int(number), int(chunks))
+    return _checked(*map(int, found.groups()))
 
 
 def _checked(number: Any, chunks: Any) -> tuple[int, int]:
     if not (fits(number, int) and fits(chunks, int) and 0 <= number < chunks):
-        last = f"{chunks - 1}/{chunks}" if fits(chunks, int) and chunks > 0 else "199/200"
-        raise FeatxError(f"there is no chunk {number}/{chunks}: they count from 0, so the last one is {last}")
+        raise FeatxError(f"there is no chunk {number}/{chunks}: N chunks are numbered from 0/N to N-1/N")
     return number, chunks
 
 
@@ -149,7 +150,9 @@ def extract_chunk(
     stored = work(part, table, stores, chunk, engine)
     if chunk.extracted and note:
         chunk.notes.append(note)
-    report = describe(part, table, stores, stored, chunk, time.perf_counter() - begin)
+    numbers = np.flatnonzero(stored)
+    findings = Findings.of(part.source, numbers, table.keys[numbers], table.reasons(stored))
+    report = describe(part, findings, stores, chunk, time.perf_counter() - begin)
     return ChunkReport(number, chunks, start, stop, len(job.source), report)
 
 
@@ -182,8 +185,8 @@ def bounds(images: int, number: int, chunks: int, starts: np.ndarray | None = No
 def cut(
     numbers: np.ndarray, row_bytes: int, workers: int, starts: np.ndarray | None = None, least: int = CHUNK_BYTES
 ) -> list[np.ndarray]:
-    """Ascending image numbers, `int [M]`, in chunks of at least `least` bytes of rows, or smaller ones where so many
-    workers would have too few; none ends inside a container.
+    """Ascending image numbers, `int [M]`, in chunks of at least `least` bytes of rows; smaller ones where each worker
+    would get fewer than four. None ends inside a container.
     """
     size = min(-(-least // row_bytes), -(-len(numbers) // (CHUNKS_A_WORKER * workers)))
     ends = np.arange(max(1, size), len(numbers), max(1, size))
@@ -208,7 +211,7 @@ def kind_of(engine: str) -> str:
 def _here(options: dict[str, Any]) -> dict[str, Any]:
     """The options. Raises `FeatxError` where a cluster is asked for as well."""
     if options["on"] or options["address"]:
-        raise FeatxError(f"a chunk is computed where it is called; leave --on {options['on'] or 'ray'} out")
+        raise FeatxError("a chunk is computed where it is called; leave out --on and --address")
     return options
 
 
@@ -225,19 +228,17 @@ def _check_listing(job: Job) -> str:
     """
     found = (job.cache / "plans").glob(f"{job.specs[0].digest[:32]}.*.json")
     plans = [_read_plan(path) for path in sorted(found)]
+    if not plans:
+        return ""
     same = [plan for plan in plans if plan.listing == job.source.digest]
-    if plans and not same:
+    if not same:
         uri = printable(job.source.uri)
         before = next((plan for plan in plans if os.path.abspath(plan.uri) == os.path.abspath(job.source.uri)), None)
+        known = ", ".join(f"{printable(plan.uri)} ({plan.images:,} images)" for plan in plans[:3])
+        what = f"{uri} ({len(job.source):,} images) was not prepared, but {known} was"
         if before:
             what = f"the images of {uri} are others than at --prepare ({before.images:,} then, {len(job.source):,} now)"
-        else:
-            known = ", ".join(f"{printable(plan.uri)} ({plan.images:,} images)" for plan in plans[:3])
-            what = f"{uri} ({len(job.source):,} images) was not prepared, but {known} was"
-        raise SourceError(
-            f"{what}: chunks of two listings do not fit together. Run --prepare on {uri}, then all chunks"
-        )
-    here = kind_of(same[0].engine) if same else ""
-    if not same or here == same[0].kind:
-        return ""
-    return f"computed on {here}; --prepare ran on {same[0].kind}: rows may differ in their last bits"
+        raise SourceError(f"{what}: chunks of two listings do not fit together; run --prepare on it, then all chunks")
+    here = kind_of(same[0].engine)
+    note = f"computed on {here}; --prepare ran on {same[0].kind}: rows may differ in their last bits"
+    return "" if here == same[0].kind else note

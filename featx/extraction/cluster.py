@@ -70,7 +70,7 @@ class Progress:
     begin: float = field(default_factory=time.perf_counter)
     images: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Of the images, by the kind of what computed them."""
+    """Image numbers, by the kind of processor that computed them."""
 
     def add(self, task: Task, part: Part) -> None:
         if not part.node:
@@ -201,7 +201,8 @@ def run(
     tasks, killing = deque(map(Task, parts)), 0
     try:
         while tasks or waiting:
-            while tasks and len(waiting) < 2 * slots_of(ray, options):
+            most = 2 * slots_of(ray, options)  # nodes may have joined
+            while tasks and len(waiting) < most:
                 task = tasks.popleft()
                 waiting[function.remote(common, source.take(task.numbers))] = task
 
@@ -246,7 +247,7 @@ def after(task: Task, error: Exception, exceptions: Any) -> list[Task]:
     gone = exceptions.NodeDiedError, exceptions.LocalRayletDiedError, exceptions.ObjectLostError
     if not isinstance(error, (*gone, exceptions.OutOfMemoryError)):
         raise error
-    if task.lost >= MOST_LOST:
+    if task.lost + 1 >= MOST_LOST:
         raise FeatxError(
             f"{MOST_LOST} times a node was lost, or had no memory left, while it computed the same images ({error}); "
             "use nodes with more memory, or more --workers, which are fewer processes. What is computed is kept"

@@ -34,7 +34,7 @@ class Findings:
     copies: np.ndarray
     """`int64 [M]`: the images with the same bytes as another one, a group after the other, each in ascending order."""
     begins: np.ndarray
-    """`int64 [G]`: where each group begins in `copies`."""
+    """`int64 [G + 1]`: where each group begins in `copies`, and their number."""
     conflicts: np.ndarray
     """`int64`: the groups whose images have several labels."""
 
@@ -52,18 +52,19 @@ class Findings:
         _, first, inverse, counts = np.unique(whole, return_index=True, return_inverse=True, return_counts=True)
         several = np.flatnonzero(counts[inverse] > 1)
         several = several[np.argsort(first[inverse[several]], kind="stable")]
-        begins = np.flatnonzero(np.diff(first[inverse[several]], prepend=-1))
+        begins = np.append(np.flatnonzero(np.diff(first[inverse[several]], prepend=-1)), len(several))
         copies = numbers[maybe[several]]
 
         conflicts = begins[:0]
-        if source.labels is not None and len(begins):
+        if source.labels is not None and len(copies):
             labels = Names.of(source.labels).codes[copies]
-            conflicts = np.flatnonzero(np.minimum.reduceat(labels, begins) != np.maximum.reduceat(labels, begins))
+            least, most = (extreme.reduceat(labels, begins[:-1]) for extreme in (np.minimum, np.maximum))
+            conflicts = np.flatnonzero(least != most)
         return cls(source, errors, copies, begins, conflicts)
 
     def group(self, number: int) -> np.ndarray:
         """The images of one group, `int64`."""
-        return self.copies[self.begins[number] : next(iter(self.begins[number + 1 :]), None)]
+        return self.copies[self.begins[number] : self.begins[number + 1]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         ids, labels = self.source.ids, self.source.labels or ()
@@ -71,7 +72,7 @@ class Findings:
             yield {"what": "skipped", "id": ids[i], "reason": reason}
         for name in self.source.ignored:
             yield {"what": "ignored", "file": name}
-        for number in range(len(self.begins)):
+        for number in range(len(self.begins) - 1):
             first, *others = self.group(number).tolist()
             for i in others:
                 yield {"what": "duplicate", "id": ids[i], "of": ids[first]}
@@ -81,8 +82,8 @@ class Findings:
                 yield {"what": "conflict", "id": ids[i], "label": labels[i], "of": ids[first]}
 
     def write(self, path: str | Path) -> Path:
-        """Write them as JSON lines, and return the path. Raises `FeatxError`, see `check`, or where that fails."""
-        path = check(path)
+        """Write them as JSON lines, and return the path. Raises `FeatxError`, as `check_findings`."""
+        path = check_findings(path)
         lines = (encodable(json.dumps(found, ensure_ascii=False)) + "\n" for found in self)
         chunks = iter(lambda: "".join(islice(lines, LINES)).encode(), b"")
         try:
@@ -92,7 +93,7 @@ class Findings:
             raise FeatxError(f"{printable(str(path))} cannot be written ({error.strerror or error})") from error
 
 
-def check(path: str | Path) -> Path:
+def check_findings(path: str | Path) -> Path:
     """The path, where findings may be written: nothing is there, or older findings.
 
     Raises `FeatxError`, before any extraction, for any other file.

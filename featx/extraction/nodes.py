@@ -65,7 +65,7 @@ def require_answer(address: str) -> None:
     """Raise `FeatxError` unless something at HOST:PORT speaks HTTP/2, as Ray does: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and no settings
-    trouble = "what answers there is no Ray"
+    trouble = "what answers there does not speak Ray's protocol"
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWERS) as connection:
             connection.sendall(hello)

@@ -13,6 +13,7 @@ from featx.errors import FeatxError
 from featx.extraction import cluster
 from featx.extraction.chunks import CHUNK_BYTES
 from featx.extraction.computing import compute
+from featx.extraction.findings import Findings
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.nodes import require_answer
@@ -79,10 +80,10 @@ def run(
         stored = table.stored(stores)
 
     require_some(job, table, stored)
-    report = describe(job, table, stores, stored, chunk, time.perf_counter() - begin)
-    if report.extracted >= RATE_IMAGES and on is None:  # a cluster's rate says nothing about this machine
-        remember_rate(job, report)
     numbers = np.flatnonzero(stored)
     keys = table.keys if len(numbers) == len(table.keys) else table.keys[numbers]
-    errors = table.reasons(stored)
-    return Extraction(job.source, job.request, job.info, job.cache, stores, numbers, keys, report, errors)
+    findings = Findings.of(job.source, numbers, keys, table.reasons(stored))
+    report = describe(job, findings, stores, chunk, time.perf_counter() - begin)
+    if report.extracted >= RATE_IMAGES and on is None:  # a cluster's rate says nothing about this machine
+        remember_rate(job, report)
+    return Extraction(job.source, job.request, job.info, job.cache, stores, numbers, keys, report, findings)

@@ -104,8 +104,7 @@ def plan(
         rate, start, exported, size = _measure(job, stores, missing, engine)
         basis = f"measured now on {size} of the missing images"
 
-    row_bytes = int(np.prod(job.info.row_shape)) * np.dtype(job.specs[0].dtype).itemsize + KEY_BYTES
-    needed = len(missing) * len(stores) * row_bytes
+    needed = len(missing) * (job.row_bytes + len(stores) * KEY_BYTES)
     there = next(folder for folder in (job.cache.absolute(), *job.cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     return Plan(

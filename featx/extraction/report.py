@@ -133,15 +133,11 @@ def require_some(job: Job, table: KeyTable, stored: np.ndarray) -> None:
         raise SourceError(f"none of the {len(stored)} images in {job.source.uri} could be read ({first})")
 
 
-def describe(
-    job: Job, table: KeyTable, stores: Sequence[Writer], stored: np.ndarray, chunk: Chunk, total: float
-) -> ExtractionReport:
-    """Count and name what happened. stored: `bool [N]`, the images that have features; total: seconds of all of it."""
-    source, keys, timing = job.source, table.keys, chunk.timing
-    numbers = np.flatnonzero(stored)
-    findings = Findings.of(source, numbers, keys[numbers], table.reasons(stored))
+def describe(job: Job, findings: Findings, stores: Sequence[Writer], chunk: Chunk, total: float) -> ExtractionReport:
+    """Count and name what happened. total: seconds of all of it."""
+    source, timing, groups = job.source, chunk.timing, len(findings.begins) - 1
     conflicts = [_conflict(source, findings.group(number)) for number in findings.conflicts[:MOST].tolist()]
-    distinct = len(numbers) - len(findings.copies) + len(findings.begins)
+    duplicate = len(findings.copies) - groups
 
     notes, note, preprocess = list(source.notes), job.info.weights_note, job.info.preprocess
     if ASSUMED in note:
@@ -159,11 +155,11 @@ def describe(
     seconds = {**work, "list": chunk.listing, "start": chunk.opening, "total": total}
     busy = total - chunk.listing - chunk.opening
     return ExtractionReport(
-        found=len(stored),
+        found=len(source),
         ignored=len(source.ignored),
-        cached=distinct - chunk.extracted,
+        cached=len(source) - len(findings.errors) - duplicate - chunk.extracted,
         extracted=chunk.extracted,
-        duplicate=len(numbers) - distinct,
+        duplicate=duplicate,
         skipped=len(findings.errors),
         images_per_second=round(chunk.extracted / busy, 1) if chunk.extracted else None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
@@ -173,11 +169,10 @@ def describe(
         ignored_files=[*source.ignored[:MOST]],
         skipped_images=[{"id": source.ids[i], "reason": why} for i, why in islice(findings.errors.items(), MOST)],
         duplicates=[
-            [source.ids[i] for i in findings.group(number)[:MOST].tolist()]
-            for number in range(min(MOST, len(findings.begins)))
+            [source.ids[i] for i in findings.group(number)[:MOST].tolist()] for number in range(min(MOST, groups))
         ],
         conflicts=conflicts,
-        duplicate_groups=len(findings.begins),
+        duplicate_groups=groups,
         conflict_groups=len(findings.conflicts),
         notes=notes,
         decoded_on_gpu=chunk.decoded_on_gpu,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,8 @@ class Extraction:
     keys: np.ndarray
     """`uint8 [N, 32]`: their content keys."""
     report: ExtractionReport
-    errors: dict[int, str] = field(default_factory=dict)
-    """Why an image has no features, by its number in `source`."""
+    findings: Findings
+    """All images that were found odd, of which `report` names the first; `write` puts them into a file."""
 
     def features(self, view: int = 0, *, memory: float = float("inf")) -> Features:
         """The features of one view (0: the centre crop), with today's labels and splits.
@@ -59,10 +58,6 @@ class Extraction:
             given=parts,
         )
 
-    def findings(self) -> Findings:
-        """All images that were found odd, of which `report` names the first; `write` puts them into a file."""
-        return Findings.of(self.source, self.numbers, self.keys, self.errors)
-
     def views(self, keys: np.ndarray, *, memory: float = float("inf")) -> Sequence[np.ndarray | StoredRows]:
         """The rows of these keys, `uint8 [M, 32]`, in every view: in memory, or read by slices where the rows of
         all views together take more than `memory` bytes.
@@ -73,5 +68,6 @@ class Extraction:
 
     def exceeds(self, memory: float, count: int) -> bool:
         """Whether so many rows of features take more than `memory` bytes."""
-        row_bytes = math.prod(self.info.row_shape) * np.dtype(self.stores[0].spec.dtype).itemsize
-        return count * row_bytes > memory
+        form = self.stores[0].form
+        assert form is not None
+        return count * form.row_bytes > memory

@@ -15,11 +15,12 @@ from featx.devices import memory_for_features
 from featx.engines.engine import Engine
 from featx.errors import HeadError, RunError
 from featx.extraction.pipeline import sync
-from featx.features import labelled, short_keys
+from featx.features import Rows, labelled, short_keys
 from featx.head import Head, columns
 from featx.metrics import Estimate
 from featx.options import Running, Split, complete
 from featx.runs import Run, open_run
+from featx.solvers.examples import in_stored_order
 from featx.sources.opening import open_source
 from featx.sources.source import Source
 from featx.state import ordinary
@@ -184,7 +185,7 @@ def evaluate(
             "manifest"
         )
 
-    report = evaluate_logits(head(features.rows), features.y, head, features.class_names, features.ids)
+    report = evaluate_logits(answered(head, features.rows), features.y, head, features.class_names, features.ids)
     trained_on = () if opened.trained_on is None else opened.trained_on
     if seen := int(np.isin(short_keys(features.keys), trained_on).sum()):
         report.notes.append(
@@ -195,6 +196,13 @@ def evaluate(
         first = "; ".join(f"{image['id']}: {image['reason']}" for image in extraction.report.skipped_images[:3])
         report.notes.append(f"{skipped} images could not be read and are left out, the first: {first}")
     return replace(report, skipped=skipped)
+
+
+def answered(head: Head, rows: Rows) -> np.ndarray:
+    """A head's logits `float32 [N, C]`; a table in the cache is read in the order in which it is stored."""
+    stored, order = in_stored_order(rows)
+    logits = head(stored)
+    return logits if stored is rows else logits[np.argsort(order)]
 
 
 def _require_known(run: Run, source: Source) -> None:

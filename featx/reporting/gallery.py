@@ -14,6 +14,7 @@ from PIL import Image
 
 from featx.cache.store import FeatureStore
 from featx.errors import FeatxError
+from featx.extraction.findings import Findings
 from featx.extraction.keys import KeyTable
 from featx.extraction.report import ExtractionReport
 from featx.extraction.result import Extraction
@@ -101,7 +102,8 @@ def _cached(config: RunConfig, source: Source) -> Features | None:
         return None
 
     counts, keys = ExtractionReport(len(source), 0, len(numbers), 0, 0, 0), table.keys[numbers]
-    return Extraction(source, config.request, config.backbone, cache, [store], numbers, keys, counts).features()
+    found = Findings.of(source, numbers, keys, {})
+    return Extraction(source, config.request, config.backbone, cache, [store], numbers, keys, counts, found).features()
 
 
 def mistakes(material: RunMaterial) -> list[Picture]:

@@ -15,8 +15,6 @@ from featx.features import gathered
 from featx.solvers.moments import SCRATCH, spread
 from featx.solvers.training import FLOOR, Task, streamed
 
-CACHE = 1 << 28  # bytes of probabilities that a Hessian keeps between products
-
 Array = Any  # numpy's, or torch's where torch makes the passes
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from featx.features import Rows
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Rows with their labels. Nothing is checked here; `featx.solvers.training.check` does that."""
+    """Rows with their labels. Nothing is checked here; `labelled` and `measured` of `featx.solvers.training` do."""
 
     X: Rows
     """Float `[N, D]`: an array, or a table that is read by slices."""

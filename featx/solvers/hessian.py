@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from featx.solvers.design import CACHE, Design, taken_back
+from featx.solvers.design import Array, Design, taken_back
 from featx.solvers.training import FLOOR
 
-Array = Any  # numpy's, or torch's where torch makes the passes
+CACHE = 1 << 28  # bytes of probabilities that a Hessian keeps between products
 
 
 class Hessian:

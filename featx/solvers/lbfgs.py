@@ -18,15 +18,16 @@ import numpy as np
 from featx.solvers.design import Design
 from featx.solvers.newton import Batch, Problems, Solution, dot, solved
 
+LONG = 60  # passes; Newton's method solves what needs more
 MEMORY = 12  # pairs of steps and gradient changes that each problem keeps
 SURE = 10  # times less curvature than at equal probabilities: beyond this the estimated gap is not trusted
 
 
 def lbfgs(
-    design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, most: int, part: Design | None, dtype: type
+    design: Design, found: Solution, some: np.ndarray, wanted: np.ndarray, part: Design | None, dtype: type
 ) -> None:
     """Minimise the problems numbered `some`, from their coordinates in `found`, to relative gaps of `wanted` `[P]`,
-    in `most` passes, with arithmetic in `dtype`. part: some of the rows, in memory, in the same coordinates. Those
+    in `LONG` passes, with arithmetic in `dtype`. part: some of the rows, in memory, in the same coordinates. Those
     whose gap cannot be estimated stop where they are, not converged.
     """
     A: np.ndarray = found.A[:, some].astype(dtype)
@@ -35,13 +36,13 @@ def lbfgs(
     pairs: list[_Pair] = []  # newest last
     t = np.ones(len(some))
 
-    for passes in range(1, most + 1):
+    for passes in range(1, LONG + 1):
         d = _direction(design, part, at, pairs)
         slope = dot(at.g, d)
         sureness = np.ones(len(t)) if part else design.even / np.maximum(at.curvature.mean(axis=0), 1e-9)
         gap = -0.5 * slope * np.maximum(sureness, 1) / at.f
         done = (gap <= wanted[at.number]) & (sureness <= SURE)
-        over = done | (sureness > SURE) | (t < 1e-4) | (passes == most)
+        over = done | (sureness > SURE) | (t < 1e-4) | (passes == LONG)
         if over.any():
             found.record(at.take(over), gap[over], done[over])
             if over.all():

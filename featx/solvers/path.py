@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from featx.solvers.design import CACHE, Design
+from featx.solvers.design import Design
+from featx.solvers.hessian import CACHE
 from featx.solvers.lbfgs import lbfgs
 from featx.solvers.newton import SETTLED, Solution, newton
 
 STATE = 1 << 29  # bytes of vectors at a time; more problems than fit are solved in turns
-LONG = 60  # passes of L-BFGS; Newton's method solves what needs more
 ROUGH = 1e-3  # the relative gap of a part's solutions: they are only a start
 NEARER = 3e-7  # the aim with a part, where a pass gains so much that one more tells neighbouring strengths apart
 SINGLE = 1e-6  # the smallest relative gap to aim at in single precision
@@ -43,10 +43,9 @@ def minimise(
     single = wanted >= SINGLE
     if part:
         wanted = np.minimum(wanted, NEARER)
-    for some in _parts(np.flatnonzero(single), many):
-        lbfgs(design, found, some, wanted, LONG, part, np.float32)
-    for some in _parts(np.flatnonzero(~single & (part is not None)), many):
-        lbfgs(design, found, some, wanted, LONG, part, np.float64)
+    for which, dtype in ((single, np.float32), (~single & (part is not None), np.float64)):
+        for some in _parts(np.flatnonzero(which), many):
+            lbfgs(design, found, some, wanted, part, dtype)
 
     if not design.streamed:
         many = min(many, max(1, CACHE // (4 * K * design.count)))

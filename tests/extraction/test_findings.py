@@ -80,7 +80,7 @@ def test_a_report_counts_all_and_names_the_first_hundred(odd: Path, tmp_path: Pa
 
     expected = [f"cold/bad-{i:03d}.png" for i in range(120)]
     for where in (extraction, sync(odd, COLOURS, engine=engine, cache=tmp_path / "cache")):
-        path = where.findings().write(tmp_path / "found" / "odd.jsonl")  # the second time in place of the first
+        path = where.findings.write(tmp_path / "found" / "odd.jsonl")  # the second time in place of the first
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         assert [row["id"] for row in rows if row["what"] == "skipped"] == expected
         assert all(row["reason"] for row in rows if row["what"] == "skipped")
@@ -94,7 +94,7 @@ def test_a_report_counts_all_and_names_the_first_hundred(odd: Path, tmp_path: Pa
 def test_nothing_odd_is_an_empty_file(tiny: Path, tmp_path: Path, engine: ColourEngine) -> None:
     extraction = sync(tiny, COLOURS, engine=engine, cache=tmp_path / "cache")
     for _ in range(2):
-        assert extraction.findings().write(tmp_path / "odd.jsonl").read_bytes() == b""
+        assert extraction.findings.write(tmp_path / "odd.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
