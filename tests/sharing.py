@@ -8,6 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import featx
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process that a test starts: it imports this featx, and the tests' modules."""
+    path = os.pathsep.join([str(Path(featx.__file__).parents[1]), str(Path(__file__).parent)])
+    return os.environ | {"PYTHONPATH": path} | more
+
 
 def session_folder() -> Path:
     """The folder that all tests of one run share, in whatever process they are; conftest.py makes and removes it."""

@@ -155,11 +155,11 @@ class KeyMemo:
                 size += length
             if len(merging) > 1 or self._older in merging:
                 newest = f"{0:016x}" if merging == [self._older] else merging[0].name[:16]
-                _write(self.folder, newest, _merged(merging[::-1]))
+                _write(self.folder, newest, _merged(merging[::-1]), of=merging)
                 for segment in merging:
                     segment.unlink(missing_ok=True)
-        except (FileNotFoundError, ValueError):
-            return  # another process merges them; or one is damaged, and the next lookup leaves it out
+        except (OSError, ValueError):
+            return  # another process merges them; or one cannot be read: all is recorded, in more segments than need be
 
 
 def _pairs(asked: np.ndarray, paths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +170,16 @@ def _pairs(asked: np.ndarray, paths: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.arange(len(at)) + np.repeat(first - (np.cumsum(count) - count), count), at
 
 
-def _write(folder: Path, stamp: str, parts: Iterable[np.ndarray]) -> None:
-    """Write a segment of entries, which ascend by the hash of their paths. Raises `OSError`."""
+def _write(folder: Path, stamp: str, parts: Iterable[np.ndarray], of: Sequence[Path] = ()) -> None:
+    """Write a segment of entries, which ascend by the hash of their paths. of: the segments that it merges.
+
+    Raises `OSError`, also where one of these has gone: another process has merged it, and one copy is enough.
+    """
+
+    def name() -> str:
+        for segment in of:
+            segment.stat()
+        return f"{stamp}-{secrets.token_hex(8)}"
 
     def sealed() -> Iterator[bytes | memoryview]:
         digest = hashlib.sha256(MAGIC)
@@ -182,7 +190,7 @@ def _write(folder: Path, stamp: str, parts: Iterable[np.ndarray]) -> None:
             yield data
         yield digest.digest()
 
-    write_chunks(folder, sealed(), lambda: f"{stamp}-{secrets.token_hex(8)}")
+    write_chunks(folder, sealed(), name)
 
 
 def _blocks(segment: Path) -> Iterator[np.ndarray]:

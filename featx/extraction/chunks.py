@@ -18,7 +18,7 @@ import numpy as np
 from featx.cache.writing import Writer
 from featx.devices import processor
 from featx.engines.engine import Engine
-from featx.errors import FeatxError, SourceError
+from featx.errors import FeatxError, SourceError, StoreError
 from featx.extraction.computing import compute
 from featx.extraction.findings import Findings
 from featx.extraction.job import Backbone, Data, Job, prepare
@@ -117,7 +117,10 @@ def prepare_chunks(
     if engine is None:
         opened.close()
     place = hashlib.sha256(os.fsencode(os.path.abspath(job.source.uri))).hexdigest()
-    write_record(job.cache / "plans" / f"{job.specs[0].digest[:32]}.{place[:32]}.json", done.to_dict())
+    try:
+        write_record(job.cache / "plans" / f"{job.specs[0].digest[:32]}.{place[:32]}.json", done.to_dict())
+    except OSError as error:
+        raise StoreError(f"cannot write to the cache {job.cache} ({error.strerror}); give another --cache") from error
     return done
 
 
@@ -162,12 +165,15 @@ def work(job: Job, table: KeyTable, stores: Sequence[Writer], chunk: Chunk, engi
     A light store says of a few images that they are stored where they are not: those are computed in a second round.
     """
     stored = table.stored(stores)
-    for _ in range(2):
+    for second in (False, True):
         usable = np.ones(len(stored), bool)
         usable[list(table.errors)] = False
         missing = np.flatnonzero(~stored & usable)
         if not len(missing):
             break
+        if second and len(stores) > 1:  # some of their views are stored by now, and counted
+            some = np.logical_or.reduce([store.confirm(table.keys[missing]) for store in stores])
+            chunk.extracted -= int(some.sum())
         compute(job, table, stores, missing, chunk, engine)
         stored = table.stored(stores)
     return stored
@@ -177,7 +183,7 @@ def bounds(images: int, number: int, chunks: int, starts: np.ndarray | None = No
     """The first image of a chunk, and the one after its last; `starts`, ascending, are where containers begin."""
     ends = [number * images // chunks, (number + 1) * images // chunks]
     if starts is not None:
-        edges = np.append(starts, images)
+        edges = np.unique([0, *starts, images])
         ends = [int(edges[np.searchsorted(edges, end)]) for end in ends]
     return ends[0], ends[1]
 

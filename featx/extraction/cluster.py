@@ -27,12 +27,13 @@ from featx.extraction.chunks import CHUNK_BYTES, cut, kind_of, work
 from featx.extraction.fidelity import fidelity
 from featx.extraction.job import Job
 from featx.extraction.keys import KeyTable
-from featx.extraction.nodes import Shared, connected, demand, look_at_nodes, sample_of, slots_of, visible
+from featx.extraction.nodes import Shared, connected, demand, fits_on, look_at_nodes, sample_of, slots_of, visible
 from featx.extraction.report import Chunk
 from featx.sources.source import Source
 from featx.text import printable
 
 ENDS = 30.0  # seconds that tasks get, after an interrupt, to store what they have computed
+ALONE = 60.0  # seconds without a node for any task, after which the run ends
 MOST_LOST = 20  # times that one chunk's node may be lost
 MOST_KILLING = 50  # images that may end their processes
 
@@ -109,7 +110,9 @@ def compute(
     are refreshed. Raises `FeatxError` for a cluster that cannot be reached, lacks what is needed, or loses too much.
     """
     begin = time.perf_counter()
-    source = replace(job.source, root=job.source.root.absolute())  # tasks have other working folders
+    source = job.source
+    if not source.root.is_absolute():  # tasks have other working folders
+        source = replace(source, root=source.root.absolute())
     with connected(address) as ray, visible(job.cache) as token:
         options = demand(ray, job)
         ready = _ready(job, stores, numbers, chunk, engine, options)
@@ -198,7 +201,7 @@ def run(
     """Have every chunk computed, in any order, whatever processes or nodes are lost. Raises `FeatxError`."""
     function = ray.remote(max_retries=0, max_calls=0, **options)(compute_task)
     common, waiting = ray.put(shared), dict[Any, Task]()
-    tasks, killing = deque(map(Task, parts)), 0
+    tasks, killing, last = deque(map(Task, parts)), 0, time.monotonic()
     try:
         while tasks or waiting:
             most = 2 * slots_of(ray, options)  # nodes may have joined
@@ -206,7 +209,11 @@ def run(
                 task = tasks.popleft()
                 waiting[function.remote(common, source.take(task.numbers))] = task
 
-            for ref in ray.wait(list(waiting), timeout=1.0)[0]:
+            done, _ = ray.wait(list(waiting), timeout=1.0)
+            last = time.monotonic() if done else last
+            if time.monotonic() - last > ALONE and not fits_on(ray, options):
+                raise FeatxError("the nodes that could compute have left the cluster; what is computed is kept")
+            for ref in done:
                 task = waiting.pop(ref)
                 try:
                     part = ray.get(ref)

@@ -11,7 +11,7 @@ from featx.cache.index import KEY_BYTES, distinct
 from featx.cache.memo import KeyMemo
 from featx.cache.writing import Writer
 from featx.devices import available_threads
-from featx.errors import ImageError, SourceError
+from featx.errors import ImageError, SourceError, StoreError
 from featx.features import content_key
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -83,9 +83,16 @@ class KeyTable:
         return first
 
     def reasons(self, stored: np.ndarray) -> dict[int, str]:
-        """Why each image has no features, by its number, in order. stored: `bool [N]`, those that have."""
+        """Why each image has no features, by its number, in order. stored: `bool [N]`, those that have.
+
+        Raises `StoreError` where rows were stored and have gone.
+        """
         by_key = {self.keys[i].tobytes(): why for i, why in self.errors.items()}
-        return {i: self.errors.get(i) or by_key[self.keys[i].tobytes()] for i in np.flatnonzero(~stored).tolist()}
+        found = {i: self.errors.get(i) or by_key.get(self.keys[i].tobytes()) for i in np.flatnonzero(~stored).tolist()}
+        reasons = {i: why for i, why in found.items() if why}
+        if gone := len(found) - len(reasons):
+            raise StoreError(f"{gone} rows were stored, and are gone or damaged by now; run the same command again")
+        return reasons
 
 
 def content_keys(data: str | Path | Source, cache: str | Path, *, whole: bool = False) -> np.ndarray:

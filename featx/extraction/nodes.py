@@ -19,7 +19,7 @@ from featx.devices import available_threads
 from featx.engines.engine import Engine
 from featx.engines.opening import NEEDS
 from featx.engines.openvino import installed
-from featx.errors import FeatxError, ImageError
+from featx.errors import FeatxError, ImageError, StoreError
 from featx.extraction.job import Job
 from featx.features import content_key
 from featx.files import aside_name, make_folder
@@ -53,7 +53,7 @@ def connected(address: str | None) -> Iterator[Any]:
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         what = f"the Ray cluster at {address} cannot be used" if address else "Ray cannot be started here"
         raise FeatxError(
-            f"{what} ({str(error).strip().splitlines()[0]}); run this on one of its nodes, with the same Ray and Python"
+            f"{what} ({_line(error, 0)}); run this on one of its nodes, with the same Ray and Python"
         ) from error
     try:
         yield ray
@@ -72,11 +72,16 @@ def require_answer(address: str) -> None:
             answer = connection.recv(9)
             if len(answer) > 3 and answer[3] == 4:  # its own settings
                 return
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         trouble = str(getattr(error, "strerror", None) or error)
     raise FeatxError(
         f"no Ray cluster answers at {address} ({trouble}); give the HOST:PORT that `ray start --head` printed"
     )
+
+
+def _line(error: Exception, place: int) -> str:
+    """A line of an error's text, by its place."""
+    return (str(error).strip() or type(error).__name__).splitlines()[place]
 
 
 def demand(ray: Any, job: Job) -> dict[str, float]:
@@ -86,15 +91,23 @@ def demand(ray: Any, job: Job) -> dict[str, float]:
     on_gpu = job.device.startswith("cuda") or (
         job.device == "auto" and total.get("GPU", 0) > 0 and (recorded is None or recorded == "torch-cuda")
     )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    have = f"its {len(nodes)} nodes have {total.get('CPU', 0):g} cores and {total.get('GPU', 0):g} GPUs"
+    asked: dict[str, float] = {"num_cpus": cores, "num_gpus": int(on_gpu)}
+    count = sum(node["Alive"] for node in ray.nodes())
+    have = f"its {count} nodes have {total.get('CPU', 0):g} cores and {total.get('GPU', 0):g} GPUs"
     if job.device.startswith("cuda:"):
         raise FeatxError(f"--device {job.device}: on a cluster a task takes the GPU it is given; use --device cuda")
-    if on_gpu and not any(node.get("GPU", 0) >= 1 for node in nodes):
+    if on_gpu and not fits_on(ray, {"num_cpus": 0, "num_gpus": 1}):
         raise FeatxError(f"--device {job.device}: the cluster has no GPU ({have}); use --device cpu")
-    if not any(node.get("CPU", 0) >= cores and (not on_gpu or node.get("GPU", 0) >= 1) for node in nodes):
+    if not fits_on(ray, asked):
         raise FeatxError(f"--workers {cores} takes more cores than any node has ({have}); use fewer")
-    return {"num_cpus": cores, "num_gpus": 1 if on_gpu else 0}
+    return asked
+
+
+def fits_on(ray: Any, options: dict[str, float]) -> int:
+    """How many nodes have what a task asks for."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    return sum(all(node.get(name, 0) >= count for name, count in asked.items()) for node in alive)
 
 
 def slots_of(ray: Any, options: dict[str, float]) -> int:
@@ -143,9 +156,12 @@ class Shared:
 @contextmanager
 def visible(cache: Path) -> Iterator[Path]:
     """An empty file in the cache, by which nodes see that it is the same one."""
-    make_folder(cache)
     token = cache / aside_name()
-    token.write_bytes(b"")
+    try:
+        make_folder(cache)
+        token.write_bytes(b"")
+    except OSError as error:
+        raise StoreError(f"cannot write to the cache {cache} ({error.strerror}); give another --cache") from error
     try:
         yield token
     finally:
@@ -177,7 +193,7 @@ def look_at_nodes(ray: Any, shared: bytes) -> None:
         try:
             found = ray.get(ref)
         except ray.exceptions.RayError as error:
-            found = f"cannot run featx ({str(error).strip().splitlines()[-1]}): install the same version there"
+            found = f"cannot run featx ({_line(error, -1)}): install the same version there"
         troubles += [f"{asked[ref]} {found}"] if found else []
     if troubles:
         raise FeatxError(f"not every node of the cluster can take part: {some(troubles)}")

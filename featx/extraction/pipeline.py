@@ -79,10 +79,11 @@ def run(
             cluster.compute(job, table, stores, missing, chunk, engine, address=address, chunk_bytes=chunk_bytes)
         stored = table.stored(stores)
 
+    reasons = table.reasons(stored)
     require_some(job, table, stored)
     numbers = np.flatnonzero(stored)
     keys = table.keys if len(numbers) == len(table.keys) else table.keys[numbers]
-    findings = Findings.of(job.source, numbers, keys, table.reasons(stored))
+    findings = Findings.of(job.source, numbers, keys, reasons)
     report = describe(job, findings, stores, chunk, time.perf_counter() - begin)
     if report.extracted >= RATE_IMAGES and on is None:  # a cluster's rate says nothing about this machine
         remember_rate(job, report)

@@ -67,7 +67,8 @@ def fit(
     with single_thread():  # passes over many rows bring their own threads
         task, fold, counted = _training.prepared(examples, class_names, folds, seed)
         measures = counted.any() and (len(grid) > 1 or calibrate or {reject, threshold} != {None})
-        some = stratified(task.y, examples.groups, fold, part if measures else 0, task.X.shape[1], seed)
+        spanned = _training.streamed(task.X) or task.X.shape[0] >= task.X.shape[1]  # a part shares its coordinates
+        some = stratified(task.y, examples.groups, fold, part if measures and spanned else 0, task.X.shape[1], seed)
         task = _training.measured(task, Asked(gram=True, kept=some.rows if some else None))
         weights = _training.class_weights(task, class_weight)
         info: dict[str, Any] = {"notes": task.notes}

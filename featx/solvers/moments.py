@@ -8,6 +8,7 @@ Golub and LeVeque 1983), so that nothing cancels, whatever the columns' offsets 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +24,19 @@ from featx.features import Rows
 SCRATCH = 1 << 20  # numbers per block: a block stays in a core's cache between two products
 # Below this many multiplications a pass is over before threads have started.
 THREADED = 1 << 26
+GATHERED = 1 << 28
 
 T = TypeVar("T")
 
 
-def spread(work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float) -> list[T]:
+def spread(
+    work: Callable[[slice, T], None], count: int, step: int, empty: Callable[[], T], flops: float, own: int = 1
+) -> list[T]:
     """Run `work` on every block of `step` of `count` rows, in one thread or as many as there are cores;
-    returns what each thread has gathered.
+    returns what each thread has gathered. own: bytes that each thread gathers, of which there are `GATHERED` at most.
     """
-    threads = 1 if flops < THREADED else min(available_threads(), -(-count // step))
+    most = min(available_threads(), -(-count // step), max(1, GATHERED // own))
+    threads = 1 if flops < THREADED else most
     starts = iter(range(0, count, step))
 
     def run(gathered: T) -> T:
@@ -126,7 +131,8 @@ def moments(X: Rows, shares: np.ndarray | None, asked: Asked) -> tuple[Moments, 
                 _add_sums(found, weighted, share, centre - origin, asked, rows)
 
     step, flops = max(64, 4 * SCRATCH // width), float(count) * width * (width if asked.gram else 16)
-    found = functools.reduce(operator.iadd, spread(work, count, step, empty, flops))
+    own = 8 * width * (math.prod(kinds) + (width if asked.gram else 1))
+    found = functools.reduce(operator.iadd, spread(work, count, step, empty, flops, own))
     if not (np.isfinite(found.mean).all() and np.isfinite(found.squares).all()):
         bad = _first_bad(X, step)
         raise HeadError(

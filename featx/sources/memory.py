@@ -38,6 +38,7 @@ class Images(Source):
             raise SourceError("there are no images among those given")
         named = ((item, "row" if item is None else "image") for item in items)
         ids = [item if isinstance(item, str) else f"{kind} {i}" for i, (item, kind) in enumerate(named)]
+        items = [_whole(item) if isinstance(item, str) else item for item in items]
         return cls(uri="the list of images", root=Path(), ids=ids, items=items)
 
     def take(self, numbers: np.ndarray) -> Source:
@@ -51,6 +52,11 @@ class Images(Source):
             return item if isinstance(item, bytes) else read_image(item)
         pixels = np.asarray(decode(item))
         return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+
+
+def _whole(path: str) -> str:
+    """A path that other processes, with other working folders, can read; `~` is read as it is."""
+    return path if path.startswith("~") else os.path.abspath(path)
 
 
 def one_by_one(given: Any) -> Iterator[Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from featx.errors import ImageError
+from featx.errors import ImageError, SourceError
 from featx.options import home
 from featx.sources.columns import Names, Texts
 
@@ -71,8 +71,15 @@ class Source:
 
     def take(self, numbers: np.ndarray) -> Source:
         """The images with these numbers, `int [M]`, as a source of its own. A subclass with further columns
-        overrides this to take them along.
+        overrides this to take them along. Raises `SourceError` for one that has such columns and does not.
         """
+        known = {each.name for each in fields(Source)}
+        for name, value in vars(self).items() if type(self).take is Source.take else ():
+            if name not in known and isinstance(value, np.ndarray | list | tuple) and len(value) == len(self) > 1:
+                raise SourceError(
+                    f"{type(self).__name__} has a column of its own, {name}, which a part of it would not have: "
+                    "override `take` (docs/extending.md)"
+                )
         return replace(
             self,
             ids=Texts.of(self.ids).take(numbers),

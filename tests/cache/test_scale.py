@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import COLOURS
+from sharing import environment
 from storekit import NAME, SPEC, fill, flip, many_shards, shard_files, table
 
 from featx.cache import caching, shards
@@ -25,9 +25,8 @@ from featx.errors import DamageError, StoreError
 
 def in_process(script: str, *arguments: object) -> Any:
     """What a script prints as JSON, in a process of its own."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -37,6 +36,7 @@ import json, resource, sys
 import numpy as np
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from pathlib import Path
+from sharing import environment
 from storekit import SPEC
 from featx.cache.store import FeatureStore
 from featx.cache.streaming import StoredRows

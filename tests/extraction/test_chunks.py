@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,8 +17,8 @@ from click.testing import CliRunner
 from conftest import COLOURS, ColourEngine, write_images
 from hypothesis import given
 from hypothesis import strategies as st
+from sharing import environment
 
-import featx
 from featx.cache import caching
 from featx.cache.memo import KeyMemo
 from featx.cli import main
@@ -65,11 +64,10 @@ def test_four_chunks_at_once_on_a_grown_data_set_compute_what_is_new_and_forget_
         "print(done.report.extracted, engine.images)"
     )
     time.sleep(2.1)  # keys of files that changed this shortly before are not remembered
-    path = f"{Path(featx.__file__).parents[1]}:{Path(__file__).parents[1]}"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(images), str(cache), str(k)],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE, text=True, env=environment(),
         )
         for k in range(4)
     ]  # fmt: skip

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import COLOURS, ColourEngine, write_images
+from sharing import environment
 
 import featx
 from featx.cache.memo import KeyMemo
@@ -59,11 +59,6 @@ class Cluster:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(60)
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(featx.__file__).parents[1]), str(TESTS)])
-    return os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,10 @@ def test_findings_never_replace_anything_else(kind: str, tmp_path: Path) -> None
         path.symlink_to(other)
     else:
         os.mkfifo(path)
-    before = path.lstat()
+    before, names = path.lstat(), sorted(tmp_path.iterdir())
     with pytest.raises(FeatxError, match=r"odd\.jsonl holds no findings of featx, so it stays; give another file"):
         Findings.of(Source("", Path(), []), np.zeros(0, np.int64), np.zeros((0, 32), np.uint8), {}).write(path)
-    assert path.lstat().st_mtime_ns == before.st_mtime_ns and sorted(tmp_path.iterdir())[-1:] != []
+    after = path.lstat()
+    assert (after.st_mode, after.st_ino, after.st_mtime_ns) == (before.st_mode, before.st_ino, before.st_mtime_ns)
+    assert sorted(tmp_path.iterdir()) == names
+    assert kind != "link" or other.read_text() == '{"what": "skipped"}\n'

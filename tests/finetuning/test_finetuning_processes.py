@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from sharing import environment
 from test_finetuning import Bench
 
 HERE = Path(__file__).parent
+ALONE = environment(OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +36,11 @@ def command(bench: Bench, folder: Path, name: str, settings: dict[str, Any]) -> 
     return [str(HERE / "finetune_script.py"), str(bench.root), str(folder), name, json.dumps(settings)]
 
 
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join(str(HERE.parents[n]) for n in (0, 1))  # of `small`, and of this featx
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
 def test_sigkill_then_the_same_command_ends_with_the_same_bits(bench: Bench) -> None:
     settings = {"epochs": 8, "select": "val", "lr": 0.01}
     folder = bench.folder()
     run = [sys.executable, *command(bench, folder, "dropping", settings)]
-    first = subprocess.Popen([*run, "4"], env=environment(), stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*run, "4"], env=ALONE, stderr=subprocess.DEVNULL)
     metrics = folder / "metrics.jsonl"
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 4:
         assert first.poll() is None
@@ -52,7 +48,7 @@ def test_sigkill_then_the_same_command_ends_with_the_same_bits(bench: Bench) -> 
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     assert len(metrics.read_text().splitlines()) == 4 and not (folder / "model.safetensors").exists()
-    subprocess.run(run, env=environment(), check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(run, env=ALONE, check=True, stderr=subprocess.DEVNULL)
     _, whole = bench.tune("dropping", **settings)
     assert (whole / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     ours, theirs = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (whole, folder))
@@ -64,7 +60,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(bench: Bench) -> Non
     tuned, alone = bench.tune("plain", **settings)
     folder = bench.folder()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, *command(bench, folder, "plain", settings)], env=environment(), check=True)
+    subprocess.run([*launch, *command(bench, folder, "plain", settings)], env=ALONE, check=True)
     ours, theirs = load_file(alone / "model.safetensors"), load_file(folder / "model.safetensors")
     assert set(ours) == set(theirs) and len(ours) == 12
     for name in ours:
