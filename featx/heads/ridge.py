@@ -154,7 +154,7 @@ class LeftOut:
             shared = np.sum(spread(product, design.count, step, lambda: np.zeros((C, width)), flops), axis=0)
             self.coefficients = shared if design.rotation is None else shared @ design.rotation
         else:  # a class's targets are 1, all others' -1
-            every = sums.sum(axis=0) / (len(sums) // C)  # several labels: each row is in C sums, or their absences'
+            every = sums[::C].sum(axis=0) if len(sums) > C else sums.sum(axis=0)  # a label, and its absence
             shared = 2 * sums[:C] - np.outer(1 + self.centre, every)
             self.coefficients = shared @ (design.dual if design.rotation is None else design.rotation)
         """`Z^T T` in the eigenbasis, `[C, rank]`."""

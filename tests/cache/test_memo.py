@@ -10,6 +10,7 @@ import random
 import signal
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from storekit import fork, leftovers, make_read_only, wait
 
 from featx.cache import caching
+from featx.cache import memo as memo_module
 from featx.cache.memo import KeyMemo
 from featx.errors import StoreError
 from featx.features import content_key
@@ -313,3 +315,26 @@ def test_paths_have_the_same_hash_on_every_machine_and_in_every_run(tmp_path: Pa
         hashlib.sha256(b"".join(found[i : i + 8] for i in range(0, len(found), 72))).hexdigest()[:16]
         == "d41cb764ad52ae1d"
     )
+
+
+def test_a_merge_of_what_another_process_has_merged_is_dropped(tmp_path: Path) -> None:
+    ids, stats, keys = files(300)
+    memo = record(tmp_path, ids, stats, keys)
+    (segment,) = memo.folder.iterdir()
+
+    def blocks() -> Iterator[np.ndarray]:
+        yield from memo_module._blocks(segment)
+        segment.rename(tmp_path / "merged elsewhere")
+
+    with pytest.raises(FileNotFoundError):
+        memo_module._write(memo.folder, "f" * 16, blocks(), of=[segment])
+    assert not list(memo.folder.iterdir())
+
+
+def test_a_segment_that_cannot_be_read_any_more_fails_no_record(tmp_path: Path) -> None:
+    ids, stats, keys = files(300)
+    memo = KeyMemo(tmp_path, Path("/data"))
+    memo.lookup(ids, stats)
+    (memo.folder / ("f" * 16 + "-" + "0" * 16)).mkdir(parents=True)  # an error of the file system, as on NFS
+    memo.record(ids, stats, keys, np.ones(300, bool))
+    expect(tmp_path, ids, stats, keys)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,31 @@ from hypothesis import strategies as st
 from sharing import environment
 
 from featx.cache import caching
+from featx.cache.light import LightStore
 from featx.cache.memo import KeyMemo
 from featx.cli import main
-from featx.errors import FeatxError, SourceError
-from featx.extraction.chunks import CHUNKS_A_WORKER, bounds, cut, extract_chunk, parse_chunk, prepare_chunks
+from featx.errors import FeatxError, SourceError, StoreError
+from featx.extraction.chunks import CHUNKS_A_WORKER, bounds, cut, extract_chunk, parse_chunk, prepare_chunks, work
+from featx.extraction.job import prepare
+from featx.extraction.keys import KeyTable
 from featx.extraction.pipeline import extract, sync
+from featx.extraction.report import Chunk
+from featx.options import complete
 from featx.records import write_record
 from featx.sources.opening import open_source
 from featx.sources.own import is_own
+from featx.sources.source import Source
 
 
 @given(st.integers(0, 500), st.integers(1, 40), st.lists(st.integers(1, 499), max_size=9))
 def test_chunks_cover_every_image_once_and_end_where_containers_do(images: int, chunks: int, inner: list[int]) -> None:
-    starts = np.array(sorted({0, *(start for start in inner if start < images)}) if images else [], np.int64)
+    starts = np.array(sorted({start for start in inner if start < images}), np.int64)
     for edges in (None, starts):
         found = [bounds(images, k, chunks, edges) for k in range(chunks)]
         assert found[0][0] == 0 and found[-1][1] == images
         assert all(a[1] == b[0] for a, b in pairwise(found))
         if edges is not None:
-            assert {end for pair in found for end in pair} <= {*edges.tolist(), images}
+            assert {end for pair in found for end in pair} <= {0, *edges.tolist(), images}
 
 
 @given(st.integers(1, 3000), st.integers(1, 8), st.integers(1, 5000))
@@ -183,3 +189,48 @@ def test_chunk_numbers_count_from_0(tiny: Path, tmp_path: Path, everywhere: Colo
     found = json.loads(done.stdout)
     assert found["chunk"] == {"number": 1, "chunks": 4, "start": 3, "stop": 6, "images": 12}
     assert (done.exit_code, found["found"], found["extracted"]) == (0, 3, 3)
+
+
+class Lying(LightStore):
+    """Says of a third of all keys that they are stored, as a light store does of a few, until `confirm` is asked."""
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        return super().contains(keys) | ((keys[:, 0] % 3 == 0) & (self._absent.locate(keys) < 0))
+
+
+def test_images_that_only_looked_stored_are_computed_in_a_second_round_and_counted_once(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", per_class=15)
+    job = prepare(images, COLOURS, complete({"cache": tmp_path / "cache", "views": 1}), ColourEngine())
+    stores = [LightStore(job.cache, job.specs[0]), Lying(job.cache, job.specs[1])]
+    table, chunk, engine = KeyTable(job.source, job.cache), Chunk(), ColourEngine()
+    assert work(job, table, stores, chunk, engine).all()
+    assert engine.images == 60 and chunk.extracted == 30
+    found = sync(images, COLOURS, engine=engine, cache=tmp_path / "cache", views=1)
+    assert engine.images == 60 and found.report.cached == 30
+
+
+def test_rows_that_vanish_are_an_error_that_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
+    table = KeyTable(open_source(tiny), tmp_path / "cache")
+    table.note(3, b"k" * 32)
+    table.note(4, b"", "the file is not there")
+    stored = np.ones(12, bool)
+    stored[4] = False
+    assert table.reasons(stored) == {4: "the file is not there"}
+    stored[3] = False
+    with pytest.raises(StoreError, match=r"1 rows were stored, and are gone or damaged by now; run the same command"):
+        table.reasons(stored)
+
+
+@dataclass(frozen=True, eq=False)
+class Columned(Source):
+    """A source with a column of its own, which forgets to take it along."""
+
+    weights: tuple[float, ...] = ()
+
+
+def test_a_source_that_would_lose_a_column_of_its_own_is_refused(tiny: Path, tmp_path: Path) -> None:
+    listed = vars(open_source(tiny))
+    where = {"engine": ColourEngine(), "cache": tmp_path / "cache"}
+    with pytest.raises(SourceError, match="Columned has a column of its own, weights"):
+        extract_chunk(Columned(**listed, weights=(1.0,) * 12), 0, 2, COLOURS, **where)
+    assert extract_chunk(Columned(**listed), 0, 2, COLOURS, **where).report.extracted == 6

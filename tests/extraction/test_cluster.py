@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from featx.cache.store import FeatureStore
 from featx.errors import FeatxError, StoreError
 from featx.extraction.cluster import MOST_LOST, Part, Progress, Task, after, compute_task, ranges
 from featx.extraction.job import prepare
-from featx.extraction.nodes import Shared, connected, look_around, sample_of, visible
+from featx.extraction.nodes import Shared, connected, fits_on, look_around, sample_of, visible
 from featx.extraction.pipeline import sync
 from featx.options import complete
 from featx.sources.opening import open_source
@@ -181,6 +182,8 @@ def test_an_address_that_no_cluster_answers_at_is_said_in_seconds() -> None:
         threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")).start()
         assert "what answers there does not speak Ray's protocol" in said(f"127.0.0.1:{other.getsockname()[1]}")
     assert "`ray start --head` printed" in said("nowhere.invalid:6379")
+    for odd in ("..:6379", f"{'x' * 70}:6379", "127.0.0.1:99999"):  # which no name server takes
+        said(odd)
     assert time.monotonic() - begin < 30
 
 
@@ -222,6 +225,17 @@ def test_what_follows_a_lost_task_depends_on_why_it_was_lost() -> None:
         after(task, gone, exceptions)
     with pytest.raises(exceptions.TaskCancelledError):
         after(task, exceptions.TaskCancelledError(), exceptions)
+
+
+def test_a_node_that_can_run_a_task_is_alive_and_has_all_of_what_it_asks_for() -> None:
+    class Nodes:
+        def nodes(self) -> list[dict[str, Any]]:
+            resources = ({"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 64.0, "GPU": 8.0})
+            return [{"Alive": i < 2, "Resources": each} for i, each in enumerate(resources)]
+
+    wanted = [(1, 0, 2), (3, 0, 1), (5, 0, 0), (2, 1, 1), (3, 1, 0)]
+    for cores, gpus, expected in wanted:
+        assert fits_on(Nodes(), {"num_cpus": cores, "num_gpus": gpus}) == expected
 
 
 def test_rows_of_several_kinds_of_processor_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
+from tables import Counted
 
 from featx.errors import HeadError
 from featx.heads import ridge
@@ -105,3 +106,15 @@ def test_an_impossible_penalty_is_named() -> None:
     with pytest.raises(HeadError, match="penalties are positive"):
         X, y, names = clouds(30, 5)
         ridge.fit(Examples(X, y), names, penalties=[0.0])
+
+
+def test_many_labels_of_a_streamed_table_far_from_zero_are_scikit_learns_ridge() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(600, 20))
+    y = (X @ rng.normal(size=(20, 100)) + rng.normal(size=(600, 100)) > 0.5).astype(np.int64)
+    X = (X + rng.uniform(100, 200, 20)).astype(np.float32)
+    found = ridge.fit(Examples(Counted(X), y), [f"c{i:02d}" for i in range(100)], penalties=[0.5])
+    Z = (X - X.mean(axis=0, dtype=np.float64)) / X.std(axis=0, dtype=np.float64)
+    expected = Ridge(alpha=0.5 * 600).fit(Z, 2.0 * y - 1).coef_ / X.std(axis=0, dtype=np.float64)
+    ratio = (found.head.weight * expected).sum() / (expected**2).sum()  # one temperature for all
+    np.testing.assert_allclose(found.head.weight / ratio, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

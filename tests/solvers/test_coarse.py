@@ -117,3 +117,12 @@ def test_a_table_of_fewer_than_four_parts_is_solved_without_one() -> None:
     assert stratified(np.arange(400) % 200, None, fold, 20, 16, 0) is None  # a row of each class is half the table
     with pytest.raises(HeadError, match="part is a number of rows, 0 for none, not -1"):
         stratified(y, None, fold, -1, 16, 0)
+
+
+def test_a_table_of_more_columns_than_rows_is_solved_without_a_part() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    examples = Examples((rng.normal(size=(120, 200)) + rng.normal(size=(3, 200))[y]).astype(np.float32), y)
+    with_part, without = (logreg.fit(examples, NAMES[:3], part=part) for part in (10, 0))
+    assert with_part.info["strength"] == without.info["strength"] and "coarse_start" not in with_part.info
+    np.testing.assert_array_equal(with_part.head.weight, without.head.weight)
