@@ -66,6 +66,7 @@ def assert_complete(folder: Path) -> None:
     found = featx.extract("photos", "squeezenet1_1")
     assert (found.report.cached, found.report.extracted, found.report.skipped) == (20, 0, 1)
     assert found.X.tobytes() == (plain / "rows").read_bytes()
+    assert len([path for path in (folder / "cache" / "engines").glob("*.onnx") if "winograd" not in path.name]) == 1
 
 
 def plain_rows(folder: Path, base: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import COLOURS, ColourEngine, write_images
-from sharing import environment
+from sharing import environment, session_folder
 
 import featx
 from featx.cache.memo import KeyMemo
@@ -46,7 +46,7 @@ class Cluster:
     def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "ray_cluster.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=surroundings(),
         )  # fmt: skip
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
@@ -60,6 +60,11 @@ class Cluster:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(60)
+
+
+def surroundings() -> dict[str, str]:
+    """Ray writes a token into the home folder."""
+    return environment(HOME=str(session_folder()), RAY_USAGE_STATS_ENABLED="0")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driver(images: Path, cache: Path, cluster: Cluster, seconds: float, killer: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, str(TESTS / "ray_driver.py"), str(images), str(cache), cluster.address]
     command += [str(cache.parent / "log"), str(seconds), killer]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings())
 
 
 def report_of(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -105,7 +110,7 @@ def test_a_lost_node_loses_no_photograph_and_changes_no_byte(
     command = [sys.executable, "-m", "featx", "extract", str(photos), "-b", "squeezenet1_1", "--json"]
     command += ["--weights", str(squeezenet_weights), "--cache", str(tmp_path / "cache")]
     command += ["--on", "ray", "--address", cluster.address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings())
     wait_until(lambda: len(list(tmp_path.glob("cache/features/*/*.h5"))) >= 3, "no chunk was done")
     cluster.tell("kill")
     report = report_of(process)
@@ -159,7 +164,7 @@ def test_a_cluster_without_what_is_asked_for_is_said_in_seconds(cluster: Cluster
         "    except ValueError as error: print(error)\n"
     )
     command = [sys.executable, "-c", script, str(images), cluster.address, str(tmp_path / "cache")]
-    said = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120).stdout.splitlines()
+    said = subprocess.run(command, capture_output=True, text=True, env=surroundings(), timeout=120).stdout.splitlines()
     assert said == [
         "--device cuda: the cluster has no GPU (its 3 nodes have 3 cores and 0 GPUs); use --device cpu",
         "--device cuda:1: on a cluster a task takes the GPU it is given; use --device cuda",
