@@ -144,15 +144,16 @@ def extract_chunk(
     number, chunks = _checked(number, chunks)
     begin = time.perf_counter()
     job = prepare(data, backbone, _here(complete(options, function=extract_chunk)), engine)
-    note = _check_listing(job)
+    plan = _plan_of(job)
     start, stop = bounds(len(job.source), number, chunks, job.source.starts)
     part = replace(job, source=job.source.take(np.arange(start, stop)), seconds=0.0)
 
     table, stores = KeyTable(part.source, part.cache), part.light_stores()
     chunk = Chunk(listing=time.perf_counter() - begin)
     stored = work(part, table, stores, chunk, engine)
-    if chunk.extracted and note:
-        chunk.notes.append(note)
+    engine_name = stores[0].engine
+    if chunk.extracted and plan and engine_name == plan.engine and (kind := kind_of(engine_name)) != plan.kind:
+        chunk.notes.append(f"computed on {kind}; --prepare ran on {plan.kind}: rows may differ in their last bits")
     numbers = np.flatnonzero(stored)
     findings = Findings.of(part.source, numbers, table.keys[numbers], table.reasons(stored))
     report = describe(part, findings, stores, chunk, time.perf_counter() - begin)
@@ -228,16 +229,12 @@ def _read_plan(path: Path) -> Prepared:
         raise FeatxError(f"{path} cannot be read ({error}); remove it, then run --prepare again") from error
 
 
-def _check_listing(job: Job) -> str:
-    """A note where rows may differ in their last bits from the others'. Raises `SourceError` where other listings were
-    prepared, and this one was not.
-    """
+def _plan_of(job: Job) -> Prepared | None:
+    """What `--prepare` recorded of this listing. Raises `SourceError` where others were prepared, and this one was not."""
     found = (job.cache / "plans").glob(f"{job.specs[0].digest[:32]}.*.json")
     plans = [_read_plan(path) for path in sorted(found)]
-    if not plans:
-        return ""
     same = [plan for plan in plans if plan.listing == job.source.digest]
-    if not same:
+    if plans and not same:
         uri = printable(job.source.uri)
         before = next((plan for plan in plans if os.path.abspath(plan.uri) == os.path.abspath(job.source.uri)), None)
         known = ", ".join(f"{printable(plan.uri)} ({plan.images:,} images)" for plan in plans[:3])
@@ -245,6 +242,4 @@ def _check_listing(job: Job) -> str:
         if before:
             what = f"the images of {uri} are others than at --prepare ({before.images:,} then, {len(job.source):,} now)"
         raise SourceError(f"{what}: chunks of two listings do not fit together; run --prepare on it, then all chunks")
-    here = kind_of(same[0].engine)
-    note = f"computed on {here}; --prepare ran on {same[0].kind}: rows may differ in their last bits"
-    return "" if here == same[0].kind else note
+    return same[0] if same else None
