@@ -230,7 +230,7 @@ def _read_plan(path: Path) -> Prepared:
 
 
 def _plan_of(job: Job) -> Prepared | None:
-    """What `--prepare` recorded of this listing. Raises `SourceError` where others were prepared, and this one was not."""
+    """What `--prepare` recorded of this listing. Raises `SourceError` where it recorded others alone."""
     found = (job.cache / "plans").glob(f"{job.specs[0].digest[:32]}.*.json")
     plans = [_read_plan(path) for path in sorted(found)]
     same = [plan for plan in plans if plan.listing == job.source.digest]

@@ -67,8 +67,8 @@ def fit(
     with single_thread():  # passes over many rows bring their own threads
         task, fold, counted = _training.prepared(examples, class_names, folds, seed)
         measures = counted.any() and (len(grid) > 1 or calibrate or {reject, threshold} != {None})
-        spanned = _training.streamed(task.X) or task.X.shape[0] >= task.X.shape[1]  # a part shares its coordinates
-        some = stratified(task.y, examples.groups, fold, part if measures and spanned else 0, task.X.shape[1], seed)
+        size = part if measures and _training.spanned(task.X) else 0  # a part shares the table's coordinates
+        some = stratified(task.y, examples.groups, fold, size, task.X.shape[1], seed)
         task = _training.measured(task, Asked(gram=True, kept=some.rows if some else None))
         weights = _training.class_weights(task, class_weight)
         info: dict[str, Any] = {"notes": task.notes}
@@ -89,8 +89,7 @@ def fit(
             info["cross_validation"] = _measured(path, counted, weights, held_out, task, fold)
             info["notes"] += _remarks(path)
 
-        weight, bias = _last(design, chosen, start, info, near)
-        head = task.head(weight, bias)
+        head = task.head(*_last(design, chosen, start, info, near))
         head = finish(head, task, info, held_out, counted, calibrate=calibrate, threshold=threshold, reject=reject)
     return Fitted(head, info | {"strength": chosen})
 

@@ -147,7 +147,7 @@ def measured(task: Task, asked: Asked) -> Task:
     X, notes, shares = task.X, task.notes, None
     if task.weights is not None:
         shares = (task.weights / task.weights.mean()).astype(np.float32)
-    asked = replace(asked, gram=asked.gram and (X.shape[0] >= X.shape[1] or streamed(X)))
+    asked = replace(asked, gram=asked.gram and spanned(X))
     found, kept = moments(X, shares, asked)
     squares = np.diagonal(found.squares) if asked.gram else found.squares
     scale = np.sqrt(np.maximum(squares / found.weight, 0.0))
@@ -178,6 +178,11 @@ def summed(task: Task, fold: np.ndarray, *, gram: bool = False) -> tuple[Task, n
         asked = Asked(gram, held * classes + task.y, folds * classes)
     task = measured(task, asked)
     return task, task.sums.reshape(folds, -1, task.X.shape[1]), task.totals.reshape(folds, -1)
+
+
+def spanned(X: Rows) -> bool:
+    """Whether a table is solved in its columns' space, not in that of its fewer rows."""
+    return X.shape[0] >= X.shape[1] or streamed(X)
 
 
 def streamed(X: Rows) -> bool:
