@@ -22,7 +22,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", THIRTEEN)
+# VGG-16 alone takes as long as five others: its weights have half a gigabyte
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n == "vgg16")) for n in THIRTEEN])
 def test_features_logits_and_export_are_torchvisions_own(name: str) -> None:
     reference = models.get_model(name, weights=None, **OPTIONS.get(name, {})).eval()
     reference.load_state_dict(torch.load(weights_file(name), weights_only=True))

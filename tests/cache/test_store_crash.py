@@ -89,11 +89,11 @@ def killed_after(seconds: float, sign: int, work: Callable[[], None]) -> int:
     return wait(child)
 
 
-def test_forty_killed_runs_lose_no_committed_row(tmp_path: Path, quick: None) -> None:
+def test_twenty_killed_runs_lose_no_committed_row(tmp_path: Path, quick: None) -> None:
     rng = random.Random(0)
     kills = runs = 0
     whole = min(0.12, undisturbed(lambda number: extract(open_store(tmp_path / f"whole {number}"), KEYS)))
-    while kills < 40:
+    while kills < 20:
         runs += 1
         cache = tmp_path / str(runs)
         progress = tmp_path / f"{runs}.progress"
