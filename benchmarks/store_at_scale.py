@@ -9,7 +9,7 @@ a row's width, except the first opening, which hashes every byte. Needs 38 bytes
 process of its own; memory is its peak beyond what it had after its imports. Seconds are CPU seconds of all threads,
 so that other work on the machine disturbs them little. With 10^8 rows this takes 8 GB of memory and half an hour;
 the memo is left out beyond --memo-rows, since the ids alone would take 8 GB then. The list of the images is measured
-with hard links, a folder for each thousand, up to --file-rows.
+on empty files, 1,000 in a folder, up to --file-rows.
 
 A folder of 10^9 rows is measured by its names alone (--names): empty files in the place of shards, and a
 `verified.json` of as many made-up entries.

@@ -16,6 +16,7 @@ import numpy as np
 
 from featx.errors import StoreError
 from featx.files import CLOCK_NS, READ_ONLY, make_folder, open_plain, sweep, write_chunks
+from featx.sources.columns import Texts
 
 MAGIC, OLD_MAGIC = b"featx memo 2\n\0\0\0", b"featx memo 1\n"
 # One file: a hash of its path; size, mtime_ns, ctime_ns, inode; the SHA-256 of its bytes.
@@ -101,7 +102,7 @@ class KeyMemo:
                 if isinstance(trouble, ValueError):
                     path.unlink(missing_ok=True)
             for part in np.array_split(numbers, -(-len(numbers) // MOST) or 1):  # of one length, so they are merged
-                entries = _entries(_hashes([ids[i] for i in part.tolist()]), stats[part], keys[part])
+                entries = _entries(_hashes(Texts.of(ids).take(part)), stats, keys, part)
                 _write(self.folder, f"{time.time_ns():016x}", [entries])
             self._merge()
         except OSError as error:
@@ -225,19 +226,26 @@ def _old_entries(data: bytes) -> list[np.ndarray]:
     names = bytes(body[8 + 64 * count :]).split(b"\0")
     stats = np.frombuffer(body[8 : 8 + 32 * count], "<i8").reshape(count, 4)
     keys = np.frombuffer(body[8 + 32 * count : 8 + 64 * count], np.uint8).reshape(count, 32)
-    return [_entries(_hashes([name.decode("utf-8", "surrogatepass") for name in names]), stats, keys)]
+    return [_entries(_hashes([name.decode("utf-8", "surrogatepass") for name in names]), stats, keys, np.arange(count))]
 
 
-def _entries(paths: np.ndarray, stats: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def _entries(paths: np.ndarray, stats: np.ndarray, keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The entries of these files, with the hashes `paths` of theirs; made in order, since copies would be the peak of
+    memory of a long run."""
+    order = np.argsort(paths, kind="stable")
     entries = np.empty(len(paths), ENTRY)
-    entries["path"], entries["stat"], entries["key"] = paths, stats, np.ascontiguousarray(keys).view("V32")[:, 0]
-    return _newest(entries)
+    entries["path"] = paths[order]
+    entries["stat"] = stats[numbers[order]]
+    entries["key"] = np.ascontiguousarray(keys).view("V32")[numbers[order], 0]
+    return _last(entries)
 
 
 def _newest(entries: np.ndarray) -> np.ndarray:
     """Entries by the hash of their paths; the last one of each path."""
-    order = np.argsort(entries["path"], kind="stable")
-    ordered = entries[order]
+    return _last(entries[np.argsort(entries["path"], kind="stable")])
+
+
+def _last(ordered: np.ndarray) -> np.ndarray:
     last = np.ones(len(ordered), bool)
     last[:-1] = ordered["path"][1:] != ordered["path"][:-1]
     return ordered if last.all() else ordered[last]
