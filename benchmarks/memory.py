@@ -53,7 +53,6 @@ def measure(root: Path) -> None:
     from featx.backbones.request import BackboneInfo
     from featx.cache.store import FeatureStore
     from featx.extraction.computing import compute
-    from featx.extraction.findings import Findings
     from featx.extraction.job import prepare
     from featx.extraction.keys import KeyTable
     from featx.extraction.report import Chunk, describe
@@ -69,9 +68,7 @@ def measure(root: Path) -> None:
     table = KeyTable(job.source, job.cache)
     chunk = Chunk()
     compute(job, table, stores, np.arange(len(job.source)), chunk, Colour())
-    stored = table.stored(stores)
-    findings = Findings.of(job.source, np.flatnonzero(stored), table.keys[stored], table.reasons(stored))
-    report = describe(job, findings, stores, chunk, time.perf_counter() - begin)
+    report = describe(job, table.findings(table.stored(stores)), stores, chunk, time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(report.extracted, time.perf_counter() - begin, peak)
 

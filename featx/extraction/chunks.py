@@ -20,7 +20,6 @@ from featx.devices import processor
 from featx.engines.engine import Engine
 from featx.errors import FeatxError, SourceError, StoreError
 from featx.extraction.computing import compute
-from featx.extraction.findings import Findings
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.report import Chunk, ExtractionReport, describe
@@ -154,9 +153,7 @@ def extract_chunk(
     engine_name = stores[0].engine
     if chunk.extracted and plan and engine_name == plan.engine and (kind := kind_of(engine_name)) != plan.kind:
         chunk.notes.append(f"computed on {kind}; --prepare ran on {plan.kind}: rows may differ in their last bits")
-    numbers = np.flatnonzero(stored)
-    findings = Findings.of(part.source, numbers, table.keys[numbers], table.reasons(stored))
-    report = describe(part, findings, stores, chunk, time.perf_counter() - begin)
+    report = describe(part, table.findings(stored), stores, chunk, time.perf_counter() - begin)
     return ChunkReport(number, chunks, start, stop, len(job.source), report)
 
 

@@ -12,6 +12,7 @@ from featx.cache.memo import KeyMemo
 from featx.cache.writing import Writer
 from featx.devices import available_threads
 from featx.errors import ImageError, SourceError, StoreError
+from featx.extraction.findings import Findings
 from featx.features import content_key
 from featx.sources.opening import open_source
 from featx.sources.source import Source
@@ -93,6 +94,11 @@ class KeyTable:
         if gone := len(found) - len(reasons):
             raise StoreError(f"{gone} rows were stored, and are gone or damaged by now; run the same command again")
         return reasons
+
+    def findings(self, stored: np.ndarray) -> Findings:
+        """What was found odd. stored, and what is raised: as for `reasons`."""
+        numbers = np.flatnonzero(stored)
+        return Findings.of(self.source, numbers, self.keys[numbers], self.reasons(stored))
 
 
 def content_keys(data: str | Path | Source, cache: str | Path, *, whole: bool = False) -> np.ndarray:

@@ -13,7 +13,6 @@ from featx.errors import FeatxError
 from featx.extraction import cluster
 from featx.extraction.chunks import CHUNK_BYTES
 from featx.extraction.computing import compute
-from featx.extraction.findings import Findings
 from featx.extraction.job import Backbone, Data, Job, prepare
 from featx.extraction.keys import KeyTable
 from featx.extraction.nodes import require_answer
@@ -79,11 +78,10 @@ def run(
             cluster.compute(job, table, stores, missing, chunk, engine, address=address, chunk_bytes=chunk_bytes)
         stored = table.stored(stores)
 
-    reasons = table.reasons(stored)
+    findings = table.findings(stored)
     require_some(job, table, stored)
     numbers = np.flatnonzero(stored)
     keys = table.keys if len(numbers) == len(table.keys) else table.keys[numbers]
-    findings = Findings.of(job.source, numbers, keys, reasons)
     report = describe(job, findings, stores, chunk, time.perf_counter() - begin)
     if report.extracted >= RATE_IMAGES and on is None:  # a cluster's rate says nothing about this machine
         remember_rate(job, report)
